@@ -1,0 +1,27 @@
+// The kernels, once more for the instruction set that the including file has chosen (CTK_ISA, CTK_VECTOR_BYTES).
+#define CTK_INLINE __attribute__((always_inline)) inline
+#define CTK_NOINLINE __attribute__((noinline))
+
+namespace ctk::cpu::CTK_ISA {
+namespace {
+#include "simd.h"
+#include "gemm.h"
+#include "tiles.h"
+#include "logits.h"
+#include "forward.h"
+#include "backward.h"
+
+void forward(const Params& p, const Pool& pool) {
+  p.q.type == Type::f64 ? forward_as<double>(p, pool) : forward_as<float>(p, pool);
+}
+
+void backward(const Params& p, const Pool& pool) {
+  p.q.type == Type::f64 ? backward_as<double>(p, pool) : backward_as<float>(p, pool);
+}
+
+#define CTK_TEXT_(x) #x
+#define CTK_TEXT(x) CTK_TEXT_(x)
+}  // namespace
+
+const Kernels kernels = {CTK_TEXT(CTK_ISA), forward, backward};
+}  // namespace ctk::cpu::CTK_ISA

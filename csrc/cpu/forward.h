@@ -1,0 +1,181 @@
+// Forward pass: one online softmax over the visible prefix keys and the row's own keys.
+//
+//   for each KV head, for each tile of lanes (row, query, head in group):
+//     m <- -inf, l <- 0, o <- 0                                           [TILE], [TILE], [D][TILE]
+//     for each block of keys that some lane sees (prefix blocks, then each row's own):
+//       s   <- k q                                                        [keys][TILE]
+//       m'  <- max(m, max over keys of s);  p <- 2^(s - m')
+//       l   <- l 2^(m - m') + sum over keys of p
+//       o   <- o 2^(m - m') + v^T p                                       [D][TILE]
+//     out <- o / l,  lse <- ln 2 (m + log2 l)
+//
+// Lanes run along vectors, so the softmax needs no horizontal operation; keys are broadcast, so visible ones are read
+// where they lie and hidden ones cost nothing.
+
+template <typename C>
+struct ForwardTile {
+  Lanes<C> lanes;
+  C* q;  // [D][TILE]
+  C* o;  // [D][TILE]
+  alignas(64) C m[TILE];
+  alignas(64) C l[TILE];
+};
+
+template <typename C>
+class Forward {
+ public:
+  // Tiles that walk the keys together, so that a converted key block serves several of them.
+  static constexpr int GROUP = 4;
+
+  Forward(const Params& p, Arena* arena) : p_(p), arena_(arena) {
+    s_ = arena->take<C>(KEY_BLOCK * TILE);
+    k_ = arena->take<C>(KEY_BLOCK * p.D);
+    v_ = arena->take<C>(KEY_BLOCK * p.D);
+    for (int n = 0; n < KEY_BLOCK; ++n) s_rows_[n] = s_ + n * TILE;
+    for (ForwardTile<C>& tile : tiles_) tile.q = arena->take<C>(p.D * TILE), tile.o = arena->take<C>(p.D * TILE);
+  }
+
+  static int64_t bytes(const Params& p) {
+    return Arena::bytes(KEY_BLOCK * TILE, sizeof(C)) + 2 * Arena::bytes(KEY_BLOCK * p.D, sizeof(C)) +
+           2 * GROUP * Arena::bytes(p.D * TILE, sizeof(C));
+  }
+
+  void run(const RowOrder& order, const Tile* tiles, int count, int64_t kv_head) {
+    const Logits<C> logits(p_, kv_head);
+    for (int t = 0; t < count; ++t) start(order, tiles[t], kv_head, &tiles_[t]);
+    const int64_t prefix = tiles_[0].lanes.prefix(), prefix_len = tiles_[0].lanes.prefix_len();
+    const int64_t k_at = prefix * p_.prefix_k.batch + kv_head * p_.prefix_k.head;
+    const int64_t v_at = prefix * p_.prefix_v.batch + kv_head * p_.prefix_v.head;
+    for (int64_t begin = 0; begin < prefix_len; begin += KEY_BLOCK) {
+      const int64_t end = std::min(begin + KEY_BLOCK, prefix_len);
+      KeyRows<C> k, v;
+      for (int t = 0; t < count; ++t) {
+        if (!prefix_block(p_, tiles_[t].lanes, begin, end, &block_)) continue;
+        if (!k.base) {
+          k = key_rows(p_.prefix_k, k_at, begin, end, p_.D, p_.q.type, k_);
+          v = key_rows(p_.prefix_v, v_at, begin, end, p_.D, p_.q.type, v_);
+        }
+        attend(logits, &tiles_[t], false, k, v);
+      }
+    }
+    for (int t = 0; t < count; ++t) {
+      for (const Piece& piece : tiles_[t].lanes.pieces) own(logits, piece, kv_head, &tiles_[t]);
+      finish(kv_head, tiles_[t]);
+    }
+  }
+
+ private:
+  void start(const RowOrder& order, const Tile& which, int64_t kv_head, ForwardTile<C>* tile) {
+    tile->lanes.set(p_, order, which, kv_head);
+    load_lanes<C>(p_, p_.q, kv_head, tile->lanes, tile->q, nullptr, 0);
+    std::fill_n(tile->m, TILE, -std::numeric_limits<C>::infinity());
+    std::fill_n(tile->l, TILE, C(0));
+    std::fill_n(tile->o, p_.D * TILE, C(0));
+  }
+
+  void own(const Logits<C>& logits, const Piece& piece, int64_t kv_head, ForwardTile<C>* tile) {
+    const Row& row = *piece.row;
+    const int64_t k_at = row.batch * p_.k.batch + kv_head * p_.k.head + row.token * p_.k.token;
+    const int64_t v_at = row.batch * p_.v.batch + kv_head * p_.v.head + row.token * p_.v.token;
+    for (int64_t begin = 0; begin < row.keys; begin += KEY_BLOCK) {
+      const int64_t end = std::min(begin + KEY_BLOCK, row.keys);
+      if (!own_block(p_, tile->lanes, piece, begin, end, &block_)) continue;
+      const KeyRows<C> k = key_rows(p_.k, k_at, begin, end, p_.D, p_.q.type, k_);
+      const KeyRows<C> v = key_rows(p_.v, v_at, begin, end, p_.D, p_.q.type, v_);
+      attend(logits, tile, true, k, v);
+    }
+  }
+
+  // One block of keys: the loop body above.
+  void attend(const Logits<C>& logits, ForwardTile<C>* tile, bool own, KeyRows<C> k, KeyRows<C> v) {
+    const C *k_rows[KEY_BLOCK], *v_rows[KEY_BLOCK];
+    for (int n = 0; n < block_.count; ++n) {
+      k_rows[n] = k.base + block_.index[n] * k.stride;
+      v_rows[n] = v.base + block_.index[n] * v.stride;
+    }
+    const int at = block_.first_vector * LANES<C>, vectors = block_.last_vector - block_.first_vector;
+    C* s_rows[KEY_BLOCK];
+    for (int n = 0; n < block_.count; ++n) s_rows[n] = s_rows_[n] + at;
+    // s <- k q
+    times_rows<C>(block_.count, k_rows, p_.D, tile->q + at, TILE, s_rows, vectors, 3, false);
+    logits.apply(tile->lanes, block_, own, s_, nullptr);
+    alignas(64) C factor[TILE], keep[TILE];
+    for (int v = block_.first_vector; v < block_.last_vector; ++v) softmax(v * LANES<C>, logits.coefficient, tile, factor);
+    for (int l = at; l < at + vectors * LANES<C>; ++l) set_bits(keep + l, l >= block_.begin && l < block_.end);
+    // o <- o 2^(m - m') + v^T p
+    times_cols<C>(p_.D, v_rows, block_.count, s_ + at, TILE, tile->o + at, TILE, vectors, factor + at, keep + at);
+  }
+
+  static void set_bits(C* x, bool on) { std::memset(x, on ? 0xFF : 0, sizeof(C)); }
+
+  // m, l and the block s -> p for the vector of lanes at `at`; factor <- 2^(m - m').
+  CTK_INLINE void softmax(int at, C coefficient, ForwardTile<C>* tile, C* factor) {
+    const C lowest = -std::numeric_limits<C>::infinity();
+    Vec<C> top = splat(lowest);
+    for (int n = 0; n < block_.count; ++n) top = max<C>(load(s_ + n * TILE + at), top);
+    const Vec<C> old = load(tile->m + at);
+    const Vec<C> m = max<C>(top * coefficient, old);
+    const Vec<C> base = m == lowest ? Vec<C>{} : m;  // a lane that has seen nothing yet: keep its logits at -inf
+    Vec<C> sum{};
+    for (int n = 0; n < block_.count; ++n) {
+      const Vec<C> p = exp2_of(load(s_ + n * TILE + at) * coefficient - base);
+      store(s_ + n * TILE + at, p);
+      sum += p;
+    }
+    const Vec<C> f = exp2_of(old - base);
+    store(factor + at, f);
+    store(tile->m + at, m);
+    store(tile->l + at, load(tile->l + at) * f + sum);
+  }
+
+  void finish(int64_t kv_head, const ForwardTile<C>& tile) {
+    C line[256];
+    tile.lanes.each([&](int l, const Row& row) {
+      const C total = tile.l[l], inverse = total > 0 || total != total ? C(1) / total : C(0);
+      for (int64_t d = 0; d < p_.D; ++d) line[d] = tile.o[d * TILE + l] * inverse;
+      store_row<C>(p_.out, tile.lanes.offset(p_.out, kv_head, p_, l, row), line, p_.D, C(1));
+      const C lse = total > 0 || total != total ? C(LN2) * (tile.m[l] + std::log2(total))
+                                                : -std::numeric_limits<C>::infinity();
+      static_cast<C*>(p_.lse.data)[tile.lanes.offset(p_.lse, kv_head, p_, l, row)] = lse;
+    });
+  }
+
+  const Params& p_;
+  Arena* arena_;
+  C* s_;  // [KEY_BLOCK][TILE]
+  C* s_rows_[KEY_BLOCK];
+  C *k_, *v_;  // converted keys
+  ForwardTile<C> tiles_[GROUP];
+  KeyBlock block_;
+};
+
+template <typename C>
+void forward_as(const Params& p, const Pool& pool) {
+  const RowOrder order = order_rows(p);
+  struct Item {
+    int first, count;
+  };
+  std::vector<Tile> tiles;
+  std::vector<Item> items;
+  for (int64_t begin = 0, end; begin < p.B; begin = end) {
+    for (end = begin + 1; end < p.B && p.rows[order.row[end]].prefix == p.rows[order.row[begin]].prefix;) ++end;
+    const std::vector<Tile> some = make_tiles(order, begin, end, LANES<C>, true);
+    // enough items to balance the workers, else as many tiles per item as convert a key block together
+    const int64_t wanted = int64_t(some.size()) * p.Hk / (8 * pool.workers);
+    const int step = int(std::clamp<int64_t>(wanted, 1, Forward<C>::GROUP));
+    for (size_t t = 0; t < some.size(); t += step)
+      items.push_back({int(tiles.size() + t), int(std::min<size_t>(step, some.size() - t))});
+    tiles.insert(tiles.end(), some.begin(), some.end());
+  }
+  const int64_t per_head = int64_t(items.size()), total = per_head * p.Hk;
+  std::atomic<int64_t> next{0};
+  pool.run([&](int) {
+    if (next.load() >= total) return;
+    Arena arena(Forward<C>::bytes(p));
+    Forward<C> worker(p, &arena);
+    for (int64_t i; (i = next.fetch_add(1)) < total;) {
+      const Item& item = items[i % per_head];
+      worker.run(order, &tiles[item.first], item.count, i / per_head);
+    }
+  });
+}

@@ -1,0 +1,155 @@
+// Register-blocked matrix products. Both take one operand through row pointers, so that keys are read where they lie,
+// visible ones only, and never packed:
+//
+//   times_rows   C[r][:] (+)= sum_k a[r][k] * b[k][:]      a: row pointers, k along the row    (logits, dp, dk, dv)
+//   times_cols   C[r][:]   =  factor * C[r][:] + sum_k a[k][r] * b[k][:]   a: row pointers, one per k   (out, dq)
+//
+// Vectors run along b's rows; a is broadcast. A block of R x NV accumulators stays in registers for the whole sum.
+
+#if CTK_VECTOR_BYTES == 64  // 32 registers
+constexpr int MAX_NV = 4;
+constexpr int BLOCK_ROWS[MAX_NV + 1] = {0, 8, 12, 8, 6};
+#else  // 16 registers
+constexpr int MAX_NV = 2;
+constexpr int BLOCK_ROWS[MAX_NV + 1] = {0, 8, 6};
+#endif
+
+template <typename C, int R, int NV>
+CTK_INLINE void rows_block(const C* const* a, int64_t K, const C* b, int64_t ldb, C* const* c, int64_t at, bool add) {
+  Vec<C> acc[R][NV];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) acc[r][v] = Vec<C>{};
+  const C* rows[R];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) rows[r] = a[r];
+  for (int64_t k = 0; k < K; ++k, b += ldb) {
+    Vec<C> bv[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) bv[v] = load(b + v * LANES<C>);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[r][v] += rows[r][k] * bv[v];
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      C* dst = c[r] + at + v * LANES<C>;
+      store(dst, add ? load(dst) + acc[r][v] : acc[r][v]);
+    }
+}
+
+template <typename C, int R, int NV>
+CTK_INLINE void cols_block(const C* const* a, int64_t K, int64_t row, const C* b, int64_t ldb, C* c, int64_t ldc,
+                           const C* factor, const C* keep) {
+  Vec<C> acc[R][NV];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) acc[r][v] = Vec<C>{};
+  for (int64_t k = 0; k < K; ++k, b += ldb) {
+    const C* ar = a[k] + row;
+    Vec<C> bv[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) bv[v] = load(b + v * LANES<C>);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[r][v] += ar[r] * bv[v];
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) {
+    // lanes of other rows must not catch a NaN from this row's values, hence a mask of bits and not a factor 0
+    const Ints<C> bits = (Ints<C>)load(keep + v * LANES<C>);
+    const Vec<C> f = load(factor + v * LANES<C>);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      C* dst = c + r * ldc + v * LANES<C>;
+      store(dst, load(dst) * f + (Vec<C>)((Ints<C>)acc[r][v] & bits));
+    }
+  }
+}
+
+// The last rows of a product need fewer accumulators: one instance per count, so that no work is padded.
+template <typename C, int NV, int R>
+CTK_NOINLINE void rows_tail(int64_t n, const C* const* a, int64_t K, const C* b, int64_t ldb, C* const* c, int64_t at,
+                            bool add) {
+  if constexpr (R > 0) {
+    if (n == R) return rows_block<C, R, NV>(a, K, b, ldb, c, at, add);
+    rows_tail<C, NV, R - 1>(n, a, K, b, ldb, c, at, add);
+  }
+}
+
+template <typename C, int NV, int R>
+CTK_NOINLINE void cols_tail(int64_t n, const C* const* a, int64_t K, int64_t row, const C* b, int64_t ldb, C* c,
+                            int64_t ldc, const C* factor, const C* keep) {
+  if constexpr (R > 0) {
+    if (n == R) return cols_block<C, R, NV>(a, K, row, b, ldb, c, ldc, factor, keep);
+    cols_tail<C, NV, R - 1>(n, a, K, row, b, ldb, c, ldc, factor, keep);
+  }
+}
+
+template <typename C, int NV>
+CTK_NOINLINE void rows_panel(int64_t n, const C* const* a, int64_t K, const C* b, int64_t ldb, C* const* c, int64_t at,
+                             bool add) {
+  constexpr int R = BLOCK_ROWS[NV];
+  int64_t r = 0;
+  for (; r + R <= n; r += R) rows_block<C, R, NV>(a + r, K, b, ldb, c + r, at, add);
+  if (r < n) rows_tail<C, NV, R - 1>(n - r, a + r, K, b, ldb, c + r, at, add);
+}
+
+template <typename C, int NV>
+CTK_NOINLINE void cols_panel(int64_t n, const C* const* a, int64_t K, const C* b, int64_t ldb, C* c, int64_t ldc,
+                             const C* factor, const C* keep) {
+  constexpr int R = BLOCK_ROWS[NV];
+  int64_t r = 0;
+  for (; r + R <= n; r += R) cols_block<C, R, NV>(a, K, r, b, ldb, c + r * ldc, ldc, factor, keep);
+  if (r < n) cols_tail<C, NV, R - 1>(n - r, a, K, r, b, ldb, c + r * ldc, ldc, factor, keep);
+}
+
+// Splits `vectors` into panels of at most `most` vectors, as even as can be, and calls f(panel width, first vector).
+template <typename F>
+CTK_INLINE void for_panels(int vectors, int most, F f) {
+  int left = (vectors + most - 1) / most;
+  for (int v = 0; v < vectors; --left) {
+    const int width = (vectors - v + left - 1) / left;
+    f(width, v);
+    v += width;
+  }
+}
+
+// C rows c[0..n) (+)= a[0..n)[0..K) x b[0..K)[vectors]. Lane panels are at most 3 wide, so that 8 keys fit beside them.
+template <typename C>
+void times_rows(int64_t n, const C* const* a, int64_t K, const C* b, int64_t ldb, C* const* c, int vectors, int most,
+                bool add) {
+  for_panels(vectors, std::min(most, MAX_NV), [&](int width, int first) {
+    const int64_t at = int64_t(first) * LANES<C>;
+    switch (width) {
+      case 1: return rows_panel<C, 1>(n, a, K, b + at, ldb, c, at, add);
+      case 2: return rows_panel<C, 2>(n, a, K, b + at, ldb, c, at, add);
+#if CTK_VECTOR_BYTES == 64
+      case 3: return rows_panel<C, 3>(n, a, K, b + at, ldb, c, at, add);
+      case 4: return rows_panel<C, 4>(n, a, K, b + at, ldb, c, at, add);
+#endif
+    }
+  });
+}
+
+// C[0..n)[vectors] = factor * C + sum over k of a[k][0..n) x b[k][vectors], products masked by the bits of `keep`.
+template <typename C>
+void times_cols(int64_t n, const C* const* a, int64_t K, const C* b, int64_t ldb, C* c, int64_t ldc, int vectors,
+                const C* factor, const C* keep) {
+  for_panels(vectors, std::min(3, MAX_NV), [&](int width, int first) {
+    const int64_t at = int64_t(first) * LANES<C>;
+    switch (width) {
+      case 1: return cols_panel<C, 1>(n, a, K, b + at, ldb, c + at, ldc, factor + at, keep + at);
+      case 2: return cols_panel<C, 2>(n, a, K, b + at, ldb, c + at, ldc, factor + at, keep + at);
+#if CTK_VECTOR_BYTES == 64
+      case 3: return cols_panel<C, 3>(n, a, K, b + at, ldb, c + at, ldc, factor + at, keep + at);
+#endif
+    }
+  });
+}

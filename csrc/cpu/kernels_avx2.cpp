@@ -1,0 +1,21 @@
+// The kernels for AVX2 with FMA. Empty where the target is not x86-64.
+#include "common.h"
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi,bmi2"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2")
+#endif
+
+#define CTK_ISA avx2
+#define CTK_VECTOR_BYTES 32
+#include "build.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

@@ -1,0 +1,199 @@
+// Vectors of the compute type (GCC/Clang vector extensions), exp2 and tanh on them, and 16-bit storage types.
+// CTK_VECTOR_BYTES is set by the including kernel file.
+
+template <typename C>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(CTK_VECTOR_BYTES)));
+  typedef int32_t ints __attribute__((vector_size(CTK_VECTOR_BYTES)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(CTK_VECTOR_BYTES)));
+  typedef int64_t ints __attribute__((vector_size(CTK_VECTOR_BYTES)));
+};
+template <typename C>
+using Vec = typename VectorOf<C>::type;
+template <typename C>
+using Ints = typename VectorOf<C>::ints;  // as wide as C, element by element
+
+template <typename C>
+constexpr int LANES = CTK_VECTOR_BYTES / int(sizeof(C));
+
+template <typename C>
+CTK_INLINE Vec<C> load(const C* p) {
+  Vec<C> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <typename C>
+CTK_INLINE void store(C* p, Vec<C> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+template <typename C>
+CTK_INLINE Vec<C> splat(C x) {
+  return Vec<C>{} + x;
+}
+
+template <typename C>
+CTK_INLINE Vec<C> max(Vec<C> a, Vec<C> b) {
+  return a > b ? a : b;
+}
+
+// 2^x. float: x = n + f with |f| <= 1/2, degree-6 minimax polynomial for 2^f (relative error 1.9e-9 before rounding);
+// below -127 the result is 0. NaN stays NaN.
+CTK_INLINE Vec<float> exp2_of(Vec<float> x) {
+  const Vec<float> magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  x = x < -127.0f ? splat(-127.0f) : x;
+  x = x > 127.0f ? splat(127.0f) : x;
+  const Vec<float> shifted = x + magic, f = x - (shifted - magic);
+  Vec<float> y = splat(1.53458121613e-4f);
+  y = y * f + 1.33999311772e-3f;
+  y = y * f + 9.61848895633e-3f;
+  y = y * f + 5.55032877711e-2f;
+  y = y * f + 2.40226468906e-1f;
+  y = y * f + 6.93147205737e-1f;
+  y = y * f + 1.00000000055f;
+  // the integer sits in the low bits of `shifted`; -127 makes a zero exponent field, that is, the factor 0
+  const Ints<float> n = (Ints<float>)shifted - (Ints<float>)magic;
+  return y * (Vec<float>)((n + 127) << 23);
+}
+
+CTK_INLINE Vec<double> exp2_of(Vec<double> x) {
+  for (int i = 0; i < LANES<double>; ++i) x[i] = std::exp2(x[i]);
+  return x;
+}
+
+// tanh(x) with a relative error of a few units in the last place.
+CTK_INLINE Vec<float> tanh_of(Vec<float> x) {
+  const Vec<float> a = x < 0.0f ? -x : x, x2 = x * x;
+  // |x| < 0.3: Taylor series; beyond: 1 - 2 / (exp(2 |x|) + 1), where nothing cancels
+  Vec<float> y = splat(-1382.0f / 155925.0f);
+  y = y * x2 + 62.0f / 2835.0f;
+  y = y * x2 - 17.0f / 315.0f;
+  y = y * x2 + 2.0f / 15.0f;
+  y = y * x2 - 1.0f / 3.0f;
+  const Vec<float> small = x + x * x2 * y;
+  const Vec<float> clipped = a > 20.0f ? splat(20.0f) : a;
+  const Vec<float> large = 1.0f - 2.0f / (exp2_of(clipped * 2.88539008178f) + 1.0f);
+  return a < 0.3f ? small : (x < 0.0f ? -large : large);
+}
+
+CTK_INLINE Vec<double> tanh_of(Vec<double> x) {
+  for (int i = 0; i < LANES<double>; ++i) x[i] = std::tanh(x[i]);
+  return x;
+}
+
+// ---- storage types ------------------------------------------------------------------------------------------------
+
+CTK_INLINE float bits_to_float(uint32_t u) {
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+
+CTK_INLINE uint32_t float_to_bits(float f) {
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  return u;
+}
+
+CTK_INLINE float from_bf16(uint16_t x) { return bits_to_float(uint32_t(x) << 16); }
+
+CTK_INLINE uint16_t to_bf16(float f) {  // round to nearest even
+  const uint32_t u = float_to_bits(f);
+  const uint32_t rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
+  return uint16_t((u & 0x7FFFFFFFu) > 0x7F800000u ? (u >> 16) | 0x40u : rounded);
+}
+
+CTK_INLINE float from_f16(uint16_t x) {
+#ifdef __F16C__
+  return _cvtsh_ss(x);
+#else
+  // shift exponent and fraction into place, then let a multiplication rebias (exact for subnormals, too)
+  const uint32_t sign = uint32_t(x & 0x8000u) << 16, magnitude = uint32_t(x & 0x7FFFu) << 13;
+  const float scaled = bits_to_float(magnitude) * 0x1p112f;
+  const uint32_t special = (x & 0x7C00u) == 0x7C00u ? 0x7F800000u : 0u;  // infinity and NaN keep their exponent
+  return bits_to_float(float_to_bits(scaled) | special | sign);
+#endif
+}
+
+CTK_INLINE uint16_t to_f16(float f) {
+#ifdef __F16C__
+  return _cvtss_sh(f, 0);
+#else
+  const uint32_t u = float_to_bits(f), sign = (u >> 16) & 0x8000u;
+  const float a = bits_to_float(u & 0x7FFFFFFFu);
+  if (!(a < 65520.0f)) return uint16_t(sign | (a != a ? 0x7E00u : 0x7C00u));
+  if (a < 0x1p-14f)  // subnormal: adding 0.5 leaves the value, rounded to multiples of 2^-24, in the low bits
+    return uint16_t(sign | (float_to_bits(a + 0.5f) - float_to_bits(0.5f)));
+  const uint32_t m = float_to_bits(a) - (112u << 23);
+  return uint16_t(sign | ((m + 0xFFFu + ((m >> 13) & 1u)) >> 13));
+#endif
+}
+
+CTK_INLINE float round_to(float x, Type type) {
+  return type == Type::bf16 ? from_bf16(to_bf16(x)) : type == Type::f16 ? from_f16(to_f16(x)) : x;
+}
+
+// n elements of a row at `offset` (in elements) of `t`, in the compute type; fp32 is rounded to `rounding` on the way.
+template <typename C>
+void load_row(C* dst, const Tensor4& t, int64_t offset, int64_t n, Type rounding) {
+  switch (t.type) {
+    case Type::f64: {
+      const double* src = static_cast<const double*>(t.data) + offset;
+      for (int64_t i = 0; i < n; ++i) dst[i] = C(src[i]);
+      return;
+    }
+    case Type::f32: {
+      const float* src = static_cast<const float*>(t.data) + offset;
+      if (rounding == Type::bf16)
+        for (int64_t i = 0; i < n; ++i) dst[i] = C(from_bf16(to_bf16(src[i])));
+      else if (rounding == Type::f16)
+        for (int64_t i = 0; i < n; ++i) dst[i] = C(from_f16(to_f16(src[i])));
+      else
+        for (int64_t i = 0; i < n; ++i) dst[i] = C(src[i]);
+      return;
+    }
+    case Type::bf16: {
+      const uint16_t* src = static_cast<const uint16_t*>(t.data) + offset;
+      for (int64_t i = 0; i < n; ++i) dst[i] = C(from_bf16(src[i]));
+      return;
+    }
+    case Type::f16: {
+      const uint16_t* src = static_cast<const uint16_t*>(t.data) + offset;
+      for (int64_t i = 0; i < n; ++i) dst[i] = C(from_f16(src[i]));
+      return;
+    }
+  }
+}
+
+// The inverse: factor * src, rounded to the type of `t`.
+template <typename C>
+void store_row(const Tensor4& t, int64_t offset, const C* src, int64_t n, C factor) {
+  switch (t.type) {
+    case Type::f64: {
+      double* dst = static_cast<double*>(t.data) + offset;
+      for (int64_t i = 0; i < n; ++i) dst[i] = double(src[i] * factor);
+      return;
+    }
+    case Type::f32: {
+      float* dst = static_cast<float*>(t.data) + offset;
+      for (int64_t i = 0; i < n; ++i) dst[i] = float(src[i] * factor);
+      return;
+    }
+    case Type::bf16: {
+      uint16_t* dst = static_cast<uint16_t*>(t.data) + offset;
+      for (int64_t i = 0; i < n; ++i) dst[i] = to_bf16(float(src[i] * factor));
+      return;
+    }
+    case Type::f16: {
+      uint16_t* dst = static_cast<uint16_t*>(t.data) + offset;
+      for (int64_t i = 0; i < n; ++i) dst[i] = to_f16(float(src[i] * factor));
+      return;
+    }
+  }
+}

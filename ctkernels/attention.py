@@ -1,0 +1,406 @@
+"""The public op: attention of many short rows over one shared, trainable KV prefix.
+
+Reading order: this file (arguments, checks, docs) -> mask.py -> dispatch.py (which backend, why) -> ops.py (registered
+operators, autograd) -> one backend.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ctkernels import dispatch, ops, reference
+from ctkernels.mask import ContextMask
+from ctkernels.problem import Problem
+
+MAX_HEAD_DIM = 256
+ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    mask: ContextMask | None = None,
+    *,
+    prefix_index: Tensor | None = None,
+    prefix_lens: Tensor | None = None,
+    seq_lens: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    window_prefix: bool = True,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    prefix_bias: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of B rows over the concatenation `[shared prefix | the row's own keys]`.
+
+    For query i of row b and head h, over the visible keys j:
+
+        logit_j = softcap(scale * <q_i, key_j>) + prefix_bias_j - alibi_slopes_h * distance(i, j)
+        out_i = sum_j softmax_j(logit) value_j        lse_i = log sum_j exp(logit_j)
+
+    Prefix keys are all in the past; own key t is visible to the query at own position i iff t <= i; `mask` hides
+    context positions. Two rows of three tokens that leave out their own demonstration (`#` visible, `.` not):
+
+        prefix     demo 0  demo 1  demo 2 | own keys
+        row 0      ....    ####    ####   | #..
+                   ....    ####    ####   | ##.
+                   ....    ####    ####   | ###
+        row 2      ####    ####    ....   | #..   and so on
+
+    The prefix has no batch dimension: it is read in place by all rows, and its gradient is the sum over all rows, all
+    their queries and all heads of a KV group, accumulated in fp32 (fp64) in a fixed order: same inputs, same bits.
+
+    Args:
+        q: `[B, H, S, D]`, fp32, bf16, fp16 (fp64 on CPU), D <= 256; any strides with a contiguous last dimension.
+        k, v: `[B, Hk, T, D]`, type of q, T >= S, H divisible by Hk. With T > S (decoding) the queries are the last S of
+            a row's valid keys.
+        prefix_k, prefix_v: `[Hk, P, D]`, or `[G, Hk, P, D]` for G prefixes. Type of q, or fp32 with bf16/fp16 rows
+            (then rounded on load, with an fp32 gradient).
+        mask: context mask (leave-one-out spans, token dropout, explicit pattern).
+        prefix_index: integer `[B]`, which of the G prefixes a row reads.
+        prefix_lens: integer `[G]`, valid length of each prefix (default P).
+        seq_lens: integer `[B]`, valid own keys of each row, right padding (default T). Padding queries get out = 0 and
+            lse = -inf.
+        causal: False lets a query see every valid own key.
+        scale: factor of the logits (default 1/sqrt(D)).
+        window: a query sees only keys less than `window` positions back, counted along `[prefix | own keys]`.
+        window_prefix: False exempts the prefix from the window.
+        softcap: c > 0 replaces a logit x by c * tanh(x / c).
+        alibi_slopes: `[H]`, fp32, not differentiable.
+        prefix_bias: `[P]`, `[H, P]` or `[G, H, P]`, floating, added to the logits of prefix keys; differentiable.
+        return_lse: also return lse `[B, H, S]`, fp32 (fp64 for fp64), natural logarithm; differentiable.
+        backend: None or "auto", "reference", "cpu". A named backend is used or refused, never replaced.
+
+    Returns:
+        out `[B, H, S, D]` in q's type, or (out, lse). A query that sees no key gets out = 0, lse = -inf.
+
+    Raises:
+        ValueError, TypeError: a violated precondition, named, before any kernel runs.
+        RuntimeError: second derivatives are asked of a kernel backend.
+
+    Source: Context Tuning for In-Context Optimization, arXiv 2507.04221.
+    """
+    _check_rank("q", q, 4, "[B, H, S, D]")
+    _check_rank("k", k, 4, "[B, Hk, T, D]")
+    _check_rank("v", v, 4, "[B, Hk, T, D]")
+    if k.shape[0] != q.shape[0]:
+        raise ValueError(f"k must have q's batch size {q.shape[0]}, got shape {tuple(k.shape)}")
+    if k.shape[2] < q.shape[2]:
+        raise ValueError(f"k must have at least as many positions as q (T >= S = {q.shape[2]}), got T = {k.shape[2]}")
+    return _attend(
+        q,
+        k,
+        v,
+        prefix_k,
+        prefix_v,
+        mask,
+        cu_seqlens=None,
+        seq_lens=seq_lens,
+        prefix_index=prefix_index,
+        prefix_lens=prefix_lens,
+        causal=causal,
+        scale=scale,
+        window=window,
+        window_prefix=window_prefix,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        prefix_bias=prefix_bias,
+        return_lse=return_lse,
+        backend=backend,
+    )
+
+
+def prefix_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    mask: ContextMask | None = None,
+    *,
+    prefix_index: Tensor | None = None,
+    prefix_lens: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    window_prefix: bool = True,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    prefix_bias: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`prefix_attention` over rows packed one after another, without padding.
+
+    Args:
+        q: `[N, H, D]`, N tokens of all rows together.
+        k, v: `[N, Hk, D]`.
+        cu_seqlens: int32 `[B+1]`, row b is tokens cu_seqlens[b] to cu_seqlens[b+1]; starts at 0, never decreases, ends
+            at N.
+        Everything else as in `prefix_attention`.
+
+    Returns:
+        out `[N, H, D]`, or (out, lse) with lse `[N, H]`.
+
+    Raises:
+        ValueError, TypeError: a violated precondition, named, before any kernel runs.
+    """
+    _check_rank("q", q, 3, "[N, H, D]")
+    _check_rank("k", k, 3, "[N, Hk, D]")
+    _check_rank("v", v, 3, "[N, Hk, D]")
+    if k.shape[0] != q.shape[0]:
+        raise ValueError(f"k must have q's {q.shape[0]} tokens, got shape {tuple(k.shape)}")
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be an int32 tensor [B+1], got {_kind(cu_seqlens)}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens must be an int32 tensor [B+1], got shape {tuple(cu_seqlens.shape)}")
+    result = _attend(
+        *(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)),
+        prefix_k,
+        prefix_v,
+        mask,
+        cu_seqlens=cu_seqlens,
+        seq_lens=None,
+        prefix_index=prefix_index,
+        prefix_lens=prefix_lens,
+        causal=causal,
+        scale=scale,
+        window=window,
+        window_prefix=window_prefix,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        prefix_bias=prefix_bias,
+        return_lse=return_lse,
+        backend=backend,
+    )
+    if not return_lse:
+        return result.squeeze(0).transpose(0, 1)
+    out, lse = result
+    return out.squeeze(0).transpose(0, 1), lse.squeeze(0).transpose(0, 1)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    mask: ContextMask | None,
+    *,
+    cu_seqlens: Tensor | None,
+    seq_lens: Tensor | None,
+    prefix_index: Tensor | None,
+    prefix_lens: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    window: int | None,
+    window_prefix: bool,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    prefix_bias: Tensor | None,
+    return_lse: bool,
+    backend: str | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Both public calls in one form: q `[B, H, S, D]`, or `[1, H, N, D]` with cu_seqlens."""
+    q, k, v = _autocast(q, k, v)
+    _check_rows(q, k, v)
+    if isinstance(prefix_k, Tensor) and isinstance(prefix_v, Tensor) and prefix_k.dim() == prefix_v.dim() == 3:
+        prefix_k, prefix_v = prefix_k.unsqueeze(0), prefix_v.unsqueeze(0)
+    _check_prefix(q, k, prefix_k, prefix_v)
+    G, _, P, D = prefix_k.shape
+    rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if mask is None:
+        mask = ContextMask()
+    elif not isinstance(mask, ContextMask):
+        raise TypeError(f"mask must be a ContextMask or None, got {_kind(mask)}")
+    context_length = P if mask.length is None else mask.length
+    for name, tensor, size in (
+        ("prefix_index", prefix_index, rows),
+        ("seq_lens", seq_lens, rows),
+        ("prefix_lens", prefix_lens, G),
+        ("mask.row_ids", mask.row_ids, rows),
+    ):
+        _check_vector(name, tensor, size, q.device)
+    _check_vector("cu_seqlens", cu_seqlens, rows + 1, q.device)
+    if prefix_index is None and G != 1 and rows:
+        raise ValueError(f"prefix_index must be given for G = {G} prefixes, got None")
+    _check_mask(mask, rows, context_length, q.device)
+    prefix_bias = _check_bias(prefix_bias, G, q.shape[1], P, q)
+    _check_slopes(alibi_slopes, q)
+    for name, flag in (("causal", causal), ("window_prefix", window_prefix)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be a bool, got {_kind(flag)}")
+    problem = Problem(
+        alibi_slopes=alibi_slopes,
+        cu_seqlens=cu_seqlens,
+        seq_lens=seq_lens,
+        prefix_index=prefix_index,
+        prefix_lens=prefix_lens,
+        hidden=mask.hidden,
+        row_ids=mask.row_ids,
+        keep=mask.keep,
+        context_length=context_length,
+        drop_p=float(mask.drop_p),
+        seed=mask.seed if mask.seed < 2**63 else mask.seed - 2**64,
+        scale=_check_number("scale", scale, 1.0 / math.sqrt(max(D, 1))),
+        causal=causal,
+        window=_check_window(window),
+        window_prefix=window_prefix,
+        softcap=_check_softcap(softcap),
+        backend=dispatch.choose(backend, q.device),
+    )
+    # kernels read any strides in place as long as the last dimension is contiguous
+    q, k, v, prefix_k, prefix_v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, prefix_k, prefix_v))
+    if problem.backend == "reference":
+        if not torch.compiler.is_compiling():
+            ops.check_values(q, k, prefix_k, problem)
+        with torch.autocast(q.device.type, enabled=False):
+            out, lse = reference.prefix_attention(q, k, v, prefix_k, prefix_v, prefix_bias, problem)
+    else:
+        out, lse = ops.prefix_attention(q, k, v, prefix_k, prefix_v, prefix_bias, *problem)
+    return (out, lse) if return_lse else out
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast rows as autocast casts the inputs of scaled_dot_product_attention; the prefix keeps its master type."""
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+
+
+def _check_rank(name: str, x: Tensor, rank: int, shape: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor {shape}, got {_kind(x)}")
+    if x.dim() != rank:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
+
+
+def _check_rows(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.dtype not in ROW_DTYPES:
+        raise TypeError(f"q must be fp32, bf16, fp16 or fp64, got {q.dtype}")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} must have q's type {q.dtype}, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
+        if x.shape[3] != q.shape[3]:
+            raise ValueError(f"{name} must have q's head dimension D = {q.shape[3]}, got {x.shape[3]}")
+    if k.shape != v.shape:
+        raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
+    H, Hk, D = q.shape[1], k.shape[1], q.shape[3]
+    if not 1 <= D <= MAX_HEAD_DIM:
+        raise ValueError(f"q must have a head dimension D in [1, {MAX_HEAD_DIM}], got {D}")
+    if Hk == 0 or H % Hk:
+        raise ValueError(f"q's heads H must be a multiple of k's heads Hk >= 1, got H = {H}, Hk = {Hk}")
+
+
+def _check_prefix(q: Tensor, k: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> None:
+    Hk, D = k.shape[1], k.shape[3]
+    for name, x in (("prefix_k", prefix_k), ("prefix_v", prefix_v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor [Hk, P, D] or [G, Hk, P, D], got {_kind(x)}")
+        if x.dim() != 4:
+            raise ValueError(f"{name} must have shape [Hk, P, D] or [G, Hk, P, D], got {tuple(x.shape)}")
+        if x.shape[1] != Hk or x.shape[3] != D:
+            raise ValueError(f"{name} must have Hk = {Hk} heads of dimension D = {D} as k has, got {tuple(x.shape)}")
+        if x.dtype != q.dtype and not (x.dtype == torch.float32 and q.dtype in (torch.bfloat16, torch.float16)):
+            raise TypeError(f"{name} must have q's type {q.dtype}, or fp32 with bf16/fp16 rows, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
+    if prefix_k.shape != prefix_v.shape:
+        raise ValueError(f"prefix_v must have prefix_k's shape {tuple(prefix_k.shape)}, got {tuple(prefix_v.shape)}")
+    if prefix_k.dtype != prefix_v.dtype:
+        raise TypeError(f"prefix_v must have prefix_k's type {prefix_k.dtype}, got {prefix_v.dtype}")
+
+
+def _check_vector(name: str, x: Tensor | None, size: int, device: torch.device) -> None:
+    if x is None:
+        return
+    if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be an int32 or int64 tensor [{size}], got {_kind(x)}")
+    if x.dim() != 1 or x.shape[0] != size:
+        raise ValueError(f"{name} must have shape [{size}], got {tuple(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"{name} must be on q's device {device}, got {x.device}")
+
+
+def _check_mask(mask: ContextMask, rows: int, context_length: int, device: torch.device) -> None:
+    for name, x, shape in (
+        ("mask.hidden", mask.hidden, (rows, 2)),
+        ("mask.keep", mask.keep, (rows, context_length)),
+    ):
+        if x is None:
+            continue
+        if tuple(x.shape) != shape:
+            raise ValueError(f"{name} must have shape {list(shape)}, got {tuple(x.shape)}")
+        if x.device != device:
+            raise ValueError(f"{name} must be on q's device {device}, got {x.device}")
+
+
+def _check_bias(bias: Tensor | None, G: int, H: int, P: int, q: Tensor) -> Tensor | None:
+    """Bring the bias to `[1 or G, 1 or H, P]`."""
+    if bias is None:
+        return None
+    if not isinstance(bias, Tensor) or not bias.is_floating_point():
+        raise TypeError(f"prefix_bias must be a floating tensor [P], [H, P] or [G, H, P], got {_kind(bias)}")
+    if bias.device != q.device:
+        raise ValueError(f"prefix_bias must be on q's device {q.device}, got {bias.device}")
+    if tuple(bias.shape) not in {(P,), (H, P), (G, H, P)}:
+        raise ValueError(f"prefix_bias must have shape [{P}], [{H}, {P}] or [{G}, {H}, {P}], got {tuple(bias.shape)}")
+    return bias.reshape((1,) * (3 - bias.dim()) + tuple(bias.shape))
+
+
+def _check_slopes(slopes: Tensor | None, q: Tensor) -> None:
+    if slopes is None:
+        return
+    if not isinstance(slopes, Tensor) or not slopes.is_floating_point():
+        raise TypeError(f"alibi_slopes must be a floating tensor [H], got {_kind(slopes)}")
+    if tuple(slopes.shape) != (q.shape[1],):
+        raise ValueError(f"alibi_slopes must have shape [{q.shape[1]}], got {tuple(slopes.shape)}")
+    if slopes.device != q.device:
+        raise ValueError(f"alibi_slopes must be on q's device {q.device}, got {slopes.device}")
+    if slopes.requires_grad:
+        raise ValueError("alibi_slopes must not require a gradient, since none is computed; pass alibi_slopes.detach()")
+
+
+def _check_number(name: str, value: float | None, default: float) -> float:
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {_kind(value)}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
+
+
+def _check_window(window: int | None) -> int:
+    if window is None:
+        return 0
+    if isinstance(window, bool) or not isinstance(window, (int, torch.SymInt)):
+        raise TypeError(f"window must be an integer >= 1 or None, got {_kind(window)}")
+    if window < 1:
+        raise ValueError(f"window must be an integer >= 1 or None, got {window}")
+    return window
+
+
+def _check_softcap(softcap: float | None) -> float:
+    value = _check_number("softcap", softcap, 0.0)
+    if softcap is not None and value <= 0:
+        raise ValueError(f"softcap must be > 0 or None, got {softcap}")
+    return value
+
+
+def _kind(value: object) -> str:
+    return str(value.dtype) + f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

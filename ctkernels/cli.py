@@ -1,0 +1,240 @@
+"""The command `ctkernels`: `tune`, `eval` and `env`.
+
+Exit status: 0 done; 1 the run failed (a full disk, a loss that is not finite); 2 wrong usage or unusable data, said in
+one line; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ctkernels.config import EvalConfig, ModelOptions, TuneConfig, UsageError, as_yaml, parse
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+HELP = """usage: ctkernels COMMAND [OPTIONS]
+
+  tune   tune a prefix on the demonstrations of a task and save it
+  eval   evaluate zero-shot, ICL, ct-kv or saved prefixes on test items
+  env    versions, CPU features, and which backends are available
+
+`ctkernels COMMAND --help` lists the options; `--config FILE` reads them from a YAML file."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its status."""
+    sys.exit(run(sys.argv[1:] if argv is None else list(argv)))
+
+
+def run(argv: list[str]) -> int:
+    """Run the command line; returns the exit status."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(HELP)
+        return 0 if argv else 2
+    name, rest = argv[0], argv[1:]
+    commands = {"tune": tune_command, "eval": eval_command, "env": env_command}
+    try:
+        if name not in commands:
+            raise UsageError(f"unknown command {name!r}; the commands are {', '.join(commands)}")
+        with _plain_warnings():
+            commands[name](rest)
+    except KeyboardInterrupt:
+        return _complain("interrupted; `ctkernels tune --resume` continues from the last checkpoint", 130)
+    except (ValueError, TypeError) as error:
+        return _complain(error, 2)
+    except (OSError, ArithmeticError) as error:
+        return _complain(error, 1)
+    return 0
+
+
+def tune_command(argv: list[str]) -> None:
+    """`ctkernels tune`: train, save the prefix and its history."""
+    config = parse(TuneConfig, "ctkernels tune", argv)
+    if config.out is None:
+        raise UsageError("out is required: the folder of the results (--out)")
+    settings = config.settings(config.method)
+    demonstrations = config.load("train", config.train)
+    if (config.out / "checkpoint").exists() and not config.resume:
+        raise UsageError(f"{config.out} already holds a run; add --resume to continue it, or choose another --out")
+    model, tokenizer = load_model(config)
+
+    from ctkernels.tuning.progress import epoch_bar
+    from ctkernels.tuning.storage import atomic_write_bytes, atomic_write_json
+    from ctkernels.tuning.trainer import tune
+
+    atomic_write_bytes(config.out / "config.yaml", as_yaml(config).encode())
+    with epoch_bar(settings.epochs) as on_epoch:
+        result = tune(
+            model,
+            tokenizer,
+            demonstrations,
+            config.method,
+            settings,
+            config.text_format(),
+            checkpoint_dir=config.out / "checkpoint",
+            checkpoint_every=config.checkpoint_every,
+            resume=config.resume,
+            on_epoch=on_epoch,
+        )
+    result.prefix.save_pretrained(config.out / "prefix")
+    atomic_write_json(config.out / "history.json", [asdict(record) for record in result.history])
+    if result.history:
+        first, last = result.history[0], result.history[-1]
+        seconds = sum(record.seconds for record in result.history)
+        print(f"loss {first.loss:.4f} -> {last.loss:.4f} in {last.epoch} epochs, {seconds:.1f} s")
+    print(f"saved {config.out / 'prefix'}: {result.prefix.length} tokens")
+
+
+def eval_command(argv: list[str]) -> None:
+    """`ctkernels eval`: scores of methods and saved prefixes, as a table and JSON."""
+    config = parse(EvalConfig, "ctkernels eval", argv)
+    if not config.methods and not config.prefix:
+        raise UsageError("give methods (such as zero-shot icl ct-kv) or prefix (saved folders), or both")
+    settings = {name: config.settings(name) for name in config.methods}
+    items = config.load("test", config.test)[: config.limit]
+    needs_train = any(name != "zero-shot" for name in config.methods)
+    demonstrations = config.load("train", config.train) if needs_train else []
+    model, tokenizer = load_model(config)
+
+    from ctkernels.tuning.evaluate import evaluate_prefix
+    from ctkernels.tuning.prefix import KVPrefix
+    from ctkernels.tuning.progress import epoch_bar
+    from ctkernels.tuning.trainer import tune
+
+    results = []
+    for name in [*config.methods, *config.prefix]:
+        started = time.perf_counter()
+        if isinstance(name, Path):
+            prefix = KVPrefix.from_pretrained(name, model, tokenizer)
+        else:
+            with epoch_bar(settings[name].epochs) as on_epoch:
+                tuned = tune(
+                    model, tokenizer, demonstrations, name, settings[name], config.text_format(), on_epoch=on_epoch
+                )
+            prefix = tuned.prefix
+        ready = time.perf_counter()
+        scores = evaluate_prefix(
+            model,
+            tokenizer,
+            items,
+            prefix,
+            by=config.by,
+            text_format=config.text_format(),
+            max_new_tokens=config.max_new_tokens,
+            backend=config.backend,
+        )
+        seconds = {"seconds_start": ready - started, "seconds_eval": time.perf_counter() - ready}
+        results.append({"name": str(name), **asdict(scores), **seconds})
+    print_scores(results)
+    if config.out is not None:
+        from ctkernels.tuning.storage import atomic_write_json
+
+        atomic_write_json(config.out, {"model": config.model, "results": results})
+
+
+def env_command(argv: list[str]) -> None:
+    """`ctkernels env`: what this machine offers."""
+    if argv:
+        raise UsageError(f"env takes no arguments, got {argv[0]!r}")
+    for name, value in environment().items():
+        if isinstance(value, dict):
+            print(f"{name}:")
+            for key, entry in value.items():
+                print(f"  {key + ':':14} {entry}")
+        else:
+            print(f"{name + ':':16} {value}")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, CPU features, threads, and each backend with the reason if it is unavailable."""
+    from importlib import metadata
+
+    import torch
+
+    import ctkernels
+    from ctkernels import dispatch
+
+    versions = {"ctkernels": ctkernels.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    for package in ("transformers", "tokenizers", "safetensors"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "versions": versions,
+        "platform": platform.platform(),
+        "cpu": dispatch.cpu_info(),
+        "threads": torch.get_num_threads(),
+        "backends": {
+            name: "available" if reason is None else f"unavailable: {reason}"
+            for name, reason in dispatch.availability().items()
+        },
+    }
+
+
+def load_model(options: ModelOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and its tokenizer.
+
+    Raises:
+        UsageError: no such model, or one that does not load.
+    """
+    if not options.model:
+        raise UsageError("model is required: a directory or a hub id (--model)")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    try:
+        device = torch.device(options.device)
+    except RuntimeError:
+        raise UsageError(f"device must be a torch device such as cpu or cuda:0, got {options.device!r}") from None
+    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot load the model {options.model!r}: {error}") from None
+    return model.to(device).eval(), tokenizer
+
+
+def print_scores(results: Sequence[dict[str, Any]]) -> None:
+    """A table of evaluation results on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*("", "metric", "score", "accuracy", "gold loss", "items", "start s", "eval s"))
+    for r in results:
+        numbers = (f"{r['score']:.3f}", f"{r['accuracy']:.3f}", f"{r['gold_loss']:.3f}", str(r["items"]))
+        table.add_row(r["name"], r["metric"], *numbers, f"{r['seconds_start']:.1f}", f"{r['seconds_eval']:.1f}")
+    Console().print(table)
+
+
+def _complain(error: object, status: int) -> int:
+    """One line on stderr."""
+    print(f"ctkernels: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return status
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show the package's warnings as one line each, without source code."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"ctkernels: warning: {message}", file=sys.stderr)
+        yield
+
+
+if __name__ == "__main__":
+    main()

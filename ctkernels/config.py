@@ -1,0 +1,242 @@
+"""What `ctkernels tune` and `ctkernels eval` can be told: flat settings, as flags or as keys of a YAML file.
+
+`--lr 1e-3` on the command line is `lr: 1e-3` in the file; flags win over the file. An unknown key or flag is refused
+with the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_type_hints
+
+from ctkernels.tuning.data import Demonstration, TextFormat, load_jsonl, load_metaicl
+from ctkernels.tuning.methods import get_method
+from ctkernels.tuning.settings import TrainSettings
+
+
+class UsageError(ValueError):
+    """A wrong command line or configuration file; the message is one line."""
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and how it is run."""
+
+    model: str = ""
+    """Directory or hub id of a causal language model with its tokenizer (required)."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the weights; auto is the checkpoint's own."""
+    device: str = "cpu"
+    """Torch device, such as cpu or cuda:0."""
+    threads: int | None = None
+    """CPU threads; default: torch's choice."""
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The task: one JSONL file per split, or a folder in the MetaICL layout with task and seed."""
+
+    train: Path | None = None
+    """JSONL of the demonstrations: input, output and perhaps options on each line."""
+    metaicl: Path | None = None
+    """Folder with TASK/TASK_SHOTS_SEED_{train,dev,test}.jsonl, instead of JSONL files."""
+    task: str = ""
+    """Task in the MetaICL folder."""
+    task_seed: int = 100
+    """Seed in the MetaICL file names."""
+    shots: int = 16
+    """Shots in the MetaICL file names."""
+    delimiter: str = " "
+    """Text between input and output and between demonstrations; must be exactly one token."""
+    max_pair_tokens: int = 256
+    """Most tokens of one input/output pair; a longer input loses its end."""
+    bos: bool | None = None
+    """Start with the BOS token; default: as the tokenizer does."""
+
+    def text_format(self) -> TextFormat:
+        """How pairs become tokens."""
+        return TextFormat(self.delimiter, self.max_pair_tokens, self.bos)
+
+    def load(self, split: Literal["train", "test"], file: Path | None) -> list[Demonstration]:
+        """The pairs of a split, from `file` or the MetaICL folder."""
+        if (file is None) == (self.metaicl is None):
+            raise UsageError(f"give either {split} (a JSONL file) or metaicl (a folder), and not both")
+        if file is not None:
+            return load_jsonl(file)
+        if not self.task:
+            raise UsageError("metaicl needs task, the name of one of its tasks")
+        return load_metaicl(self.metaicl or "", self.task, self.task_seed, split, self.shots)
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Settings of the training loop; what is not given is the method's default."""
+
+    epochs: int | None = None
+    """Passes over all demonstrations, one optimiser step each."""
+    lr: float | None = None
+    """Peak learning rate; it falls to 0 along a cosine."""
+    drop_p: float | None = None
+    """Token dropout: how likely a row does not see a context token in an epoch."""
+    leave_one_out: bool | None = None
+    """Hide each row's own demonstration from it."""
+    learn_stop: bool | None = None
+    """Also train the delimiter after the answer, so that generation learns where to stop."""
+    clip_norm: float | None = None
+    """Largest gradient norm."""
+    seed: int | None = None
+    """Seed of token dropout; the same seed gives the same bits."""
+    layout: Literal["packed", "padded"] | None = None
+    """Rows back to back without padding, or as a right-padded batch."""
+    max_tokens: int | None = None
+    """Most tokens of one micro-batch."""
+    backend: str | None = None
+    """Backend of the attention op; default: the best available one (see `ctkernels env`)."""
+
+    def settings(self, method: str) -> TrainSettings:
+        """The settings of `method` with the given ones replaced."""
+        given = {f.name: getattr(self, f.name) for f in fields(TrainOptions)}
+        return get_method(method).settings(**{name: value for name, value in given.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class TuneConfig(TrainOptions, DataOptions, ModelOptions):
+    """Tune a prefix on the demonstrations of a task and save it.
+
+    Writes OUT/prefix (the tuned prefix), OUT/history.json (loss, learning rate, gradient norm and seconds per epoch),
+    OUT/config.yaml (these settings; `--config OUT/config.yaml` runs them again) and OUT/checkpoint.
+    """
+
+    out: Path | None = None
+    """Folder of the results (required)."""
+    method: str = "ct-kv"
+    """What to tune: a method of the table in ctkernels/tuning/methods."""
+    checkpoint_every: int = 5
+    """Replace the checkpoint after so many epochs."""
+    resume: bool = False
+    """Continue from OUT/checkpoint, if there is one; the result has the same bits as an uninterrupted run."""
+
+
+@dataclass(frozen=True)
+class EvalConfig(TrainOptions, DataOptions, ModelOptions):
+    """Evaluate methods or saved prefixes on the test items of a task.
+
+    Items with options are scored by option loss (macro-F1 or accuracy as in MetaICL), others by greedy generation and
+    exact match. Prints a table; `--out FILE.json` also writes the scores with all predictions.
+    """
+
+    test: Path | None = None
+    """JSONL of the test items."""
+    methods: tuple[str, ...] = ()
+    """Methods to run and evaluate: zero-shot, icl, ct-kv; those with demonstrations need them (train or metaicl)."""
+    prefix: tuple[Path, ...] = ()
+    """Folders of saved prefixes to evaluate."""
+    by: Literal["options", "generation"] | None = None
+    """How to evaluate; default: by options if every item has some."""
+    max_new_tokens: int = 32
+    """Longest generated answer."""
+    limit: int | None = None
+    """Evaluate only the first so many items."""
+    out: Path | None = None
+    """JSON file of the scores."""
+
+
+Config = TypeVar("Config", TuneConfig, EvalConfig)
+
+
+def parse(kind: type[Config], prog: str, argv: Sequence[str]) -> Config:
+    """A configuration from flags and, with `--config FILE`, a YAML file below them.
+
+    Raises:
+        UsageError: an unknown flag or key, a value of the wrong type, or a file that is not a flat mapping.
+        SystemExit: with status 0, after --help.
+    """
+    import tyro
+
+    file, flags = _take_config_flag(list(argv))
+    arguments = (yaml_arguments(kind, file) if file else []) + flags
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            config, unknown = tyro.cli(kind, prog=prog, args=arguments, return_unknown_args=True)
+    except SystemExit as stop:
+        if stop.code:
+            raise UsageError(_first_sentence(complaint.getvalue())) from None
+        raise
+    if unknown:
+        name = unknown[0].split("=")[0]
+        if not name.startswith("--"):
+            raise UsageError(f"unexpected argument {name!r}")
+        raise UsageError(f"unknown option {name}{_nearest(name[2:].replace('-', '_'), kind, '--')}")
+    return config
+
+
+def yaml_arguments(kind: type, path: str) -> list[str]:
+    """The keys of a YAML file as command-line arguments, so that one parser types and checks both."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} must map names to values, got {type(values).__name__}")
+    types = get_type_hints(kind)
+    names = {f.name for f in fields(kind)}
+    arguments: list[str] = []
+    for key, value in values.items():
+        if key not in names:
+            raise UsageError(f"{path}: unknown key {key!r}{_nearest(str(key), kind, '')}")
+        if isinstance(value, dict):
+            raise UsageError(f"{path}: {key} must be a plain value, got a mapping")
+        if value is None:
+            continue  # the default
+        if types[key] is bool and isinstance(value, bool):
+            arguments.append(f"--{key}" if value else f"--no_{key}")
+        elif isinstance(value, list):
+            arguments += [f"--{key}", *map(str, value)]
+        else:
+            arguments.append(f"--{key}={value}")
+    return arguments
+
+
+def as_yaml(config: TuneConfig | EvalConfig) -> str:
+    """The configuration as a YAML file that `--config` accepts."""
+    import yaml
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [plain(v) for v in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return yaml.safe_dump({name: plain(value) for name, value in asdict(config).items()}, sort_keys=False)
+
+
+def _take_config_flag(argv: list[str]) -> tuple[str | None, list[str]]:
+    for i, arg in enumerate(argv):
+        if arg.startswith("--config="):
+            return arg.removeprefix("--config="), argv[:i] + argv[i + 1 :]
+        if arg == "--config":
+            if i + 1 == len(argv):
+                raise UsageError("--config needs a file")
+            return argv[i + 1], argv[:i] + argv[i + 2 :]
+    return None, argv
+
+
+def _first_sentence(box: str) -> str:
+    """The message of the flag parser, which draws it into a box with help texts below a rule."""
+    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
+    end = next((i for i, line in enumerate(lines) if not line or line.startswith("──")), len(lines))
+    return " ".join(lines[:end]) or "wrong usage"
+
+
+def _nearest(name: str, kind: type, dashes: str) -> str:
+    close = difflib.get_close_matches(name, [f.name for f in fields(kind)] + ["config"], n=1)
+    return f"; did you mean {dashes}{close[0].replace('_', '-') if dashes else close[0]}?" if close else ""

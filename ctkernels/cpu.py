@@ -1,0 +1,71 @@
+"""CPU backend: the C++ kernels of `csrc/cpu`, bound by `python_bindings/cpu.cpp`."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ctkernels.problem import Problem
+
+ISA_VARIABLE = "CTKERNELS_CPU_ISA"
+
+
+@cache
+def unavailable() -> str | None:
+    """None if the compiled extension is loaded, else the reason in words."""
+    folder = Path(__file__).parent
+    library = next((f for s in EXTENSION_SUFFIXES if (f := folder / f"_C{s}").exists()), None)
+    if library is None:
+        return "the C++ extension is not built; run `pip install -e .` (needs a C++17 compiler)"
+    try:
+        torch.ops.load_library(str(library))
+        wanted = os.environ.get(ISA_VARIABLE)
+        if wanted:
+            torch.ops.ctkernels.set_cpu_isa(wanted)
+    except (OSError, RuntimeError, ValueError) as error:
+        return f"the C++ extension {library.name} does not load: {error}"
+    return None
+
+
+def isas() -> list[str]:
+    """Instruction sets: the one in use, then all that this machine can run, best first."""
+    reason = unavailable()
+    if reason is not None:
+        raise RuntimeError(reason)
+    return torch.ops.ctkernels.cpu_isa()
+
+
+def set_isa(name: str) -> None:
+    """Choose the instruction set of later calls. Raises ValueError if this machine cannot run it."""
+    isas()
+    torch.ops.ctkernels.set_cpu_isa(name)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, prefix_bias: Tensor | None, problem: Problem
+) -> tuple[Tensor, Tensor]:
+    return torch.ops.ctkernels.cpu_forward(q, k, v, prefix_k, prefix_v, prefix_bias, *problem[:-1])
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    prefix_bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    needs: list[bool],
+    problem: Problem,
+) -> tuple[Tensor, ...]:
+    return torch.ops.ctkernels.cpu_backward(
+        dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, *problem[:-1]
+    )

@@ -1,0 +1,89 @@
+"""Which backend computes a call, and why. One table; backends never import one another."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from functools import cache
+from types import ModuleType
+
+import torch
+
+# name -> (module, device types it serves). "auto" takes the first available one that accepts the call.
+BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "cpu": ("ctkernels.cpu", ("cpu",)),
+    "reference": ("ctkernels.reference", ()),  # () = every device
+}
+
+
+def load(name: str) -> ModuleType:
+    """The module of a backend. A kernel backend provides `unavailable() -> str | None` (the reason in words),
+    `forward(q, k, v, prefix_k, prefix_v, prefix_bias, problem)` and `backward(...)` as in `ops.py`."""
+    return importlib.import_module(BACKENDS[name][0])
+
+
+@cache
+def _unavailable(name: str) -> str | None:
+    return None if name == "reference" else load(name).unavailable()
+
+
+def availability() -> dict[str, str | None]:
+    """Every backend's name -> None if it can be used on this machine, else the reason in words."""
+    return {name: _unavailable(name) for name in BACKENDS}
+
+
+def refusal(name: str, device: torch.device) -> str | None:
+    """Why backend `name` cannot compute on `device`, or None."""
+    devices = BACKENDS[name][1]
+    if devices and device.type not in devices:
+        return f"it computes on {', '.join(devices)} tensors, got {device.type}"
+    return _unavailable(name)
+
+
+@torch.compiler.assume_constant_result  # torch.compile keeps the answer, not the look-up
+def choose(backend: str | None, device: torch.device) -> str:
+    """The backend of a call. A named one is used or refused with the reason; "auto" says when it falls back.
+
+    Raises:
+        ValueError: an unknown backend, or one that cannot serve this call.
+    """
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend must be a string or None, got {type(backend).__name__}")
+    if backend not in (None, "auto"):
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
+        reason = refusal(backend, device)
+        if reason is not None:
+            raise ValueError(f"backend={backend!r} is unavailable: {reason}")
+        return backend
+    for name in BACKENDS:
+        if refusal(name, device) is None:
+            if name == "reference":
+                _warn_fallback(device.type)
+            return name
+    raise AssertionError("the reference backend accepts every call")
+
+
+@cache
+def _warn_fallback(device_type: str) -> None:
+    reasons = "; ".join(
+        f"{name}: {refusal(name, torch.device(device_type))}" for name in BACKENDS if name != "reference"
+    )
+    warnings.warn(f"ctkernels uses the slow reference backend on {device_type} ({reasons})", stacklevel=5)
+
+
+def cpu_info() -> dict[str, object]:
+    """Threads, and the instruction set of the CPU kernels: in use and possible (None and [] if they are not built)."""
+    built = _unavailable("cpu") is None
+    in_use, *possible = load("cpu").isas() if built else [None]
+    return {"threads": torch.get_num_threads(), "isa": in_use, "isa_available": possible}
+
+
+def set_cpu_isa(name: str) -> None:
+    """Choose the instruction set of the CPU kernels: "portable", "avx2" or "avx512".
+
+    Raises:
+        ValueError: this machine cannot run it.
+        RuntimeError: the extension is not built.
+    """
+    load("cpu").set_isa(name)

@@ -1,0 +1,137 @@
+"""Registered operators: schemas, fakes, autograd. Forward and backward are both ops, so that torch.compile, opcheck,
+selective checkpointing and profilers see them by name.
+
+The ops take q `[B, H, S, D]`, k and v `[B, Hk, T, D]` (B = 1 and rows packed along S and T with cu_seqlens), prefixes
+`[G, Hk, P, D]`, a bias `[1 or G, 1 or H, P]`, and the fields of `Problem` in order. They check the values that index
+memory, and hand the call to the backend that `dispatch.choose` named.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ctkernels import dispatch
+from ctkernels.mask import check_row_ids, check_spans
+from ctkernels.problem import Problem, compute_dtype, row_count
+
+PROBLEM_SCHEMA = (
+    "Tensor? alibi_slopes, Tensor? cu_seqlens, Tensor? seq_lens, Tensor? prefix_index, Tensor? prefix_lens, "
+    "Tensor? hidden, Tensor? row_ids, Tensor? keep, SymInt context_length, float drop_p, SymInt seed, float scale, "
+    "bool causal, SymInt window, bool window_prefix, float softcap, str backend"
+)
+INPUTS_SCHEMA = "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor? prefix_bias"
+INPUT_COUNT = 6
+PROBLEM_TENSORS = 8
+
+torch.library.define("ctkernels::prefix_attention", f"({INPUTS_SCHEMA}, {PROBLEM_SCHEMA}) -> (Tensor out, Tensor lse)")
+torch.library.define(
+    "ctkernels::prefix_attention_backward",
+    f"(Tensor dout, Tensor? dlse, {INPUTS_SCHEMA}, Tensor out, Tensor lse, bool[{INPUT_COUNT}] needs, "
+    f"{PROBLEM_SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dprefix_k, Tensor dprefix_v, Tensor dprefix_bias)",
+)
+prefix_attention = torch.ops.ctkernels.prefix_attention.default
+prefix_attention_backward = torch.ops.ctkernels.prefix_attention_backward.default
+
+
+@torch.library.impl("ctkernels::prefix_attention", ("cpu", "cuda"))
+def _forward(q, k, v, prefix_k, prefix_v, prefix_bias, *fields):
+    problem = Problem(*fields)
+    check_values(q, k, prefix_k, problem)
+    return dispatch.load(problem.backend).forward(q, k, v, prefix_k, prefix_v, prefix_bias, problem)
+
+
+@torch.library.impl("ctkernels::prefix_attention_backward", ("cpu", "cuda"))
+def _backward(dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, *fields):
+    problem = Problem(*fields)
+    check_values(q, k, prefix_k, problem)
+    return dispatch.load(problem.backend).backward(
+        dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, problem
+    )
+
+
+@torch.library.register_fake("ctkernels::prefix_attention")
+def _forward_fake(q, k, v, prefix_k, prefix_v, prefix_bias, *fields):
+    return empty_rows(q), q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype))
+
+
+@torch.library.register_fake("ctkernels::prefix_attention_backward")
+def _backward_fake(dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, *fields):
+    return empty_gradients(q, k, v, prefix_k, prefix_v, prefix_bias, needs)
+
+
+def empty_rows(x: Tensor) -> Tensor:
+    """Uninitialised `[B, H, S, D]` in memory order B, S, H, D: what the layers around attention read and write."""
+    B, H, S, D = x.shape
+    return x.new_empty(B, S, H, D).transpose(1, 2)
+
+
+def empty_gradients(q, k, v, prefix_k, prefix_v, prefix_bias, needs) -> tuple[Tensor, ...]:
+    """Uninitialised gradients; one that is not needed has zero elements."""
+    rows = [empty_rows(x) if need else x.new_empty(0) for x, need in zip((q, k, v), needs[:3], strict=True)]
+    shared = [
+        x.new_empty(x.shape if need else 0)
+        for x, need in zip((prefix_k, prefix_v, q if prefix_bias is None else prefix_bias), needs[3:], strict=True)
+    ]
+    return (*rows, *shared)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    out, lse = output
+    ctx.save_for_backward(*inputs[: INPUT_COUNT + PROBLEM_TENSORS], out, lse)
+    ctx.settings = inputs[INPUT_COUNT + PROBLEM_TENSORS :]
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * (INPUT_COUNT + len(Problem._fields))
+    if dout is None and dlse is None:
+        return nothing
+    saved = ctx.saved_tensors
+    inputs, tensors = saved[:INPUT_COUNT], saved[INPUT_COUNT : INPUT_COUNT + PROBLEM_TENSORS]
+    out, lse = saved[INPUT_COUNT + PROBLEM_TENSORS :]
+    if dout is None:
+        dout = torch.zeros_like(out)
+    needs = list(ctx.needs_input_grad[:INPUT_COUNT])
+    grads = prefix_attention_backward(dout, dlse, *inputs, out, lse, needs, *tensors, *ctx.settings)
+    return tuple(g if need else None for g, need in zip(grads, needs, strict=True)) + nothing[INPUT_COUNT:]
+
+
+def _refuse_second_derivative(ctx, *grads: Tensor | None):
+    raise RuntimeError(
+        "ctkernels.prefix_attention has no second derivative in its kernel backends; use backend='reference'"
+    )
+
+
+torch.library.register_autograd("ctkernels::prefix_attention", _differentiate, setup_context=_setup_context)
+torch.library.register_autograd("ctkernels::prefix_attention_backward", _refuse_second_derivative)
+
+
+def check_values(q: Tensor, k: Tensor, prefix_k: Tensor, problem: Problem) -> None:
+    """Refuse indices and lengths that would leave memory or mean nothing. Reads values, hence only CPU tensors;
+    kernels on other devices clamp."""
+    if q.device.type != "cpu":
+        return
+    check_spans(problem.hidden, problem.context_length)
+    check_row_ids(problem.row_ids)
+    G, P, T = prefix_k.shape[0], prefix_k.shape[2], k.shape[2]
+    _check_range("prefix_index", problem.prefix_index, G - 1)
+    _check_range("prefix_lens", problem.prefix_lens, P)
+    _check_range("seq_lens", problem.seq_lens, T)
+    if problem.prefix_index is None and G == 0 and row_count(q, problem):
+        raise ValueError("prefix_k must hold at least one prefix (G >= 1) when there are rows, got G = 0")
+    cu_seqlens = problem.cu_seqlens
+    if cu_seqlens is not None:
+        steps = cu_seqlens.diff()
+        if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != q.shape[2] or bool((steps < 0).any()):
+            raise ValueError(
+                f"cu_seqlens must start at 0, never decrease and end at N = {q.shape[2]}, got {cu_seqlens.tolist()}"
+            )
+
+
+def _check_range(name: str, x: Tensor | None, last: int) -> None:
+    if x is None or x.numel() == 0:
+        return
+    low, high = (int(value) for value in x.aminmax())
+    if low < 0 or high > last:
+        raise ValueError(f"{name} must be in [0, {last}], got {low if low < 0 else high}")

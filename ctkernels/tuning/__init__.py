@@ -1,0 +1,31 @@
+"""Context Tuning of transformers models: data, prefixes, methods, the trainer and the evaluation.
+
+Names are imported when they are first used, so that `import ctkernels` needs neither transformers nor safetensors.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "data": ("DataError", "Demonstration", "TextFormat", "encode_context", "encode_rows", "load_jsonl", "load_metaicl"),
+    "evaluate": ("EvalResult", "evaluate_prefix"),
+    "methods": ("METHODS", "Method", "get_method"),
+    "prefix": ("KVPrefix",),
+    "settings": ("TrainSettings",),
+    "trainer": ("EpochRecord", "TrainingError", "TuneResult", "train_prefix", "tune"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

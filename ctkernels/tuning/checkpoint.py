@@ -1,0 +1,122 @@
+"""One file that holds everything a run needs to go on: parameters, optimiser state, history, and what it was run with.
+
+The file is replaced in one step, so a run killed at any moment leaves the checkpoint before or the one after, never a
+mixture. Resuming under other settings, data or another model is refused by the name of what differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ctkernels.tuning.storage import atomic_file
+
+FILE_NAME = "checkpoint.safetensors"
+FORMAT = "ctkernels-checkpoint-1"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, or that belongs to another run."""
+
+
+class Checkpoint:
+    """The checkpoint of one run in `folder`.
+
+    Args:
+        folder: directory of the checkpoint file.
+        run: what the run depends on, as JSON values by name (settings, data, model); compared when resuming.
+    """
+
+    def __init__(self, folder: str | Path, run: Mapping[str, Any]) -> None:
+        self.path = Path(folder) / FILE_NAME
+        self.run = dict(run)
+
+    def exists(self) -> bool:
+        """Whether there is a checkpoint to resume from."""
+        return self.path.is_file()
+
+    def save(self, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, history: list[dict]) -> None:
+        """Replace the checkpoint by the state after `len(history)` epochs.
+
+        Raises:
+            OSError: the disk is full or not writable; the checkpoint before stays whole.
+        """
+        tensors = {f"parameter/{name}": p.detach() for name, p in parameters.items()}
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{index}/{key}": value for key, value in state.items()}
+        tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
+        metadata = {"format": FORMAT, "run": json.dumps(self.run), "history": json.dumps(history)}
+        self._remove_leftovers()
+        with atomic_file(self.path) as temporary:
+            save_file(tensors, temporary, metadata)
+
+    def load(self, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> list[dict]:
+        """Restore parameters and optimiser in place and return the history.
+
+        Raises:
+            CheckpointError: not a checkpoint, of another run, or of other shapes.
+        """
+        metadata, tensors = self._read()
+        self._refuse_other_run(json.loads(metadata["run"]))
+        saved = {name.removeprefix("parameter/"): t for name, t in tensors.items() if name.startswith("parameter/")}
+        shapes = {name: (t.shape, t.dtype) for name, t in saved.items()}
+        if shapes != {name: (p.shape, p.dtype) for name, p in parameters.items()}:
+            raise CheckpointError(f"{self.path} holds parameters of other names, shapes or types than this run's")
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer/"):
+                _, index, key = name.split("/")
+                state.setdefault(int(index), {})[key] = tensor
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(saved[name])
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        return json.loads(metadata["history"])
+
+    def _read(self) -> tuple[dict[str, str], dict[str, Tensor]]:
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise CheckpointError(f"{self.path} is not a checkpoint of this version of ctkernels")
+                return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"cannot read the checkpoint {self.path}: {error}") from None
+
+    def _refuse_other_run(self, saved: dict[str, Any]) -> None:
+        now = json.loads(json.dumps(self.run))
+        differing = [name for name in sorted({*saved, *now}) if saved.get(name) != now.get(name)]
+        if differing:
+            changes = "; ".join(f"{name} was {saved.get(name)!r} and is now {now.get(name)!r}" for name in differing)
+            raise CheckpointError(
+                f"cannot resume from {self.path}: {changes}; restore what differs, or start again elsewhere"
+            )
+
+    def _remove_leftovers(self) -> None:
+        """Remove temporary files of a run that was killed while it wrote."""
+        for leftover in self.path.parent.glob(f".{FILE_NAME}.*.tmp"):
+            leftover.unlink(missing_ok=True)
+
+
+def fingerprint(parts: Iterable[Any]) -> str:
+    """A short hash of values with a faithful repr."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(repr(part).encode() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """A short hash of a model's parameter names, shapes, types and the first few values of each."""
+    return fingerprint(
+        (name, tuple(p.shape), str(p.dtype), p.detach().flatten()[:16].double().tolist())
+        for name, p in model.named_parameters()
+    )

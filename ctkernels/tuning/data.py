@@ -1,0 +1,322 @@
+"""Demonstrations: reading them, refusing unusable ones by file and line, and turning them into tokens.
+
+Two layouts are read, both one JSON object per line with `input`, `output` and perhaps `options`:
+
+    load_jsonl("train.jsonl")
+    load_metaicl("DIR", task="sick", seed=13, split="train")    # DIR/sick/sick_16_13_train.jsonl
+
+Tokens (`_` is the delimiter, one token; x, y are tokenised on their own, so nothing merges across a border):
+
+    context        x0 _ y0  _ x1 _ y1  _ x2 _ y2        a row of demonstration 1:   _ x1 _ y1
+    segments      |        |          |          |      its labels:                        y1
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+METAICL_SPLITS = ("train", "dev", "test")
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message starts with the place, `FILE:LINE`, where there is one."""
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """One pair of a task; a test item is the same thing.
+
+    Args:
+        input: what the model reads; not blank.
+        output: what it should answer; not blank.
+        options: the answers to choose from, if the task is one of choice; they contain `output` and no duplicates.
+        source: where the pair comes from (`FILE:LINE`), for messages alone.
+
+    Raises:
+        TypeError: a field of the wrong type.
+        ValueError: a blank field, fewer than two options, duplicates among them, an output that is not one of them.
+    """
+
+    input: str
+    output: str
+    options: tuple[str, ...] | None = None
+    source: str | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("input", "output"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                raise TypeError(f"{name} must be a string, got {_show(value)}")
+            if not value.strip():
+                raise ValueError(f"{name} must not be blank, got {value!r}")
+        if self.options is None:
+            return
+        if not isinstance(self.options, (list, tuple)):
+            raise TypeError(f"options must be a list of strings, got {_show(self.options)}")
+        object.__setattr__(self, "options", tuple(self.options))
+        for option in self.options:
+            if not isinstance(option, str):
+                raise TypeError(f"options must be strings, got {_show(option)}")
+            if not option.strip():
+                raise ValueError(f"options must not be blank, got {option!r}")
+        if len(self.options) < 2:
+            raise ValueError(f"options must name at least two answers, got {list(self.options)}")
+        if len(set(self.options)) < len(self.options):
+            raise ValueError(f"options must differ from one another, got {list(self.options)}")
+        if self.output not in self.options:
+            raise ValueError(f"output {self.output!r} is not one of the options {list(self.options)}")
+
+
+def parse_demonstration(record: Any, source: str) -> Demonstration:
+    """A demonstration from one decoded JSON value; fields besides `input`, `output`, `options` are ignored.
+
+    Raises:
+        DataError: anything that makes it unusable, prefixed with `source`.
+    """
+    if not isinstance(record, dict):
+        raise DataError(f"{source}: expected an object with input and output, got {_show(record)}")
+    for name in ("input", "output"):
+        if name not in record:
+            raise DataError(f"{source}: the field {name!r} is missing; the fields are {sorted(record)}")
+    options = record.get("options")
+    try:
+        # MetaICL writes "options": [] where a task has no choices
+        return Demonstration(record["input"], record["output"], None if options == [] else options, source)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{source}: {error}") from None
+
+
+def load_jsonl(path: str | Path) -> list[Demonstration]:
+    """All pairs of a JSONL file (UTF-8, one object per line; blank lines are skipped).
+
+    Raises:
+        DataError: a file that cannot be read or holds no pair; the first unusable line, as `FILE:LINE: why`.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+    demonstrations = []
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        source = f"{path}:{number}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            if text:
+                demonstrations.append(parse_demonstration(json.loads(text), source))
+        except UnicodeDecodeError as error:
+            raise DataError(f"{source}: not UTF-8 at byte {error.start + 1} of the line") from None
+        except json.JSONDecodeError as error:
+            raise DataError(f"{source}: not a JSON object: {error.msg} at column {error.colno}") from None
+    if not demonstrations:
+        raise DataError(f"{path}: the file holds no input/output pair")
+    return demonstrations
+
+
+def load_metaicl(folder: str | Path, task: str, seed: int, split: str, shots: int = 16) -> list[Demonstration]:
+    """One split of a task in the MetaICL layout, `FOLDER/TASK/TASK_SHOTS_SEED_SPLIT.jsonl`.
+
+    Raises:
+        DataError: an unknown task, seed or split (the message lists what is there); as `load_jsonl`.
+    """
+    folder = Path(folder)
+    if split not in METAICL_SPLITS:
+        raise DataError(f"split must be one of {', '.join(METAICL_SPLITS)}, got {split!r}")
+    if not (folder / task).is_dir():
+        tasks = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+        raise DataError(f"{folder} has no task {task!r}; {_list('tasks there', tasks)}")
+    path = folder / task / f"{task}_{shots}_{seed}_{split}.jsonl"
+    if not path.is_file():
+        found = sorted(p.name for p in path.parent.glob("*.jsonl"))
+        raise DataError(f"{path.parent} has no file {path.name}; {_list('files there', found)}")
+    return load_jsonl(path)
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """How pairs become tokens.
+
+    Args:
+        delimiter: text between input and output and between pairs; it must be exactly one token.
+        max_pair_tokens: most tokens of one pair (input, delimiter, output); a longer input loses its end.
+        bos: whether a sequence starts with the tokenizer's BOS token; None does what the tokenizer itself does.
+    """
+
+    delimiter: str = " "
+    max_pair_tokens: int = 256
+    bos: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_pair_tokens < 3:
+            raise ValueError(f"max_pair_tokens must be at least 3, got {self.max_pair_tokens}")
+
+
+@dataclass(frozen=True)
+class EncodedContext:
+    """The concatenated demonstrations.
+
+    input_ids: int64 [P].  segments: int64 [K+1]; demonstration i is `input_ids[segments[i]:segments[i + 1]]`, its
+    leading delimiter included. A BOS token comes before the first segment, so that no row hides it.
+    """
+
+    input_ids: Tensor
+    segments: Tensor
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence to run against the prefix, and the answers to score in it.
+
+    tokens: what the model is fed: the prompt and the answer without its last token (which predicts nothing).
+    answers: token lists that share all but their last token, hence one run scores all of them.
+    held_out: the demonstration this row must not see, or -1.  source: for messages.
+    """
+
+    tokens: tuple[int, ...]
+    answers: tuple[tuple[int, ...], ...]
+    held_out: int = -1
+    source: str | None = None
+
+    @property
+    def first_label(self) -> int:
+        """Index of the token whose logits predict the first answer token."""
+        return len(self.tokens) - len(self.answers[0])
+
+
+class PairEncoder:
+    """The tokens of pairs under one tokenizer and one `TextFormat`.
+
+    Raises:
+        ValueError: the tokenizer does not turn the delimiter into exactly one known token, or BOS is asked of a
+            tokenizer without one.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text_format: TextFormat | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.format = text_format or TextFormat()
+        self.cut_sources: list[str] = []
+        delimiter = self.encode(self.format.delimiter)
+        if len(delimiter) != 1 or delimiter[0] == tokenizer.unk_token_id:
+            raise ValueError(
+                f"delimiter must be exactly one token; this tokenizer turns {self.format.delimiter!r} into "
+                f"{delimiter}; choose another delimiter, such as '\\n'"
+            )
+        self.delimiter = delimiter[0]
+        bos = tokenizer.bos_token_id
+        if self.format.bos and bos is None:
+            raise ValueError("bos=True, but the tokenizer has no BOS token")
+        use_bos = self.format.bos
+        if use_bos is None:
+            use_bos = bos is not None and list(tokenizer("a").input_ids[:1]) == [bos]
+        self.start: tuple[int, ...] = (bos,) if use_bos else ()
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Tokens of a text, without special tokens."""
+        return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+    def answer(self, demonstration: Demonstration, output: str) -> tuple[int, ...]:
+        """Tokens of an output or option."""
+        tokens = self.encode(output)
+        if not tokens:
+            raise DataError(f"{_place(demonstration)}the output {output!r} has no tokens under this tokenizer")
+        if len(tokens) > self.format.max_pair_tokens - 2:
+            raise DataError(
+                f"{_place(demonstration)}the output alone has {len(tokens)} tokens; with max_pair_tokens="
+                f"{self.format.max_pair_tokens} no room is left for the input"
+            )
+        return tokens
+
+    def prompt(self, demonstration: Demonstration, longest_answer: int) -> tuple[int, ...]:
+        """Tokens of the input and the delimiter after it, the input cut to leave room for `longest_answer` tokens."""
+        tokens = self.encode(demonstration.input)
+        if not tokens:
+            raise DataError(
+                f"{_place(demonstration)}the input {demonstration.input!r} has no tokens under this tokenizer"
+            )
+        room = self.format.max_pair_tokens - longest_answer - 1
+        if len(tokens) > room:
+            self.cut_sources.append(demonstration.source or repr(demonstration.input[:30]))
+        return (*tokens[:room], self.delimiter)
+
+    def report_cuts(self) -> None:
+        """Warn about inputs that were cut since the last report."""
+        if self.cut_sources:
+            shown = ", ".join(self.cut_sources[:5]) + (", ..." if len(self.cut_sources) > 5 else "")
+            warnings.warn(
+                f"{len(self.cut_sources)} inputs lost their end to keep a pair within "
+                f"{self.format.max_pair_tokens} tokens: {shown}",
+                stacklevel=3,
+            )
+            self.cut_sources.clear()
+
+
+def encode_context(
+    tokenizer: PreTrainedTokenizerBase,
+    demonstrations: Sequence[Demonstration],
+    text_format: TextFormat | None = None,
+) -> EncodedContext:
+    """The demonstrations as one context. No demonstrations give the BOS token, or an empty context.
+
+    Raises:
+        DataError: a pair without tokens, or an output that leaves no room for its input.
+        ValueError: a delimiter that is not one token.
+    """
+    encoder = PairEncoder(tokenizer, text_format)
+    tokens = list(encoder.start)
+    segments = [len(tokens)]
+    for i, demonstration in enumerate(demonstrations):
+        answer = encoder.answer(demonstration, demonstration.output)
+        tokens += (encoder.delimiter,) if i > 0 else ()
+        tokens += encoder.prompt(demonstration, len(answer)) + answer
+        segments.append(len(tokens))
+    encoder.report_cuts()
+    return EncodedContext(torch.tensor(tokens, dtype=torch.long), torch.tensor(segments))
+
+
+def encode_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    demonstrations: Sequence[Demonstration],
+    text_format: TextFormat | None = None,
+    learn_stop: bool = False,
+) -> list[Row]:
+    """Training rows, one per demonstration: `_ x _ y`, with y as labels.
+
+    `learn_stop` makes the delimiter after the answer a label, too, so that generation learns where to stop.
+
+    Raises:
+        as `encode_context`.
+    """
+    encoder = PairEncoder(tokenizer, text_format)
+    rows = []
+    for i, demonstration in enumerate(demonstrations):
+        answer = encoder.answer(demonstration, demonstration.output)
+        prompt = (encoder.delimiter, *encoder.prompt(demonstration, len(answer)))
+        labels = (*answer, encoder.delimiter) if learn_stop else answer
+        rows.append(Row(prompt + labels[:-1], (labels,), held_out=i, source=demonstration.source))
+    encoder.report_cuts()
+    return rows
+
+
+def _place(demonstration: Demonstration) -> str:
+    return f"{demonstration.source}: " if demonstration.source else ""
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value, default=repr)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def _list(what: str, names: list[str]) -> str:
+    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    return f"{what}: {shown}" if names else f"no {what}"

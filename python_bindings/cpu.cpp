@@ -1,0 +1,227 @@
+// Torch side of the CPU backend: turns tensors into Params and registers the operators that ctkernels/cpu.py calls.
+// Arguments have been checked in Python (attention.py for shapes and types, ops.py for values).
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "../csrc/cpu/select.h"
+
+namespace {
+
+using at::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+ctk::Type type_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat: return ctk::Type::f32;
+    case at::kDouble: return ctk::Type::f64;
+    case at::kBFloat16: return ctk::Type::bf16;
+    case at::kHalf: return ctk::Type::f16;
+    default: TORCH_CHECK_TYPE(false, "expected a floating tensor, got ", t.scalar_type());
+  }
+}
+
+ctk::Tensor4 tensor4(const Tensor& t) {
+  return {t.data_ptr(), type_of(t), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+MaybeTensor as_int64(const MaybeTensor& t) {
+  return t ? MaybeTensor(t->to(at::kLong).contiguous()) : std::nullopt;
+}
+
+int64_t element(const MaybeTensor& t, int64_t i, int64_t otherwise) {
+  return t ? t->const_data_ptr<int64_t>()[i] : otherwise;
+}
+
+ctk::cpu::Pool pool() {
+  const int workers = at::get_num_threads();
+  return {workers, [workers](const std::function<void(int)>& body) {
+            at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+              for (int64_t worker = begin; worker < end; ++worker) body(int(worker));
+            });
+          }};
+}
+
+// The fields of ctkernels.problem.Problem but the backend's name, in order.
+struct Problem {
+  MaybeTensor alibi_slopes, cu_seqlens, seq_lens, prefix_index, prefix_lens, hidden, row_ids, keep;
+  int64_t context_length;
+  double drop_p;
+  int64_t seed;
+  double scale;
+  bool causal;
+  int64_t window;
+  bool window_prefix;
+  double softcap;
+};
+
+// Params, and everything that its pointers point into.
+struct Call {
+  ctk::Params p{};
+  std::vector<ctk::Row> rows;
+  Tensor bias, alibi, keep;
+  at::ScalarType compute;
+
+  Call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_k, const Tensor& prefix_v,
+       const MaybeTensor& prefix_bias, const Problem& problem) {
+    compute = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    p.H = q.size(1), p.D = q.size(3), p.Hk = k.size(1), p.G = prefix_k.size(0), p.P = prefix_k.size(2);
+    p.q = tensor4(q), p.k = tensor4(k), p.v = tensor4(v);
+    p.prefix_k = tensor4(prefix_k), p.prefix_v = tensor4(prefix_v);
+    if (prefix_bias) {
+      bias = prefix_bias->detach().to(compute).contiguous();
+      p.bias = bias.const_data_ptr();
+      p.bias_prefix = bias.size(0) > 1 ? bias.stride(0) : 0;
+      p.bias_head = bias.size(1) > 1 ? bias.stride(1) : 0;
+      p.bias_token = 1;
+    }
+    if (problem.alibi_slopes) {
+      alibi = problem.alibi_slopes->to(at::kFloat).contiguous();
+      p.alibi = alibi.const_data_ptr<float>();
+    }
+    p.scale = problem.scale, p.softcap = problem.softcap;
+    p.causal = problem.causal, p.window = problem.window, p.window_prefix = problem.window_prefix;
+    p.rule = {problem.context_length, uint32_t(std::floor(problem.drop_p * 4294967296.0)), uint64_t(problem.seed)};
+    set_rows(q, k, problem);
+  }
+
+  void set_rows(const Tensor& q, const Tensor& k, const Problem& problem) {
+    const MaybeTensor cu_seqlens = as_int64(problem.cu_seqlens), seq_lens = as_int64(problem.seq_lens);
+    const MaybeTensor index = as_int64(problem.prefix_index), prefix_lens = as_int64(problem.prefix_lens);
+    const MaybeTensor hidden = as_int64(problem.hidden), ids = as_int64(problem.row_ids);
+    if (problem.keep) keep = problem.keep->contiguous();
+    p.B = cu_seqlens ? cu_seqlens->size(0) - 1 : q.size(0);
+    const int64_t S = q.size(2), T = k.size(2);
+    rows.resize(p.B);
+    for (int64_t b = 0; b < p.B; ++b) {
+      ctk::Row& row = rows[b];
+      if (cu_seqlens) {
+        row.token = element(cu_seqlens, b, 0);
+        row.queries = row.keys = element(cu_seqlens, b + 1, 0) - row.token;
+      } else {
+        row.batch = b;
+        row.keys = element(seq_lens, b, T);
+        row.queries = T == S ? row.keys : S;
+        row.offset = T == S ? 0 : row.keys - S;
+      }
+      row.prefix = element(index, b, 0);
+      row.prefix_len = element(prefix_lens, row.prefix, p.P);
+      row.context.id = uint32_t(element(ids, b, b));
+      row.context.hidden_start = element(hidden, 2 * b, 0);
+      row.context.hidden_end = element(hidden, 2 * b + 1, 0);
+      if (keep.defined())
+        row.context.keep = reinterpret_cast<const uint8_t*>(keep.const_data_ptr<bool>()) + b * keep.size(1);
+      p.max_own = std::max(p.max_own, row.keys);
+    }
+    p.rows = rows.data();
+  }
+};
+
+// [B, H, S, D] in memory order B, S, H, D
+Tensor empty_rows(const Tensor& x, bool zero) {
+  const auto sizes = {x.size(0), x.size(2), x.size(1), x.size(3)};
+  return (zero ? at::zeros(sizes, x.options()) : at::empty(sizes, x.options())).transpose(1, 2);
+}
+
+#define PROBLEM_ARGS                                                                                              \
+  const MaybeTensor &alibi_slopes, const MaybeTensor &cu_seqlens, const MaybeTensor &seq_lens,                    \
+      const MaybeTensor &prefix_index, const MaybeTensor &prefix_lens, const MaybeTensor &hidden,                 \
+      const MaybeTensor &row_ids, const MaybeTensor &keep, int64_t context_length, double drop_p, int64_t seed,   \
+      double scale, bool causal, int64_t window, bool window_prefix, double softcap
+#define PROBLEM                                                                                                  \
+  Problem {                                                                                                      \
+    alibi_slopes, cu_seqlens, seq_lens, prefix_index, prefix_lens, hidden, row_ids, keep, context_length, drop_p, \
+        seed, scale, causal, window, window_prefix, softcap                                                      \
+  }
+
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_k,
+                                   const Tensor& prefix_v, const MaybeTensor& prefix_bias, PROBLEM_ARGS) {
+  Call call(q, k, v, prefix_k, prefix_v, prefix_bias, PROBLEM);
+  const bool padded = seq_lens.has_value();
+  Tensor out = empty_rows(q, padded);
+  Tensor lse = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(call.compute));
+  if (padded) lse.fill_(-std::numeric_limits<double>::infinity());
+  call.p.out = tensor4(out), call.p.lse = tensor4(lse);
+  ctk::cpu::selected()->forward(call.p, pool());
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& dout, const MaybeTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
+    const Tensor& prefix_k, const Tensor& prefix_v, const MaybeTensor& prefix_bias, const Tensor& out, const Tensor& lse,
+    std::array<bool, 6> needs, PROBLEM_ARGS) {
+  Call call(q, k, v, prefix_k, prefix_v, prefix_bias, PROBLEM);
+  ctk::Params& p = call.p;
+  const bool padded = seq_lens.has_value();
+  const Tensor dout_rows = dout.stride(3) == 1 ? dout : dout.contiguous();
+  const Tensor lse_rows = lse.contiguous(), dlse_rows = dlse ? dlse->to(call.compute).contiguous() : Tensor();
+  p.out = tensor4(out), p.lse = tensor4(lse_rows), p.dout = tensor4(dout_rows);
+  if (dlse) p.dlse = tensor4(dlse_rows);
+
+  Tensor dq, dk, dv, dprefix_k, dprefix_v, dbias;
+  if (needs[0]) dq = empty_rows(q, padded), p.dq = tensor4(dq);
+  if (needs[1]) dk = empty_rows(k, padded), p.dk = tensor4(dk);
+  if (needs[2]) dv = empty_rows(v, padded), p.dv = tensor4(dv);
+  // units of work add to the prefix gradients, in the compute type
+  const auto options = q.options().dtype(call.compute);
+  if (needs[3]) dprefix_k = at::zeros(prefix_k.sizes(), options), p.dprefix_k = tensor4(dprefix_k);
+  if (needs[4]) dprefix_v = at::zeros(prefix_v.sizes(), options), p.dprefix_v = tensor4(dprefix_v);
+  if (needs[5]) {
+    dbias = at::zeros({p.G, p.H, p.P}, options);
+    p.dbias = dbias.data_ptr(), p.dbias_prefix = dbias.stride(0), p.dbias_head = dbias.stride(1);
+  }
+  ctk::cpu::selected()->backward(p, pool());
+
+  const auto finish = [](const Tensor& grad, const Tensor& like) {
+    return grad.defined() ? grad.to(like.scalar_type()) : at::empty({0}, like.options());
+  };
+  if (needs[5]) dbias = dbias.sum_to_size(prefix_bias->sizes());
+  return {finish(dq, q), finish(dk, k), finish(dv, v), finish(dprefix_k, prefix_k), finish(dprefix_v, prefix_v),
+          finish(dbias, prefix_bias ? *prefix_bias : q)};
+}
+
+std::vector<std::string> cpu_isa() {
+  std::vector<std::string> names{ctk::cpu::selected()->name};
+  for (const ctk::cpu::Kernels* kernels : ctk::cpu::available()) names.emplace_back(kernels->name);
+  return names;
+}
+
+void set_cpu_isa(const std::string& name) {
+  std::string known;
+  for (const ctk::cpu::Kernels* kernels : ctk::cpu::available()) {
+    if (name == kernels->name) {
+      ctk::cpu::selected() = kernels;
+      return;
+    }
+    known += (known.empty() ? "" : ", ") + std::string(kernels->name);
+  }
+  TORCH_CHECK_VALUE(false, "the instruction set must be one of ", known, " on this machine, got '", name, "'");
+}
+
+}  // namespace
+
+#define PROBLEM_SCHEMA                                                                                     \
+  "Tensor? alibi_slopes, Tensor? cu_seqlens, Tensor? seq_lens, Tensor? prefix_index, Tensor? prefix_lens, " \
+  "Tensor? hidden, Tensor? row_ids, Tensor? keep, int context_length, float drop_p, int seed, float scale, " \
+  "bool causal, int window, bool window_prefix, float softcap"
+
+TORCH_LIBRARY_FRAGMENT(ctkernels, m) {
+  m.def(
+      "cpu_forward(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor? prefix_bias, " PROBLEM_SCHEMA
+      ") -> (Tensor, Tensor)");
+  m.def(
+      "cpu_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, "
+      "Tensor? prefix_bias, Tensor out, Tensor lse, bool[6] needs, " PROBLEM_SCHEMA
+      ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("cpu_isa() -> str[]", cpu_isa);
+  m.def("set_cpu_isa(str name) -> ()", [](std::string name) { set_cpu_isa(name); });
+}
+
+TORCH_LIBRARY_IMPL(ctkernels, CPU, m) {
+  m.impl("cpu_forward", forward);
+  m.impl("cpu_backward", backward);
+}

@@ -1,0 +1,49 @@
+"""Every test of the op runs on every backend that this machine has, through one of two fixtures."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from ctkernels import dispatch
+
+from .backends import Backend, backends, builds
+
+
+def _select(backend: Backend) -> Iterator[Backend]:
+    if backend.isa is None:
+        yield backend
+        return
+    before = dispatch.cpu_info()["isa"]
+    dispatch.set_cpu_isa(backend.isa)
+    yield backend
+    dispatch.set_cpu_isa(before)
+
+
+@pytest.fixture(params=backends(), ids=str)
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Every available backend, in its default build."""
+    yield from _select(request.param)
+
+
+@pytest.fixture(params=builds(), ids=str)
+def build(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Every available backend, the CPU backend once per instruction set: for tests of the arithmetic itself."""
+    yield from _select(request.param)
+
+
+@pytest.fixture(params=[b for b in builds() if b.kernel], ids=str)
+def kernel_build(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Every build of a kernel: for what the reference, which computes through BLAS and autograd, does not promise."""
+    yield from _select(request.param)
+
+
+@pytest.fixture(params=[b for b in backends() if b.kernel], ids=str)
+def kernel_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Every kernel backend, in its default build."""
+    yield from _select(request.param)
+
+
+@pytest.fixture(params=[b for b in builds() if b.double], ids=str)
+def double_build(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Every build that computes in fp64."""
+    yield from _select(request.param)

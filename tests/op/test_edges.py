@@ -1,0 +1,209 @@
+"""Named edge cases, each against the dense oracle, forward and backward, in three types, padded and packed."""
+
+import pytest
+import torch
+
+from .cases import cotangents_for, make_call, run
+from .compare import assert_matches
+
+INF = float("inf")
+
+
+def spans(*pairs: tuple[int, int]) -> torch.Tensor:
+    return torch.tensor(pairs)
+
+
+def integers(*values: int) -> torch.Tensor:
+    return torch.tensor(values)
+
+
+def no(B: int, C: int) -> torch.Tensor:
+    return torch.zeros(B, C, dtype=torch.bool)
+
+
+EDGES = {
+    # sizes
+    "plain": {},
+    "no prefix": dict(P=0),
+    "prefix of one token": dict(P=1),
+    "rows of one token": dict(S=1),
+    "rows of no tokens": dict(S=0),
+    "no rows": dict(B=0),
+    "no rows and no tokens": dict(B=0, S=0, P=0),
+    "no packed rows": dict(lens=[]),
+    "packed rows of no tokens": dict(lens=[0, 0]),
+    "packed rows, some empty": dict(lens=[0, 3, 0, 5, 1, 0]),
+    "no queries but keys": dict(S=0, T=4),
+    "no prefix, rows of one token": dict(P=0, S=1),
+    "head dimension 1": dict(D=1),
+    "head dimension 17": dict(D=17),
+    "head dimension 80": dict(D=80),
+    "head dimension 255": dict(D=255),
+    "head dimension 256": dict(D=256),
+    "seven heads per KV head": dict(H=14, Hk=2),
+    "every head its own KV head": dict(H=5, Hk=5),
+    "long prefix": dict(B=2, P=1100, S=3, H=2, Hk=1),
+    "long row": dict(B=1, P=5, S=300, H=2, Hk=1),
+    "long packed rows": dict(lens=[130, 1, 67, 200], P=70, H=2, Hk=1),
+    "many short rows": dict(B=90, S=2, P=40, H=2, Hk=1),
+    "many packed rows": dict(lens=[i % 4 for i in range(120)], P=40, H=2, Hk=1),
+    # which keys
+    "whole prefix hidden": dict(mask=dict(hidden=spans((0, 11), (0, 11), (0, 11)))),
+    "whole prefix hidden from one row": dict(mask=dict(hidden=spans((0, 0), (0, 11), (3, 5)))),
+    "all tokens dropped": dict(mask=dict(keep=no(3, 11))),
+    "drop_p just below one": dict(mask=dict(drop_p=1 - 2**-53, seed=1)),
+    "empty spans": dict(mask=dict(hidden=spans((0, 0), (11, 11), (4, 4)))),
+    "span, keep and dropout at once": dict(
+        mask=dict(
+            hidden=spans((0, 3), (2, 9), (8, 11)), keep=torch.arange(33).view(3, 11) % 5 > 0, drop_p=0.3, seed=2**64 - 1
+        )
+    ),
+    "context shorter than the prefix": dict(
+        mask=dict(length=4, drop_p=0.6, seed=3, hidden=spans((0, 2), (1, 4), (4, 4)))
+    ),
+    "context of no positions": dict(mask=dict(length=0, drop_p=0.9)),
+    "context reaching into own keys": dict(
+        mask=dict(length=14, hidden=spans((9, 13), (11, 14), (0, 14)), drop_p=0.3, seed=4)
+    ),
+    "context in own keys only": dict(
+        P=0, S=9, mask=dict(length=6, hidden=spans((0, 3), (3, 6), (1, 5)), drop_p=0.2, seed=5)
+    ),
+    "context in packed rows of their own": dict(
+        P=0, lens=[7, 2, 9], mask=dict(length=6, hidden=spans((0, 3), (3, 6), (1, 5)), drop_p=0.2, seed=5)
+    ),
+    "own keys kept by pattern": dict(mask=dict(length=16, keep=torch.arange(48).view(3, 16) % 3 > 0)),
+    "nothing visible to a row": dict(mask=dict(length=16, hidden=spans((0, 16), (0, 0), (2, 16)))),
+    "nothing visible at all": dict(mask=dict(length=16, keep=no(3, 16))),
+    "dropout over many rows": dict(B=40, S=2, P=70, H=2, Hk=1, mask=dict(drop_p=0.5, seed=11)),
+    "leave-one-out over many packed rows": dict(
+        lens=[3, 5, 2, 7, 1, 4] * 6,
+        P=60,
+        H=2,
+        Hk=1,
+        mask=dict(hidden=torch.tensor([[10 * (b % 6), 10 * (b % 6) + 10] for b in range(36)]), drop_p=0.1, seed=6),
+    ),
+    "rows in reverse with their ids": dict(mask=dict(drop_p=0.5, seed=7, row_ids=integers(2, 1, 0))),
+    "large row ids": dict(mask=dict(drop_p=0.5, seed=7, row_ids=integers(2**32 - 1, 2**31, 0))),
+    # several prefixes
+    "three prefixes": dict(G=3, B=5, prefix_index=integers(2, 0, 2, 1, 0)),
+    "a prefix nobody reads": dict(G=3, prefix_index=integers(2, 0, 2)),
+    "int32 indices": dict(G=3, prefix_index=integers(2, 0, 2).int(), seq_lens=integers(5, 1, 2).int()),
+    "ragged prefixes, one empty": dict(G=3, B=4, prefix_index=integers(0, 1, 2, 1), prefix_lens=integers(11, 0, 6)),
+    "ragged prefixes, packed rows": dict(
+        G=3,
+        lens=[4, 2, 5],
+        prefix_index=integers(1, 0, 2),
+        prefix_lens=integers(3, 11, 0),
+        mask=dict(drop_p=0.4, seed=8),
+    ),
+    "ragged prefixes with a window and ALiBi": dict(
+        G=2, prefix_index=integers(0, 1, 0), prefix_lens=integers(4, 9), window=6, alibi_slopes=torch.rand(4)
+    ),
+    "one prefix with an index": dict(G=1, prefix_index=integers(0, 0, 0)),
+    "one short prefix": dict(prefix_lens=integers(4)),
+    # ragged rows and decoding
+    "ragged rows, one empty": dict(seq_lens=integers(0, 5, 2)),
+    "all rows empty": dict(seq_lens=integers(0, 0, 0)),
+    "more keys than queries": dict(S=2, T=9),
+    "decoding one token of ragged rows": dict(S=1, T=9, seq_lens=integers(9, 1, 4)),
+    "decoding two tokens of ragged rows": dict(S=2, T=9, seq_lens=integers(2, 9, 5)),
+    "decoding with a window": dict(S=2, T=30, seq_lens=integers(2, 30, 17), window=9),
+    "decoding with dropout and a span": dict(
+        S=1, T=4, mask=dict(drop_p=0.5, seed=9, hidden=spans((0, 5), (5, 11), (0, 0)))
+    ),
+    # rules and logits
+    "bidirectional": dict(causal=False),
+    "bidirectional ragged rows": dict(causal=False, seq_lens=integers(0, 5, 2)),
+    "bidirectional packed rows with a window": dict(causal=False, lens=[4, 9, 1], window=3),
+    "bidirectional with ALiBi": dict(causal=False, alibi_slopes=torch.rand(4)),
+    "window of one": dict(window=1),
+    "window inside the row": dict(S=20, window=4),
+    "window reaching into the prefix": dict(S=20, P=50, window=15),
+    "window that exempts the prefix": dict(S=20, P=50, window=15, window_prefix=False),
+    "window of one that exempts the prefix": dict(window=1, window_prefix=False),
+    "window larger than everything": dict(window=2**31 - 1),
+    "window over ragged rows": dict(window=5, seq_lens=integers(0, 5, 2)),
+    "window over packed rows": dict(window=9, lens=[20, 3, 11], P=50),
+    "softcap": dict(softcap=0.7),
+    "softcap with a window and a span": dict(softcap=2.0, window=12, mask=dict(hidden=spans((0, 4), (4, 8), (8, 11)))),
+    "ALiBi": dict(alibi_slopes=torch.tensor([0.5, 0.25, 0.0, 2.0])),
+    "ALiBi over packed rows": dict(lens=[4, 9, 1], alibi_slopes=torch.tensor([0.5, 0.25, 0.0, 2.0])),
+    "fp64 ALiBi slopes": dict(alibi_slopes=torch.tensor([0.5, 0.25, 0.125, 2.0], dtype=torch.float64)),
+    "bias per key": dict(bias=(11,)),
+    "bias per head and key": dict(bias=(4, 11)),
+    "bias per prefix, head and key": dict(G=3, bias=(3, 4, 11), prefix_index=integers(2, 0, 2)),
+    "bias shared by prefixes": dict(G=3, bias=(4, 11), prefix_index=integers(2, 0, 1), prefix_lens=integers(3, 0, 11)),
+    "bias of one prefix": dict(bias=(1, 4, 11)),
+    "bias of an empty prefix": dict(P=0, bias=(0,)),
+    "bias with softcap, ALiBi and dropout": dict(
+        bias=(4, 11), softcap=1.0, alibi_slopes=torch.rand(4), mask=dict(drop_p=0.4, seed=10)
+    ),
+    "negative scale": dict(scale=-0.5),
+    "zero scale": dict(scale=0.0),
+    "large scale": dict(scale=30.0),
+    "everything packed": dict(
+        lens=[4, 0, 9, 1, 17],
+        G=2,
+        P=33,
+        bias=(2, 4, 33),
+        prefix_index=integers(0, 1, 1, 0, 1),
+        prefix_lens=integers(33, 20),
+        mask=dict(length=36, hidden=spans((0, 9), (0, 0), (3, 35), (20, 36), (5, 6)), drop_p=0.2, seed=2**63),
+        window=25,
+        softcap=5.0,
+        alibi_slopes=torch.rand(4),
+        scale=0.2,
+    ),
+}
+
+
+@pytest.mark.parametrize("types", ["fp64", "fp32", "bf16+fp32"])
+@pytest.mark.parametrize("case", EDGES)
+def test_edge(build, case, types):
+    if types == "fp64" and not build.double:
+        types = "fp16"
+    call = make_call(types=types, **EDGES[case])
+    cotangents = cotangents_for(call)
+    assert_matches(call, run(call, build, cotangents), cotangents)
+
+
+def test_prefix_keys_with_a_bias_of_minus_infinity(build):
+    """A closed gate: such keys have probability 0, alone in a tile, in part of one, or everywhere."""
+    for P, closed in ((11, 11), (11, 4), (200, 150), (200, 200)):
+        call = make_call(P=P, types="fp32", bias=(P,))
+        call.tensors["prefix_bias"][:closed] = -INF
+        cotangents = cotangents_for(call)
+        assert_matches(call, run(call, build, cotangents), cotangents)
+
+
+def test_only_keys_with_a_bias_of_minus_infinity(build):
+    """Visible keys that all have probability 0 leave nothing to average: as if no key were seen."""
+    call = make_call(types="fp32", bias=(11,), mask=dict(length=16, hidden=torch.tensor([[11, 16]]).expand(3, 2)))
+    call.tensors["prefix_bias"].fill_(-INF)
+    for name, x in run(call, build, cotangents_for(call)).items():
+        assert (x == (-INF if name == "lse" else 0)).all(), name
+
+
+@pytest.mark.parametrize("types", ["fp32", "bf16"])
+def test_huge_logits_neither_overflow_nor_vanish(build, types):
+    """Logits near +-3e4, far beyond what exp can represent."""
+    call = make_call(types=types, scale=1000.0, D=64)
+    got = run(call, build, cotangents_for(call))
+    for name, x in got.items():
+        assert x.isfinite().all(), name
+    assert_matches(call, got, cotangents_for(call), names=("lse",))
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "prefix_k", "prefix_v"])
+def test_strided_last_dimension_is_served_or_refused(build, name):
+    """The op promises to read any strides with a contiguous last dimension; others must not give wrong numbers."""
+    call = make_call(types="fp32")
+    x = call.tensors[name]
+    strided = torch.empty(*x.shape[:-1], 2 * x.shape[-1])[..., ::2].copy_(x)
+    strange = call.with_tensors(**{name: strided})
+    try:
+        got = run(strange, build)
+    except ValueError as error:
+        assert name in str(error) and "last dimension" in str(error)
+        return
+    assert_matches(call, got, None)

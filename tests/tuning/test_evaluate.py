@@ -1,0 +1,173 @@
+"""Scores against the stock model on the concatenated context, and the metrics against their definitions."""
+
+import pytest
+import torch
+from torch.nn.functional import log_softmax
+
+from ctkernels.tuning.data import DataError, Demonstration, TextFormat, encode_context
+from ctkernels.tuning.evaluate import accuracy, evaluate_prefix, macro_f1
+from ctkernels.tuning.prefix import KVPrefix
+from ctkernels.tuning.trainer import tune
+from tests.tuning.tasks import DEMONSTRATIONS, SPACE, char_tokenizer, ids
+from tests.tuning.tiny_models import make_model
+
+TOKENIZER = char_tokenizer()
+OPTIONS = ("warm", "ward", "cold", "ok", "o")  # warm and ward share a run; lengths differ
+ITEMS = [
+    Demonstration("sleet", "cold", OPTIONS, source="test.jsonl:1"),
+    Demonstration("a stove", "warm", OPTIONS, source="test.jsonl:2"),
+    Demonstration("tea", "ok", OPTIONS, source="test.jsonl:3"),
+    Demonstration("a glacier in spring", "o", OPTIONS, source="test.jsonl:4"),
+]
+CONTEXT = encode_context(TOKENIZER, DEMONSTRATIONS).input_ids
+
+
+@pytest.fixture(params=["gpt2", "llama"], scope="module")
+def model(request):
+    return make_model(request.param)
+
+
+@pytest.fixture(scope="module")
+def prefix(model):
+    return tune(model, TOKENIZER, DEMONSTRATIONS, "icl").prefix
+
+
+@torch.no_grad()
+def stock_loss(model, prompt: tuple[int, ...], answer: tuple[int, ...]) -> float:
+    """Mean cross-entropy of an answer behind a prompt, from one plain forward pass."""
+    logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    return -log_softmax(logits, dim=-1)[range(len(answer)), list(answer)].mean().item()
+
+
+@pytest.mark.parametrize("shots", [True, False])
+def test_options_are_scored_as_the_stock_model_would(model, prefix, shots):
+    if not shots:
+        prefix = tune(model, TOKENIZER, DEMONSTRATIONS, "zero-shot").prefix
+    result = evaluate_prefix(model, TOKENIZER, ITEMS, prefix)
+    losses = []
+    for item in ITEMS:
+        start = tuple(CONTEXT.tolist()) + (SPACE,) if shots else ()  # without demonstrations nothing precedes the input
+        prompt = start + ids(item.input) + (SPACE,)
+        losses.append({option: stock_loss(model, prompt, ids(option)) for option in OPTIONS})
+    assert result.predictions == [min(scores, key=scores.get) for scores in losses]
+    gold = [scores[item.output] for scores, item in zip(losses, ITEMS, strict=True)]
+    assert result.gold_loss == pytest.approx(sum(gold) / len(gold), abs=1e-9)
+    outputs = [item.output for item in ITEMS]
+    assert result.accuracy == accuracy(result.predictions, outputs)
+    assert (result.metric, result.score) == ("macro_f1", macro_f1(result.predictions, outputs))
+    assert result.items == 4
+
+
+def test_batches_and_sharing_do_not_matter(model, prefix):
+    whole = evaluate_prefix(model, TOKENIZER, ITEMS, prefix)
+    split = evaluate_prefix(model, TOKENIZER, ITEMS, prefix, max_tokens=12)
+    assert split.predictions == whole.predictions
+    assert split.gold_loss == pytest.approx(whole.gold_loss, abs=1e-12)
+
+
+def test_options_that_differ_in_their_last_token_share_a_run(model, prefix):
+    tokens = []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: tokens.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    item = Demonstration("tea", "a", ("a", "b", "c"))
+    evaluate_prefix(model, TOKENIZER, [item], prefix)
+    handle.remove()
+    assert tokens == [len("_tea_")]
+
+
+def test_generation_equals_greedy_decoding_of_the_stock_model(model, prefix):
+    items = [Demonstration(text, "warm") for text in ("ice", "sun", "a stove", "hot tea.")]
+    result = evaluate_prefix(model, TOKENIZER, items, prefix, max_new_tokens=6)
+    expected = []
+    for item in items:
+        tokens = [*CONTEXT.tolist(), SPACE, *ids(item.input), SPACE]
+        answer = []
+        with torch.no_grad():
+            for _ in range(6):
+                token = model(torch.tensor([tokens + answer])).logits[0, -1].argmax().item()
+                if token in (SPACE, TOKENIZER.eos_token_id):
+                    break
+                answer.append(token)
+        expected.append(TOKENIZER.decode(answer, skip_special_tokens=True).strip())
+    assert result.predictions == expected
+    assert len(set(expected)) > 1  # guards the comparison
+    assert (result.metric, result.score) == ("exact_match", 0.0)
+
+
+def test_generation_stops_at_the_delimiter_and_counts_exact_matches():
+    """A model trained to copy the one demonstration's answer, and to stop behind it."""
+    model = make_model("llama", torch.float32)
+    items = [Demonstration("ab", "cold"), Demonstration("ba", "ok")]
+    from ctkernels.tuning.methods import get_method
+
+    settings = get_method("ct-kv").settings(epochs=150, lr=0.1, drop_p=0.0, leave_one_out=False, learn_stop=True)
+    prefix = tune(model, TOKENIZER, items, settings=settings).prefix
+    result = evaluate_prefix(model, TOKENIZER, items, prefix, max_new_tokens=12)
+    assert (result.predictions, result.accuracy) == (["cold", "ok"], 1.0)
+    wrong = [Demonstration("ab", "cold"), Demonstration("ba", "okay")]
+    assert evaluate_prefix(model, TOKENIZER, wrong, prefix, max_new_tokens=12).accuracy == 0.5
+
+
+def test_evaluation_is_by_options_only_if_every_item_has_some(model, prefix):
+    mixed = [ITEMS[0], Demonstration("tea", "ok", source="test.jsonl:9")]
+    assert evaluate_prefix(model, TOKENIZER, mixed, prefix, max_new_tokens=2).metric == "exact_match"
+    with pytest.raises(DataError, match=r"test\.jsonl:9: no options to choose from; evaluate by generation"):
+        evaluate_prefix(model, TOKENIZER, mixed, prefix, by="options")
+
+
+def test_items_with_their_own_options_are_scored_by_accuracy(model, prefix):
+    items = [ITEMS[0], Demonstration("tea", "up", ("up", "down"))]
+    result = evaluate_prefix(model, TOKENIZER, items, prefix)
+    assert (result.metric, result.score) == ("accuracy", result.accuracy)
+
+
+def test_the_first_of_equal_options_wins(prefix, model):
+    """With all output weights zero every option has the same loss, whatever order they are run in."""
+    flat = make_model("llama")
+    with torch.no_grad():
+        flat.lm_head.weight.zero_()
+    start = KVPrefix.from_tokens(flat, CONTEXT, torch.tensor([0, len(CONTEXT)]))
+    for options in (("warm", "cold", "dusk"), ("dusk", "cold", "warm")):
+        item = Demonstration("tea", "cold", options)
+        assert evaluate_prefix(flat, TOKENIZER, [item], start).predictions == [options[0]]
+
+
+def test_macro_f1_is_the_mean_over_the_labels_that_occur():
+    outputs = ["a", "a", "a", "b"]
+    # a: precision 2/2, recall 2/3, F1 0.8; b: precision 1/2, recall 1/1, F1 2/3
+    assert macro_f1(["a", "a", "b", "b"], outputs) == pytest.approx((0.8 + 2 / 3) / 2)
+    # c is predicted, but never right: it costs recall, and is no class of its own. a: 1/1, 1/3 -> 0.5; b: 0
+    assert macro_f1(["a", "c", "c", "c"], outputs) == pytest.approx((0.5 + 0) / 2)
+    # b is never predicted: F1 0. a: precision 3/4, recall 1
+    assert macro_f1(["a", "a", "a", "a"], outputs) == pytest.approx((6 / 7) / 2)
+    assert accuracy(["a", "c", "b", "b"], outputs) == 0.5
+
+
+def test_bad_items(model, prefix):
+    with pytest.raises(DataError, match="evaluation needs test items, got none"):
+        evaluate_prefix(model, TOKENIZER, [], prefix)
+    with pytest.raises(ValueError, match="by must be 'options' or 'generation', got 'option'"):
+        evaluate_prefix(model, TOKENIZER, ITEMS, prefix, by="option")
+    same = Demonstration("tea", "é", ("é", "ü"), source="test.jsonl:4")
+    with pytest.raises(DataError, match=r"test\.jsonl:4: the options 'é' and 'ü' are the same tokens"):
+        evaluate_prefix(model, TOKENIZER, [same], prefix)
+    long = Demonstration("x" * 128, "ok", ("ok", "cold"), source="test.jsonl:5")
+    with pytest.raises(DataError, match=r"test\.jsonl:5: a row of \d+ tokens behind a prefix of \d+ exceeds"):
+        evaluate_prefix(model, TOKENIZER, [ITEMS[0], long], prefix)
+    spaced = Demonstration("tea", "very hot", source="test.jsonl:6")
+    with pytest.raises(DataError, match=r"test\.jsonl:6: the output contains the delimiter ' '"):
+        evaluate_prefix(model, TOKENIZER, [spaced], prefix)
+
+
+def test_cut_inputs_are_reported(model, prefix):
+    with pytest.warns(UserWarning, match=r"1 inputs lost their end .* test\.jsonl:4"):
+        evaluate_prefix(model, TOKENIZER, ITEMS, prefix, text_format=TextFormat(max_pair_tokens=20))
+
+
+def test_the_model_is_left_as_it_was(model, prefix):
+    model.train()
+    evaluate_prefix(model, TOKENIZER, ITEMS[:1], prefix)
+    assert model.training
+    assert all(p.grad is None for p in prefix.parameters())
+    model.eval()
