@@ -46,10 +46,10 @@ struct Params {
   Tensor4 lse;     // D = 1, in the compute type
 
   // backward only
-  Tensor4 dout, dlse;              // dlse may be absent
-  Tensor4 dq, dk, dv;              // absent: not needed
-  Tensor4 dprefix_k, dprefix_v;    // [G, Hk, P, D] in the compute type, contiguous; absent: not needed
-  void* dbias;                     // compute type, [dbias_prefixes, dbias_heads, P] contiguous; null: not needed
+  Tensor4 dout, dlse;                // dlse may be absent
+  Tensor4 dq, dk, dv;                // absent: not needed
+  Tensor4 dprefix_k, dprefix_v;      // [G, Hk, P, D] in the compute type, contiguous; absent: not needed
+  void* dbias;                       // compute type, [dbias_prefixes, dbias_heads, P] contiguous; null: not needed
   int64_t dbias_prefix, dbias_head;  // its strides in elements, 0 where it is shared
 };
 

@@ -89,9 +89,7 @@ def prefix_attention(
 
     Source: Context Tuning for In-Context Optimization, arXiv 2507.04221.
     """
-    _check_rank("q", q, 4, "[B, H, S, D]")
-    _check_rank("k", k, 4, "[B, Hk, T, D]")
-    _check_rank("v", v, 4, "[B, Hk, T, D]")
+    q, k, v = _rows(q, k, v, "[B, H, S, D]", "[B, Hk, T, D]")
     if k.shape[0] != q.shape[0]:
         raise ValueError(f"k must have q's batch size {q.shape[0]}, got shape {tuple(k.shape)}")
     if k.shape[2] < q.shape[2]:
@@ -155,9 +153,7 @@ def prefix_attention_varlen(
     Raises:
         ValueError, TypeError: a violated precondition, named, before any kernel runs.
     """
-    _check_rank("q", q, 3, "[N, H, D]")
-    _check_rank("k", k, 3, "[N, Hk, D]")
-    _check_rank("v", v, 3, "[N, Hk, D]")
+    q, k, v = _rows(q, k, v, "[N, H, D]", "[N, Hk, D]")
     if k.shape[0] != q.shape[0]:
         raise ValueError(f"k must have q's {q.shape[0]} tokens, got shape {tuple(k.shape)}")
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -212,11 +208,7 @@ def _attend(
     backend: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Both public calls in one form: q `[B, H, S, D]`, or `[1, H, N, D]` with cu_seqlens."""
-    q, k, v = _autocast(q, k, v)
-    _check_rows(q, k, v)
-    if isinstance(prefix_k, Tensor) and isinstance(prefix_v, Tensor) and prefix_k.dim() == prefix_v.dim() == 3:
-        prefix_k, prefix_v = prefix_k.unsqueeze(0), prefix_v.unsqueeze(0)
-    _check_prefix(q, k, prefix_k, prefix_v)
+    prefix_k, prefix_v = _prefixes(q, k, prefix_k, prefix_v)
     G, _, P, D = prefix_k.shape
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if mask is None:
@@ -271,6 +263,33 @@ def _attend(
     return (out, lse) if return_lse else out
 
 
+def _rows(q: Tensor, k: Tensor, v: Tensor, q_shape: str, k_shape: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Check what belongs to the rows, in the caller's layout; heads are dimension 1 in both."""
+    for name, x, shape in (("q", q, q_shape), ("k", k, k_shape), ("v", v, k_shape)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor {shape}, got {_kind(x)}")
+        if x.dim() != shape.count(",") + 1:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
+    q, k, v = _autocast(q, k, v)
+    if q.dtype not in ROW_DTYPES:
+        raise TypeError(f"q must be fp32, bf16, fp16 or fp64, got {q.dtype}")
+    H, Hk, D = q.shape[1], k.shape[1], q.shape[-1]
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} must have q's type {q.dtype}, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
+        if x.shape[-1] != D:
+            raise ValueError(f"{name} must have q's head dimension D = {D}, got {x.shape[-1]}")
+    if k.shape != v.shape:
+        raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
+    if not 1 <= D <= MAX_HEAD_DIM:
+        raise ValueError(f"q must have a head dimension D in [1, {MAX_HEAD_DIM}], got {D}")
+    if Hk == 0 or H % Hk:
+        raise ValueError(f"q's heads H must be a multiple of k's heads Hk >= 1, got H = {H}, Hk = {Hk}")
+    return q, k, v
+
+
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast rows as autocast casts the inputs of scaled_dot_product_attention; the prefix keeps its master type."""
     device = tensors[0].device.type
@@ -280,40 +299,15 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
-def _check_rank(name: str, x: Tensor, rank: int, shape: str) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor {shape}, got {_kind(x)}")
-    if x.dim() != rank:
-        raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
-
-
-def _check_rows(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if q.dtype not in ROW_DTYPES:
-        raise TypeError(f"q must be fp32, bf16, fp16 or fp64, got {q.dtype}")
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name} must have q's type {q.dtype}, got {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
-        if x.shape[3] != q.shape[3]:
-            raise ValueError(f"{name} must have q's head dimension D = {q.shape[3]}, got {x.shape[3]}")
-    if k.shape != v.shape:
-        raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
-    H, Hk, D = q.shape[1], k.shape[1], q.shape[3]
-    if not 1 <= D <= MAX_HEAD_DIM:
-        raise ValueError(f"q must have a head dimension D in [1, {MAX_HEAD_DIM}], got {D}")
-    if Hk == 0 or H % Hk:
-        raise ValueError(f"q's heads H must be a multiple of k's heads Hk >= 1, got H = {H}, Hk = {Hk}")
-
-
-def _check_prefix(q: Tensor, k: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> None:
+def _prefixes(q: Tensor, k: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> tuple[Tensor, Tensor]:
+    """Check the prefixes and bring them to `[G, Hk, P, D]`."""
     Hk, D = k.shape[1], k.shape[3]
     for name, x in (("prefix_k", prefix_k), ("prefix_v", prefix_v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor [Hk, P, D] or [G, Hk, P, D], got {_kind(x)}")
-        if x.dim() != 4:
+        if x.dim() not in (3, 4):
             raise ValueError(f"{name} must have shape [Hk, P, D] or [G, Hk, P, D], got {tuple(x.shape)}")
-        if x.shape[1] != Hk or x.shape[3] != D:
+        if x.shape[-3] != Hk or x.shape[-1] != D:
             raise ValueError(f"{name} must have Hk = {Hk} heads of dimension D = {D} as k has, got {tuple(x.shape)}")
         if x.dtype != q.dtype and not (x.dtype == torch.float32 and q.dtype in (torch.bfloat16, torch.float16)):
             raise TypeError(f"{name} must have q's type {q.dtype}, or fp32 with bf16/fp16 rows, got {x.dtype}")
@@ -323,6 +317,7 @@ def _check_prefix(q: Tensor, k: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> N
         raise ValueError(f"prefix_v must have prefix_k's shape {tuple(prefix_k.shape)}, got {tuple(prefix_v.shape)}")
     if prefix_k.dtype != prefix_v.dtype:
         raise TypeError(f"prefix_v must have prefix_k's type {prefix_k.dtype}, got {prefix_v.dtype}")
+    return (prefix_k, prefix_v) if prefix_k.dim() == 4 else (prefix_k.unsqueeze(0), prefix_v.unsqueeze(0))
 
 
 def _check_vector(name: str, x: Tensor | None, size: int, device: torch.device) -> None:
@@ -357,7 +352,7 @@ def _check_bias(bias: Tensor | None, G: int, H: int, P: int, q: Tensor) -> Tenso
         raise TypeError(f"prefix_bias must be a floating tensor [P], [H, P] or [G, H, P], got {_kind(bias)}")
     if bias.device != q.device:
         raise ValueError(f"prefix_bias must be on q's device {q.device}, got {bias.device}")
-    if tuple(bias.shape) not in {(P,), (H, P), (G, H, P)}:
+    if all(tuple(bias.shape) != shape for shape in ((P,), (H, P), (G, H, P))):
         raise ValueError(f"prefix_bias must have shape [{P}], [{H}, {P}] or [{G}, {H}, {P}], got {tuple(bias.shape)}")
     return bias.reshape((1,) * (3 - bias.dim()) + tuple(bias.shape))
 

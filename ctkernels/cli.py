@@ -128,7 +128,7 @@ def eval_command(argv: list[str]) -> None:
             items,
             prefix,
             by=config.by,
-            text_format=config.text_format(),
+            max_tokens=config.settings("ct-kv").max_tokens,
             max_new_tokens=config.max_new_tokens,
             backend=config.backend,
         )
@@ -196,6 +196,8 @@ def load_model(options: ModelOptions) -> tuple[PreTrainedModel, PreTrainedTokeni
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if options.threads is not None:
+        if options.threads < 1:
+            raise UsageError(f"threads must be at least 1, got {options.threads}")
         torch.set_num_threads(options.threads)
     try:
         device = torch.device(options.device)

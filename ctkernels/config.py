@@ -109,7 +109,7 @@ class TuneConfig(TrainOptions, DataOptions, ModelOptions):
     """Tune a prefix on the demonstrations of a task and save it.
 
     Writes OUT/prefix (the tuned prefix), OUT/history.json (loss, learning rate, gradient norm and seconds per epoch),
-    OUT/config.yaml (these settings; `--config OUT/config.yaml` runs them again) and OUT/checkpoint.
+    OUT/config.yaml (these settings) and OUT/checkpoint. `--config FILE` reads settings from a YAML file; flags win.
     """
 
     out: Path | None = None
@@ -127,7 +127,8 @@ class EvalConfig(TrainOptions, DataOptions, ModelOptions):
     """Evaluate methods or saved prefixes on the test items of a task.
 
     Items with options are scored by option loss (macro-F1 or accuracy as in MetaICL), others by greedy generation and
-    exact match. Prints a table; `--out FILE.json` also writes the scores with all predictions.
+    exact match. Prints a table; `--out FILE.json` also writes the scores with all predictions. `--config FILE` reads
+    settings from a YAML file; flags win.
     """
 
     test: Path | None = None
@@ -135,7 +136,7 @@ class EvalConfig(TrainOptions, DataOptions, ModelOptions):
     methods: tuple[str, ...] = ()
     """Methods to run and evaluate: zero-shot, icl, ct-kv; those with demonstrations need them (train or metaicl)."""
     prefix: tuple[Path, ...] = ()
-    """Folders of saved prefixes to evaluate."""
+    """Folders of saved prefixes to evaluate, with the text format they were tuned with."""
     by: Literal["options", "generation"] | None = None
     """How to evaluate; default: by options if every item has some."""
     max_new_tokens: int = 32

@@ -124,12 +124,8 @@ class ContextMask:
                 raise TypeError(f"length must be an integer, got {type(self.length).__name__}")
             if self.length < 0:
                 raise ValueError(f"length must be >= 0, got {self.length}")
-        sizes = {
-            name: t.shape[0]
-            for name, t in (("hidden", self.hidden), ("row_ids", self.row_ids), ("keep", self.keep))
-            if t is not None
-        }
-        if len(set(sizes.values())) > 1:
+        sizes = [t.shape[0] for t in (self.hidden, self.row_ids, self.keep) if t is not None]
+        if any(size != sizes[0] for size in sizes):
             raise ValueError(f"hidden, row_ids and keep must agree on the number of rows B, got {sizes}")
         if self.keep is not None and self.length is not None and self.keep.shape[1] != self.length:
             raise ValueError(f"keep must be [B, {self.length}] since length={self.length}, got {_describe(self.keep)}")

@@ -25,13 +25,9 @@ ctk::Type type_of(const Tensor& t) {
   }
 }
 
-ctk::Tensor4 tensor4(const Tensor& t) {
-  return {t.data_ptr(), type_of(t), t.stride(0), t.stride(1), t.stride(2)};
-}
+ctk::Tensor4 tensor4(const Tensor& t) { return {t.data_ptr(), type_of(t), t.stride(0), t.stride(1), t.stride(2)}; }
 
-MaybeTensor as_int64(const MaybeTensor& t) {
-  return t ? MaybeTensor(t->to(at::kLong).contiguous()) : std::nullopt;
-}
+MaybeTensor as_int64(const MaybeTensor& t) { return t ? MaybeTensor(t->to(at::kLong).contiguous()) : std::nullopt; }
 
 int64_t element(const MaybeTensor& t, int64_t i, int64_t otherwise) {
   return t ? t->const_data_ptr<int64_t>()[i] : otherwise;
@@ -68,6 +64,7 @@ struct Call {
 
   Call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_k, const Tensor& prefix_v,
        const MaybeTensor& prefix_bias, const Problem& problem) {
+    check(q, k, v, prefix_k, prefix_v, prefix_bias, problem);
     compute = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     p.H = q.size(1), p.D = q.size(3), p.Hk = k.size(1), p.G = prefix_k.size(0), p.P = prefix_k.size(2);
     p.q = tensor4(q), p.k = tensor4(k), p.v = tensor4(v);
@@ -87,6 +84,43 @@ struct Call {
     p.causal = problem.causal, p.window = problem.window, p.window_prefix = problem.window_prefix;
     p.rule = {problem.context_length, uint32_t(std::floor(problem.drop_p * 4294967296.0)), uint64_t(problem.seed)};
     set_rows(q, k, problem);
+  }
+
+  // The operators can be called past attention.py; inconsistent tensors must not reach memory that is not theirs.
+  static void check(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_k, const Tensor& prefix_v,
+                    const MaybeTensor& bias, const Problem& problem) {
+    for (const Tensor* t : {&q, &k, &v, &prefix_k, &prefix_v})
+      TORCH_CHECK_VALUE(t->dim() == 4 && (t->size(3) <= 1 || t->stride(3) == 1) && t->is_cpu(),
+                        "expected a 4-dimensional CPU tensor with a contiguous last dimension, got ", t->sizes());
+    const int64_t D = q.size(3), H = q.size(1), Hk = k.size(1);
+    const bool rows_fit = k.sizes() == v.sizes() && k.size(0) == q.size(0) && k.size(3) == D &&
+                          k.size(2) >= q.size(2) && Hk > 0 && H % Hk == 0 && D >= 1 && D <= 256 &&
+                          k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type();
+    TORCH_CHECK_VALUE(rows_fit, "q ", q.sizes(), ", k ", k.sizes(), " and v ", v.sizes(), " do not fit together");
+    TORCH_CHECK_VALUE(prefix_k.sizes() == prefix_v.sizes() && prefix_k.size(1) == Hk && prefix_k.size(3) == D &&
+                          prefix_k.scalar_type() == prefix_v.scalar_type() &&
+                          (q.scalar_type() == at::kDouble) == (prefix_k.scalar_type() == at::kDouble),
+                      "prefix_k ", prefix_k.sizes(), " and prefix_v ", prefix_v.sizes(), " do not fit k ", k.sizes());
+    const int64_t G = prefix_k.size(0), P = prefix_k.size(2);
+    TORCH_CHECK_VALUE(!bias || (bias->dim() == 3 && (bias->size(0) == 1 || bias->size(0) == G) &&
+                                (bias->size(1) == 1 || bias->size(1) == H) && bias->size(2) == P),
+                      "prefix_bias must be [1 or ", G, ", 1 or ", H, ", ", P, "], got ", bias->sizes());
+    TORCH_CHECK_VALUE(!problem.cu_seqlens || (q.size(0) == 1 && k.size(2) == q.size(2) && !problem.seq_lens),
+                      "packed rows need q and k of batch size 1 and equal length, and no seq_lens");
+    const int64_t B = problem.cu_seqlens ? problem.cu_seqlens->numel() - 1 : q.size(0);
+    const auto vector = [](const char* name, const MaybeTensor& t, int64_t size) {
+      TORCH_CHECK_VALUE(!t || (t->dim() == 1 && t->size(0) == size && t->is_cpu()), name, " must be a CPU tensor [",
+                        size, "], got ", t->sizes());
+    };
+    vector("seq_lens", problem.seq_lens, B), vector("prefix_index", problem.prefix_index, B);
+    vector("prefix_lens", problem.prefix_lens, G), vector("row_ids", problem.row_ids, B);
+    vector("alibi_slopes", problem.alibi_slopes, H);
+    const auto matrix = [&](const char* name, const MaybeTensor& t, int64_t columns) {
+      TORCH_CHECK_VALUE(!t || (t->dim() == 2 && t->size(0) == B && t->size(1) == columns && t->is_cpu()), name,
+                        " must be a CPU tensor [", B, ", ", columns, "], got ", t->sizes());
+    };
+    matrix("hidden", problem.hidden, 2), matrix("keep", problem.keep, problem.context_length);
+    TORCH_CHECK_VALUE(!problem.keep || problem.keep->scalar_type() == at::kBool, "keep must be a bool tensor");
   }
 
   void set_rows(const Tensor& q, const Tensor& k, const Problem& problem) {
@@ -127,15 +161,15 @@ Tensor empty_rows(const Tensor& x, bool zero) {
   return (zero ? at::zeros(sizes, x.options()) : at::empty(sizes, x.options())).transpose(1, 2);
 }
 
-#define PROBLEM_ARGS                                                                                              \
-  const MaybeTensor &alibi_slopes, const MaybeTensor &cu_seqlens, const MaybeTensor &seq_lens,                    \
-      const MaybeTensor &prefix_index, const MaybeTensor &prefix_lens, const MaybeTensor &hidden,                 \
-      const MaybeTensor &row_ids, const MaybeTensor &keep, int64_t context_length, double drop_p, int64_t seed,   \
+#define PROBLEM_ARGS                                                                                            \
+  const MaybeTensor &alibi_slopes, const MaybeTensor &cu_seqlens, const MaybeTensor &seq_lens,                  \
+      const MaybeTensor &prefix_index, const MaybeTensor &prefix_lens, const MaybeTensor &hidden,               \
+      const MaybeTensor &row_ids, const MaybeTensor &keep, int64_t context_length, double drop_p, int64_t seed, \
       double scale, bool causal, int64_t window, bool window_prefix, double softcap
-#define PROBLEM                                                                                                  \
-  Problem {                                                                                                      \
+#define PROBLEM                                                                                                   \
+  Problem {                                                                                                       \
     alibi_slopes, cu_seqlens, seq_lens, prefix_index, prefix_lens, hidden, row_ids, keep, context_length, drop_p, \
-        seed, scale, causal, window, window_prefix, softcap                                                      \
+        seed, scale, causal, window, window_prefix, softcap                                                       \
   }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_k,
@@ -150,13 +184,24 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& dout, const MaybeTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
-    const Tensor& prefix_k, const Tensor& prefix_v, const MaybeTensor& prefix_bias, const Tensor& out, const Tensor& lse,
-    std::array<bool, 6> needs, PROBLEM_ARGS) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout, const MaybeTensor& dlse,
+                                                                    const Tensor& q, const Tensor& k, const Tensor& v,
+                                                                    const Tensor& prefix_k, const Tensor& prefix_v,
+                                                                    const MaybeTensor& prefix_bias, const Tensor& out,
+                                                                    const Tensor& lse, std::array<bool, 6> needs,
+                                                                    PROBLEM_ARGS) {
   Call call(q, k, v, prefix_k, prefix_v, prefix_bias, PROBLEM);
   ctk::Params& p = call.p;
   const bool padded = seq_lens.has_value();
+  TORCH_CHECK_VALUE(dout.sizes() == q.sizes() && out.sizes() == q.sizes(), "dout ", dout.sizes(), " and out ",
+                    out.sizes(), " must have q's shape ", q.sizes());
+  TORCH_CHECK_VALUE(dout.scalar_type() == q.scalar_type() && out.scalar_type() == q.scalar_type() &&
+                        lse.scalar_type() == call.compute,
+                    "dout and out must have q's type, lse the compute type");
+  TORCH_CHECK_VALUE(lse.sizes() == q.sizes().slice(0, 3) && (!dlse || dlse->sizes() == lse.sizes()),
+                    "lse and dlse must be [B, H, S] as q ", q.sizes(), ", got ", lse.sizes());
+  TORCH_CHECK_VALUE(!needs[5] || prefix_bias, "the gradient of an absent prefix_bias is asked for");
+  TORCH_CHECK_VALUE(out.size(3) <= 1 || out.stride(3) == 1, "out must have a contiguous last dimension");
   const Tensor dout_rows = dout.stride(3) == 1 ? dout : dout.contiguous();
   const Tensor lse_rows = lse.contiguous(), dlse_rows = dlse ? dlse->to(call.compute).contiguous() : Tensor();
   p.out = tensor4(out), p.lse = tensor4(lse_rows), p.dout = tensor4(dout_rows);
@@ -180,7 +225,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     return grad.defined() ? grad.to(like.scalar_type()) : at::empty({0}, like.options());
   };
   if (needs[5]) dbias = dbias.sum_to_size(prefix_bias->sizes());
-  return {finish(dq, q), finish(dk, k), finish(dv, v), finish(dprefix_k, prefix_k), finish(dprefix_v, prefix_v),
+  return {finish(dq, q),
+          finish(dk, k),
+          finish(dv, v),
+          finish(dprefix_k, prefix_k),
+          finish(dprefix_v, prefix_v),
           finish(dbias, prefix_bias ? *prefix_bias : q)};
 }
 
@@ -204,8 +253,8 @@ void set_cpu_isa(const std::string& name) {
 
 }  // namespace
 
-#define PROBLEM_SCHEMA                                                                                     \
-  "Tensor? alibi_slopes, Tensor? cu_seqlens, Tensor? seq_lens, Tensor? prefix_index, Tensor? prefix_lens, " \
+#define PROBLEM_SCHEMA                                                                                       \
+  "Tensor? alibi_slopes, Tensor? cu_seqlens, Tensor? seq_lens, Tensor? prefix_index, Tensor? prefix_lens, "  \
   "Tensor? hidden, Tensor? row_ids, Tensor? keep, int context_length, float drop_p, int seed, float scale, " \
   "bool causal, int window, bool window_prefix, float softcap"
 

@@ -3,11 +3,11 @@
 //   s  <- k q         dp <- v dout        ds <- p (dp - delta)        (times the softcap's slope)
 //   dv <- dv + p dout     dk <- dk + ds q     dq <- dq + k^T ds     dbias <- dbias + sum over lanes of ds
 //
-// Every product is done once. A unit of work owns the gradients it accumulates, in registers and cache: either a chunk of
-// prefix keys of one KV head, for which it walks all query tiles, or the own keys of one row. dq of a lane is the sum over
-// its units; each unit writes its share to a slot of a bounded buffer, and a second step adds the slots in order. Nothing
-// depends on which worker runs what, so the bits do not depend on the number of workers. To bound the buffer, the work is
-// cut into phases over KV heads and rows.
+// Every product is done once. A unit of work owns the gradients it accumulates, in registers and cache: either a chunk
+// of prefix keys of one KV head, for which it walks all query tiles, or the own keys of one row. dq of a lane is the
+// sum over its units; each unit writes its share to a slot of a bounded buffer, and a second step adds the slots in
+// order. Nothing depends on which worker runs what, so the bits do not depend on the number of workers. To bound the
+// buffer, the work is cut into phases over KV heads and rows.
 
 constexpr int64_t SHARE_BYTES = 8 << 20;  // bound on the buffer of dq shares
 constexpr int64_t ENOUGH_UNITS = 24;      // units per phase that balance a few dozen workers' load
@@ -15,9 +15,9 @@ constexpr int64_t ENOUGH_UNITS = 24;      // units per phase that balance a few 
 template <typename C>
 struct BackwardTile {
   Lanes<C> lanes;
-  C *q, *dout;            // [D][TILE]
-  C *q_rows, *dout_rows;  // [TILE][padded D]
-  C* dq;                  // [D][TILE]
+  C *q, *dout;              // [D][TILE]
+  C *q_rows, *dout_rows;    // [TILE][padded D]
+  C* dq;                    // [D][TILE]
   alignas(64) C lse[TILE];  // base 2; +inf where the lane has no probabilities (padding, no visible key)
   alignas(64) C delta[TILE];
 };
@@ -25,8 +25,7 @@ struct BackwardTile {
 template <typename C>
 class Backward {
  public:
-  Backward(const Params& p, int64_t keys, Arena* arena)
-      : p_(p), padded_(round_up(p.D, LANES<C>)) {
+  Backward(const Params& p, int64_t keys, Arena* arena) : p_(p), padded_(round_up(p.D, LANES<C>)) {
     s_ = arena->take<C>(KEY_BLOCK * TILE);
     dp_ = arena->take<C>(KEY_BLOCK * TILE);
     slope_ = arena->take<C>(p.softcap ? KEY_BLOCK * TILE : 0);
@@ -48,8 +47,8 @@ class Backward {
            2 * Arena::bytes(TILE * padded, sizeof(C));
   }
 
-  // Prefix keys [begin, end) of one head: all tiles. Adds to dprefix_k, dprefix_v, dbias; dq shares go to `share`, which
-  // holds [lanes of the phase][padded D] from lane `first_lane` on.
+  // Prefix keys [begin, end) of one head: all tiles. Adds to dprefix_k, dprefix_v, dbias; dq shares go to `share`,
+  // which holds [lanes of the phase][padded D] from lane `first_lane` on.
   void prefix(const RowOrder& order, const std::vector<Tile>& tiles, int64_t prefix, int64_t kv_head, int64_t begin,
               int64_t end, C* share, int64_t first_lane) {
     const int64_t k_at = prefix * p_.prefix_k.batch + kv_head * p_.prefix_k.head;
@@ -120,8 +119,8 @@ class Backward {
   }
 
   // One block of keys against the tile. Key j's gradients are accumulated in row j - first of dk_ and dv_.
-  void step(const Logits<C>& logits, bool own, KeyRows<C> k, KeyRows<C> v, int64_t first, const void* dk, const void* dv,
-            const void* dq) {
+  void step(const Logits<C>& logits, bool own, KeyRows<C> k, KeyRows<C> v, int64_t first, const void* dk,
+            const void* dv, const void* dq) {
     const int count = block_.count, vectors = tile_.lanes.vectors;
     const C *k_rows[KEY_BLOCK], *v_rows[KEY_BLOCK];
     C *s_rows[KEY_BLOCK], *dp_rows[KEY_BLOCK], *dk_rows[KEY_BLOCK], *dv_rows[KEY_BLOCK];
@@ -186,7 +185,8 @@ class Backward {
       for (int64_t d = 0; d < p_.D; ++d) share[(lane + l) * padded_ + d] = tile_.dq[d * TILE + l];
   }
 
-  void add_prefix(const Tensor4& t, const C* grad, C factor, int64_t prefix, int64_t kv_head, int64_t begin, int64_t end) {
+  void add_prefix(const Tensor4& t, const C* grad, C factor, int64_t prefix, int64_t kv_head, int64_t begin,
+                  int64_t end) {
     if (!t.data) return;
     C* dst = static_cast<C*>(t.data) + prefix * t.batch + kv_head * t.head + begin * t.token;
     for (int64_t j = 0; j < end - begin; ++j)
@@ -292,8 +292,7 @@ class BackwardPlan {
       C* share = shares_ ? shares_.get() + (head * slots_ + unit.slot) * lanes * padded_ : nullptr;
       if (unit.prefix >= 0)
         worker.prefix(order_, *unit.tiles, unit.prefix, kv_head, unit.begin, unit.end, share, first_lane);
-      else
-        worker.own(order_, *unit.tiles, p_.rows[order_.row[unit.begin]], kv_head, share, first_lane);
+      else worker.own(order_, *unit.tiles, p_.rows[order_.row[unit.begin]], kv_head, share, first_lane);
     });
   }
 

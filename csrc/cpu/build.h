@@ -4,12 +4,14 @@
 
 namespace ctk::cpu::CTK_ISA {
 namespace {
+// clang-format off: each builds on those before it
 #include "simd.h"
 #include "gemm.h"
 #include "tiles.h"
 #include "logits.h"
 #include "forward.h"
 #include "backward.h"
+// clang-format on
 
 void forward(const Params& p, const Pool& pool) {
   p.q.type == Type::f64 ? forward_as<double>(p, pool) : forward_as<float>(p, pool);

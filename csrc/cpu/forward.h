@@ -100,7 +100,8 @@ class Forward {
     times_rows<C>(block_.count, k_rows, p_.D, tile->q + at, TILE, s_rows, vectors, 3, false);
     logits.apply(tile->lanes, block_, own, s_, nullptr);
     alignas(64) C factor[TILE], keep[TILE];
-    for (int v = block_.first_vector; v < block_.last_vector; ++v) softmax(v * LANES<C>, logits.coefficient, tile, factor);
+    for (int v = block_.first_vector; v < block_.last_vector; ++v)
+      softmax(v * LANES<C>, logits.coefficient, tile, factor);
     for (int l = at; l < at + vectors * LANES<C>; ++l) set_bits(keep + l, l >= block_.begin && l < block_.end);
     // o <- o 2^(m - m') + v^T p
     times_cols<C>(p_.D, v_rows, block_.count, s_ + at, TILE, tile->o + at, TILE, vectors, factor + at, keep + at);
@@ -134,8 +135,8 @@ class Forward {
       const C total = tile.l[l], inverse = total > 0 || total != total ? C(1) / total : C(0);
       for (int64_t d = 0; d < p_.D; ++d) line[d] = tile.o[d * TILE + l] * inverse;
       store_row<C>(p_.out, tile.lanes.offset(p_.out, kv_head, p_, l, row), line, p_.D, C(1));
-      const C lse = total > 0 || total != total ? C(LN2) * (tile.m[l] + std::log2(total))
-                                                : -std::numeric_limits<C>::infinity();
+      const C lse =
+          total > 0 || total != total ? C(LN2) * (tile.m[l] + std::log2(total)) : -std::numeric_limits<C>::infinity();
       static_cast<C*>(p_.lse.data)[tile.lanes.offset(p_.lse, kv_head, p_, l, row)] = lse;
     });
   }

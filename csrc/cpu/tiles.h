@@ -1,6 +1,6 @@
 // Query tiles. The queries of all rows that read one prefix, times the heads of a KV group, form one long axis of lanes
-// (row, query, head; head fastest). A tile is up to TILE consecutive lanes; keys are broadcast against it, so one load of
-// a key serves every lane. Rows that fill vectors badly share tiles, and then each lane carries its own row.
+// (row, query, head; head fastest). A tile is up to TILE consecutive lanes; keys are broadcast against it, so one load
+// of a key serves every lane. Rows that fill vectors badly share tiles, and then each lane carries its own row.
 //
 // Results of a lane do not depend on which lanes share its tile: keys are visited in blocks at fixed positions, and a
 // key that a lane does not see contributes exactly nothing.
@@ -14,7 +14,8 @@ inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; 
 // Scratch memory of one worker; a bump allocator over one aligned block.
 class Arena {
  public:
-  explicit Arena(int64_t bytes) : memory_(static_cast<char*>(std::aligned_alloc(ALIGNMENT, round_up(bytes, ALIGNMENT)))) {
+  explicit Arena(int64_t bytes)
+      : memory_(static_cast<char*>(std::aligned_alloc(ALIGNMENT, round_up(bytes, ALIGNMENT)))) {
     if (!memory_) throw std::bad_alloc();
   }
   ~Arena() { std::free(memory_); }
@@ -74,7 +75,8 @@ inline void cut(int64_t first, int64_t lanes, int64_t position, const RowOrder& 
 inline std::vector<Tile> make_tiles(const RowOrder& order, int64_t begin, int64_t end, int vector_lanes, bool share) {
   std::vector<Tile> tiles;
   int64_t alone = 0;
-  for (int64_t i = begin; i < end; ++i) alone += (order.start[i + 1] - order.start[i] + vector_lanes - 1) / vector_lanes;
+  for (int64_t i = begin; i < end; ++i)
+    alone += (order.start[i + 1] - order.start[i] + vector_lanes - 1) / vector_lanes;
   const int64_t lanes = order.start[end] - order.start[begin];
   if (share && alone * vector_lanes * 8 > round_up(lanes, vector_lanes) * 9) {
     if (lanes) cut(order.start[begin], lanes, begin, order, vector_lanes, &tiles);
@@ -97,11 +99,11 @@ template <typename C>
 struct Lanes {
   int count, vectors;
   std::vector<Piece> pieces;
-  int64_t query[TILE];                                // index of the query in its row
-  int head[TILE];                                     // index of the head in its group
-  alignas(64) C position[TILE];                       // own position of the query
-  alignas(64) C slope[TILE];                          // ALiBi slope
-  int64_t lowest, highest;                            // own positions
+  int64_t query[TILE];           // index of the query in its row
+  int head[TILE];                // index of the head in its group
+  alignas(64) C position[TILE];  // own position of the query
+  alignas(64) C slope[TILE];     // ALiBi slope
+  int64_t lowest, highest;       // own positions
 
   void set(const Params& p, const RowOrder& order, const Tile& tile, int64_t kv_head) {
     const int group = int(p.H / p.Hk);
@@ -170,7 +172,8 @@ struct KeyRows {
 
 // Keys [begin, end) of one head, in place where they already have the compute type, else converted into `scratch`.
 template <typename C>
-KeyRows<C> key_rows(const Tensor4& t, int64_t offset, int64_t begin, int64_t end, int64_t D, Type rounding, C* scratch) {
+KeyRows<C> key_rows(const Tensor4& t, int64_t offset, int64_t begin, int64_t end, int64_t D, Type rounding,
+                    C* scratch) {
   const bool in_place = t.type == (sizeof(C) == 8 ? Type::f64 : Type::f32) && (rounding == t.type);
   if (in_place) return {static_cast<const C*>(t.data) + offset, t.token};
   for (int64_t j = begin; j < end; ++j) load_row(scratch + (j - begin) * D, t, offset + j * t.token, D, rounding);
@@ -180,12 +183,14 @@ KeyRows<C> key_rows(const Tensor4& t, int64_t offset, int64_t begin, int64_t end
 // One block of keys that at least one lane sees, and where lanes must be masked.
 struct KeyBlock {
   int count;
-  int64_t index[KEY_BLOCK];                          // position of a key in the prefix, or among the row's own
-  struct Hole { int key, begin, end; };              // these lanes do not see this key
+  int64_t index[KEY_BLOCK];  // position of a key in the prefix, or among the row's own
+  struct Hole {
+    int key, begin, end;
+  };  // these lanes do not see this key
   std::vector<Hole> holes;
-  bool limits;                                       // causal or window edge inside the block: compare positions
-  int first_vector, last_vector;                     // vectors that take part (own keys: the row's)
-  int begin, end;                                    // lanes that take part
+  bool limits;                    // causal or window edge inside the block: compare positions
+  int first_vector, last_vector;  // vectors that take part (own keys: the row's)
+  int begin, end;                 // lanes that take part
 };
 
 // Visibility of context positions [begin, begin + count) of one row, one byte each.
@@ -245,7 +250,8 @@ bool prefix_block(const Params& p, const Lanes<C>& lanes, int64_t begin, int64_t
 
 // Own keys of one row of the tile, [begin, end) among the row's, end - begin <= KEY_BLOCK.
 template <typename C>
-bool own_block(const Params& p, const Lanes<C>& lanes, const Piece& piece, int64_t begin, int64_t end, KeyBlock* block) {
+bool own_block(const Params& p, const Lanes<C>& lanes, const Piece& piece, int64_t begin, int64_t end,
+               KeyBlock* block) {
   const int64_t low = piece.row->offset + lanes.query[piece.begin];
   const int64_t high = piece.row->offset + lanes.query[piece.end - 1];
   block->holes.clear();

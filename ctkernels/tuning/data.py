@@ -40,12 +40,12 @@ class Demonstration:
     Args:
         input: what the model reads; not blank.
         output: what it should answer; not blank.
-        options: the answers to choose from, if the task is one of choice; they contain `output` and no duplicates.
+        options: the answers to choose from, if the task is one of choice; they contain `output`; repeats are dropped.
         source: where the pair comes from (`FILE:LINE`), for messages alone.
 
     Raises:
         TypeError: a field of the wrong type.
-        ValueError: a blank field, fewer than two options, duplicates among them, an output that is not one of them.
+        ValueError: a blank field, fewer than two options, an output that is not one of them.
     """
 
     input: str
@@ -64,16 +64,15 @@ class Demonstration:
             return
         if not isinstance(self.options, (list, tuple)):
             raise TypeError(f"options must be a list of strings, got {_show(self.options)}")
-        object.__setattr__(self, "options", tuple(self.options))
         for option in self.options:
             if not isinstance(option, str):
                 raise TypeError(f"options must be strings, got {_show(option)}")
             if not option.strip():
                 raise ValueError(f"options must not be blank, got {option!r}")
+        # some of MetaICL's items list an answer twice; a prediction is a text, so it counts once
+        object.__setattr__(self, "options", tuple(dict.fromkeys(self.options)))
         if len(self.options) < 2:
             raise ValueError(f"options must name at least two answers, got {list(self.options)}")
-        if len(set(self.options)) < len(self.options):
-            raise ValueError(f"options must differ from one another, got {list(self.options)}")
         if self.output not in self.options:
             raise ValueError(f"output {self.output!r} is not one of the options {list(self.options)}")
 

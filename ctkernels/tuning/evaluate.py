@@ -66,7 +66,7 @@ def evaluate_prefix(
 
     Args:
         by: "options" or "generation"; None takes options if every item has some.
-        text_format: that of the tuning run.
+        text_format: how items become tokens; default: as the prefix's demonstrations did.
         max_tokens: most tokens of one batch.  max_new_tokens: longest generated answer.
 
     Raises:
@@ -80,6 +80,8 @@ def evaluate_prefix(
         by = "options" if all(item.options for item in items) else "generation"
     if by not in ("options", "generation"):
         raise ValueError(f"by must be 'options' or 'generation', got {by!r}")
+    if text_format is None:
+        text_format = TextFormat(**prefix.metadata.settings.get("text_format", {}))
     encoder = PairEncoder(tokenizer, text_format)
     with torch.no_grad(), frozen(model):
         if by == "options":

@@ -73,7 +73,7 @@ class Attachment:
                 stack.callback(delattr, attention, ATTACHED)
             _switch_implementation(decoder, self._implementation, stack)
             if self._implementation == ALIBI_IMPLEMENTATION:
-                serve_alibi(decoder, stack, lambda: self._thread.state)
+                serve_alibi(decoder, stack, lambda: getattr(self._thread, "state", None))
             base, embedding = decoder.base, decoder.base.get_input_embeddings()
             for handle in (
                 base.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -132,8 +132,8 @@ class Attachment:
         if given is not None:
             if mask is None and cache is None and not torch.compiler.is_compiling() and (given.diff() != 1).any():
                 raise ValueError(
-                    "position_ids are not consecutive: rows packed into one sequence need attachment.cu_seqlens, padded "
-                    "rows an attention_mask"
+                    "position_ids are not consecutive: rows packed into one sequence need attachment.cu_seqlens, "
+                    "padded rows an attention_mask"
                 )
             return given
         past = _past_length(kwargs)
@@ -170,13 +170,16 @@ class Attachment:
 
     def _after(self, base: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Runs after the decoder: every layer must have read the prefix."""
-        state = kwargs.get(STATE)
+        state, self._thread.state = kwargs.get(STATE), None
         missing = sorted(set(range(len(self._decoder.attentions))) - (state.consumed if state else set()))
         if missing:
             raise ValueError(
                 f"the attention of layers {missing} of {self._name} did not read the attached prefix, so this output "
                 "ignores it (layers skipped or replaced?)"
             )
+        if self._recomputes() and output[0].requires_grad:
+            block = self._stack
+            output[0].register_hook(lambda gradient: self._check_still_in(block))
 
     def _carry_gradient(self, hidden: Tensor) -> Tensor:
         """Let embeddings require a gradient where reentrant checkpointing would otherwise cut the graph.
@@ -184,14 +187,24 @@ class Attachment:
         A reentrant checkpoint records a gradient only if one of its inputs requires one, and with a frozen model no
         input of the first layer does, although the prefix inside needs it.
         """
-        layer = self._decoder.layers[0]
-        if not (getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()):
-            return hidden
-        options = getattr(layer._gradient_checkpointing_func, "keywords", {})
         trainable = any(p.requires_grad for p in self.prefix.parameters())
-        if hidden.requires_grad or not trainable or options.get("use_reentrant") is False:
+        if not self._recomputes() or hidden.requires_grad or not trainable:
             return hidden
-        return hidden.detach().requires_grad_()
+        options = getattr(self._decoder.layers[0]._gradient_checkpointing_func, "keywords", {})
+        return hidden if options.get("use_reentrant") is False else hidden.detach().requires_grad_()
+
+    def _recomputes(self) -> bool:
+        """Whether the layers of a forward pass will run once more in its backward pass."""
+        layer = self._decoder.layers[0]
+        return getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
+
+    def _check_still_in(self, block: ExitStack | None) -> None:
+        """Runs first in a backward pass with gradient checkpointing."""
+        if self._stack is not block:
+            raise ValueError(
+                "backward() was called after leaving the attach block; gradient checkpointing runs the layers again, "
+                "which must still have the prefix: call backward() inside the block"
+            )
 
     def _check_implementation(self, base: nn.Module) -> None:
         current = base.config._attn_implementation

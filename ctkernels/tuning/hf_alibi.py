@@ -35,7 +35,7 @@ def alibi_slopes(heads: int) -> Tensor:
     return torch.tensor([2**-e for e in exponents])
 
 
-def serve_alibi(decoder: Decoder, stack: ExitStack, current_state: Callable[[], ForwardState]) -> None:
+def serve_alibi(decoder: Decoder, stack: ExitStack, current_state: Callable[[], ForwardState | None]) -> None:
     """Let the attention modules of `decoder` read the prefix until `stack` is closed.
 
     Raises:
@@ -58,7 +58,7 @@ def _forward(
     slopes: Tensor,
     hidden_states: Tensor,
     residual: Tensor,
-    alibi: ForwardState,
+    alibi: ForwardState | None,
     attention_mask: Tensor | None,
     layer_past: Cache | None = None,
     use_cache: bool = False,

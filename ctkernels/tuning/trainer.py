@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ctkernels import dispatch
 from ctkernels.tuning.batches import Batch, answer_losses, make_batch, split_by_tokens
 from ctkernels.tuning.checkpoint import Checkpoint, fingerprint, model_fingerprint
 from ctkernels.tuning.data import DataError, Demonstration, Row, TextFormat, encode_context, encode_rows
@@ -88,11 +89,15 @@ def tune(
 
     Raises:
         DataError: too few demonstrations, or more tokens than the model takes.
+        ValueError: an unknown method; an unknown or unavailable backend.
+        TypeError: a model class that is not supported.
         CheckpointError: `resume` with other settings, data or model than the checkpoint's.
         TrainingError: the loss is not finite.
     """
     how = get_method(method)
     settings = settings or how.settings()
+    if settings.backend is not None:
+        dispatch.choose(settings.backend, model.device)  # refuses an unusable one before the model runs
     if how.starts_from == "context" and not demonstrations:
         raise DataError(f"{method} needs demonstrations, got none")
     used = demonstrations if how.starts_from == "context" else ()

@@ -73,15 +73,11 @@ def rounding_units(call: Call, cotangents: tuple[Tensor, Tensor] | None) -> dict
     P, Hk = t["prefix_k"].shape[-2], t["k"].shape[1]
     index = options.get("prefix_index")
     index = torch.zeros(B, dtype=torch.long) if index is None else index.long()
-    q, keys, values = (
-        t["q"].abs(),
-        *(
-            torch.cat([(prefix if prefix.dim() == 4 else prefix[None])[index], own], 2)
-            .repeat_interleave(H // Hk, 1)
-            .abs()
-            for prefix, own in ((t["prefix_k"], t["k"]), (t["prefix_v"], t["v"]))
-        ),
-    )  # [B, H, S, D] and [B, H, P + T, D]
+    q = t["q"].abs()  # [B, H, S, D]
+    keys, values = (
+        torch.cat([(x if x.dim() == 4 else x[None])[index], own], 2).repeat_interleave(H // Hk, 1).abs()
+        for x, own in ((t["prefix_k"], t["k"]), (t["prefix_v"], t["v"]))
+    )  # [B, H, P + T, D]
     scale = options.get("scale")
     scale = abs(D**-0.5 if scale is None else scale)
     logits = (scale * (q @ keys.transpose(-1, -2))).masked_fill(p == 0, 0)

@@ -104,7 +104,7 @@ def visible_keys(
             behind = prefix_len + i + offset - position
             sees = valid & in_context[b]
             if causal:
-                sees = sees & (own <= i + offset)
+                sees = sees & ((own < 0) | (own <= i + offset))
             if window is not None:
                 near = behind < window
                 if not window_prefix:

@@ -30,7 +30,7 @@ def calls(draw: st.DrawFn, types: str, varlen: bool | None = None) -> Call:
     options: dict = {}
     if not varlen:
         if draw(st.integers(0, 3)) == 0 and B:  # decoding: the queries are the last S of each row's keys
-            S = draw(st.integers(0, min(lens)))
+            S = draw(st.integers(0, T))
             options["seq_lens"] = torch.tensor(lens)
         elif draw(st.booleans()):
             options["seq_lens"] = torch.tensor(lens, dtype=draw(st.sampled_from([torch.int32, torch.int64])))
@@ -84,7 +84,7 @@ def masks(draw: st.DrawFn, generator: torch.Generator, B: int, P: int, keys: int
     mask: dict = {}
     length = P
     if draw(st.booleans()):
-        length = draw(st.sampled_from([0, P // 2, P, (P + keys) // 2, keys]))
+        length = draw(st.sampled_from([0, P // 2, P, (P + keys) // 2, keys, keys + 9]))
         mask["length"] = length
     if draw(st.booleans()):
         ends = torch.randint(0, length + 1, (B, 2), generator=generator).sort(-1).values

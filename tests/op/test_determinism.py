@@ -10,6 +10,7 @@ from .compare import assert_matches
 
 HIDDEN = torch.tensor([[20 * (b % 10), 20 * (b % 10) + 20] for b in range(40)])
 LENS = [1 + 7 * b % 23 for b in range(40)]
+LARGE = dict(lens=[100, 90, 1, 120, 99], H=10, Hk=5, P=1500, D=128)  # as the test of bounded scratch memory has it
 PROBLEMS = {
     "packed": dict(lens=LENS, P=200, H=6, Hk=2, D=64, bias=(6, 200), mask=dict(hidden=HIDDEN, drop_p=0.1, seed=1)),
     "padded": dict(B=40, S=23, P=200, H=2, Hk=1, D=17, seq_lens=torch.tensor(LENS), mask=dict(hidden=HIDDEN)),
@@ -29,9 +30,9 @@ def threads():
 
 
 @pytest.mark.parametrize("types", ["fp32", "bf16+fp32"])
-@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("problem", [*PROBLEMS, "large"])
 def test_same_bits_for_any_thread_count(kernel_build, threads, problem, types):
-    call = make_call(types=types, **PROBLEMS[problem])
+    call = make_call(types=types, **{**PROBLEMS, "large": LARGE}[problem])
     cotangents = cotangents_for(call)
     threads(1)
     expected = run(call, kernel_build, cotangents)
@@ -41,12 +42,13 @@ def test_same_bits_for_any_thread_count(kernel_build, threads, problem, types):
             assert torch.equal(x, expected[name]), f"{name} with {count} threads"
 
 
+@pytest.mark.parametrize(("count", "types"), [(1, "bf16+fp32"), (3, "fp32"), (3, "bf16+fp32")])
 @pytest.mark.parametrize("problem", PROBLEMS)
-def test_right_with_three_threads(build, threads, problem):
+def test_right_for_any_thread_count(build, threads, problem, count, types):
     """Work split over threads is neither lost nor done twice."""
-    call = make_call(types="fp32", **PROBLEMS[problem])
+    call = make_call(types=types, **PROBLEMS[problem])
     cotangents = cotangents_for(call)
-    threads(3)
+    threads(count)
     assert_matches(call, run(call, build, cotangents), cotangents)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from .cases import cotangents_for, make_call, run
+from .cases import Call, cotangents_for, cu_seqlens_of, make_call, run
 from .compare import assert_matches
 
 INF = float("inf")
@@ -72,6 +72,9 @@ EDGES = {
         P=0, lens=[7, 2, 9], mask=dict(length=6, hidden=spans((0, 3), (3, 6), (1, 5)), drop_p=0.2, seed=5)
     ),
     "own keys kept by pattern": dict(mask=dict(length=16, keep=torch.arange(48).view(3, 16) % 3 > 0)),
+    "context longer than all keys": dict(
+        mask=dict(length=40, drop_p=0.5, seed=12, hidden=spans((0, 40), (9, 39), (30, 40)))
+    ),
     "nothing visible to a row": dict(mask=dict(length=16, hidden=spans((0, 16), (0, 0), (2, 16)))),
     "nothing visible at all": dict(mask=dict(length=16, keep=no(3, 16))),
     "dropout over many rows": dict(B=40, S=2, P=70, H=2, Hk=1, mask=dict(drop_p=0.5, seed=11)),
@@ -107,6 +110,10 @@ EDGES = {
     "more keys than queries": dict(S=2, T=9),
     "decoding one token of ragged rows": dict(S=1, T=9, seq_lens=integers(9, 1, 4)),
     "decoding two tokens of ragged rows": dict(S=2, T=9, seq_lens=integers(2, 9, 5)),
+    "decoding with fewer keys than queries": dict(S=4, T=9, seq_lens=integers(1, 0, 9)),
+    "decoding with fewer keys, window and ALiBi": dict(
+        S=4, T=9, seq_lens=integers(1, 0, 9), window=6, alibi_slopes=torch.tensor([0.5, 0.25, 0.0, 2.0])
+    ),
     "decoding with a window": dict(S=2, T=30, seq_lens=integers(2, 30, 17), window=9),
     "decoding with dropout and a span": dict(
         S=1, T=4, mask=dict(drop_p=0.5, seed=9, hidden=spans((0, 5), (5, 11), (0, 0)))
@@ -128,7 +135,7 @@ EDGES = {
     "softcap with a window and a span": dict(softcap=2.0, window=12, mask=dict(hidden=spans((0, 4), (4, 8), (8, 11)))),
     "ALiBi": dict(alibi_slopes=torch.tensor([0.5, 0.25, 0.0, 2.0])),
     "ALiBi over packed rows": dict(lens=[4, 9, 1], alibi_slopes=torch.tensor([0.5, 0.25, 0.0, 2.0])),
-    "fp64 ALiBi slopes": dict(alibi_slopes=torch.tensor([0.5, 0.25, 0.125, 2.0], dtype=torch.float64)),
+    "fp64 ALiBi slopes": dict(alibi_slopes=torch.tensor([1 / 3, 0.1, 1 / 7, 2.0], dtype=torch.float64)),
     "bias per key": dict(bias=(11,)),
     "bias per head and key": dict(bias=(4, 11)),
     "bias per prefix, head and key": dict(G=3, bias=(3, 4, 11), prefix_index=integers(2, 0, 2)),
@@ -207,3 +214,33 @@ def test_strided_last_dimension_is_served_or_refused(build, name):
         assert name in str(error) and "last dimension" in str(error)
         return
     assert_matches(call, got, None)
+
+
+def test_more_work_than_fits_scratch_memory(kernel_build):
+    """So many queries, KV heads and prefix keys that a kernel with bounded scratch memory works in several rounds.
+
+    Held against the same kernel on one row and one KV head at a time.
+    """
+    lens, Hk, group = [100, 90, 1, 120, 99], 5, 2
+    call = make_call(lens=lens, H=Hk * group, Hk=Hk, P=1500, D=128, types="fp32", mask=dict(drop_p=0.1, seed=1))
+    dout, dlse = cotangents_for(call)
+    whole = run(call, kernel_build, (dout, dlse))
+    summed = {name: torch.zeros_like(whole[name]) for name in ("dprefix_k", "dprefix_v")}
+    for b, start in enumerate(call.cu_seqlens[:-1].tolist()):
+        tokens = slice(start, start + lens[b])
+        for g in range(Hk):
+            heads, kv = slice(g * group, (g + 1) * group), slice(g, g + 1)
+            t = {
+                name: x[kv] if "prefix" in name else x[tokens, heads if name == "q" else kv]
+                for name, x in call.tensors.items()
+            }
+            part = Call(t, {**call.mask, "row_ids": integers(b)}, {}, cu_seqlens_of(lens[b : b + 1]))
+            got = run(part, kernel_build, (dout[tokens, heads], dlse[tokens, heads]))
+            for name in ("out", "lse", "dq"):
+                torch.testing.assert_close(got[name], whole[name][tokens, heads], rtol=1e-5, atol=1e-5)
+            for name in ("dk", "dv"):
+                torch.testing.assert_close(got[name], whole[name][tokens, kv], rtol=1e-5, atol=1e-5)
+            for name, total in summed.items():
+                total[kv] += got[name]
+    for name, total in summed.items():
+        torch.testing.assert_close(total, whole[name], rtol=1e-4, atol=1e-5)

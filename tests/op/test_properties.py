@@ -106,6 +106,22 @@ def test_rows_do_not_affect_one_another(build, make):
         assert not torch.equal(before[name][at], after[name][at]), name
 
 
+@pytest.mark.parametrize("make", [padded, packed])
+def test_a_broken_row_breaks_no_other(build, make):
+    """NaN in one row's queries, keys and values leaves every bit of the other rows as it was."""
+    call = make()
+    cotangents = cotangents_for(call)
+    broken = call.clone()
+    at = torch.tensor([2]) if call.cu_seqlens is None else tokens_of([2])
+    rest = torch.tensor([0, 1, 3, 4, 5]) if call.cu_seqlens is None else tokens_of([0, 1, 3, 4, 5])
+    for name in ROWS:
+        broken.tensors[name][at] = NAN
+    before, after = run(call, build, cotangents), run(broken, build, cotangents)
+    for name in ("out", "lse", "dq", "dk", "dv"):
+        assert torch.equal(before[name][rest], after[name][rest]), name
+    assert after["out"][at].isnan().any()
+
+
 def test_padded_equals_packed(build):
     """Values, and gradients with respect to values, of the same rows with and without padding."""
     flat = packed()

@@ -93,6 +93,10 @@ def test_another_delimiter():
     assert tuple(context.input_ids.tolist()) == ids("ab?c?d?ef?gh?i")
 
 
+def test_options_that_occur_twice_count_once():
+    assert Demonstration("a", "b", ("c", "b", "c", "b")).options == ("c", "b")
+
+
 def test_jsonl_is_read_with_sources(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_bytes(
@@ -122,7 +126,7 @@ def test_jsonl_is_read_with_sources(tmp_path):
         ('{"input": "a", "output": "b", "options": "b"}', "options must be a list of strings, got str"),
         ('{"input": "a", "output": "b", "options": ["b", 1]}', "options must be strings, got int 1"),
         ('{"input": "a", "output": "b", "options": ["b"]}', "options must name at least two answers"),
-        ('{"input": "a", "output": "b", "options": ["b", "c", "b"]}', "options must differ"),
+        ('{"input": "a", "output": "b", "options": ["b", "b"]}', "options must name at least two answers"),
         ('{"input": "a", "output": "b", "options": ["b", ""]}', "options must not be blank"),
     ],
 )

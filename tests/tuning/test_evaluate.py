@@ -6,6 +6,7 @@ from torch.nn.functional import log_softmax
 
 from ctkernels.tuning.data import DataError, Demonstration, TextFormat, encode_context
 from ctkernels.tuning.evaluate import accuracy, evaluate_prefix, macro_f1
+from ctkernels.tuning.methods import get_method
 from ctkernels.tuning.prefix import KVPrefix
 from ctkernels.tuning.trainer import tune
 from tests.tuning.tasks import DEMONSTRATIONS, SPACE, char_tokenizer, ids
@@ -46,7 +47,7 @@ def test_options_are_scored_as_the_stock_model_would(model, prefix, shots):
     result = evaluate_prefix(model, TOKENIZER, ITEMS, prefix)
     losses = []
     for item in ITEMS:
-        start = tuple(CONTEXT.tolist()) + (SPACE,) if shots else ()  # without demonstrations nothing precedes the input
+        start = (*CONTEXT.tolist(), SPACE) if shots else ()  # without demonstrations nothing precedes the input
         prompt = start + ids(item.input) + (SPACE,)
         losses.append({option: stock_loss(model, prompt, ids(option)) for option in OPTIONS})
     assert result.predictions == [min(scores, key=scores.get) for scores in losses]
@@ -99,9 +100,7 @@ def test_generation_stops_at_the_delimiter_and_counts_exact_matches():
     """A model trained to copy the one demonstration's answer, and to stop behind it."""
     model = make_model("llama", torch.float32)
     items = [Demonstration("ab", "cold"), Demonstration("ba", "ok")]
-    from ctkernels.tuning.methods import get_method
-
-    settings = get_method("ct-kv").settings(epochs=150, lr=0.1, drop_p=0.0, leave_one_out=False, learn_stop=True)
+    settings = get_method("ct-kv").settings(epochs=60, lr=0.1, drop_p=0.0, leave_one_out=False, learn_stop=True)
     prefix = tune(model, TOKENIZER, items, settings=settings).prefix
     result = evaluate_prefix(model, TOKENIZER, items, prefix, max_new_tokens=12)
     assert (result.predictions, result.accuracy) == (["cold", "ok"], 1.0)
@@ -122,15 +121,16 @@ def test_items_with_their_own_options_are_scored_by_accuracy(model, prefix):
     assert (result.metric, result.score) == ("accuracy", result.accuracy)
 
 
-def test_the_first_of_equal_options_wins(prefix, model):
-    """With all output weights zero every option has the same loss, whatever order they are run in."""
-    flat = make_model("llama")
-    with torch.no_grad():
-        flat.lm_head.weight.zero_()
-    start = KVPrefix.from_tokens(flat, CONTEXT, torch.tensor([0, len(CONTEXT)]))
-    for options in (("warm", "cold", "dusk"), ("dusk", "cold", "warm")):
+def test_the_first_of_equal_options_wins(monkeypatch):
+    """All tokens but q are equally likely, so cold and warm are equal, though warm runs first, with warq."""
+    model = make_model("llama")
+    logits = torch.zeros(61, dtype=torch.float64)
+    logits[ids("q")] = -5.0
+    monkeypatch.setattr(model.lm_head, "forward", lambda hidden: logits.expand(*hidden.shape[:-1], -1))
+    prefix = KVPrefix.from_tokens(model, CONTEXT, torch.tensor([0, len(CONTEXT)]))
+    for options in (("warq", "cold", "warm"), ("warq", "warm", "cold")):
         item = Demonstration("tea", "cold", options)
-        assert evaluate_prefix(flat, TOKENIZER, [item], start).predictions == [options[0]]
+        assert evaluate_prefix(model, TOKENIZER, [item], prefix).predictions == [options[1]]
 
 
 def test_macro_f1_is_the_mean_over_the_labels_that_occur():
@@ -158,6 +158,14 @@ def test_bad_items(model, prefix):
     spaced = Demonstration("tea", "very hot", source="test.jsonl:6")
     with pytest.raises(DataError, match=r"test\.jsonl:6: the output contains the delimiter ' '"):
         evaluate_prefix(model, TOKENIZER, [spaced], prefix)
+
+
+def test_the_text_format_of_the_tuning_run_is_the_default(model):
+    question = TextFormat(delimiter="?")
+    prefix = tune(model, TOKENIZER, DEMONSTRATIONS, "icl", text_format=question).prefix
+    loss = evaluate_prefix(model, TOKENIZER, ITEMS, prefix).gold_loss
+    assert loss == evaluate_prefix(model, TOKENIZER, ITEMS, prefix, text_format=question).gold_loss
+    assert loss != evaluate_prefix(model, TOKENIZER, ITEMS, prefix, text_format=TextFormat()).gold_loss
 
 
 def test_cut_inputs_are_reported(model, prefix):

@@ -5,6 +5,7 @@ from dataclasses import fields
 import pytest
 import torch
 
+from ctkernels import tuning
 from ctkernels.tuning.batches import make_batch
 from ctkernels.tuning.data import encode_context, encode_rows
 from ctkernels.tuning.methods import METHODS, get_method
@@ -20,6 +21,13 @@ def test_table():
         "icl": "nothing",
         "ct-kv": "prefix",
     }
+
+
+def test_every_public_name_of_the_package_is_there():
+    assert all(getattr(tuning, name).__name__ == name for name in tuning.__all__ if name != "METHODS")
+    assert tuning.METHODS is METHODS
+    with pytest.raises(AttributeError, match="has no attribute 'tun'"):
+        tuning.tun  # noqa: B018
 
 
 def test_unknown_method_is_refused_with_the_nearest():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from transformers import StaticCache
 
 from ctkernels import ContextMask
 from ctkernels.tuning.prefix import KVPrefix
@@ -17,6 +18,9 @@ from tests.tuning.tiny_models import (
     stock_masked_logits,
     tokens,
 )
+
+# the old name, which every transformers 5 knows
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
 CONTEXT = tokens(19, seed=2)
 SEGMENTS = torch.tensor([1, 6, 11, 19])
@@ -119,6 +123,25 @@ def test_continued_in_steps(model, prefix, expected):
             logits.append(out.logits[0])
     assert cache.get_seq_length() == row.shape[1]
     close(torch.cat(logits), expected[1])
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@torch.no_grad()
+def test_left_padded_rows_continued_in_steps(model, prefix, expected, kind):
+    """Positions come from the mask; with a static cache, a mask over the whole cache says nothing about the future."""
+    ids, mask = pad_rows(ROWS, "left")
+    cache = StaticCache(config=model.config, max_cache_len=12) if kind == "static" else None
+    ahead = torch.cat((mask, torch.ones_like(mask)), dim=1)[:, :12]
+    logits, seen = [], 0
+    with prefix.attach(model):
+        for piece in ids.split((6, 1, 2), dim=1):
+            seen += piece.shape[1]
+            given = ahead if kind == "static" else mask[:, :seen]
+            out = model(piece, attention_mask=given, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            logits.append(out.logits)
+    for row, wanted in enumerate(expected):
+        close(torch.cat(logits, dim=1)[row][mask[row].bool()], wanted)
 
 
 def generate(model, ids: Tensor, mask: Tensor | None = None, **settings) -> list[list[int]]:

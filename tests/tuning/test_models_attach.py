@@ -24,6 +24,9 @@ from tests.tuning.tiny_models import (
     tokens,
 )
 
+# the old name, which every transformers 5 knows
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+
 CONTEXT = tokens(12, seed=2)
 SEGMENTS = torch.tensor([0, 5, 12])
 ROW = tokens(1, 7, seed=3)
@@ -185,6 +188,48 @@ def test_recomputation_uses_the_mask_of_its_forward(name, reentrant):
         torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_from_embeddings(llama, prefix, reentrant):
+    """Embeddings that need no gradient do not cut the prefix off from a reentrant checkpoint."""
+    model = make_model("llama")
+    embeddings = model.get_input_embeddings()(ROW)
+
+    def gradients() -> list[torch.Tensor]:
+        prefix.zero_grad()
+        with prefix.attach(model):
+            model(inputs_embeds=embeddings, use_cache=False).logits.square().sum().backward()
+        return [p.grad.clone() for p in prefix.parameters()]
+
+    expected = gradients()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.train()
+    for actual, wanted in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-9)
+    assert not embeddings.requires_grad
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "bloom"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_backward_after_the_block(name, reentrant):
+    """Without checkpointing the block may be left before backward; with it, layers would be recomputed bare."""
+    model = make_model(name)
+    prefix = KVPrefix.from_tokens(model, CONTEXT, SEGMENTS)
+    with prefix.attach(model):
+        loss = model(ROW, attention_mask=torch.ones_like(ROW)).logits.sum()
+    loss.backward()
+    assert all(p.grad.abs().max() > 0 for p in prefix.parameters())
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.train()
+    with prefix.attach(model):
+        loss = model(ROW, attention_mask=torch.ones_like(ROW)).logits.sum()
+    with pytest.raises(ValueError, match=r"call backward\(\) inside the block"):
+        loss.backward()
+    with prefix.attach(model):
+        loss = model(ROW, attention_mask=torch.ones_like(ROW)).logits.sum()
+    with prefix.attach(model), pytest.raises(ValueError, match=r"call backward\(\) inside the block"):
+        loss.backward()
+
+
 def test_first_layer_computes_no_row_gradients(llama, prefix, monkeypatch):
     """With frozen weights only the prefix needs a gradient in the first layer."""
     seen = []
@@ -212,6 +257,40 @@ def test_prefix_is_read_in_place(llama, prefix, monkeypatch):
     with prefix.attach(llama):
         llama(ROW.expand(5, -1))
     assert all(k is key and v is value for (k, v), key, value in zip(seen, prefix.keys, prefix.values, strict=True))
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom"])
+def test_compiled(name):
+    """torch.compile traces an attached model without graph breaks, to the same logits and prefix gradients."""
+    model = make_model(name, torch.float32)
+    prefix = KVPrefix.from_tokens(model, CONTEXT, SEGMENTS)
+    mask = ContextMask(hidden=torch.tensor([[0, 5], [5, 12]]))
+    rows = tokens(2, 7, seed=3)
+    results = []
+    with prefix.attach(model, mask=mask):
+        for forward in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+            prefix.zero_grad()
+            logits = forward(rows, use_cache=False).logits
+            logits.square().sum().backward()
+            results.append([logits.detach(), *(p.grad.clone() for p in prefix.parameters())])
+    torch._dynamo.reset()
+    for actual, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+
+
+def test_compiled_generation():
+    """`generate` compiles the decoding steps of a static cache."""
+    model = make_model("gemma2", num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
+    prefix = KVPrefix.from_tokens(model, CONTEXT, SEGMENTS)
+    ids, mask = pad_rows([tokens(3), tokens(7)], "left")
+    compiled = transformers.CompileConfig(fullgraph=False, backend="eager", mode=None)
+    compiled._compile_all_devices = True
+    settings = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
+    with prefix.attach(model):
+        expected = model.generate(ids, **settings)
+        actual = model.generate(ids, **settings, cache_implementation="static", compile_config=compiled)
+    torch._dynamo.reset()
+    assert torch.equal(actual, expected)
 
 
 # what is refused
@@ -254,6 +333,20 @@ def test_skipped_layers(llama, prefix):
             hidden = torch.zeros(1, 3, 32, dtype=torch.float64)
             angles = model.model.rotary_emb(hidden, torch.arange(3)[None])
             model.model.layers[0](hidden, position_embeddings=angles)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bloom"])
+@torch.no_grad()
+def test_forward_called_past_the_hooks(name):
+    """`forward` of the decoder instead of a call of it would leave positions and masks unset."""
+    model = make_model(name)
+    prefix = KVPrefix.from_tokens(model, CONTEXT, SEGMENTS)
+    decoder = find_decoder(model).base
+    with prefix.attach(model):
+        model(ROW)
+        for mask in (None, torch.ones_like(ROW)):
+            with pytest.raises(ValueError, match="outside of its model's forward"):
+                decoder.forward(ROW, attention_mask=mask)
 
 
 def test_layerdrop_is_noticed():
@@ -320,14 +413,15 @@ def test_masks_that_are_not_padding(name):
 
 
 @torch.no_grad()
-def test_right_padding_before_cached_tokens(llama, prefix):
-    """A cached row that ends before the last query is not where the op would put it."""
+def test_cached_rows_with_holes(llama, prefix):
+    """A cached row that ends before the last query, or has a hole, is not where the op would put it."""
     with prefix.attach(llama):
         cache = llama(ROW.expand(2, -1), use_cache=True).past_key_values
-        mask = torch.ones(2, 9, dtype=torch.long)
-        mask[0, -1] = 0
-        with pytest.raises(ValueError, match="rows are one run of ones"):
-            llama(tokens(2, 2), attention_mask=mask, past_key_values=cache)
+        for place in (-1, 6, 2):  # behind the row, and holes
+            mask = torch.ones(2, 9, dtype=torch.long)
+            mask[0, place] = 0
+            with pytest.raises(ValueError, match="rows are one run of ones"):
+                llama(tokens(2, 2), attention_mask=mask, past_key_values=copy.deepcopy(cache))
 
 
 @torch.no_grad()
@@ -493,6 +587,23 @@ def test_without_a_prefix(name):
     model.set_attn_implementation("ctkernels")
     for call, wanted in zip(calls, expected, strict=True):
         torch.testing.assert_close(call(), wanted, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_encoders_without_a_prefix():
+    """Bidirectional attention, which the op is not asked for, goes to SDPA."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40
+    )
+    model = transformers.BertModel(config).double().eval()
+    ids, mask = pad_rows([tokens(4), tokens(9)], "right")
+    results = []
+    for implementation in ("sdpa", "ctkernels"):
+        model.set_attn_implementation(implementation)
+        results.append((model(ids).last_hidden_state, model(ids, attention_mask=mask).last_hidden_state[mask.bool()]))
+    for actual, wanted in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_without_a_prefix_from_config():

@@ -1,0 +1,56 @@
+# Two commands do all set-up: `make demo` (the main job on a real model) and `make test` (all tests).
+# Both create .venv, install pinned versions and build the C++ extension.
+#
+#   TORCH  the torch requirement            make test TORCH=torch==2.14.1
+#   MODEL  a Hugging Face id or a directory make demo MODEL=Qwen/Qwen2.5-0.5B
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+MODEL ?=
+PIP := .venv/bin/pip --quiet --disable-pip-version-check
+SOURCES := setup.py $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp python_bindings/*.cpp)
+CXX_FILES := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp python_bindings/*.cpp)
+SANITIZE := -g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
+
+.PHONY: demo test lint format sanitize clean
+
+demo: .venv/built
+	@if [ -z "$(MODEL)" ]; then .venv/bin/python examples/fetch_smollm2.py .models/smollm2-135m; fi
+	.venv/bin/python examples/demo.py --model $(or $(MODEL),.models/smollm2-135m) --out runs/demo
+
+# two workers with one thread each; the tests that need more threads ask for them
+test: .venv/built
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 tests
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: .venv/installed
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+	.venv/bin/clang-format -i $(CXX_FILES)
+
+# The op's tests under AddressSanitizer and UndefinedBehaviorSanitizer, on a build of its own
+sanitize: .venv/installed
+	rm -rf build/sanitize && mkdir -p build/sanitize
+	cp -r ctkernels csrc python_bindings tests setup.py pyproject.toml README.md build/sanitize
+	rm -f build/sanitize/ctkernels/*.so
+	cd build/sanitize && CTKERNELS_CXXFLAGS="$(SANITIZE)" ../../.venv/bin/python setup.py --quiet build_ext --inplace
+	cd build/sanitize && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
+	  ../../.venv/bin/python -m pytest -q -n 2 tests/op -k "not compile and not memory"
+
+.venv/installed: requirements.txt
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	$(PIP) install "$(TORCH)"
+	$(PIP) install --no-deps -r requirements.txt
+	touch $@
+
+.venv/built: .venv/installed $(SOURCES) pyproject.toml
+	$(PIP) install --no-build-isolation --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info ctkernels/*.so
