@@ -38,7 +38,7 @@ struct Params {
   Tensor4 prefix_k, prefix_v;  // [G, Hk, P, D]
   const void* bias;            // prefix bias in the compute type (f64 for f64 rows, else f32); null: none
   int64_t bias_prefix, bias_head, bias_token;  // its strides in elements, 0 where it is shared
-  const float* alibi;                          // [H]; null: none
+  const void* alibi;                           // [H] in the compute type; null: none
   double scale, softcap;                       // softcap 0: none
   bool causal, window_prefix;
   int64_t window;  // 0: none

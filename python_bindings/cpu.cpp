@@ -77,8 +77,8 @@ struct Call {
       p.bias_token = 1;
     }
     if (problem.alibi_slopes) {
-      alibi = problem.alibi_slopes->to(at::kFloat).contiguous();
-      p.alibi = alibi.const_data_ptr<float>();
+      alibi = problem.alibi_slopes->to(compute).contiguous();
+      p.alibi = alibi.const_data_ptr();
     }
     p.scale = problem.scale, p.softcap = problem.softcap;
     p.causal = problem.causal, p.window = problem.window, p.window_prefix = problem.window_prefix;

@@ -208,12 +208,6 @@ class Backward {
   KeyBlock block_;
 };
 
-// Rows and KV heads whose dq shares are in the buffer together.
-struct Phase {
-  int64_t first_head, heads;
-  int64_t begin, end;  // positions in RowOrder
-};
-
 // Prefix keys per unit: enough units, key gradients that stay in the second-level cache, whole blocks.
 template <typename C>
 int64_t chunk_keys(const Params& p) {
@@ -223,96 +217,86 @@ int64_t chunk_keys(const Params& p) {
 }
 
 template <typename C>
-std::vector<Phase> make_phases(const Params& p, const RowOrder& order, int64_t slots) {
-  const int64_t lane_bytes = slots * round_up(p.D, LANES<C>) * int64_t(sizeof(C));
-  const int64_t heads = std::clamp<int64_t>((ENOUGH_UNITS + slots - 1) / slots, 1, p.Hk);
-  const int64_t lanes = std::max<int64_t>(TILE, SHARE_BYTES / (lane_bytes * heads));
-  std::vector<Phase> phases;
-  for (int64_t head = 0; head < p.Hk; head += heads)
-    for (int64_t begin = 0, end; begin < p.B; begin = end) {
-      for (end = begin + 1; end < p.B && order.start[end + 1] - order.start[begin] <= lanes;) ++end;
-      phases.push_back({head, std::min(heads, p.Hk - head), begin, end});
-    }
-  return phases;
-}
-
-template <typename C>
 class BackwardPlan {
  public:
   BackwardPlan(const Params& p, const Pool& pool)
       : p_(p), pool_(pool), order_(order_rows(p)), chunk_(chunk_keys<C>(p)), padded_(round_up(p.D, LANES<C>)) {
-    needs_prefix_ = p.dprefix_k.data || p.dprefix_v.data || p.dbias || p.dq.data;
-    needs_own_ = p.dk.data || p.dv.data || p.dq.data;
-    slots_ = 1 + (p.P + chunk_ - 1) / chunk_;
+    slots_ = (p.P + chunk_ - 1) / chunk_;
+    arenas_.resize(pool.workers);
   }
 
   void run() {
-    const std::vector<Phase> phases = make_phases<C>(p_, order_, p_.dq.data ? slots_ : 1);
-    int64_t most = 0;
-    for (const Phase& phase : phases)
-      most = std::max(most, phase.heads * (order_.start[phase.end] - order_.start[phase.begin]));
-    if (p_.dq.data) shares_.reset(new C[most * slots_ * padded_]);
-    arenas_.resize(pool_.workers);
-    for (const Phase& phase : phases) {
-      differentiate(phase);
-      if (p_.dq.data) reduce(phase);
+    const bool dq = p_.dq.data, prefix = dq || p_.dprefix_k.data || p_.dprefix_v.data || p_.dbias;
+    const bool own = dq || p_.dk.data || p_.dv.data;
+    const int64_t most_heads = std::clamp<int64_t>(ENOUGH_UNITS / std::max<int64_t>(slots_, 1), 1, p_.Hk);
+    const int64_t lane_bytes = most_heads * slots_ * padded_ * int64_t(sizeof(C));
+    const int64_t all = order_.lanes();
+    const int64_t most_lanes = !dq || !slots_ ? all : std::clamp<int64_t>(SHARE_BYTES / lane_bytes, TILE, all);
+    if (dq) own_shares_.reset(new C[most_heads * all * padded_]);
+    if (dq) shares_.reset(new C[most_heads * slots_ * most_lanes * padded_]);
+    for (first_head_ = 0; first_head_ < p_.Hk; first_head_ += most_heads) {
+      heads_ = std::min(most_heads, p_.Hk - first_head_);
+      if (own) differentiate_own();
+      for (int64_t begin = 0; begin < all; begin += most_lanes) {
+        const int64_t end = std::min(begin + most_lanes, all);
+        if (prefix) differentiate_prefix(begin, end);
+        if (dq) reduce(begin, end);
+      }
     }
   }
 
  private:
-  // Tiles of one prefix or of one row in a phase, and what one unit of work covers.
+  // A chunk of one prefix, and the tiles of the phase that read it.
   struct Unit {
     const std::vector<Tile>* tiles;
-    int64_t prefix;      // -1: the own keys of the row at `begin` in RowOrder
-    int64_t begin, end;  // prefix keys
-    int slot;
+    int64_t prefix, begin, end, slot;
   };
 
-  void differentiate(const Phase& phase) {
-    std::vector<std::unique_ptr<std::vector<Tile>>> tiles;
-    std::vector<Unit> units;
-    const auto keep = [&](std::vector<Tile> some) {
-      tiles.push_back(std::make_unique<std::vector<Tile>>(std::move(some)));
-      return tiles.back().get();
-    };
-    for (int64_t begin = phase.begin, end; needs_prefix_ && begin < phase.end; begin = end) {
-      const Row& row = p_.rows[order_.row[begin]];
-      for (end = begin + 1; end < phase.end && p_.rows[order_.row[end]].prefix == row.prefix;) ++end;
-      const std::vector<Tile>* some = keep(make_tiles(order_, begin, end, LANES<C>, true));
-      for (int64_t at = 0; at < row.prefix_len; at += chunk_)
-        units.push_back({some, row.prefix, at, std::min(at + chunk_, row.prefix_len), int(1 + at / chunk_)});
-    }
-    for (int64_t at = phase.begin; needs_own_ && at < phase.end; ++at)
-      units.push_back({keep(make_tiles(order_, at, at + 1, LANES<C>, false)), -1, at, at, 0});
-
-    const int64_t first_lane = order_.start[phase.begin], lanes = order_.start[phase.end] - first_lane;
-    each(int64_t(units.size()) * phase.heads, [&](Backward<C>& worker, int64_t i) {
-      const Unit& unit = units[i / phase.heads];
-      const int64_t head = i % phase.heads, kv_head = phase.first_head + head;
-      C* share = shares_ ? shares_.get() + (head * slots_ + unit.slot) * lanes * padded_ : nullptr;
-      if (unit.prefix >= 0)
-        worker.prefix(order_, *unit.tiles, unit.prefix, kv_head, unit.begin, unit.end, share, first_lane);
-      else worker.own(order_, *unit.tiles, p_.rows[order_.row[unit.begin]], kv_head, share, first_lane);
+  void differentiate_own() {
+    each(p_.B * heads_, [&](Backward<C>& worker, int64_t i) {
+      const int64_t at = i / heads_, head = i % heads_;
+      const std::vector<Tile> tiles = make_tiles(order_, order_.start[at], order_.start[at + 1], LANES<C>, false);
+      C* share = own_shares_ ? own_shares_.get() + head * order_.lanes() * padded_ : nullptr;
+      worker.own(order_, tiles, p_.rows[order_.row[at]], first_head_ + head, share, 0);
     });
   }
 
-  // dq <- scale * (sum of the shares, in the order of the slots)
-  void reduce(const Phase& phase) {
-    const int64_t first_lane = order_.start[phase.begin], lanes = order_.start[phase.end] - first_lane;
-    const int64_t group = p_.H / p_.Hk, rows = phase.end - phase.begin;
-    each(rows * phase.heads, [&](Backward<C>&, int64_t i) {
-      const int64_t at = phase.begin + i / phase.heads, head = i % phase.heads;
-      const Row& row = p_.rows[order_.row[at]];
-      const int64_t used = 1 + (row.prefix_len + chunk_ - 1) / chunk_;
+  // Lanes [first, last) against all prefix keys that they may see.
+  void differentiate_prefix(int64_t first, int64_t last) {
+    std::vector<std::unique_ptr<std::vector<Tile>>> tiles;
+    std::vector<Unit> units;
+    for (int64_t begin = first, end; begin < last; begin = end) {
+      const Row& row = p_.rows[order_.row[order_.position_of(begin)]];
+      end = std::min(order_.end_of_prefix(p_, begin), last);
+      tiles.push_back(std::make_unique<std::vector<Tile>>(make_tiles(order_, begin, end, LANES<C>, true)));
+      for (int64_t at = 0; at < row.prefix_len; at += chunk_)
+        units.push_back({tiles.back().get(), row.prefix, at, std::min(at + chunk_, row.prefix_len), at / chunk_});
+    }
+    each(int64_t(units.size()) * heads_, [&](Backward<C>& worker, int64_t i) {
+      const Unit& unit = units[i / heads_];
+      const int64_t head = i % heads_;
+      C* share = shares_ ? shares_.get() + (head * slots_ + unit.slot) * (last - first) * padded_ : nullptr;
+      worker.prefix(order_, *unit.tiles, unit.prefix, first_head_ + head, unit.begin, unit.end, share, first);
+    });
+  }
+
+  // dq of lanes [first, last) <- scale * (own share + prefix shares in the order of the slots)
+  void reduce(int64_t first, int64_t last) {
+    const int64_t group = p_.H / p_.Hk, lanes = last - first, blocks = (lanes + TILE - 1) / TILE;
+    each(blocks * heads_, [&](Backward<C>&, int64_t i) {
+      const int64_t begin = first + i / heads_ * TILE, end = std::min(begin + TILE, last), head = i % heads_;
       C line[256];
-      for (int64_t lane = order_.start[at]; lane < order_.start[at + 1]; ++lane) {
-        const C* share = shares_.get() + (head * slots_ * lanes + lane - first_lane) * padded_;
-        std::copy_n(share, p_.D, line);
-        for (int64_t slot = 1; slot < used; ++slot)
+      int64_t at = order_.position_of(begin);
+      for (int64_t lane = begin; lane < end; ++lane) {
+        while (order_.start[at + 1] <= lane) ++at;
+        const Row& row = p_.rows[order_.row[at]];
+        std::copy_n(own_shares_.get() + (head * order_.lanes() + lane) * padded_, p_.D, line);
+        const C* share = shares_.get() + (head * slots_ * lanes + lane - first) * padded_;
+        for (int64_t slot = 0; slot * chunk_ < row.prefix_len; ++slot)
           for (int64_t d = 0; d < p_.D; ++d) line[d] += share[slot * lanes * padded_ + d];
         const int64_t in_row = lane - order_.start[at];
         const int64_t offset = row.batch * p_.dq.batch + (row.token + in_row / group) * p_.dq.token +
-                               ((phase.first_head + head) * group + in_row % group) * p_.dq.head;
+                               ((first_head_ + head) * group + in_row % group) * p_.dq.head;
         store_row(p_.dq, offset, line, p_.D, C(p_.scale));
       }
     });
@@ -336,9 +320,10 @@ class BackwardPlan {
   const Pool& pool_;
   const RowOrder order_;
   const int64_t chunk_, padded_;
-  bool needs_prefix_, needs_own_;
-  int64_t slots_;
-  std::unique_ptr<C[]> shares_;  // [heads of the phase][slots][lanes of the phase][padded D]
+  int64_t slots_;                       // chunks of a prefix
+  int64_t first_head_ = 0, heads_ = 0;  // KV heads of the phase
+  std::unique_ptr<C[]> own_shares_;     // [heads][lanes][padded D]
+  std::unique_ptr<C[]> shares_;         // [heads][slots][lanes of the phase][padded D]
   std::vector<std::unique_ptr<Arena>> arenas_;
 };
 

@@ -158,8 +158,8 @@ void forward_as(const Params& p, const Pool& pool) {
   };
   std::vector<Tile> tiles;
   std::vector<Item> items;
-  for (int64_t begin = 0, end; begin < p.B; begin = end) {
-    for (end = begin + 1; end < p.B && p.rows[order.row[end]].prefix == p.rows[order.row[begin]].prefix;) ++end;
+  for (int64_t begin = 0, end; begin < order.lanes(); begin = end) {
+    end = order.end_of_prefix(p, begin);
     const std::vector<Tile> some = make_tiles(order, begin, end, LANES<C>, true);
     // enough items to balance the workers, else as many tiles per item as convert a key block together
     const int64_t wanted = int64_t(some.size()) * p.Hk / (8 * pool.workers);

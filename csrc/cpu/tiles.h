@@ -3,7 +3,7 @@
 // of a key serves every lane. Rows that fill vectors badly share tiles, and then each lane carries its own row.
 //
 // Results of a lane do not depend on which lanes share its tile: keys are visited in blocks at fixed positions, and a
-// key that a lane does not see contributes exactly nothing.
+// key that a lane does not see contributes exactly nothing (as long as the prefix is finite).
 
 constexpr int TILE = 48;        // lanes of a tile: 3 AVX-512 vectors of float
 constexpr int KEY_BLOCK = 128;  // keys per block: their logits for one tile stay in the first-level cache
@@ -39,6 +39,14 @@ class Arena {
 struct RowOrder {
   std::vector<int64_t> row;    // position -> index into Params::rows
   std::vector<int64_t> start;  // position -> first lane; one more entry holds the total
+
+  int64_t lanes() const { return start.back(); }
+  // Position of the row that holds a lane.
+  int64_t position_of(int64_t lane) const {
+    return std::upper_bound(start.begin(), start.end(), lane) - start.begin() - 1;
+  }
+  // First lane from `lane` on whose row reads another prefix than that of `lane`.
+  int64_t end_of_prefix(const Params& p, int64_t lane) const;
 };
 
 inline RowOrder order_rows(const Params& p) {
@@ -50,6 +58,13 @@ inline RowOrder order_rows(const Params& p) {
   order.start.assign(1, 0);
   for (int64_t r : order.row) order.start.push_back(order.start.back() + p.rows[r].queries * (p.H / p.Hk));
   return order;
+}
+
+inline int64_t RowOrder::end_of_prefix(const Params& p, int64_t lane) const {
+  size_t at = size_t(position_of(lane));
+  const int64_t prefix = p.rows[row[at]].prefix;
+  while (at < row.size() && p.rows[row[at]].prefix == prefix) ++at;
+  return start[at];
 }
 
 struct Tile {
@@ -70,21 +85,21 @@ inline void cut(int64_t first, int64_t lanes, int64_t position, const RowOrder& 
   }
 }
 
-// Tiles over the rows at positions [begin, end), which read one prefix. Rows keep to themselves, which lets a tile skip
-// exactly the keys that its row does not see, unless that would waste too many lanes.
+// Tiles over lanes [begin, end), whose rows read one prefix. Rows keep to themselves, which lets a tile skip exactly
+// the keys that its row does not see, unless that would waste too many lanes.
 inline std::vector<Tile> make_tiles(const RowOrder& order, int64_t begin, int64_t end, int vector_lanes, bool share) {
   std::vector<Tile> tiles;
-  int64_t alone = 0;
-  for (int64_t i = begin; i < end; ++i)
-    alone += (order.start[i + 1] - order.start[i] + vector_lanes - 1) / vector_lanes;
-  const int64_t lanes = order.start[end] - order.start[begin];
-  if (share && alone * vector_lanes * 8 > round_up(lanes, vector_lanes) * 9) {
-    if (lanes) cut(order.start[begin], lanes, begin, order, vector_lanes, &tiles);
+  if (begin >= end) return tiles;
+  const int64_t position = order.position_of(begin);
+  int64_t alone = 0;  // vectors, if every row keeps to itself
+  for (int64_t at = begin, i = position; at < end; at = order.start[++i])
+    alone += (std::min(order.start[i + 1], end) - at + vector_lanes - 1) / vector_lanes;
+  if (share && alone * vector_lanes * 8 > round_up(end - begin, vector_lanes) * 9) {
+    cut(begin, end - begin, position, order, vector_lanes, &tiles);
     return tiles;
   }
-  for (int64_t i = begin; i < end; ++i)
-    if (order.start[i + 1] > order.start[i])
-      cut(order.start[i], order.start[i + 1] - order.start[i], i, order, vector_lanes, &tiles);
+  for (int64_t at = begin, i = position; at < end; at = order.start[++i])
+    cut(at, std::min(order.start[i + 1], end) - at, i, order, vector_lanes, &tiles);
   return tiles;
 }
 
@@ -128,7 +143,7 @@ struct Lanes {
       const int64_t own = query[l] + row.offset;
       lowest = std::min(lowest, own), highest = std::max(highest, own);
       position[l] = C(own);
-      slope[l] = p.alibi ? C(p.alibi[kv_head * group + head[l]]) : C(0);
+      slope[l] = p.alibi ? static_cast<const C*>(p.alibi)[kv_head * group + head[l]] : C(0);
     }
   }
 

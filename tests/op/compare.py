@@ -68,7 +68,7 @@ def rounding_units(call: Call, cotangents: tuple[Tensor, Tensor] | None) -> dict
         t |= {name: unpack(t[name], lens) for name in ("q", "k", "v")}
         if cotangents is not None:
             dout, dlse = unpack(dout, lens), unpack(dlse[..., None], lens)[..., 0]
-    out, _, p = oracle.attention(**t, mask=call.mask, **options)
+    out, lse, p = oracle.attention(**t, mask=call.mask, **options)
     B, H, _, D = t["q"].shape
     P, Hk = t["prefix_k"].shape[-2], t["k"].shape[1]
     index = options.get("prefix_index")
@@ -81,7 +81,8 @@ def rounding_units(call: Call, cotangents: tuple[Tensor, Tensor] | None) -> dict
     scale = options.get("scale")
     scale = abs(D**-0.5 if scale is None else scale)
     logits = (scale * (q @ keys.transpose(-1, -2))).masked_fill(p == 0, 0)
-    relative = eps * (1 + _row_max(logits))  # error of exp(logit)
+    # error of p = exp(logit - lse), where lse is stored in the arithmetic's type
+    relative = eps * (1 + _row_max(logits) + lse.masked_fill(lse.isinf(), 0).abs()[..., None])
     units = {"out": relative * (p @ values), "lse": relative[..., 0]}
     if cotangents is not None:
         delta = (out.abs() * dout.abs()).sum(-1, keepdim=True)
