@@ -15,9 +15,10 @@ constexpr int64_t ENOUGH_UNITS = 24;      // units per phase that balance a few 
 template <typename C>
 struct BackwardTile {
   Lanes<C> lanes;
-  C *q, *dout;              // [D][TILE]
+  C *q, *dout;              // [padded D][TILE]
   C *q_rows, *dout_rows;    // [TILE][padded D]
-  C* dq;                    // [D][TILE]
+  C* dq;                    // [padded D][TILE]
+  C* rows;                  // [TILE][padded D]
   alignas(64) C lse[TILE];  // base 2; +inf where the lane has no probabilities (padding, no visible key)
   alignas(64) C delta[TILE];
 };
@@ -33,9 +34,10 @@ class Backward {
     v_ = arena->take<C>(keys * p.D);
     dk_ = arena->take<C>(keys * padded_);
     dv_ = arena->take<C>(keys * padded_);
-    tile_.q = arena->take<C>(p.D * TILE);
-    tile_.dout = arena->take<C>(p.D * TILE);
-    tile_.dq = arena->take<C>(p.D * TILE);
+    tile_.q = arena->take<C>(padded_ * TILE);
+    tile_.dout = arena->take<C>(padded_ * TILE);
+    tile_.dq = arena->take<C>(padded_ * TILE);
+    tile_.rows = arena->take<C>(TILE * padded_);
     tile_.q_rows = arena->take<C>(TILE * padded_);
     tile_.dout_rows = arena->take<C>(TILE * padded_);
   }
@@ -43,8 +45,7 @@ class Backward {
   static int64_t bytes(const Params& p, int64_t keys) {
     const int64_t padded = round_up(p.D, LANES<C>);
     return 3 * Arena::bytes(KEY_BLOCK * TILE, sizeof(C)) + 2 * Arena::bytes(keys * p.D, sizeof(C)) +
-           2 * Arena::bytes(keys * padded, sizeof(C)) + 3 * Arena::bytes(p.D * TILE, sizeof(C)) +
-           2 * Arena::bytes(TILE * padded, sizeof(C));
+           2 * Arena::bytes(keys * padded, sizeof(C)) + 6 * Arena::bytes(TILE * padded, sizeof(C));
   }
 
   // Prefix keys [begin, end) of one head: all tiles. Adds to dprefix_k, dprefix_v, dbias; dq shares go to `share`,
@@ -97,25 +98,28 @@ class Backward {
   void load_tile(const RowOrder& order, const Tile& which, int64_t kv_head) {
     Lanes<C>& lanes = tile_.lanes;
     lanes.set(p_, order, which, kv_head);
-    load_lanes<C>(p_, p_.q, kv_head, lanes, tile_.q, tile_.q_rows, padded_);
-    load_lanes<C>(p_, p_.dout, kv_head, lanes, tile_.dout, tile_.dout_rows, padded_);
-    std::fill_n(tile_.dq, p_.D * TILE, C(0));
+    load_lanes<C>(p_, p_.q, kv_head, lanes, tile_.q_rows, padded_);
+    load_lanes<C>(p_, p_.dout, kv_head, lanes, tile_.dout_rows, padded_);
+    load_lanes<C>(p_, p_.out, kv_head, lanes, tile_.rows, padded_);
+    std::fill_n(tile_.dq, padded_ * TILE, C(0));
     std::fill_n(tile_.lse, TILE, std::numeric_limits<C>::infinity());
     std::fill_n(tile_.delta, TILE, C(0));
-    C out[256];
     lanes.each([&](int l, const Row& row) {
+      C* dout = tile_.dout_rows + l * padded_;
       const C lse = static_cast<const C*>(p_.lse.data)[lanes.offset(p_.lse, kv_head, p_, l, row)];
       if (lse == -std::numeric_limits<C>::infinity()) {  // saw nothing: whatever dout holds must not reach a key
-        for (int64_t d = 0; d < p_.D; ++d) tile_.dout[d * TILE + l] = tile_.dout_rows[l * padded_ + d] = 0;
+        std::fill_n(dout, p_.D, C(0));
         return;
       }
       tile_.lse[l] = lse * C(LOG2E);
-      load_row(out, p_.out, lanes.offset(p_.out, kv_head, p_, l, row), p_.D, p_.out.type);
-      C delta = 0;
-      for (int64_t d = 0; d < p_.D; ++d) delta += out[d] * tile_.dout_rows[l * padded_ + d];
+      Vec<C> products{};
+      for (int64_t d = 0; d < padded_; d += LANES<C>) products += load(tile_.rows + l * padded_ + d) * load(dout + d);
+      C delta = sum_of<C>(products);
       if (p_.dlse.data) delta -= static_cast<const C*>(p_.dlse.data)[lanes.offset(p_.dlse, kv_head, p_, l, row)];
       tile_.delta[l] = delta;
     });
+    transpose(tile_.q_rows, padded_, tile_.q, TILE, lanes.vectors * LANES<C>, padded_);
+    transpose(tile_.dout_rows, padded_, tile_.dout, TILE, lanes.vectors * LANES<C>, padded_);
   }
 
   // One block of keys against the tile. Key j's gradients are accumulated in row j - first of dk_ and dv_.
@@ -181,8 +185,8 @@ class Backward {
 
   void write_share(C* share, int64_t lane) {
     if (!share) return;
-    for (int l = 0; l < tile_.lanes.count; ++l)
-      for (int64_t d = 0; d < p_.D; ++d) share[(lane + l) * padded_ + d] = tile_.dq[d * TILE + l];
+    transpose(tile_.dq, TILE, tile_.rows, padded_, padded_, tile_.lanes.vectors * LANES<C>);
+    std::copy_n(tile_.rows, tile_.lanes.count * padded_, share + lane * padded_);
   }
 
   void add_prefix(const Tensor4& t, const C* grad, C factor, int64_t prefix, int64_t kv_head, int64_t begin,

@@ -15,8 +15,8 @@
 template <typename C>
 struct ForwardTile {
   Lanes<C> lanes;
-  C* q;  // [D][TILE]
-  C* o;  // [D][TILE]
+  C* q;  // [padded D][TILE]
+  C* o;  // [padded D][TILE]
   alignas(64) C m[TILE];
   alignas(64) C l[TILE];
 };
@@ -27,17 +27,20 @@ class Forward {
   // Tiles that walk the keys together, so that a converted key block serves several of them.
   static constexpr int GROUP = 4;
 
-  Forward(const Params& p, Arena* arena) : p_(p), arena_(arena) {
+  Forward(const Params& p, Arena* arena) : p_(p), padded_(round_up(p.D, LANES<C>)) {
+    rows_ = arena->take<C>(TILE * padded_);
     s_ = arena->take<C>(KEY_BLOCK * TILE);
     k_ = arena->take<C>(KEY_BLOCK * p.D);
     v_ = arena->take<C>(KEY_BLOCK * p.D);
     for (int n = 0; n < KEY_BLOCK; ++n) s_rows_[n] = s_ + n * TILE;
-    for (ForwardTile<C>& tile : tiles_) tile.q = arena->take<C>(p.D * TILE), tile.o = arena->take<C>(p.D * TILE);
+    for (ForwardTile<C>& tile : tiles_)
+      tile.q = arena->take<C>(padded_ * TILE), tile.o = arena->take<C>(padded_ * TILE);
   }
 
   static int64_t bytes(const Params& p) {
+    const int64_t padded = round_up(p.D, LANES<C>);
     return Arena::bytes(KEY_BLOCK * TILE, sizeof(C)) + 2 * Arena::bytes(KEY_BLOCK * p.D, sizeof(C)) +
-           2 * GROUP * Arena::bytes(p.D * TILE, sizeof(C));
+           (2 * GROUP + 1) * Arena::bytes(padded * TILE, sizeof(C));
   }
 
   void run(const RowOrder& order, const Tile* tiles, int count, int64_t kv_head) {
@@ -67,10 +70,11 @@ class Forward {
  private:
   void start(const RowOrder& order, const Tile& which, int64_t kv_head, ForwardTile<C>* tile) {
     tile->lanes.set(p_, order, which, kv_head);
-    load_lanes<C>(p_, p_.q, kv_head, tile->lanes, tile->q, nullptr, 0);
+    load_lanes<C>(p_, p_.q, kv_head, tile->lanes, rows_, padded_);
+    transpose(rows_, padded_, tile->q, TILE, tile->lanes.vectors * LANES<C>, padded_);
     std::fill_n(tile->m, TILE, -std::numeric_limits<C>::infinity());
     std::fill_n(tile->l, TILE, C(0));
-    std::fill_n(tile->o, p_.D * TILE, C(0));
+    std::fill_n(tile->o, padded_ * TILE, C(0));
   }
 
   void own(const Logits<C>& logits, const Piece& piece, int64_t kv_head, ForwardTile<C>* tile) {
@@ -130,11 +134,10 @@ class Forward {
   }
 
   void finish(int64_t kv_head, const ForwardTile<C>& tile) {
-    C line[256];
+    transpose(tile.o, TILE, rows_, padded_, padded_, tile.lanes.vectors * LANES<C>);
     tile.lanes.each([&](int l, const Row& row) {
       const C total = tile.l[l], inverse = total > 0 || total != total ? C(1) / total : C(0);
-      for (int64_t d = 0; d < p_.D; ++d) line[d] = tile.o[d * TILE + l] * inverse;
-      store_row<C>(p_.out, tile.lanes.offset(p_.out, kv_head, p_, l, row), line, p_.D, C(1));
+      store_row<C>(p_.out, tile.lanes.offset(p_.out, kv_head, p_, l, row), rows_ + l * padded_, p_.D, inverse);
       const C lse =
           total > 0 || total != total ? C(LN2) * (tile.m[l] + std::log2(total)) : -std::numeric_limits<C>::infinity();
       static_cast<C*>(p_.lse.data)[tile.lanes.offset(p_.lse, kv_head, p_, l, row)] = lse;
@@ -142,8 +145,9 @@ class Forward {
   }
 
   const Params& p_;
-  Arena* arena_;
-  C* s_;  // [KEY_BLOCK][TILE]
+  const int64_t padded_;
+  C* rows_;  // [TILE][padded D]
+  C* s_;     // [KEY_BLOCK][TILE]
   C* s_rows_[KEY_BLOCK];
   C *k_, *v_;  // converted keys
   ForwardTile<C> tiles_[GROUP];

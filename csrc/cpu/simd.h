@@ -43,6 +43,45 @@ CTK_INLINE Vec<C> max(Vec<C> a, Vec<C> b) {
   return a > b ? a : b;
 }
 
+template <typename C>
+CTK_INLINE C sum_of(Vec<C> v) {
+  C sum = 0;
+  for (int i = 0; i < LANES<C>; ++i) sum += v[i];
+  return sum;
+}
+
+// One step of a transpose in registers: exchange the elements of a whose index has bit S with those of b that lack it.
+template <typename C, int S, int... J>
+CTK_INLINE void exchange(Vec<C>* a, Vec<C>* b, std::integer_sequence<int, J...>) {
+  const Vec<C> x = *a, y = *b;
+  *a = __builtin_shufflevector(x, y, ((J & S) ? LANES<C> + (J ^ S) : J)...);
+  *b = __builtin_shufflevector(x, y, ((J & S) ? LANES<C> + J : (J ^ S))...);
+}
+
+template <typename C, int S = 1>
+CTK_INLINE void transpose_square(Vec<C> (&v)[LANES<C>]) {
+  if constexpr (S < LANES<C>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES<C>; ++i)
+      if (!(i & S)) exchange<C, S>(&v[i], &v[i | S], std::make_integer_sequence<int, LANES<C>>{});
+    transpose_square<C, S * 2>(v);
+  }
+}
+
+// dst[j][i] = src[i][j] for i < rows, j < cols, both multiples of LANES.
+template <typename C>
+void transpose(const C* src, int64_t src_stride, C* dst, int64_t dst_stride, int64_t rows, int64_t cols) {
+  for (int64_t i = 0; i < rows; i += LANES<C>)
+    for (int64_t j = 0; j < cols; j += LANES<C>) {
+      Vec<C> v[LANES<C>];
+#pragma GCC unroll 16
+      for (int r = 0; r < LANES<C>; ++r) v[r] = load(src + (i + r) * src_stride + j);
+      transpose_square<C>(v);
+#pragma GCC unroll 16
+      for (int r = 0; r < LANES<C>; ++r) store(dst + (j + r) * dst_stride + i, v[r]);
+    }
+}
+
 // 2^x. float: x = n + f with |f| <= 1/2, degree-6 minimax polynomial for 2^f (relative error 1.9e-9 before rounding);
 // below -127 the result is 0. NaN stays NaN.
 CTK_INLINE Vec<float> exp2_of(Vec<float> x) {
@@ -150,7 +189,8 @@ void load_row(C* dst, const Tensor4& t, int64_t offset, int64_t n, Type rounding
     }
     case Type::f32: {
       const float* src = static_cast<const float*>(t.data) + offset;
-      if (rounding == Type::bf16)
+      if (sizeof(C) == sizeof(float) && rounding == Type::f32) std::memcpy(dst, src, n * sizeof(float));
+      else if (rounding == Type::bf16)
         for (int64_t i = 0; i < n; ++i) dst[i] = C(from_bf16(to_bf16(src[i])));
       else if (rounding == Type::f16)
         for (int64_t i = 0; i < n; ++i) dst[i] = C(from_f16(to_f16(src[i])));

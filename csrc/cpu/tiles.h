@@ -162,20 +162,14 @@ struct Lanes {
   }
 };
 
-// Loads the lanes of a tensor laid out as q, transposed to [D][TILE] and/or as rows [TILE][row_stride]; padding is 0.
+// Loads the lanes of a tensor laid out as q as rows [TILE][padded], zero where there is nothing.
 template <typename C>
-void load_lanes(const Params& p, const Tensor4& t, int64_t kv_head, const Lanes<C>& lanes, C* transposed, C* rows,
-                int64_t row_stride) {
-  C line[256];
-  for (int l = lanes.count; l < lanes.vectors * LANES<C>; ++l)
-    for (int64_t d = 0; d < p.D; ++d) transposed[d * TILE + l] = 0;
+void load_lanes(const Params& p, const Tensor4& t, int64_t kv_head, const Lanes<C>& lanes, C* rows, int64_t padded) {
   lanes.each([&](int l, const Row& row) {
-    C* dst = rows ? rows + l * row_stride : line;
-    load_row(dst, t, lanes.offset(t, kv_head, p, l, row), p.D, t.type);
-    for (int64_t d = 0; d < p.D; ++d) transposed[d * TILE + l] = dst[d];
-    if (rows)
-      for (int64_t d = p.D; d < row_stride; ++d) dst[d] = 0;
+    load_row(rows + l * padded, t, lanes.offset(t, kv_head, p, l, row), p.D, t.type);
+    std::fill(rows + l * padded + p.D, rows + (l + 1) * padded, C(0));
   });
+  std::fill(rows + lanes.count * padded, rows + lanes.vectors * LANES<C> * padded, C(0));
 }
 
 // Keys as rows in memory: key j is at base + j * stride.

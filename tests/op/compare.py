@@ -51,10 +51,11 @@ def arithmetic_type(dtype: torch.dtype) -> torch.dtype:
 
 
 def rounding_units(call: Call, cotangents: tuple[Tensor, Tensor] | None) -> dict[str, float]:
-    """By result, how far it can move, at most, when every term that is summed up for it is rounded once.
+    """By result, how far roundings in the arithmetic's type move it: of the terms that are summed up, and of the sums.
 
-    Needed beside eager PyTorch's error, which may be zero by luck where terms cancel. The terms are rounded in the
-    arithmetic's type, those of delta = <out, dout> in the type of `out`. First order, by sums of absolute values.
+    Needed beside eager PyTorch's error, which may be zero by luck where terms cancel or are all equal. The terms are
+    rounded once each (`out`, where delta = <out, dout> reads it, in its own type); n additions err like a random walk
+    of half a unit's step. First order, by sums of absolute values. `test_accuracy.py` does without this.
     """
     t = {name: x.detach().double() for name, x in call.tensors.items()}
     dtype = call.tensors["q"].dtype
@@ -83,15 +84,17 @@ def rounding_units(call: Call, cotangents: tuple[Tensor, Tensor] | None) -> dict
     logits = (scale * (q @ keys.transpose(-1, -2))).masked_fill(p == 0, 0)
     # error of p = exp(logit - lse), where lse is stored in the arithmetic's type
     relative = eps * (1 + _row_max(logits) + lse.masked_fill(lse.isinf(), 0).abs()[..., None])
-    units = {"out": relative * (p @ values), "lse": relative[..., 0]}
+    over_keys, over_queries = (eps / 2 * n**0.5 for n in (p.shape[-1], B * H // Hk * p.shape[2]))  # the sums
+    units = {"out": (relative + over_keys) * (p @ values), "lse": relative[..., 0]}
     if cotangents is not None:
         delta = (out.abs() * dout.abs()).sum(-1, keepdim=True)
-        ds = relative * p * (dout.abs() @ values.transpose(-1, -2) + delta + dlse.abs()[..., None])
-        ds = ds + torch.finfo(dtype).eps / 2 * p * delta  # [B, H, S, P + T]
-        units["dq"] = scale * ds @ keys
+        terms = p * (dout.abs() @ values.transpose(-1, -2) + delta + dlse.abs()[..., None])  # of ds
+        ds = relative * terms + torch.finfo(dtype).eps / 2 * p * delta  # [B, H, S, P + T]
+        units["dq"] = scale * (ds + over_keys * terms) @ keys
+        ds, weights = ds + over_queries * terms, (relative + over_queries) * p
         for name, grad in (
             ("k", scale * ds.transpose(-1, -2) @ q),
-            ("v", (relative * p).transpose(-1, -2) @ dout.abs()),
+            ("v", weights.transpose(-1, -2) @ dout.abs()),
         ):
             grad = grad.unflatten(1, (Hk, H // Hk)).sum(2)  # [B, Hk, P + T, D]
             units["d" + name], units["dprefix_" + name] = grad[:, :, P:], grad[:, :, :P].sum(0)

@@ -21,25 +21,42 @@ ORDINARY = {
     "padded rows": dict(B=5, S=30, P=150, H=4, Hk=4, D=128, seq_lens=torch.tensor([30, 11, 25, 30, 7])),
     "odd sizes": dict(lens=[13, 57, 29], P=99, H=7, Hk=1, D=80, bias=(7, 99), softcap=20.0),
     "peaked": dict(B=4, S=25, P=120, H=4, Hk=2, D=64, scale=0.6),
-    "decoding": dict(B=6, S=2, T=90, P=300, H=8, Hk=2, D=64, seq_lens=torch.tensor([90, 33, 70, 2, 51, 88])),
 }
 
 
-@pytest.mark.parametrize("types", ["fp32", "bf16", "fp16", "bf16+fp32"])
+DECODING = dict(B=6, S=2, T=90, P=300, H=8, Hk=2, D=64, seq_lens=torch.tensor([90, 33, 70, 2, 51, 88]))
+TYPES = ["fp32", "bf16", "fp16", "bf16+fp32"]
+
+
+@pytest.mark.parametrize("types", TYPES)
 @pytest.mark.parametrize("problem", ORDINARY)
 def test_at_most_twice_the_error_of_eager_pytorch(build, problem, types):
-    call = make_call(types=types, **ORDINARY[problem])
-    cotangents = cotangents_for(call)
-    dtype = call.tensors["q"].dtype
-    truth = run_dense(call, cotangents, torch.float64)
-    eager = run_dense(call, cotangents, dtype)
-    for name, x in run(call, build, cotangents).items():
-        seen = truth[name].isfinite()
-        ours, theirs = ((y[seen].double() - truth[name][seen]).abs() for y in (x, eager[name]))
-        unit = torch.finfo(x.dtype).eps
-        for norm in (torch.Tensor.max, root_mean_square):
-            allowed = 2 * norm(theirs) + unit * norm(truth[name][seen].abs())
-            assert norm(ours) <= allowed, f"{name}: {norm.__name__} {float(norm(ours)):.3g} > {float(allowed):.3g}"
+    check(build, dict(types=types, **ORDINARY[problem]), gradients=True)
+
+
+@pytest.mark.parametrize("types", TYPES)
+def test_decoding_at_most_twice_the_error_of_eager_pytorch(build, types):
+    check(build, dict(types=types, **DECODING), gradients=False)
+
+
+def check(build, sizes: dict, gradients: bool) -> None:
+    """Errors of four draws, added up, so that no single lucky draw of eager PyTorch decides."""
+    totals: dict[tuple[str, str], list] = {}
+    for seed in range(4):
+        call = make_call(seed=seed, **sizes)
+        cotangents = cotangents_for(call, seed) if gradients else None
+        truth = run_dense(call, cotangents, torch.float64)
+        eager = run_dense(call, cotangents, call.tensors["q"].dtype)
+        for name, x in run(call, build, cotangents).items():
+            seen = truth[name].isfinite()
+            exact = truth[name][seen]
+            ours, theirs = ((y[seen].double() - exact).abs() for y in (x, eager[name]))
+            for norm in (torch.Tensor.max, root_mean_square):
+                allowed = 2 * norm(theirs) + torch.finfo(x.dtype).eps * norm(exact.abs())
+                totals.setdefault((name, norm.__name__), []).append((norm(ours), allowed))
+    for (name, norm), pairs in totals.items():
+        ours, allowed = (float(sum(x)) for x in zip(*pairs, strict=True))
+        assert ours <= allowed, f"{name}, {norm}: {ours:.3g} > {allowed:.3g}"
 
 
 def root_mean_square(x: torch.Tensor) -> torch.Tensor:
