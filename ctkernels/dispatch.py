@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import platform
 import warnings
 from functools import cache
 from types import ModuleType
@@ -14,6 +15,9 @@ BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cpu": ("ctkernels.cpu", ("cpu",)),
     "reference": ("ctkernels.reference", ()),  # () = every device
 }
+
+# of those that torch reports, what decides how fast an instruction set can be
+FEATURES = ("avx2", "fma3", "f16c", "avx512_f", "avx512_bw", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16")
 
 
 def load(name: str) -> ModuleType:
@@ -73,10 +77,18 @@ def _warn_fallback(device_type: str) -> None:
 
 
 def cpu_info() -> dict[str, object]:
-    """Threads, and the instruction set of the CPU kernels: in use and possible (None and [] if they are not built)."""
+    """The CPU, its vector and matrix features, threads, and the instruction set of the kernels: in use and possible
+    (None and [] if they are not built)."""
     built = _unavailable("cpu") is None
     in_use, *possible = load("cpu").isas() if built else [None]
-    return {"threads": torch.get_num_threads(), "isa": in_use, "isa_available": possible}
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return {
+        "name": known.get("cpu_name", platform.processor()),
+        "features": [name for name in FEATURES if known.get(name)],
+        "threads": torch.get_num_threads(),
+        "isa": in_use,
+        "isa_available": possible,
+    }
 
 
 def set_cpu_isa(name: str) -> None:

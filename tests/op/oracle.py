@@ -24,12 +24,6 @@ def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[in
     return c0, c1, c2, c3
 
 
-def dropped(seed: int, row_id: int, position: int, drop_p: float) -> bool:
-    """Whether token dropout hides this context position from this row."""
-    words = philox((position >> 2, row_id, 0, 0), (seed & WORD, (seed >> 32) & WORD))
-    return words[position & 3] < int(drop_p * 2**32)
-
-
 def kept_tokens(seed: int, row_ids: list[int], length: int, drop_p: float) -> Tensor:
     """bool [B, C]: what token dropout leaves visible."""
     kept = torch.ones(len(row_ids), length, dtype=torch.bool)

@@ -1,5 +1,6 @@
 """Every violated precondition is refused before a kernel runs, with a message that says what, expected and got."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -303,6 +304,17 @@ def test_every_backend_of_the_table_has_a_state():
 def test_unknown_instruction_set():
     with pytest.raises((ValueError, RuntimeError), match=r"mmx|not built"):
         dispatch.set_cpu_isa("mmx")
+
+
+@pytest.mark.skipif(dispatch.availability()["cpu"] is not None, reason="the C++ extension is not built")
+@pytest.mark.parametrize(("wanted", "told"), [("portable", "None portable"), ("mmx", "mmx")])
+def test_instruction_set_from_the_environment(wanted, told):
+    """CTKERNELS_CPU_ISA chooses; a name that cannot be had makes the backend unavailable, and the reason says so."""
+    script = 'from ctkernels import dispatch; print(dispatch.availability()["cpu"], dispatch.cpu_info()["isa"])'
+    environment = {**os.environ, "CTKERNELS_CPU_ISA": wanted}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert told in done.stdout
 
 
 def test_errors_come_before_any_work(kernel_backend):

@@ -1,0 +1,256 @@
+"""What the benchmark scripts share: the machine, timing in turn, peak memory, measured ceilings, reports."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import datetime
+import gc
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+import ctkernels
+from benchmarks import memory
+from ctkernels import dispatch
+
+Value = TypeVar("Value")
+Laps = dict[str, float]  # phase -> seconds of one run
+BF16_UNITS = ("avx512_bf16", "amx_bf16")  # as /proc/cpuinfo names them
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the options that every script has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of the JSON, Markdown and plots")
+    parser.add_argument("--readme", type=Path, help="also replace the tables between the markers of this file")
+    parser.add_argument("--threads", type=int, help="threads of the CPU kernels and of PyTorch (default: PyTorch's)")
+    return parser
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """The device and the versions, and how busy the machine is with other things."""
+    info: dict[str, Any] = {
+        "device": device,
+        "cpu": _cpu_fields().get("model name", platform.processor() or platform.machine()),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        **dispatch.cpu_info(),
+        "bf16_units": [unit for unit in BF16_UNITS if unit in _cpu_fields().get("flags", "").split()],
+        "load": os.getloadavg()[0],
+        "ctkernels": ctkernels.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+    if torch.device(device).type == "cuda":
+        info |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    return info
+
+
+def machine_line(info: Mapping[str, Any]) -> str:
+    """`describe_machine` as one line of Markdown."""
+    where = f"{info['gpu']} (CUDA {info['cuda']}), " if "gpu" in info else ""
+    units = f" with {', '.join(info['bf16_units'])}" if info["bf16_units"] else " without bf16 units"
+    return (
+        f"{where}{info['cpu']}{units}, {info['cores']} cores, {info['threads']} threads, kernels for {info['isa']}; "
+        f"torch {info['torch']}, Python {info['python']}; "
+        f"load before the run {info['load']:.1f}; {info['date']}"
+    )
+
+
+def _cpu_fields() -> dict[str, str]:
+    """Fields of the first processor of /proc/cpuinfo, where there is one."""
+    path = Path("/proc/cpuinfo")
+    first = path.read_text().split("\n\n")[0] if path.exists() else ""
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def timed(work: Callable[[], Value], device: str) -> tuple[Value, float]:
+    """What `work` returns, and its seconds; on CUDA those of the device, measured with events."""
+    if torch.device(device).type != "cuda":
+        started = time.perf_counter()
+        value = work()
+        return value, time.perf_counter() - started
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    value = work()
+    end.record()
+    end.synchronize()
+    return value, begin.elapsed_time(end) / 1e3
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, quartiles and smallest of some times in seconds, and how many they are."""
+
+    median: float
+    q1: float
+    q3: float
+    best: float
+    count: int
+
+    @classmethod
+    def of(cls, times: Sequence[float]) -> Spread:
+        q1, _, q3 = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else (times[0],) * 3
+        return cls(statistics.median(times), q1, q3, min(times), len(times))
+
+
+def in_turn(
+    works: Mapping[str, Callable[[], Laps]], seconds: float, least: int = 3, most: int = 50
+) -> dict[str, dict[str, Spread]]:
+    """Run all works once to warm up, and then in turn (A B C A B C ...) for about `seconds`: name -> phase -> times.
+
+    In turn, so that whatever else the machine does meanwhile hits all of them alike.
+    """
+    for work in works.values():
+        work()
+    gc.collect()
+    rounds: dict[str, list[Laps]] = {name: [] for name in works}
+    started = time.perf_counter()
+    for number in range(most):
+        if number >= least and time.perf_counter() - started > seconds:
+            break
+        for name, work in works.items():
+            rounds[name].append(work())
+    return {
+        name: {phase: Spread.of([lap[phase] for lap in laps]) for phase in laps[0]} for name, laps in rounds.items()
+    }
+
+
+def extra_memory(work: Callable[[], Iterable[Tensor]], device: str) -> int | None:
+    """Peak memory in bytes that `work` needs beyond what is there before and the tensors that it returns.
+
+    None where the system cannot tell.
+    """
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        results = list(work())
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        if sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)  # else memory kept from earlier calls is used again, unseen
+        if not memory.reset_peak():
+            return None
+        before = memory.peak_bytes()
+        results = list(work())
+        peak = memory.peak_bytes()
+    return max(0, peak - before - sum(x.numel() * x.element_size() for x in results))
+
+
+def free_memory(device: str) -> int:
+    """Bytes that can be allocated now."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    status = Path("/proc/meminfo")
+    if not status.exists():
+        return 4 << 30
+    (line,) = [line for line in status.read_text().splitlines() if line.startswith("MemAvailable")]
+    return int(line.split()[1]) * 1024
+
+
+class MatrixProduct:
+    """The ceiling of arithmetic: PyTorch's own matrix product [n, n] @ [n, n], in the size that it computes fastest.
+
+    fp32 on a CPU, which the kernels calculate in; the rows' type on other devices. Run it in turn with the cases: a run
+    repeats the product for about `LAP` seconds and reports the mean and the best of its times.
+    """
+
+    LAP = 0.03
+
+    def __init__(self, dtype: torch.dtype, device: str, sizes: Sequence[int] = (512, 1024, 2048)) -> None:
+        self.device = device
+        on_cpu = torch.device(device).type == "cpu"
+        self.dtype = torch.float32 if on_cpu else dtype
+        best = {n: self._fastest(n) for n in (sizes if on_cpu else [4 * n for n in sizes])}
+        self._resize(max(best, key=lambda n: n**3 / best[n]))
+        self._repeat = max(1, round(self.LAP / best[self.n]))
+
+    def _resize(self, n: int) -> None:
+        self.n, self.flops = n, 2 * n**3
+        self._a, self._b, self._out = (torch.ones(n, n, dtype=self.dtype, device=self.device) for _ in range(3))
+
+    def _fastest(self, n: int) -> float:
+        self._resize(n)
+        return min(self._once() for _ in range(5))
+
+    def _once(self) -> float:
+        return timed(lambda: torch.mm(self._a, self._b, out=self._out), self.device)[1]
+
+    def __call__(self) -> Laps:
+        times = [self._once() for _ in range(self._repeat)]
+        return {"mean": statistics.fmean(times), "best": min(times)}
+
+
+class Reading:
+    """The ceiling of memory: PyTorch's own sum over a tensor of `size` bytes."""
+
+    def __init__(self, size: int, device: str) -> None:
+        self._x, self._device, self.size = torch.ones(max(1, size // 4), device=device), device, size
+
+    def __call__(self) -> Laps:
+        return {"both": timed(self._x.sum, self._device)[1]}
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def milliseconds(spread: Spread) -> str:
+    """Median and quartiles."""
+    digits = 0 if spread.median >= 0.1 else 2
+    median, q1, q3 = (f"{1e3 * x:.{digits}f}" for x in (spread.median, spread.q1, spread.q3))
+    return f"{median} ({q1}-{q3})"
+
+
+def megabytes(size: int | None) -> str:
+    return "?" if size is None else f"{size / 1e6:.1f}"
+
+
+def write_report(
+    name: str, options: argparse.Namespace, machine: Mapping[str, Any], results: Any, markdown: str
+) -> None:
+    """Write OUT/NAME.json and OUT/NAME.md, print the Markdown, and put it into the README if asked to."""
+    markdown = f"{machine_line(machine)}\n\n{markdown}"
+    options.out.mkdir(parents=True, exist_ok=True)
+    record = {"machine": machine, "command": sys.argv, "results": results}
+    (options.out / f"{name}.json").write_text(json.dumps(record, indent=1, default=_plain) + "\n")
+    (options.out / f"{name}.md").write_text(markdown + "\n")
+    print(f"\n{markdown}\n\nwrote {options.out}/{name}.json and {name}.md")
+    if options.readme is not None:
+        replace_between_markers(options.readme, name, markdown)
+
+
+def replace_between_markers(path: Path, name: str, markdown: str) -> None:
+    """Replace what stands between `<!-- NAME -->` and `<!-- /NAME -->` in a file.
+
+    Raises:
+        ValueError: the markers are not there.
+    """
+    text = path.read_text()
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if begin not in text or end not in text.split(begin)[1]:
+        raise ValueError(f"{path} must hold the markers {begin} and {end}, in this order")
+    before, rest = text.split(begin, 1)
+    path.write_text(f"{before}{begin}\n{markdown}\n{end}{rest.split(end, 1)[1]}")
+
+
+def _plain(value: Any) -> Any:
+    return asdict(value) if isinstance(value, Spread) else str(value)

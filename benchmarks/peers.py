@@ -1,0 +1,149 @@
+"""The same attention, computed in other ways: each a short function of the same inputs, and the check against fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention, softmax
+
+import ctkernels as ct
+from benchmarks.cases import FLOPS, Case, Inputs
+
+# largest relative error (norms over all values) against the fp64 reference; an error of the mask is far larger
+AGREEMENT = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+CHECK_FLOPS = 4e9  # a larger problem is checked on as many KV heads as this allows, at least one
+
+
+def ours(x: Inputs) -> Tensor:
+    """`ctkernels.prefix_attention`, best available backend."""
+    return ct.prefix_attention(x.q, x.k, x.v, x.prefix_k, x.prefix_v, x.mask, prefix_index=x.prefix_index)
+
+
+def join(prefix: Tensor, own: Tensor, prefix_index: Tensor | None) -> Tensor:
+    """Keys (or values) `[B, Hk, P+T, D]`: the prefix of each row, and the row's own."""
+    rows = prefix.expand(own.shape[0], *prefix.shape) if prefix_index is None else prefix[prefix_index]
+    return torch.cat((rows, own), dim=2)
+
+
+def eager_attention(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, prefix_index: Tensor | None, bias: Tensor
+) -> Tensor:
+    """Plain PyTorch as in model code: keys repeated per head, logits, mask, softmax in fp32."""
+    group = q.shape[1] // k.shape[1]
+    keys = join(prefix_k, k, prefix_index).repeat_interleave(group, dim=1)
+    values = join(prefix_v, v, prefix_index).repeat_interleave(group, dim=1)
+    logits = q @ keys.transpose(-1, -2) * q.shape[-1] ** -0.5 + bias  # [B, H, S, P+T]
+    return softmax(logits, dim=-1, dtype=torch.float32).to(q.dtype) @ values
+
+
+def eager(x: Inputs) -> Tensor:
+    """Plain PyTorch."""
+    return eager_attention(*x.leaves.values(), x.prefix_index, x.bias)
+
+
+def sdpa(x: Inputs) -> Tensor:
+    """`scaled_dot_product_attention` with the dense mask; it handles grouped heads itself, which is faster."""
+    k, v = join(x.prefix_k, x.k, x.prefix_index), join(x.prefix_v, x.v, x.prefix_index)
+    return scaled_dot_product_attention(x.q, k, v, attn_mask=x.bias, enable_gqa=x.case.Hk != x.case.H)
+
+
+@cache
+def compile_once(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`torch.compile` for one shape at a time, which gives the fastest code."""
+    return torch.compile(function, dynamic=False)
+
+
+def compiled(x: Inputs) -> Tensor:
+    """Plain PyTorch under `torch.compile`."""
+    return compile_once(eager_attention)(*x.leaves.values(), x.prefix_index, x.bias)
+
+
+def flex(x: Inputs) -> Tensor:
+    """FlexAttention with a block mask, compiled."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    if not hasattr(x, "block_mask"):
+        visible = x.visible[:, 0].contiguous()
+
+        def rule(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return visible[b, i, j]
+
+        x.block_mask = create_block_mask(rule, x.case.B, None, x.case.S, visible.shape[-1], device=x.device)
+    k, v = join(x.prefix_k, x.k, x.prefix_index), join(x.prefix_v, x.v, x.prefix_index)
+    return compile_once(flex_attention)(x.q, k, v, block_mask=x.block_mask, enable_gqa=x.case.Hk != x.case.H)
+
+
+PEERS: dict[str, Callable[[Inputs], Tensor]] = {"eager": eager, "sdpa": sdpa, "compiled": compiled, "flex": flex}
+
+
+def needed_bytes(name: str, case: Case) -> int:
+    """About how much memory a peer takes for forward and backward."""
+    keys = 2 * case.B * (case.P + case.T) * case.D * case.dtype.itemsize
+    mask = case.B * case.S * (case.P + case.T)
+    logits = case.B * case.H * case.S * (case.P + case.T)
+    heads = case.Hk if name in ("sdpa", "flex") else 2 * case.H
+    total = 3 * heads * keys + mask * (1 + case.dtype.itemsize)
+    return total if name in ("sdpa", "flex") else total + 4 * 4 * logits
+
+
+def results(out: Tensor, x: Inputs, backward: bool) -> dict[str, Tensor]:
+    """The output and, if asked for, the gradients of all leaves, by name."""
+    if not backward:
+        return {"out": out}
+    grads = torch.autograd.grad(out, list(x.leaves.values()), x.dout)
+    return {"out": out.detach(), **{f"d{name}": grad for name, grad in zip(x.leaves, grads, strict=True)}}
+
+
+def truth(x: Inputs) -> dict[str, Tensor]:
+    """Output and gradients of the first KV heads by the reference backend in fp64, a row at a time."""
+    case = x.case
+    group, per_head = case.H // case.Hk, FLOPS["both"] * case.B * case.S * (case.P + case.T) * case.D
+    kv_heads = max(1, min(case.Hk, int(CHECK_FLOPS / max(1, per_head * group))))
+    heads = {"q": kv_heads * group}
+    leaves = {name: (t[..., : heads.get(name, kv_heads), :, :]).detach().double() for name, t in x.leaves.items()}
+    visible = x.mask.dense(case.B, case.P)
+    parts: dict[str, list[Tensor]] = {name: [] for name in ("out", "dq", "dk", "dv")}
+    sums = {name: torch.zeros_like(leaves[name]) for name in ("prefix_k", "prefix_v")}
+    for b in range(case.B):
+        row = {name: t[b : b + 1] if name in ("q", "k", "v") else t for name, t in leaves.items()}
+        row = {name: t.clone().requires_grad_() for name, t in row.items()}
+        out = ct.prefix_attention(
+            *row.values(),
+            ct.ContextMask(keep=visible[b : b + 1]),
+            prefix_index=None if x.prefix_index is None else x.prefix_index[b : b + 1],
+            backend="reference",
+        )
+        grads = torch.autograd.grad(out, list(row.values()), x.dout[b : b + 1, : kv_heads * group].double())
+        for name, value in zip(parts, (out.detach(), *grads[:3]), strict=True):
+            parts[name].append(value)
+        for name, grad in zip(sums, grads[3:], strict=True):
+            sums[name] += grad
+    return {name: torch.cat(values) for name, values in parts.items()} | {f"d{n}": s for n, s in sums.items()}
+
+
+def relative_errors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """|got - expected| / |expected| by name, in Frobenius norms, on the heads that `expected` has."""
+    errors = {}
+    for name, value in got.items():
+        truth_of = expected[name]
+        error = (value[..., : truth_of.shape[-3], :, :].double() - truth_of).norm() / truth_of.norm()
+        errors[name] = float(error)
+    return errors
+
+
+def check(name: str, got: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> float:
+    """The largest relative error of a peer's results.
+
+    Raises:
+        ArithmeticError: it is larger than `AGREEMENT` allows, so that a time would mean nothing.
+    """
+    errors = relative_errors(got, expected)
+    worst = max(errors, key=errors.get)
+    if not errors[worst] <= AGREEMENT[dtype]:
+        raise ArithmeticError(
+            f"{name}: {worst} differs from the fp64 reference by {errors[worst]:.1e}, more than {AGREEMENT[dtype]:.0e}"
+        )
+    return errors[worst]
