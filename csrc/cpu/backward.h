@@ -15,11 +15,12 @@ constexpr int64_t ENOUGH_UNITS = 24;      // units per phase that balance a few 
 template <typename C>
 struct BackwardTile {
   Lanes<C> lanes;
-  C *q, *dout;              // [padded D][TILE]
-  C *q_rows, *dout_rows;    // [TILE][padded D]
-  C* dq;                    // [padded D][TILE]
-  C* rows;                  // [TILE][padded D]
-  alignas(64) C lse[TILE];  // base 2; +inf where the lane has no probabilities (padding, no visible key)
+  C *q, *dout;               // [padded D][TILE]
+  C *q_rows, *dout_rows;     // [TILE][padded D]
+  C* dq;                     // [padded D][TILE]
+  C* rows;                   // [TILE][padded D]
+  alignas(64) C lse[TILE];   // base 2; +inf where the lane has no probabilities (padding, no visible key)
+  alignas(64) C rest[TILE];  // what rounding to the compute type takes off lse in base 2
   alignas(64) C delta[TILE];
 };
 
@@ -103,6 +104,7 @@ class Backward {
     load_lanes<C>(p_, p_.out, kv_head, lanes, tile_.rows, padded_);
     std::fill_n(tile_.dq, padded_ * TILE, C(0));
     std::fill_n(tile_.lse, TILE, std::numeric_limits<C>::infinity());
+    std::fill_n(tile_.rest, TILE, C(0));
     std::fill_n(tile_.delta, TILE, C(0));
     lanes.each([&](int l, const Row& row) {
       C* dout = tile_.dout_rows + l * padded_;
@@ -111,7 +113,8 @@ class Backward {
         std::fill_n(dout, p_.D, C(0));
         return;
       }
-      tile_.lse[l] = lse * C(LOG2E);
+      tile_.lse[l] = C(double(lse) * LOG2E);
+      tile_.rest[l] = C(double(lse) * LOG2E - double(tile_.lse[l]));
       Vec<C> products{};
       for (int64_t d = 0; d < padded_; d += LANES<C>) products += load(tile_.rows + l * padded_ + d) * load(dout + d);
       C delta = sum_of<C>(products);
@@ -159,10 +162,10 @@ class Backward {
 
   // s -> p and dp -> ds for the vector of lanes at `at`.
   CTK_INLINE void probabilities(int at, C coefficient, bool needs_ds) {
-    const Vec<C> lse = load(tile_.lse + at), delta = load(tile_.delta + at);
+    const Vec<C> lse = load(tile_.lse + at), rest = load(tile_.rest + at), delta = load(tile_.delta + at);
     for (int n = 0; n < block_.count; ++n) {
       const int i = n * TILE + at;
-      const Vec<C> p = exp2_of(load(s_ + i) * coefficient - lse);
+      const Vec<C> p = exp2_of(load(s_ + i) * coefficient - lse - rest);
       store(s_ + i, p);
       if (needs_ds) store(dp_ + i, p * (load(dp_ + i) - delta));
     }

@@ -138,9 +138,10 @@ class Forward {
     tile.lanes.each([&](int l, const Row& row) {
       const C total = tile.l[l], inverse = total > 0 || total != total ? C(1) / total : C(0);
       store_row<C>(p_.out, tile.lanes.offset(p_.out, kv_head, p_, l, row), rows_ + l * padded_, p_.D, inverse);
-      const C lse =
-          total > 0 || total != total ? C(LN2) * (tile.m[l] + std::log2(total)) : -std::numeric_limits<C>::infinity();
-      static_cast<C*>(p_.lse.data)[tile.lanes.offset(p_.lse, kv_head, p_, l, row)] = lse;
+      // in double, once per lane: backward magnifies the rounding of lse by its size
+      const double lse = total > 0 || total != total ? LN2 * (double(tile.m[l]) + std::log2(double(total)))
+                                                     : -std::numeric_limits<double>::infinity();
+      static_cast<C*>(p_.lse.data)[tile.lanes.offset(p_.lse, kv_head, p_, l, row)] = C(lse);
     });
   }
 
