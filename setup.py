@@ -28,6 +28,9 @@ FLAGS = [
     "-ffp-contract=fast",  # fused multiply-add; order of operations is kept, so bits are reproducible
     "-fno-math-errno",
     "-fno-trapping-math",
+    # at::parallel_for is a header that needs it. Only for the compiler: at link time the OpenMP runtime must remain
+    # torch's own, which libtorch brings along, and not a second one with threads of its own.
+    "-fopenmp",
     "-Wall",
     "-Wno-unknown-pragmas",
     "-Wno-psabi",

@@ -40,6 +40,12 @@ def isas() -> list[str]:
     return torch.ops.ctkernels.cpu_isa()
 
 
+def workers() -> int:
+    """Threads that a call runs on now: torch's intra-op threads, if the extension uses torch's pool."""
+    isas()
+    return torch.ops.ctkernels.cpu_workers()
+
+
 def set_isa(name: str) -> None:
     """Choose the instruction set of later calls. Raises ValueError if this machine cannot run it."""
     isas()

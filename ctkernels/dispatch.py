@@ -77,8 +77,8 @@ def _warn_fallback(device_type: str) -> None:
 
 
 def cpu_info() -> dict[str, object]:
-    """The CPU, its vector and matrix features, threads, and the instruction set of the kernels: in use and possible
-    (None and [] if they are not built)."""
+    """The CPU, its vector and matrix features, torch's threads, the threads that the kernels run on, and their
+    instruction set: in use and possible (None and [] if they are not built)."""
     built = _unavailable("cpu") is None
     in_use, *possible = load("cpu").isas() if built else [None]
     known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
@@ -86,6 +86,7 @@ def cpu_info() -> dict[str, object]:
         "name": known.get("cpu_name", platform.processor()),
         "features": [name for name in FEATURES if known.get(name)],
         "threads": torch.get_num_threads(),
+        "workers": load("cpu").workers() if built else None,
         "isa": in_use,
         "isa_available": possible,
     }

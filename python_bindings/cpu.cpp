@@ -5,7 +5,9 @@
 #include <torch/library.h>
 
 #include <cmath>
+#include <set>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "../csrc/cpu/select.h"
@@ -239,6 +241,14 @@ std::vector<std::string> cpu_isa() {
   return names;
 }
 
+// How many threads a call really runs on: a build without OpenMP would run every worker on the calling thread.
+int64_t cpu_workers() {
+  const ctk::cpu::Pool workers = pool();
+  std::vector<std::thread::id> ran_on(workers.workers);
+  workers.run([&](int worker) { ran_on[worker] = std::this_thread::get_id(); });
+  return int64_t(std::set<std::thread::id>(ran_on.begin(), ran_on.end()).size());
+}
+
 void set_cpu_isa(const std::string& name) {
   std::string known;
   for (const ctk::cpu::Kernels* kernels : ctk::cpu::available()) {
@@ -267,6 +277,7 @@ TORCH_LIBRARY_FRAGMENT(ctkernels, m) {
       "Tensor? prefix_bias, Tensor out, Tensor lse, bool[6] needs, " PROBLEM_SCHEMA
       ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("cpu_isa() -> str[]", cpu_isa);
+  m.def("cpu_workers() -> int", cpu_workers);
   m.def("set_cpu_isa(str name) -> ()", [](std::string name) { set_cpu_isa(name); });
 }
 

@@ -5,6 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from ctkernels import dispatch
+
 from .cases import cotangents_for, make_call, run
 from .compare import assert_matches
 
@@ -71,3 +73,14 @@ def test_concurrent_calls(build):
     for a, b in zip(expected, got, strict=True):
         for name in a:
             assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_kernels_run_on_torchs_threads(threads):
+    """Equal bits prove nothing about threads if all workers share one."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert dispatch.cpu_info()["workers"] == threads
+    finally:
+        torch.set_num_threads(before)
