@@ -12,7 +12,7 @@ SOURCES := setup.py $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp python_bindi
 CXX_FILES := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp python_bindings/*.cpp)
 SANITIZE := -g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-.PHONY: demo test lint format sanitize clean
+.PHONY: demo test bench lint format sanitize clean
 
 demo: .venv/built
 	@if [ -z "$(MODEL)" ]; then .venv/bin/python examples/fetch_smollm2.py .models/smollm2-135m; fi
@@ -21,6 +21,11 @@ demo: .venv/built
 # two workers with one thread each; the tests that need more threads ask for them
 test: .venv/built
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 tests
+
+# The op against its peers (writes the README's table), and how it scales; about ten minutes on two cores
+bench: .venv/built
+	.venv/bin/python benchmarks/bench_attention.py --out runs/bench --readme README.md
+	.venv/bin/python benchmarks/bench_scaling.py --out runs/bench
 
 lint: .venv/installed
 	.venv/bin/ruff check .

@@ -30,25 +30,24 @@ DEFAULT_PEERS = ("eager", "sdpa")
 OURS, CEILING = "ctkernels", "ceiling"
 
 
-def run_once(name: str, x: Inputs, backward: bool) -> tuple[dict[str, torch.Tensor], harness.Laps]:
-    """One call: the results, and seconds by phase."""
-    x.require_grad(backward)
+def run_once(name: str, x: Inputs, dout: torch.Tensor | None) -> tuple[dict[str, torch.Tensor], harness.Laps]:
+    """One call, differentiated if the gradient of its output is given: the results, and seconds by phase."""
+    x.require_grad(dout is not None)
     function = peers.ours if name == OURS else peers.PEERS[name]
     out, forward_s = harness.timed(lambda: function(x), x.device)
-    if not backward:
+    if dout is None:
         return {"out": out}, {"forward": forward_s}
-    values, backward_s = harness.timed(lambda: peers.results(out, x, True), x.device)
+    values, backward_s = harness.timed(lambda: peers.results(out, x, dout), x.device)
     return values, {"forward": forward_s, "backward": backward_s, "both": forward_s + backward_s}
 
 
-def usable(name: str, x: Inputs, backward: bool, expected: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Check a peer: which phases it can run and its error, or the reason why not."""
+def usable(name: str, x: Inputs, backward: bool, expected: peers.Truth) -> dict[str, Any]:
+    """Check a peer: whether it can run backward and its error, or the reason why it cannot run."""
     needed, free = peers.needed_bytes(name, x.case), harness.free_memory(x.device)
     if name != OURS and needed > free // 2:
         return {"reason": f"needs about {needed / 1e9:.1f} GB"}
-    entry: dict[str, Any] = {"backward": backward}
     try:
-        values, _ = run_once(name, x, backward)
+        values, _ = run_once(name, x, expected.dout if backward else None)
     except RuntimeError as error:  # a peer that cannot differentiate here may still run forward
         if name == OURS:
             raise
@@ -56,8 +55,7 @@ def usable(name: str, x: Inputs, backward: bool, expected: dict[str, torch.Tenso
             return {"reason": first_line(error)}
         entry = usable(name, x, False, expected)
         return entry if "reason" in entry else {**entry, "reason_backward": first_line(error)}
-    entry["error"] = peers.check(name, values, expected, x.case.dtype)
-    return entry
+    return {"backward": backward, "error": peers.check(name, values, expected, x.case.dtype)}
 
 
 def first_line(error: Exception) -> str:
@@ -95,18 +93,16 @@ def measure(
     expected = peers.truth(x)
     entries = {name: usable(name, x, backward, expected) for name in (OURS, *names)}
     del expected
-    runnable = {name: entry["backward"] for name, entry in entries.items() if "backward" in entry}
+    douts = {name: x.dout if entry["backward"] else None for name, entry in entries.items() if "backward" in entry}
 
-    def work(name: str, differentiate: bool):
-        return lambda: run_once(name, x, differentiate)[1]
+    def call(name: str) -> tuple[dict[str, torch.Tensor], harness.Laps]:
+        return run_once(name, x, douts[name])
 
-    for name, differentiate in runnable.items():
-        entries[name]["extra_bytes"] = harness.extra_memory(
-            lambda n=name, d=differentiate: run_once(n, x, d)[0].values(), device
-        )
-    works = {name: work(name, differentiate) for name, differentiate in runnable.items()}
+    for name in douts:
+        entries[name]["extra_bytes"] = harness.extra_memory(lambda name=name: call(name)[0].values(), device)
+    works = {name: lambda name=name: call(name)[1] for name in douts}
     times = harness.in_turn({**works, CEILING: ceiling, **(others or {})}, seconds)
-    for name in runnable:
+    for name in douts:
         entries[name]["times"] = times[name]
         entries[name]["rates"] = {
             phase: {"median": case.flops(phase) / spread.median, "best": case.flops(phase) / spread.best}
@@ -214,13 +210,12 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = harness.arguments(__doc__)
     parser.add_argument("--full", action="store_true", help="the whole sweep, and every peer on every case")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:0 ...")
     parser.add_argument("--seconds", type=float, default=5.0, help="about how long to measure a case")
     parser.add_argument("--only", default="", help="cases whose name or sizes contain this")
     parser.add_argument("--peers", nargs="*", choices=peers.PEERS, help="default: eager and sdpa, and all of them once")
     args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    harness.prepare(args)
     machine = harness.describe_machine(args.device)
     print(harness.machine_line(machine), flush=True)
     results, ceilings = [], {}

@@ -79,7 +79,7 @@ def decode(case: Case, device: str, seconds: float, ceiling: harness.MatrixProdu
     result = measure(case, (PEER,), backward=False, device=device, seconds=seconds, ceiling=ceiling, others=others)
     floors = {
         "arithmetic": result["flops"]["forward"] / result["ceiling"]["median"],
-        "reading": result["others"]["reading"]["both"].median,
+        "reading": result["others"]["reading"].median,
     }
     binds = max(floors, key=floors.get)
     time = result["entries"][OURS]["times"]["forward"].median
@@ -91,7 +91,7 @@ def decoding_cases(full: bool) -> list[Case]:
     shapes = [(1, 16384, 1), (16, 16384, 1), (256, 4096, 1), (64, 4096, 16)]
     shapes += [(1, 131072, 1), (256, 16384, 1), (256, 4096, 64)] if full else []
     cases = [replace(DECODING, B=B, P=P, G=G) for B, P, G in shapes]
-    return cases + [replace(DECODING, name="scoring", S=8, past=0, B=256, P=4096)]
+    return [*cases, replace(DECODING, name="scoring", S=8, past=0, B=256, P=4096)]
 
 
 def sweep_table(title: str, results: Sequence[dict[str, Any]]) -> str:
@@ -144,8 +144,8 @@ def many_shot_text(result: dict[str, Any]) -> str:
     eager = peers.needed_bytes("eager", case) / 1e9
     return (
         f"**Many-shot** ({result['sizes']}): forward and backward in {own['times']['both'].median:.2f} s, "
-        f"{reached(result, 'both', 'median'):.0%} of the ceiling, with {harness.megabytes(own['extra_bytes'])} MB beyond "
-        f"inputs and results; eager PyTorch would need about {eager:.0f} GB."
+        f"{reached(result, 'both', 'median'):.0%} of the ceiling, with {harness.megabytes(own['extra_bytes'])} MB "
+        f"beyond inputs and results; eager PyTorch would need about {eager:.0f} GB."
     )
 
 
@@ -164,8 +164,8 @@ def plot(path: Path, sweeps: dict[str, Sequence[dict[str, Any]]]) -> None:
         for label in (OURS, PEER):
             points = [(r["x"], r["entries"][label]["times"]["both"]) for r in results if "times" in r["entries"][label]]
             x, spreads = [p[0] for p in points], [p[1] for p in points]
-            low, high = ([1e3 * abs(s.median - side(s)) for s in spreads] for side in (_first, _third))
-            axis.errorbar(x, [1e3 * s.median for s in spreads], (low, high), marker="o", capsize=3, label=label)
+            errors = [[1e3 * (s.median - s.q1) for s in spreads], [1e3 * (s.q3 - s.median) for s in spreads]]
+            axis.errorbar(x, [1e3 * s.median for s in spreads], errors, marker="o", capsize=3, label=label)
         if all(isinstance(r["x"], int) for r in results):
             axis.set_xscale("log", base=2)
             axis.set_yscale("log", base=2)
@@ -177,22 +177,13 @@ def plot(path: Path, sweeps: dict[str, Sequence[dict[str, Any]]]) -> None:
     pyplot.close(figure)
 
 
-def _first(spread: harness.Spread) -> float:
-    return spread.q1
-
-
-def _third(spread: harness.Spread) -> float:
-    return spread.q3
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = harness.arguments(__doc__)
     parser.add_argument("--full", action="store_true", help="more and larger points")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
-    parser.add_argument("--seconds", type=float, default=3.0, help="about how long to measure a point")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:0 ...")
+    parser.add_argument("--seconds", type=float, default=2.0, help="about how long to measure a point")
     args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    harness.prepare(args)
     machine = harness.describe_machine(args.device)
     print(harness.machine_line(machine), flush=True)
     ceiling = harness.MatrixProduct(torch.float32, args.device)

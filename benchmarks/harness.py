@@ -38,6 +38,15 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def prepare(options: argparse.Namespace) -> None:
+    """Set the threads and the CUDA device that the options name."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device(getattr(options, "device", "cpu"))
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # events and memory statistics are those of the current device
+
+
 def describe_machine(device: str) -> dict[str, Any]:
     """The device and the versions, and how busy the machine is with other things."""
     info: dict[str, Any] = {
@@ -110,12 +119,10 @@ class Spread:
 def in_turn(
     works: Mapping[str, Callable[[], Laps]], seconds: float, least: int = 3, most: int = 50
 ) -> dict[str, dict[str, Spread]]:
-    """Run all works once to warm up, and then in turn (A B C A B C ...) for about `seconds`: name -> phase -> times.
+    """Run all works in turn (A B C A B C ...) for about `seconds`: name -> phase -> times. They should have run before.
 
     In turn, so that whatever else the machine does meanwhile hits all of them alike.
     """
-    for work in works.values():
-        work()
     gc.collect()
     rounds: dict[str, list[Laps]] = {name: [] for name in works}
     started = time.perf_counter()
@@ -134,7 +141,6 @@ def extra_memory(work: Callable[[], Iterable[Tensor]], device: str) -> int | Non
 
     None where the system cannot tell.
     """
-    gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -172,12 +178,13 @@ class MatrixProduct:
     """
 
     LAP = 0.03
+    SIZES = (512, 1024, 2048)  # four times as much on other devices than the CPU
 
-    def __init__(self, dtype: torch.dtype, device: str, sizes: Sequence[int] = (512, 1024, 2048)) -> None:
+    def __init__(self, dtype: torch.dtype, device: str) -> None:
         self.device = device
         on_cpu = torch.device(device).type == "cpu"
         self.dtype = torch.float32 if on_cpu else dtype
-        best = {n: self._fastest(n) for n in (sizes if on_cpu else [4 * n for n in sizes])}
+        best = {n: self._fastest(n) for n in (self.SIZES if on_cpu else [4 * n for n in self.SIZES])}
         self._resize(max(best, key=lambda n: n**3 / best[n]))
         self._repeat = max(1, round(self.LAP / best[self.n]))
 
@@ -201,7 +208,7 @@ class Reading:
     """The ceiling of memory: PyTorch's own sum over a tensor of `size` bytes."""
 
     def __init__(self, size: int, device: str) -> None:
-        self._x, self._device, self.size = torch.ones(max(1, size // 4), device=device), device, size
+        self._x, self._device = torch.ones(max(1, size // 4), device=device), device
 
     def __call__(self) -> Laps:
         return {"both": timed(self._x.sum, self._device)[1]}

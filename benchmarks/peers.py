@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -14,7 +15,7 @@ from benchmarks.cases import FLOPS, Case, Inputs
 
 # largest relative error (norms over all values) against the fp64 reference; an error of the mask is far larger
 AGREEMENT = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-CHECK_FLOPS = 4e9  # a larger problem is checked on as many KV heads as this allows, at least one
+CHECK_FLOPS = 5e8  # a larger problem is checked on as many rows and KV heads as this allows
 
 
 def ours(x: Inputs) -> Tensor:
@@ -89,52 +90,68 @@ def needed_bytes(name: str, case: Case) -> int:
     return total if name in ("sdpa", "flex") else total + 4 * 4 * logits
 
 
-def results(out: Tensor, x: Inputs, backward: bool) -> dict[str, Tensor]:
-    """The output and, if asked for, the gradients of all leaves, by name."""
-    if not backward:
+def results(out: Tensor, x: Inputs, dout: Tensor | None) -> dict[str, Tensor]:
+    """The output and, if its gradient is given, the gradients of all leaves, by name."""
+    if dout is None:
         return {"out": out}
-    grads = torch.autograd.grad(out, list(x.leaves.values()), x.dout)
+    grads = torch.autograd.grad(out, list(x.leaves.values()), dout)
     return {"out": out.detach(), **{f"d{name}": grad for name, grad in zip(x.leaves, grads, strict=True)}}
 
 
-def truth(x: Inputs) -> dict[str, Tensor]:
-    """Output and gradients of the first KV heads by the reference backend in fp64, a row at a time."""
+@dataclass(frozen=True)
+class Truth:
+    """Some rows of some heads, computed by the reference backend in fp64.
+
+    rows: int64, their indices.  dout: the gradient of the output that the results belong to; zero for all other rows,
+    so that the prefix gradients are those of the whole call.  values: output and gradients of the first heads, by name.
+    """
+
+    rows: Tensor
+    dout: Tensor
+    values: dict[str, Tensor]
+
+
+def truth(x: Inputs) -> Truth:
+    """As many rows and heads as `CHECK_FLOPS` allows, at least one of each; rows are spread over the batch."""
     case = x.case
-    group, per_head = case.H // case.Hk, FLOPS["both"] * case.B * case.S * (case.P + case.T) * case.D
-    kv_heads = max(1, min(case.Hk, int(CHECK_FLOPS / max(1, per_head * group))))
+    group, visible = case.H // case.Hk, x.mask.dense(case.B, case.P)
+    affordable = CHECK_FLOPS / (FLOPS["both"] * group * case.S * (case.P + case.T) * case.D)  # rows x KV heads
+    kv_heads = max(1, min(case.Hk, int(affordable / case.B)))
     heads = {"q": kv_heads * group}
-    leaves = {name: (t[..., : heads.get(name, kv_heads), :, :]).detach().double() for name, t in x.leaves.items()}
-    visible = x.mask.dense(case.B, case.P)
+    rows = torch.linspace(0, case.B - 1, max(1, min(case.B, int(affordable / kv_heads)))).long().unique().to(x.device)
+    leaves = {name: t[..., : heads.get(name, kv_heads), :, :].detach().double() for name, t in x.leaves.items()}
     parts: dict[str, list[Tensor]] = {name: [] for name in ("out", "dq", "dk", "dv")}
     sums = {name: torch.zeros_like(leaves[name]) for name in ("prefix_k", "prefix_v")}
-    for b in range(case.B):
-        row = {name: t[b : b + 1] if name in ("q", "k", "v") else t for name, t in leaves.items()}
-        row = {name: t.clone().requires_grad_() for name, t in row.items()}
+    for row in rows.split(1):
+        leaf = {name: t[row] if name in ("q", "k", "v") else t.clone() for name, t in leaves.items()}
         out = ct.prefix_attention(
-            *row.values(),
-            ct.ContextMask(keep=visible[b : b + 1]),
-            prefix_index=None if x.prefix_index is None else x.prefix_index[b : b + 1],
+            *(t.requires_grad_() for t in leaf.values()),
+            ct.ContextMask(keep=visible[row]),
+            prefix_index=None if x.prefix_index is None else x.prefix_index[row],
             backend="reference",
         )
-        grads = torch.autograd.grad(out, list(row.values()), x.dout[b : b + 1, : kv_heads * group].double())
+        grads = torch.autograd.grad(out, list(leaf.values()), x.dout[row, : kv_heads * group].double())
         for name, value in zip(parts, (out.detach(), *grads[:3]), strict=True):
             parts[name].append(value)
         for name, grad in zip(sums, grads[3:], strict=True):
             sums[name] += grad
-    return {name: torch.cat(values) for name, values in parts.items()} | {f"d{n}": s for n, s in sums.items()}
+    dout = torch.zeros_like(x.dout)
+    dout[rows] = x.dout[rows]
+    values = {name: torch.cat(some) for name, some in parts.items()} | {f"d{name}": t for name, t in sums.items()}
+    return Truth(rows, dout, values)
 
 
-def relative_errors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """|got - expected| / |expected| by name, in Frobenius norms, on the heads that `expected` has."""
+def relative_errors(got: dict[str, Tensor], expected: Truth) -> dict[str, float]:
+    """|got - expected| / |expected| by name, in Frobenius norms, on the rows and heads that `expected` has."""
     errors = {}
     for name, value in got.items():
-        truth_of = expected[name]
-        error = (value[..., : truth_of.shape[-3], :, :].double() - truth_of).norm() / truth_of.norm()
-        errors[name] = float(error)
+        right = expected.values[name]
+        value = value if name.startswith("dprefix") else value[expected.rows]
+        errors[name] = float((value[..., : right.shape[-3], :, :].double() - right).norm() / right.norm())
     return errors
 
 
-def check(name: str, got: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> float:
+def check(name: str, got: dict[str, Tensor], expected: Truth, dtype: torch.dtype) -> float:
     """The largest relative error of a peer's results.
 
     Raises:
