@@ -234,7 +234,7 @@ def megabytes(size: int | None) -> str:
 def write_report(
     name: str, options: argparse.Namespace, machine: Mapping[str, Any], results: Any, markdown: str
 ) -> None:
-    """Write OUT/NAME.json and OUT/NAME.md, print the Markdown, and put it into the README if asked to."""
+    """Write OUT/NAME.json and OUT/NAME.md, print the Markdown, and put its first table into the README if asked to."""
     markdown = f"{machine_line(machine)}\n\n{markdown}"
     options.out.mkdir(parents=True, exist_ok=True)
     record = {"machine": machine, "command": sys.argv, "results": results}
@@ -242,7 +242,9 @@ def write_report(
     (options.out / f"{name}.md").write_text(markdown + "\n")
     print(f"\n{markdown}\n\nwrote {options.out}/{name}.json and {name}.md")
     if options.readme is not None:
-        replace_between_markers(options.readme, name, markdown)
+        # the first table says the most; the others stay in OUT
+        head, *tables = markdown.split("\n\n**")
+        replace_between_markers(options.readme, name, "\n\n**".join([head, *tables[:1]]))
 
 
 def replace_between_markers(path: Path, name: str, markdown: str) -> None:
