@@ -173,7 +173,6 @@ def environment() -> dict[str, Any]:
         "versions": versions,
         "platform": platform.platform(),
         "cpu": dispatch.cpu_info(),
-        "threads": torch.get_num_threads(),
         "backends": {
             name: "available" if reason is None else f"unavailable: {reason}"
             for name, reason in dispatch.availability().items()
