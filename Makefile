@@ -22,7 +22,7 @@ demo: .venv/built
 test: .venv/built
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 tests
 
-# The op against its peers (writes the README's table), and how it scales; about ten minutes on two cores
+# The op against its peers (writes the README's table), and how it scales; about four minutes on two cores
 bench: .venv/built
 	.venv/bin/python benchmarks/bench_attention.py --out runs/bench --readme README.md
 	.venv/bin/python benchmarks/bench_scaling.py --out runs/bench
