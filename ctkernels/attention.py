@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ctkernels import dispatch, ops, reference
 from ctkernels.mask import ContextMask
-from ctkernels.problem import Problem
+from ctkernels.problem import Problem, check_values
 
 MAX_HEAD_DIM = 256
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -255,7 +255,7 @@ def _attend(
     q, k, v, prefix_k, prefix_v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, prefix_k, prefix_v))
     if problem.backend == "reference":
         if not torch.compiler.is_compiling():
-            ops.check_values(q, k, prefix_k, problem)
+            check_values(q, k, prefix_k, problem)
         with torch.autocast(q.device.type, enabled=False):
             out, lse = reference.prefix_attention(q, k, v, prefix_k, prefix_v, prefix_bias, problem)
     else:

@@ -2,8 +2,8 @@
 selective checkpointing and profilers see them by name.
 
 The ops take q `[B, H, S, D]`, k and v `[B, Hk, T, D]` (B = 1 and rows packed along S and T with cu_seqlens), prefixes
-`[G, Hk, P, D]`, a bias `[1 or G, 1 or H, P]`, and the fields of `Problem` in order. They check the values that index
-memory, and hand the call to the backend that `dispatch.choose` named.
+`[G, Hk, P, D]`, a bias `[1 or G, 1 or H, P]`, and the fields of `Problem` in order. They hand the call to the backend
+that `dispatch.choose` named, which refuses values that would leave memory.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from ctkernels import dispatch
-from ctkernels.mask import check_row_ids, check_spans
-from ctkernels.problem import Problem, compute_dtype, row_count
+from ctkernels.problem import Problem, compute_dtype
 
 PROBLEM_SCHEMA = (
     "Tensor? alibi_slopes, Tensor? cu_seqlens, Tensor? seq_lens, Tensor? prefix_index, Tensor? prefix_lens, "
@@ -37,14 +36,12 @@ prefix_attention_backward = torch.ops.ctkernels.prefix_attention_backward.defaul
 @torch.library.impl("ctkernels::prefix_attention", ("cpu", "cuda"))
 def _forward(q, k, v, prefix_k, prefix_v, prefix_bias, *fields):
     problem = Problem(*fields)
-    check_values(q, k, prefix_k, problem)
     return dispatch.load(problem.backend).forward(q, k, v, prefix_k, prefix_v, prefix_bias, problem)
 
 
 @torch.library.impl("ctkernels::prefix_attention_backward", ("cpu", "cuda"))
 def _backward(dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, *fields):
     problem = Problem(*fields)
-    check_values(q, k, prefix_k, problem)
     return dispatch.load(problem.backend).backward(
         dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, problem
     )
@@ -76,25 +73,46 @@ def empty_gradients(q, k, v, prefix_k, prefix_v, prefix_bias, needs) -> tuple[Te
     return (*rows, *shared)
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    out, lse = output
-    ctx.save_for_backward(*inputs[: INPUT_COUNT + PROBLEM_TENSORS], out, lse)
-    ctx.settings = inputs[INPUT_COUNT + PROBLEM_TENSORS :]
-    ctx.set_materialize_grads(False)
+class _Attention(torch.autograd.Function):
+    """The derivative of the operator. It is registered under the Autograd key itself, since `register_autograd` adds
+    0.1 ms per call for a schema of this length (it looks up every argument's default)."""
+
+    @staticmethod
+    def forward(ctx, keyset, *inputs):
+        out, lse = _below_autograd(keyset, *inputs)
+        ctx.save_for_backward(*inputs[: INPUT_COUNT + PROBLEM_TENSORS], out, lse)
+        ctx.settings = inputs[INPUT_COUNT + PROBLEM_TENSORS :]
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout: Tensor | None, dlse: Tensor | None):
+        nothing = (None,) * len(Problem._fields)
+        if dout is None and dlse is None:
+            return (None,) * (1 + INPUT_COUNT) + nothing
+        saved = ctx.saved_tensors
+        inputs, tensors = saved[:INPUT_COUNT], saved[INPUT_COUNT : INPUT_COUNT + PROBLEM_TENSORS]
+        out, lse = saved[INPUT_COUNT + PROBLEM_TENSORS :]
+        if dout is None:
+            dout = torch.zeros_like(out)
+        needs = list(ctx.needs_input_grad[1 : 1 + INPUT_COUNT])
+        grads = prefix_attention_backward(dout, dlse, *inputs, out, lse, needs, *tensors, *ctx.settings)
+        return None, *(g if need else None for g, need in zip(grads, needs, strict=True)), *nothing
 
 
-def _differentiate(ctx, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * (INPUT_COUNT + len(Problem._fields))
-    if dout is None and dlse is None:
-        return nothing
-    saved = ctx.saved_tensors
-    inputs, tensors = saved[:INPUT_COUNT], saved[INPUT_COUNT : INPUT_COUNT + PROBLEM_TENSORS]
-    out, lse = saved[INPUT_COUNT + PROBLEM_TENSORS :]
-    if dout is None:
-        dout = torch.zeros_like(out)
-    needs = list(ctx.needs_input_grad[:INPUT_COUNT])
-    grads = prefix_attention_backward(dout, dlse, *inputs, out, lse, needs, *tensors, *ctx.settings)
-    return tuple(g if need else None for g, need in zip(grads, needs, strict=True)) + nothing[INPUT_COUNT:]
+def _below_autograd(keyset, *inputs):
+    with torch._C._AutoDispatchBelowAutograd():
+        return prefix_attention.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+
+
+def _autograd(keyset, *inputs):
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:INPUT_COUNT]):
+        return _Attention.apply(keyset, *inputs)
+    return _below_autograd(keyset, *inputs)
+
+
+_library = torch.library.Library("ctkernels", "FRAGMENT")
+_library.impl("prefix_attention", _autograd, "Autograd", with_keyset=True)
 
 
 def _refuse_second_derivative(ctx, *grads: Tensor | None):
@@ -103,35 +121,4 @@ def _refuse_second_derivative(ctx, *grads: Tensor | None):
     )
 
 
-torch.library.register_autograd("ctkernels::prefix_attention", _differentiate, setup_context=_setup_context)
 torch.library.register_autograd("ctkernels::prefix_attention_backward", _refuse_second_derivative)
-
-
-def check_values(q: Tensor, k: Tensor, prefix_k: Tensor, problem: Problem) -> None:
-    """Refuse indices and lengths that would leave memory or mean nothing. Reads values, hence only CPU tensors;
-    kernels on other devices clamp."""
-    if q.device.type != "cpu":
-        return
-    check_spans(problem.hidden, problem.context_length)
-    check_row_ids(problem.row_ids)
-    G, P, T = prefix_k.shape[0], prefix_k.shape[2], k.shape[2]
-    _check_range("prefix_index", problem.prefix_index, G - 1)
-    _check_range("prefix_lens", problem.prefix_lens, P)
-    _check_range("seq_lens", problem.seq_lens, T)
-    if problem.prefix_index is None and G == 0 and row_count(q, problem):
-        raise ValueError("prefix_k must hold at least one prefix (G >= 1) when there are rows, got G = 0")
-    cu_seqlens = problem.cu_seqlens
-    if cu_seqlens is not None:
-        steps = cu_seqlens.diff()
-        if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != q.shape[2] or bool((steps < 0).any()):
-            raise ValueError(
-                f"cu_seqlens must start at 0, never decrease and end at N = {q.shape[2]}, got {cu_seqlens.tolist()}"
-            )
-
-
-def _check_range(name: str, x: Tensor | None, last: int) -> None:
-    if x is None or x.numel() == 0:
-        return
-    low, high = (int(value) for value in x.aminmax())
-    if low < 0 or high > last:
-        raise ValueError(f"{name} must be in [0, {last}], got {low if low < 0 else high}")

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ctkernels.mask import check_row_ids, check_spans
+
 
 class Problem(NamedTuple):
     """A list of rows and the rules that say which key a query sees.
@@ -43,3 +45,33 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def row_count(q: Tensor, problem: Problem) -> int:
     """B, the number of rows of a call whose q is `[B, H, S, D]`, or `[1, H, N, D]` with cu_seqlens."""
     return q.shape[0] if problem.cu_seqlens is None else problem.cu_seqlens.shape[0] - 1
+
+
+def check_values(q: Tensor, k: Tensor, prefix_k: Tensor, problem: Problem) -> None:
+    """Refuse indices and lengths that would leave memory or mean nothing. Reads values, hence only CPU tensors;
+    kernels on other devices clamp. `python_bindings/cpu.cpp` does the same for the C++ kernels."""
+    if q.device.type != "cpu":
+        return
+    check_spans(problem.hidden, problem.context_length)
+    check_row_ids(problem.row_ids)
+    G, P, T = prefix_k.shape[0], prefix_k.shape[2], k.shape[2]
+    _check_range("prefix_index", problem.prefix_index, G - 1)
+    _check_range("prefix_lens", problem.prefix_lens, P)
+    _check_range("seq_lens", problem.seq_lens, T)
+    if problem.prefix_index is None and G == 0 and row_count(q, problem):
+        raise ValueError("prefix_k must hold at least one prefix (G >= 1) when there are rows, got G = 0")
+    cu_seqlens = problem.cu_seqlens
+    if cu_seqlens is not None:
+        steps = cu_seqlens.diff()
+        if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != q.shape[2] or bool((steps < 0).any()):
+            raise ValueError(
+                f"cu_seqlens must start at 0, never decrease and end at N = {q.shape[2]}, got {cu_seqlens.tolist()}"
+            )
+
+
+def _check_range(name: str, x: Tensor | None, last: int) -> None:
+    if x is None or x.numel() == 0:
+        return
+    low, high = (int(value) for value in x.aminmax())
+    if low < 0 or high > last:
+        raise ValueError(f"{name} must be in [0, {last}], got {low if low < 0 else high}")

@@ -125,6 +125,38 @@ struct Call {
     TORCH_CHECK_VALUE(!problem.keep || problem.keep->scalar_type() == at::kBool, "keep must be a bool tensor");
   }
 
+  // The values that index memory, with the messages of ctkernels/problem.py.
+  void check_values(int64_t N, int64_t T, const MaybeTensor& cu_seqlens, const MaybeTensor& seq_lens,
+                    const MaybeTensor& index, const MaybeTensor& prefix_lens, const MaybeTensor& hidden,
+                    const MaybeTensor& ids) const {
+    const auto within = [](const char* name, const MaybeTensor& t, int64_t last, const char* range) {
+      for (int64_t i = 0; t && i < t->numel(); ++i) {
+        const int64_t x = element(t, i, 0);
+        TORCH_CHECK_VALUE(x >= 0 && x <= last, name, " must be in [0, ", range ? range : std::to_string(last) + "]",
+                          ", got ", x);
+      }
+    };
+    for (int64_t b = 0; hidden && b < p.B; ++b) {
+      const int64_t start = element(hidden, 2 * b, 0), end = element(hidden, 2 * b + 1, 0);
+      TORCH_CHECK_VALUE(0 <= start && start <= end && end <= p.rule.length,
+                        "hidden must hold spans with 0 <= start <= end <= ", p.rule.length, " context positions, got (",
+                        start, ", ", end, ") in row ", b);
+    }
+    within("row_ids", ids, 0xFFFFFFFF, "2^32)");
+    within("prefix_index", index, p.G - 1, nullptr);
+    within("prefix_lens", prefix_lens, p.P, nullptr);
+    within("seq_lens", seq_lens, T, nullptr);
+    TORCH_CHECK_VALUE(index || p.G > 0 || !p.B,
+                      "prefix_k must hold at least one prefix (G >= 1) when there are rows, got G = 0");
+    bool ordered = true;
+    for (int64_t b = 0; cu_seqlens && b < p.B; ++b)
+      ordered = ordered && element(cu_seqlens, b, 0) <= element(cu_seqlens, b + 1, 0);
+    TORCH_CHECK_VALUE(
+        !cu_seqlens || (ordered && element(cu_seqlens, 0, 0) == 0 && element(cu_seqlens, p.B, 0) == N),
+        "cu_seqlens must start at 0, never decrease and end at N = ", N, ", got ",
+        at::ArrayRef<int64_t>(cu_seqlens ? cu_seqlens->const_data_ptr<int64_t>() : nullptr, cu_seqlens ? p.B + 1 : 0));
+  }
+
   void set_rows(const Tensor& q, const Tensor& k, const Problem& problem) {
     const MaybeTensor cu_seqlens = as_int64(problem.cu_seqlens), seq_lens = as_int64(problem.seq_lens);
     const MaybeTensor index = as_int64(problem.prefix_index), prefix_lens = as_int64(problem.prefix_lens);
@@ -132,6 +164,7 @@ struct Call {
     if (problem.keep) keep = problem.keep->contiguous();
     p.B = cu_seqlens ? cu_seqlens->size(0) - 1 : q.size(0);
     const int64_t S = q.size(2), T = k.size(2);
+    check_values(S, T, cu_seqlens, seq_lens, index, prefix_lens, hidden, ids);
     rows.resize(p.B);
     for (int64_t b = 0; b < p.B; ++b) {
       ctk::Row& row = rows[b];
