@@ -14,12 +14,13 @@ SOURCES = [
     "csrc/cpu/kernels_portable.cpp",
     "csrc/cpu/kernels_avx2.cpp",
     "csrc/cpu/kernels_avx512.cpp",
+    "csrc/cpu/kernels_avx512_bf16.cpp",
 ]
 HEADERS = [
     "csrc/mask.h",
     "csrc/params.h",
     *(f"csrc/cpu/{name}.h" for name in ("backward", "build", "common", "forward", "gemm", "kernels")),
-    *(f"csrc/cpu/{name}.h" for name in ("logits", "select", "simd", "tiles")),
+    *(f"csrc/cpu/{name}.h" for name in ("logits", "operands", "select", "simd", "tiles")),
 ]
 FLAGS = [
     "-O3",

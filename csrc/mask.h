@@ -1,7 +1,9 @@
-// The context rule, stated once for C++ (host and device): which context positions a row may see.
+// The context rule, stated once for C++: which context positions a row may see.
 // ctkernels/mask.py states it for Python; tests hold the two against each other bit for bit.
 #pragma once
+#include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #ifdef __CUDACC__
 #define CTK_HOST_DEVICE __host__ __device__ __forceinline__
@@ -14,6 +16,7 @@ namespace ctk {
 // Philox4x32-10 (Salmon et al., SC 2011) with counter (c0, c1, 0, 0).
 CTK_HOST_DEVICE void philox4x32(uint32_t c0, uint32_t c1, uint64_t key, uint32_t (&out)[4]) {
   uint32_t c2 = 0, c3 = 0, k0 = uint32_t(key), k1 = uint32_t(key >> 32);
+#pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
     const uint64_t p0 = uint64_t(0xD2511F53u) * c0, p1 = uint64_t(0xCD9E8D57u) * c2;
     c0 = uint32_t(p1 >> 32) ^ c1 ^ k0;
@@ -39,22 +42,5 @@ struct ContextRow {
   const uint8_t* keep;               // [C], 0 = hidden; null: everything kept
   uint32_t id;                       // identity in the random stream
 };
-
-// Visibility of the four context positions 4 * quad .. 4 * quad + 3 of one row, as bits 0..3.
-CTK_HOST_DEVICE unsigned visible_quad(const ContextRule& rule, const ContextRow& row, int64_t quad) {
-  unsigned bits = 0xF;
-  if (rule.drop_below) {
-    uint32_t word[4];
-    philox4x32(uint32_t(quad), row.id, rule.seed, word);
-    for (int j = 0; j < 4; ++j) bits &= ~(unsigned(word[j] < rule.drop_below) << j);
-  }
-  for (int j = 0; j < 4; ++j) {
-    const int64_t c = quad * 4 + j;
-    const bool hidden = (c >= row.hidden_start && c < row.hidden_end) || (row.keep && c < rule.length && !row.keep[c]);
-    bits &= ~(unsigned(hidden) << j);
-    bits |= unsigned(c >= rule.length) << j;
-  }
-  return bits;
-}
 
 }  // namespace ctk

@@ -12,35 +12,33 @@
 // Lanes run along vectors, so the softmax needs no horizontal operation; keys are broadcast, so visible ones are read
 // where they lie and hidden ones cost nothing.
 
-template <typename C>
+template <typename U>
 struct ForwardTile {
+  using C = C_of<U>;
   Lanes<C> lanes;
-  C* q;  // [padded D][TILE]
-  C* o;  // [padded D][TILE]
+  U* q;  // [depth.units][TILE]
+  C* o;  // [depth.padded][TILE]
   alignas(64) C m[TILE];
   alignas(64) C l[TILE];
 };
 
-template <typename C>
+template <typename U>
 class Forward {
  public:
+  using C = C_of<U>;
   // Tiles that walk the keys together, so that a converted key block serves several of them.
   static constexpr int GROUP = 4;
 
-  Forward(const Params& p, Arena* arena) : p_(p), padded_(round_up(p.D, LANES<C>)) {
-    rows_ = arena->take<C>(TILE * padded_);
+  Forward(const Params& p, Arena* arena) : p_(p), depth_(p.D) {
+    lane_rows_ = arena->take<Element<U>>(TILE * depth_.elements());
+    rows_ = arena->take<C>(TILE * depth_.padded);
     s_ = arena->take<C>(KEY_BLOCK * TILE);
-    k_ = arena->take<C>(KEY_BLOCK * p.D);
-    v_ = arena->take<C>(KEY_BLOCK * p.D);
-    for (int n = 0; n < KEY_BLOCK; ++n) s_rows_[n] = s_ + n * TILE;
-    for (ForwardTile<C>& tile : tiles_)
-      tile.q = arena->take<C>(padded_ * TILE), tile.o = arena->take<C>(padded_ * TILE);
-  }
-
-  static int64_t bytes(const Params& p) {
-    const int64_t padded = round_up(p.D, LANES<C>);
-    return Arena::bytes(KEY_BLOCK * TILE, sizeof(C)) + 2 * Arena::bytes(KEY_BLOCK * p.D, sizeof(C)) +
-           (2 * GROUP + 1) * Arena::bytes(padded * TILE, sizeof(C));
+    k_ = arena->take<U>(KEY_BLOCK * units_of<U>(p.D));
+    v_ = arena->take<U>(KEY_BLOCK * units_of<U>(p.D));
+    p_columns_ = arena->take<U>(WIDTH<U> > 1 ? units_of<U>(KEY_BLOCK) * TILE : 0);
+    v_columns_ = arena->take<U>(WIDTH<U> > 1 ? units_of<U>(KEY_BLOCK) * p.D : 0);
+    for (ForwardTile<U>& tile : tiles_)
+      tile.q = arena->take<U>(depth_.units * TILE), tile.o = arena->take<C>(depth_.padded * TILE);
   }
 
   void run(const RowOrder& order, const Tile* tiles, int count, int64_t kv_head) {
@@ -51,7 +49,7 @@ class Forward {
     const int64_t v_at = prefix * p_.prefix_v.batch + kv_head * p_.prefix_v.head;
     for (int64_t begin = 0; begin < prefix_len; begin += KEY_BLOCK) {
       const int64_t end = std::min(begin + KEY_BLOCK, prefix_len);
-      KeyRows<C> k, v;
+      KeyRows<U> k, v;
       for (int t = 0; t < count; ++t) {
         if (!prefix_block(p_, tiles_[t].lanes, begin, end, &block_)) continue;
         if (!k.base) {
@@ -68,53 +66,55 @@ class Forward {
   }
 
  private:
-  void start(const RowOrder& order, const Tile& which, int64_t kv_head, ForwardTile<C>* tile) {
+  void start(const RowOrder& order, const Tile& which, int64_t kv_head, ForwardTile<U>* tile) {
     tile->lanes.set(p_, order, which, kv_head);
-    load_lanes<C>(p_, p_.q, kv_head, tile->lanes, rows_, padded_);
-    transpose(rows_, padded_, tile->q, TILE, tile->lanes.vectors * LANES<C>, padded_);
+    load_lanes<U>(p_, p_.q, kv_head, tile->lanes, lane_rows_, depth_.elements());
+    to_columns<U>(lane_rows_, depth_, tile->lanes.vectors, tile->q);
     std::fill_n(tile->m, TILE, -std::numeric_limits<C>::infinity());
     std::fill_n(tile->l, TILE, C(0));
-    std::fill_n(tile->o, padded_ * TILE, C(0));
+    std::fill_n(tile->o, depth_.padded * TILE, C(0));
   }
 
-  void own(const Logits<C>& logits, const Piece& piece, int64_t kv_head, ForwardTile<C>* tile) {
+  void own(const Logits<C>& logits, const Piece& piece, int64_t kv_head, ForwardTile<U>* tile) {
     const Row& row = *piece.row;
     const int64_t k_at = row.batch * p_.k.batch + kv_head * p_.k.head + row.token * p_.k.token;
     const int64_t v_at = row.batch * p_.v.batch + kv_head * p_.v.head + row.token * p_.v.token;
     for (int64_t begin = 0; begin < row.keys; begin += KEY_BLOCK) {
       const int64_t end = std::min(begin + KEY_BLOCK, row.keys);
       if (!own_block(p_, tile->lanes, piece, begin, end, &block_)) continue;
-      const KeyRows<C> k = key_rows(p_.k, k_at, begin, end, p_.D, p_.q.type, k_);
-      const KeyRows<C> v = key_rows(p_.v, v_at, begin, end, p_.D, p_.q.type, v_);
+      const KeyRows<U> k = key_rows(p_.k, k_at, begin, end, p_.D, p_.q.type, k_);
+      const KeyRows<U> v = key_rows(p_.v, v_at, begin, end, p_.D, p_.q.type, v_);
       attend(logits, tile, true, k, v);
     }
   }
 
   // One block of keys: the loop body above.
-  void attend(const Logits<C>& logits, ForwardTile<C>* tile, bool own, KeyRows<C> k, KeyRows<C> v) {
-    const C *k_rows[KEY_BLOCK], *v_rows[KEY_BLOCK];
-    for (int n = 0; n < block_.count; ++n) {
-      k_rows[n] = k.base + block_.index[n] * k.stride;
-      v_rows[n] = v.base + block_.index[n] * v.stride;
-    }
+  void attend(const Logits<C>& logits, ForwardTile<U>* tile, bool own, KeyRows<U> k, KeyRows<U> v) {
+    const U *k_rows[KEY_BLOCK], *v_rows[KEY_BLOCK], *v_columns[KEY_BLOCK];
     const int at = block_.first_vector * LANES<C>, vectors = block_.last_vector - block_.first_vector;
     C* s_rows[KEY_BLOCK];
-    for (int n = 0; n < block_.count; ++n) s_rows[n] = s_rows_[n] + at;
+    for (int n = 0; n < block_.count; ++n) {
+      k_rows[n] = k[block_.index[n]], v_rows[n] = v[block_.index[n]];
+      s_rows[n] = s_ + n * TILE + at;
+    }
     // s <- k q
-    times_rows<C>(block_.count, k_rows, p_.D, tile->q + at, TILE, s_rows, vectors, 3, false);
+    times_rows<U>(block_.count, k_rows, units_of<U>(p_.D), tile->q + at, TILE, s_rows, vectors, 3, false);
     logits.apply(tile->lanes, block_, own, s_, nullptr);
     alignas(64) C factor[TILE], keep[TILE];
     for (int v = block_.first_vector; v < block_.last_vector; ++v)
       softmax(v * LANES<C>, logits.coefficient, tile, factor);
     for (int l = at; l < at + vectors * LANES<C>; ++l) set_bits(keep + l, l >= block_.begin && l < block_.end);
     // o <- o 2^(m - m') + v^T p
-    times_cols<C>(p_.D, v_rows, block_.count, s_ + at, TILE, tile->o + at, TILE, vectors, factor + at, keep + at);
+    const U* weights = by_key<U>(s_, block_.count, block_.first_vector, block_.last_vector, p_columns_);
+    key_columns<U>(v_rows, block_.count, p_.D, v_columns_, v_columns);
+    times_cols<U>(p_.D, v_columns, units_of<U>(block_.count), weights + at, TILE, tile->o + at, TILE, vectors,
+                  factor + at, keep + at);
   }
 
   static void set_bits(C* x, bool on) { std::memset(x, on ? 0xFF : 0, sizeof(C)); }
 
   // m, l and the block s -> p for the vector of lanes at `at`; factor <- 2^(m - m').
-  CTK_INLINE void softmax(int at, C coefficient, ForwardTile<C>* tile, C* factor) {
+  CTK_INLINE void softmax(int at, C coefficient, ForwardTile<U>* tile, C* factor) {
     const C lowest = -std::numeric_limits<C>::infinity();
     Vec<C> top = splat(lowest);
     for (int n = 0; n < block_.count; ++n) top = max<C>(load(s_ + n * TILE + at), top);
@@ -133,11 +133,11 @@ class Forward {
     store(tile->l + at, load(tile->l + at) * f + sum);
   }
 
-  void finish(int64_t kv_head, const ForwardTile<C>& tile) {
-    transpose(tile.o, TILE, rows_, padded_, padded_, tile.lanes.vectors * LANES<C>);
+  void finish(int64_t kv_head, const ForwardTile<U>& tile) {
+    transpose(tile.o, TILE, rows_, depth_.padded, depth_.padded, tile.lanes.vectors * LANES<C>);
     tile.lanes.each([&](int l, const Row& row) {
       const C total = tile.l[l], inverse = total > 0 || total != total ? C(1) / total : C(0);
-      store_row<C>(p_.out, tile.lanes.offset(p_.out, kv_head, p_, l, row), rows_ + l * padded_, p_.D, inverse);
+      store_row<C>(p_.out, tile.lanes.offset(p_.out, kv_head, p_, l, row), rows_ + l * depth_.padded, p_.D, inverse);
       // in double, once per lane: backward magnifies the rounding of lse by its size
       const double lse = total > 0 || total != total ? LN2 * (double(tile.m[l]) + std::log2(double(total)))
                                                      : -std::numeric_limits<double>::infinity();
@@ -146,16 +146,17 @@ class Forward {
   }
 
   const Params& p_;
-  const int64_t padded_;
-  C* rows_;  // [TILE][padded D]
-  C* s_;     // [KEY_BLOCK][TILE]
-  C* s_rows_[KEY_BLOCK];
-  C *k_, *v_;  // converted keys
-  ForwardTile<C> tiles_[GROUP];
+  const Depth<U> depth_;
+  Element<U>* lane_rows_;      // [TILE][depth.elements()]
+  C* rows_;                    // [TILE][depth.padded]
+  C* s_;                       // [KEY_BLOCK][TILE]
+  U *k_, *v_;                  // converted keys
+  U *p_columns_, *v_columns_;  // [units(KEY_BLOCK)][TILE | D], pairs of keys
+  ForwardTile<U> tiles_[GROUP];
   KeyBlock block_;
 };
 
-template <typename C>
+template <typename U>
 void forward_as(const Params& p, const Pool& pool) {
   const RowOrder order = order_rows(p);
   struct Item {
@@ -165,20 +166,22 @@ void forward_as(const Params& p, const Pool& pool) {
   std::vector<Item> items;
   for (int64_t begin = 0, end; begin < order.lanes(); begin = end) {
     end = order.end_of_prefix(p, begin);
-    const std::vector<Tile> some = make_tiles(order, begin, end, LANES<C>, true);
+    const std::vector<Tile> some = make_tiles(order, begin, end, LANES<C_of<U>>, true);
     // enough items to balance the workers, else as many tiles per item as convert a key block together
     const int64_t wanted = int64_t(some.size()) * p.Hk / (8 * pool.workers);
-    const int step = int(std::clamp<int64_t>(wanted, 1, Forward<C>::GROUP));
+    const int step = int(std::clamp<int64_t>(wanted, 1, Forward<U>::GROUP));
     for (size_t t = 0; t < some.size(); t += step)
       items.push_back({int(tiles.size() + t), int(std::min<size_t>(step, some.size() - t))});
     tiles.insert(tiles.end(), some.begin(), some.end());
   }
   const int64_t per_head = int64_t(items.size()), total = per_head * p.Hk;
+  Arena size;
+  Forward<U>(p, &size);
   std::atomic<int64_t> next{0};
   pool.run([&](int) {
     if (next.load() >= total) return;
-    Arena arena(Forward<C>::bytes(p));
-    Forward<C> worker(p, &arena);
+    Arena arena(size.used());
+    Forward<U> worker(p, &arena);
     for (int64_t i; (i = next.fetch_add(1)) < total;) {
       const Item& item = items[i % per_head];
       worker.run(order, &tiles[item.first], item.count, i / per_head);

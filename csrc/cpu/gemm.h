@@ -1,5 +1,5 @@
 // Register-blocked matrix products. Both take one operand through row pointers, so that keys are read where they lie,
-// visible ones only, and never packed:
+// visible ones only, and never packed; k counts units (operands.h):
 //
 //   times_rows   C[r][:] (+)= sum_k a[r][k] * b[k][:]      a: row pointers, k along the row    (logits, dp, dk, dv)
 //   times_cols   C[r][:]   =  factor * C[r][:] + sum_k a[k][r] * b[k][:]   a: row pointers, one per k   (out, dq)
@@ -14,24 +14,26 @@ constexpr int MAX_NV = 2;
 constexpr int BLOCK_ROWS[MAX_NV + 1] = {0, 8, 6};
 #endif
 
-template <typename C, int R, int NV>
-CTK_INLINE void rows_block(const C* const* a, int64_t K, const C* b, int64_t ldb, C* const* c, int64_t at, bool add) {
+template <typename U, int R, int NV>
+CTK_INLINE void rows_block(const U* const* a, int64_t K, const U* b, int64_t ldb, C_of<U>* const* c, int64_t at,
+                           bool add) {
+  using C = C_of<U>;
   Vec<C> acc[R][NV];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) acc[r][v] = Vec<C>{};
-  const C* rows[R];
+  const U* rows[R];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) rows[r] = a[r];
   for (int64_t k = 0; k < K; ++k, b += ldb) {
-    Vec<C> bv[NV];
+    typename Operand<U>::Vector bv[NV];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) bv[v] = load(b + v * LANES<C>);
+    for (int v = 0; v < NV; ++v) bv[v] = Operand<U>::vector_at(b + v * LANES<C>);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) acc[r][v] += rows[r][k] * bv[v];
+      for (int v = 0; v < NV; ++v) acc[r][v] = Operand<U>::multiply_add(rows[r] + k, bv[v], acc[r][v]);
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -42,23 +44,24 @@ CTK_INLINE void rows_block(const C* const* a, int64_t K, const C* b, int64_t ldb
     }
 }
 
-template <typename C, int R, int NV>
-CTK_INLINE void cols_block(const C* const* a, int64_t K, int64_t row, const C* b, int64_t ldb, C* c, int64_t ldc,
-                           const C* factor, const C* keep) {
+template <typename U, int R, int NV>
+CTK_INLINE void cols_block(const U* const* a, int64_t K, int64_t row, const U* b, int64_t ldb, C_of<U>* c, int64_t ldc,
+                           const C_of<U>* factor, const C_of<U>* keep) {
+  using C = C_of<U>;
   Vec<C> acc[R][NV];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) acc[r][v] = Vec<C>{};
   for (int64_t k = 0; k < K; ++k, b += ldb) {
-    const C* ar = a[k] + row;
-    Vec<C> bv[NV];
+    const U* ar = a[k] + row;
+    typename Operand<U>::Vector bv[NV];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) bv[v] = load(b + v * LANES<C>);
+    for (int v = 0; v < NV; ++v) bv[v] = Operand<U>::vector_at(b + v * LANES<C>);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) acc[r][v] += ar[r] * bv[v];
+      for (int v = 0; v < NV; ++v) acc[r][v] = Operand<U>::multiply_add(ar + r, bv[v], acc[r][v]);
   }
 #pragma GCC unroll 4
   for (int v = 0; v < NV; ++v) {
@@ -74,40 +77,40 @@ CTK_INLINE void cols_block(const C* const* a, int64_t K, int64_t row, const C* b
 }
 
 // The last rows of a product need fewer accumulators: one instance per count, so that no work is padded.
-template <typename C, int NV, int R>
-CTK_NOINLINE void rows_tail(int64_t n, const C* const* a, int64_t K, const C* b, int64_t ldb, C* const* c, int64_t at,
-                            bool add) {
+template <typename U, int NV, int R>
+CTK_NOINLINE void rows_tail(int64_t n, const U* const* a, int64_t K, const U* b, int64_t ldb, C_of<U>* const* c,
+                            int64_t at, bool add) {
   if constexpr (R > 0) {
-    if (n == R) return rows_block<C, R, NV>(a, K, b, ldb, c, at, add);
-    rows_tail<C, NV, R - 1>(n, a, K, b, ldb, c, at, add);
+    if (n == R) return rows_block<U, R, NV>(a, K, b, ldb, c, at, add);
+    rows_tail<U, NV, R - 1>(n, a, K, b, ldb, c, at, add);
   }
 }
 
-template <typename C, int NV, int R>
-CTK_NOINLINE void cols_tail(int64_t n, const C* const* a, int64_t K, int64_t row, const C* b, int64_t ldb, C* c,
-                            int64_t ldc, const C* factor, const C* keep) {
+template <typename U, int NV, int R>
+CTK_NOINLINE void cols_tail(int64_t n, const U* const* a, int64_t K, int64_t row, const U* b, int64_t ldb, C_of<U>* c,
+                            int64_t ldc, const C_of<U>* factor, const C_of<U>* keep) {
   if constexpr (R > 0) {
-    if (n == R) return cols_block<C, R, NV>(a, K, row, b, ldb, c, ldc, factor, keep);
-    cols_tail<C, NV, R - 1>(n, a, K, row, b, ldb, c, ldc, factor, keep);
+    if (n == R) return cols_block<U, R, NV>(a, K, row, b, ldb, c, ldc, factor, keep);
+    cols_tail<U, NV, R - 1>(n, a, K, row, b, ldb, c, ldc, factor, keep);
   }
 }
 
-template <typename C, int NV>
-CTK_NOINLINE void rows_panel(int64_t n, const C* const* a, int64_t K, const C* b, int64_t ldb, C* const* c, int64_t at,
-                             bool add) {
+template <typename U, int NV>
+CTK_NOINLINE void rows_panel(int64_t n, const U* const* a, int64_t K, const U* b, int64_t ldb, C_of<U>* const* c,
+                             int64_t at, bool add) {
   constexpr int R = BLOCK_ROWS[NV];
   int64_t r = 0;
-  for (; r + R <= n; r += R) rows_block<C, R, NV>(a + r, K, b, ldb, c + r, at, add);
-  if (r < n) rows_tail<C, NV, R - 1>(n - r, a + r, K, b, ldb, c + r, at, add);
+  for (; r + R <= n; r += R) rows_block<U, R, NV>(a + r, K, b, ldb, c + r, at, add);
+  if (r < n) rows_tail<U, NV, R - 1>(n - r, a + r, K, b, ldb, c + r, at, add);
 }
 
-template <typename C, int NV>
-CTK_NOINLINE void cols_panel(int64_t n, const C* const* a, int64_t K, const C* b, int64_t ldb, C* c, int64_t ldc,
-                             const C* factor, const C* keep) {
+template <typename U, int NV>
+CTK_NOINLINE void cols_panel(int64_t n, const U* const* a, int64_t K, const U* b, int64_t ldb, C_of<U>* c, int64_t ldc,
+                             const C_of<U>* factor, const C_of<U>* keep) {
   constexpr int R = BLOCK_ROWS[NV];
   int64_t r = 0;
-  for (; r + R <= n; r += R) cols_block<C, R, NV>(a, K, r, b, ldb, c + r * ldc, ldc, factor, keep);
-  if (r < n) cols_tail<C, NV, R - 1>(n - r, a, K, r, b, ldb, c + r * ldc, ldc, factor, keep);
+  for (; r + R <= n; r += R) cols_block<U, R, NV>(a, K, r, b, ldb, c + r * ldc, ldc, factor, keep);
+  if (r < n) cols_tail<U, NV, R - 1>(n - r, a, K, r, b, ldb, c + r * ldc, ldc, factor, keep);
 }
 
 // Splits `vectors` into panels of at most `most` vectors, as even as can be, and calls f(panel width, first vector).
@@ -122,33 +125,33 @@ CTK_INLINE void for_panels(int vectors, int most, F f) {
 }
 
 // C rows c[0..n) (+)= a[0..n)[0..K) x b[0..K)[vectors]. Lane panels are at most 3 wide, so that 8 keys fit beside them.
-template <typename C>
-void times_rows(int64_t n, const C* const* a, int64_t K, const C* b, int64_t ldb, C* const* c, int vectors, int most,
-                bool add) {
+template <typename U>
+void times_rows(int64_t n, const U* const* a, int64_t K, const U* b, int64_t ldb, C_of<U>* const* c, int vectors,
+                int most, bool add) {
   for_panels(vectors, std::min(most, MAX_NV), [&](int width, int first) {
-    const int64_t at = int64_t(first) * LANES<C>;
+    const int64_t at = int64_t(first) * LANES<C_of<U>>;
     switch (width) {
-      case 1: return rows_panel<C, 1>(n, a, K, b + at, ldb, c, at, add);
-      case 2: return rows_panel<C, 2>(n, a, K, b + at, ldb, c, at, add);
+      case 1: return rows_panel<U, 1>(n, a, K, b + at, ldb, c, at, add);
+      case 2: return rows_panel<U, 2>(n, a, K, b + at, ldb, c, at, add);
 #if CTK_VECTOR_BYTES == 64
-      case 3: return rows_panel<C, 3>(n, a, K, b + at, ldb, c, at, add);
-      case 4: return rows_panel<C, 4>(n, a, K, b + at, ldb, c, at, add);
+      case 3: return rows_panel<U, 3>(n, a, K, b + at, ldb, c, at, add);
+      case 4: return rows_panel<U, 4>(n, a, K, b + at, ldb, c, at, add);
 #endif
     }
   });
 }
 
 // C[0..n)[vectors] = factor * C + sum over k of a[k][0..n) x b[k][vectors], products masked by the bits of `keep`.
-template <typename C>
-void times_cols(int64_t n, const C* const* a, int64_t K, const C* b, int64_t ldb, C* c, int64_t ldc, int vectors,
-                const C* factor, const C* keep) {
+template <typename U>
+void times_cols(int64_t n, const U* const* a, int64_t K, const U* b, int64_t ldb, C_of<U>* c, int64_t ldc, int vectors,
+                const C_of<U>* factor, const C_of<U>* keep) {
   for_panels(vectors, std::min(3, MAX_NV), [&](int width, int first) {
-    const int64_t at = int64_t(first) * LANES<C>;
+    const int64_t at = int64_t(first) * LANES<C_of<U>>;
     switch (width) {
-      case 1: return cols_panel<C, 1>(n, a, K, b + at, ldb, c + at, ldc, factor + at, keep + at);
-      case 2: return cols_panel<C, 2>(n, a, K, b + at, ldb, c + at, ldc, factor + at, keep + at);
+      case 1: return cols_panel<U, 1>(n, a, K, b + at, ldb, c + at, ldc, factor + at, keep + at);
+      case 2: return cols_panel<U, 2>(n, a, K, b + at, ldb, c + at, ldc, factor + at, keep + at);
 #if CTK_VECTOR_BYTES == 64
-      case 3: return cols_panel<C, 3>(n, a, K, b + at, ldb, c + at, ldc, factor + at, keep + at);
+      case 3: return cols_panel<U, 3>(n, a, K, b + at, ldb, c + at, ldc, factor + at, keep + at);
 #endif
     }
   });

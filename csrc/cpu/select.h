@@ -14,8 +14,10 @@ inline std::vector<const Kernels*> available() {
   __builtin_cpu_init();
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    if (__builtin_cpu_supports("avx512bf16")) builds.push_back(&avx512_bf16::kernels);
     builds.push_back(&avx512::kernels);
+  }
   if (has_avx2) builds.push_back(&avx2::kernels);
 #endif
   builds.push_back(&portable::kernels);

@@ -211,6 +211,16 @@ void load_row(C* dst, const Tensor4& t, int64_t offset, int64_t n, Type rounding
   }
 }
 
+// The same into bf16, for a `t` of bf16 or fp32.
+CTK_INLINE void load_row(uint16_t* dst, const Tensor4& t, int64_t offset, int64_t n, Type) {
+  if (t.type == Type::bf16) {
+    std::memcpy(dst, static_cast<const uint16_t*>(t.data) + offset, n * sizeof(uint16_t));
+    return;
+  }
+  const float* src = static_cast<const float*>(t.data) + offset;
+  for (int64_t i = 0; i < n; ++i) dst[i] = to_bf16(src[i]);
+}
+
 // The inverse: factor * src, rounded to the type of `t`.
 template <typename C>
 void store_row(const Tensor4& t, int64_t offset, const C* src, int64_t n, C factor) {

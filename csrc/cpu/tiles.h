@@ -5,33 +5,57 @@
 // Results of a lane do not depend on which lanes share its tile: keys are visited in blocks at fixed positions, and a
 // key that a lane does not see contributes exactly nothing (as long as the prefix is finite).
 
-constexpr int TILE = 48;        // lanes of a tile: 3 AVX-512 vectors of float
-constexpr int KEY_BLOCK = 128;  // keys per block: their logits for one tile stay in the first-level cache
 constexpr int64_t ALIGNMENT = 64;
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-// Scratch memory of one worker; a bump allocator over one aligned block.
+// Scratch memory of one worker: a bump allocator over one aligned block. Each thread keeps its last blocks for later
+// calls, up to KEPT_BYTES each, since fresh memory costs a page fault per 4 KB.
 class Arena {
  public:
-  explicit Arena(int64_t bytes)
-      : memory_(static_cast<char*>(std::aligned_alloc(ALIGNMENT, round_up(bytes, ALIGNMENT)))) {
-    if (!memory_) throw std::bad_alloc();
+  static constexpr int64_t KEPT_BYTES = 16 << 20;
+
+  Arena() = default;  // measures: take() only counts
+  explicit Arena(int64_t bytes) : block_(find(round_up(bytes, ALIGNMENT))) {}
+  ~Arena() {
+    if (block_.memory && block_.bytes <= KEPT_BYTES) spare().push_back(std::move(block_));
   }
-  ~Arena() { std::free(memory_); }
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
   template <typename T>
   T* take(int64_t count) {
-    T* p = reinterpret_cast<T*>(memory_ + used_);
+    T* p = block_.memory ? reinterpret_cast<T*>(block_.memory.get() + used_) : nullptr;
     used_ += round_up(count * int64_t(sizeof(T)), ALIGNMENT);
     return p;
   }
-  void clear() { used_ = 0; }
+  int64_t used() const { return used_; }
   static int64_t bytes(int64_t count, int64_t size) { return round_up(count * size, ALIGNMENT); }
 
  private:
-  char* memory_;
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+  struct Block {
+    std::unique_ptr<char, Free> memory;
+    int64_t bytes = 0;
+  };
+  static std::vector<Block>& spare() {
+    thread_local std::vector<Block> blocks;
+    return blocks;
+  }
+  static Block find(int64_t bytes) {
+    std::vector<Block>& blocks = spare();
+    while (!blocks.empty()) {
+      Block block = std::move(blocks.back());
+      blocks.pop_back();
+      if (block.bytes >= bytes) return block;
+    }
+    Block block{std::unique_ptr<char, Free>(static_cast<char*>(std::aligned_alloc(ALIGNMENT, bytes))), bytes};
+    if (!block.memory) throw std::bad_alloc();
+    return block;
+  }
+
+  Block block_;
   int64_t used_ = 0;
 };
 
@@ -126,24 +150,22 @@ struct Lanes {
     vectors = (count + LANES<C> - 1) / LANES<C>;
     pieces.clear();
     lowest = std::numeric_limits<int64_t>::max(), highest = std::numeric_limits<int64_t>::min();
-    int64_t at = tile.position;
-    for (int l = 0; l < vectors * LANES<C>; ++l) {
-      if (l >= count) {
-        position[l] = slope[l] = 0, head[l] = 0, query[l] = 0;
-        continue;
-      }
-      const int64_t lane = tile.first + l;
-      while (order.start[at + 1] <= lane) ++at;
+    std::fill_n(slope, TILE, C(0)), std::fill_n(position, TILE, C(0));
+    for (int64_t at = tile.position, l = 0; l < count; ++at) {
+      const int64_t in_row = tile.first + l - order.start[at];
+      const int end = int(std::min<int64_t>(count, order.start[at + 1] - tile.first));
+      if (l >= end) continue;  // a row without queries
       const Row& row = p.rows[order.row[at]];
-      if (pieces.empty() || pieces.back().row != &row) pieces.push_back({&row, l, l});
-      pieces.back().end = l + 1;
-      const int64_t in_row = lane - order.start[at];
-      query[l] = in_row / group;
-      head[l] = int(in_row % group);
-      const int64_t own = query[l] + row.offset;
-      lowest = std::min(lowest, own), highest = std::max(highest, own);
-      position[l] = C(own);
-      slope[l] = p.alibi ? static_cast<const C*>(p.alibi)[kv_head * group + head[l]] : C(0);
+      pieces.push_back({&row, int(l), end});
+      int64_t q = in_row / group;
+      lowest = std::min(lowest, q + row.offset);
+      for (int h = int(in_row % group); l < end; ++l) {
+        query[l] = q, head[l] = h;
+        position[l] = C(q + row.offset);
+        if (p.alibi) slope[l] = static_cast<const C*>(p.alibi)[kv_head * group + h];
+        if (++h == group) h = 0, ++q;
+      }
+      highest = std::max(highest, query[end - 1] + row.offset);
     }
   }
 
@@ -162,31 +184,57 @@ struct Lanes {
   }
 };
 
-// Loads the lanes of a tensor laid out as q as rows [TILE][padded], zero where there is nothing.
-template <typename C>
-void load_lanes(const Params& p, const Tensor4& t, int64_t kv_head, const Lanes<C>& lanes, C* rows, int64_t padded) {
-  lanes.each([&](int l, const Row& row) {
-    load_row(rows + l * padded, t, lanes.offset(t, kv_head, p, l, row), p.D, t.type);
-    std::fill(rows + l * padded + p.D, rows + (l + 1) * padded, C(0));
-  });
-  std::fill(rows + lanes.count * padded, rows + lanes.vectors * LANES<C> * padded, C(0));
-}
-
-// Keys as rows in memory: key j is at base + j * stride.
-template <typename C>
-struct KeyRows {
-  const C* base = nullptr;
-  int64_t stride = 0;
+// Sizes of what a tile holds: D in units and in the compute type, whole vectors of each.
+template <typename U>
+struct Depth {
+  int64_t units, padded;
+  int64_t elements() const { return units * WIDTH<U>; }  // of a row [units]; at least `padded`
+  explicit Depth(int64_t D) : units(round_up(units_of<U>(D), LANES<C_of<U>>)), padded(round_up(D, LANES<C_of<U>>)) {}
 };
 
-// Keys [begin, end) of one head, in place where they already have the compute type, else converted into `scratch`.
-template <typename C>
-KeyRows<C> key_rows(const Tensor4& t, int64_t offset, int64_t begin, int64_t end, int64_t D, Type rounding,
-                    C* scratch) {
-  const bool in_place = t.type == (sizeof(C) == 8 ? Type::f64 : Type::f32) && (rounding == t.type);
-  if (in_place) return {static_cast<const C*>(t.data) + offset, t.token};
-  for (int64_t j = begin; j < end; ++j) load_row(scratch + (j - begin) * D, t, offset + j * t.token, D, rounding);
-  return {scratch - begin * D, D};
+// Loads the lanes of a tensor laid out as q as rows [TILE][depth.elements()], zero where there is nothing.
+template <typename U>
+void load_lanes(const Params& p, const Tensor4& t, int64_t kv_head, const Lanes<C_of<U>>& lanes, Element<U>* rows,
+                int64_t elements) {
+  lanes.each([&](int l, const Row& row) {
+    load_row(rows + l * elements, t, lanes.offset(t, kv_head, p, l, row), p.D, t.type);
+    std::fill(rows + l * elements + p.D, rows + (l + 1) * elements, Element<U>(0));
+  });
+  std::fill(rows + lanes.count * elements, rows + lanes.vectors * LANES<C_of<U>> * elements, Element<U>(0));
+}
+
+// Rows [TILE][depth.elements()] as columns [depth.units][TILE].
+template <typename U>
+void to_columns(const Element<U>* rows, const Depth<U>& depth, int vectors, U* columns) {
+  using C = C_of<U>;  // as wide as a unit, which the transpose only moves
+  static_assert(sizeof(U) == sizeof(C));
+  transpose(reinterpret_cast<const C*>(rows), depth.units, reinterpret_cast<C*>(columns), TILE, vectors * LANES<C>,
+            depth.units);
+}
+
+// Keys as rows in memory: key j is at base + j * stride, in elements.
+template <typename U>
+struct KeyRows {
+  const Element<U>* base = nullptr;
+  int64_t stride = 0;
+  const U* operator[](int64_t j) const { return reinterpret_cast<const U*>(base + j * stride); }
+};
+
+// Keys [begin, end) of one head, in place where they can be operands as they are, else converted into `scratch`,
+// [end - begin][units(D)].
+template <typename U>
+KeyRows<U> key_rows(const Tensor4& t, int64_t offset, int64_t begin, int64_t end, int64_t D, Type rounding,
+                    U* scratch) {
+  constexpr Type type = Operand<U>::TYPE;
+  if (t.type == type && rounding == type && D % WIDTH<U> == 0)
+    return {static_cast<const Element<U>*>(t.data) + offset, t.token};
+  Element<U>* rows = reinterpret_cast<Element<U>*>(scratch);
+  const int64_t stride = units_of<U>(D) * WIDTH<U>;
+  for (int64_t j = begin; j < end; ++j, rows += stride) {
+    load_row(rows, t, offset + j * t.token, D, rounding);
+    std::fill(rows + D, rows + stride, Element<U>(0));
+  }
+  return {reinterpret_cast<Element<U>*>(scratch) - begin * stride, stride};
 }
 
 // One block of keys that at least one lane sees, and where lanes must be masked.
@@ -202,22 +250,27 @@ struct KeyBlock {
   int begin, end;                 // lanes that take part
 };
 
-// Visibility of context positions [begin, begin + count) of one row, one byte each.
+// Visibility of context positions [begin, begin + count) of one row, one byte each. count <= KEY_BLOCK.
 inline void context_bits(const ContextRule& rule, const ContextRow& row, int64_t begin, int count, uint8_t* visible) {
-  if (!rule.drop_below && !row.keep) {
-    std::memset(visible, 1, count);
-    const int64_t from = std::max(row.hidden_start, begin);
-    const int64_t to = std::min({row.hidden_end, rule.length, begin + count});
-    if (from < to) std::memset(visible + (from - begin), 0, to - from);
-    return;
-  }
-  for (int64_t quad = begin >> 2; quad * 4 < begin + count; ++quad) {
-    const unsigned bits = visible_quad(rule, row, quad);
-    for (int j = 0; j < 4; ++j) {
-      const int64_t c = quad * 4 + j - begin;
-      if (c >= 0 && c < count) visible[c] = (bits >> j) & 1;
+  std::memset(visible, 1, count);
+  const int context = int(std::clamp<int64_t>(rule.length - begin, 0, count));
+  if (rule.drop_below) {
+    // plain loops, which the compiler turns into vectors; the quads are a multiple of what a vector holds
+    constexpr int QUADS = KEY_BLOCK / 4 + 16;
+    uint32_t words[QUADS * 4];
+    const uint32_t first = uint32_t(begin >> 2);
+    const int shift = int(begin & 3), quads = (shift + context + 63) / 64 * 16;
+    for (int i = 0; i < quads; ++i) {
+      uint32_t word[4];
+      philox4x32(first + uint32_t(i), row.id, rule.seed, word);
+      for (int j = 0; j < 4; ++j) words[i * 4 + j] = word[j];
     }
+    for (int c = 0; c < context; ++c) visible[c] = words[shift + c] >= rule.drop_below;
   }
+  if (row.keep)
+    for (int c = 0; c < context; ++c) visible[c] &= row.keep[begin + c] != 0;
+  const int64_t from = std::max(row.hidden_start, begin), to = std::min(row.hidden_end, begin + context);
+  if (from < to) std::memset(visible + (from - begin), 0, to - from);
 }
 
 // Prefix keys [begin, end), end - begin <= KEY_BLOCK, for a tile. False: no lane sees any of them.
