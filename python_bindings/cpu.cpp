@@ -246,10 +246,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor
   if (needs[0]) dq = empty_rows(q, padded), p.dq = tensor4(dq);
   if (needs[1]) dk = empty_rows(k, padded), p.dk = tensor4(dk);
   if (needs[2]) dv = empty_rows(v, padded), p.dv = tensor4(dv);
-  // units of work add to the prefix gradients, in the compute type
+  // the prefix gradients are summed in the compute type
   const auto options = q.options().dtype(call.compute);
-  if (needs[3]) dprefix_k = at::zeros(prefix_k.sizes(), options), p.dprefix_k = tensor4(dprefix_k);
-  if (needs[4]) dprefix_v = at::zeros(prefix_v.sizes(), options), p.dprefix_v = tensor4(dprefix_v);
+  if (needs[3]) dprefix_k = at::empty(prefix_k.sizes(), options), p.dprefix_k = tensor4(dprefix_k);
+  if (needs[4]) dprefix_v = at::empty(prefix_v.sizes(), options), p.dprefix_v = tensor4(dprefix_v);
   if (needs[5]) {
     dbias = at::zeros({p.G, p.H, p.P}, options);
     p.dbias = dbias.data_ptr(), p.dbias_prefix = dbias.stride(0), p.dbias_head = dbias.stride(1);

@@ -76,10 +76,11 @@ class Backward {
     pack_rows(p_.dout, kv_head, lanes, blind, tile->dout, tile->dout_rows);
   }
 
-  // Prefix keys [begin, end) of one head against tiles that read this prefix. Adds to dprefix_k, dprefix_v, dbias;
-  // the dq of tile i goes to shares + i * depth.padded * TILE, [depth.padded][TILE].
+  // Prefix keys [begin, end) of one head against tiles that read this prefix. Adds to dbias and dprefix_k, dprefix_v,
+  // or, if they are `fresh`, writes the latter; the dq of tile i goes to shares + i * depth.padded * TILE,
+  // [depth.padded][TILE].
   void prefix(const BackwardTile<U>* tiles, int64_t count, int64_t prefix, int64_t kv_head, int64_t begin, int64_t end,
-              C* shares) {
+              bool fresh, C* shares) {
     const int64_t k_at = prefix * p_.prefix_k.batch + kv_head * p_.prefix_k.head;
     const int64_t v_at = prefix * p_.prefix_v.batch + kv_head * p_.prefix_v.head;
     const KeyRows<U> k = key_rows(p_.prefix_k, k_at, begin, end, p_.D, p_.q.type, k_);
@@ -93,8 +94,8 @@ class Backward {
         if (prefix_block(p_, tiles[i].lanes, at, std::min(at + KEY_BLOCK, end), &block_))
           step(logits, tiles[i], false, k, v, begin, p_.dprefix_k.data, p_.dprefix_v.data, dq);
     }
-    add_prefix(p_.dprefix_k, dk_, C(p_.scale), prefix, kv_head, begin, end);
-    add_prefix(p_.dprefix_v, dv_, C(1), prefix, kv_head, begin, end);
+    add_prefix(p_.dprefix_k, dk_, C(p_.scale), prefix, kv_head, begin, end, fresh);
+    add_prefix(p_.dprefix_v, dv_, C(1), prefix, kv_head, begin, end, fresh);
   }
 
   // The own keys of one row, whose lanes the tiles hold. Writes dk, dv of all its keys, and the dq of lane l to
@@ -158,14 +159,14 @@ class Backward {
 
   // <out, dout> of a lane
   C dot(int64_t out_at, int64_t dout_at) const {
-    alignas(64) C out[256], dout[256];
-    load_row(out, p_.out, out_at, p_.D, p_.out.type);
-    load_row(dout, p_.dout, dout_at, p_.D, p_.dout.type);
     Vec<C> products{};
     int64_t d = 0;
-    for (; d + LANES<C> <= p_.D; d += LANES<C>) products += load(out + d) * load(dout + d);
-    C sum = sum_of<C>(products);
-    for (; d < p_.D; ++d) sum += out[d] * dout[d];
+    for (; d + LANES<C> <= p_.D; d += LANES<C>)
+      products += load_vector<C>(p_.out, out_at + d) * load_vector<C>(p_.dout, dout_at + d);
+    C sum = sum_of<C>(products), out[LANES<C>], dout[LANES<C>];
+    load_row(out, p_.out, out_at + d, p_.D - d, p_.out.type);
+    load_row(dout, p_.dout, dout_at + d, p_.D - d, p_.dout.type);
+    for (int64_t i = 0; d + i < p_.D; ++i) sum += out[i] * dout[i];
     return sum;
   }
 
@@ -239,11 +240,14 @@ class Backward {
   }
 
   void add_prefix(const Tensor4& t, const C* grad, C factor, int64_t prefix, int64_t kv_head, int64_t begin,
-                  int64_t end) {
+                  int64_t end, bool fresh) {
     if (!t.data) return;
     C* dst = static_cast<C*>(t.data) + prefix * t.batch + kv_head * t.head + begin * t.token;
-    for (int64_t j = 0; j < end - begin; ++j)
-      for (int64_t d = 0; d < p_.D; ++d) dst[j * t.token + d] += factor * grad[j * depth_.padded + d];
+    for (int64_t j = 0; j < end - begin; ++j) {
+      const C* from = grad + j * depth_.padded;
+      C* to = dst + j * t.token;
+      for (int64_t d = 0; d < p_.D; ++d) to[d] = fresh ? factor * from[d] : to[d] + factor * from[d];
+    }
   }
 
   void store_own(const Tensor4& t, const Row& row, int64_t kv_head, const C* grad, C factor) {
@@ -297,6 +301,7 @@ class BackwardPlan {
     const int64_t lane_bytes = most_heads * depth_.padded * int64_t(sizeof(C)) * (4 + (dq ? slots_ : 0));
     const int64_t most_lanes = std::clamp<int64_t>(PHASE_BYTES / lane_bytes, TILE, std::max<int64_t>(all, TILE));
     Arena own_memory(dq ? most_heads * all * depth_.padded * int64_t(sizeof(C)) : 0);
+    if (prefix) clear_unread();
     own_shares_ = dq ? own_memory.take<C>(most_heads * all * depth_.padded) : nullptr;
     for (first_head_ = 0; first_head_ < p_.Hk; first_head_ += most_heads) {
       heads_ = std::min(most_heads, p_.Hk - first_head_);
@@ -324,7 +329,20 @@ class BackwardPlan {
   struct Unit {
     int64_t first_tile, tiles;
     int64_t prefix, begin, end, slot;
+    bool fresh;  // no earlier phase had this prefix
   };
+
+  // Prefix gradients that no unit will write: of prefixes that no query reads, and past the end of shorter ones.
+  void clear_unread() {
+    std::vector<int64_t> length(p_.G, 0);
+    for (int64_t b = 0; b < p_.B; ++b)
+      if (p_.rows[b].queries) length[p_.rows[b].prefix] = p_.rows[b].prefix_len;
+    for (const Tensor4* t : {&p_.dprefix_k, &p_.dprefix_v})
+      for (int64_t i = 0; t->data && i < p_.G * p_.Hk; ++i) {
+        C* head = static_cast<C*>(t->data) + i / p_.Hk * t->batch + i % p_.Hk * t->head;
+        std::fill(head + length[i / p_.Hk] * t->token, head + p_.P * t->token, C(0));
+      }
+  }
 
   // The phase's tiles and units: lanes [first, last) against all prefix keys that they may see.
   void cut_tiles(int64_t first, int64_t last) {
@@ -332,10 +350,11 @@ class BackwardPlan {
     for (int64_t begin = first, end; begin < last; begin = end) {
       const Row& row = p_.rows[order_.row[order_.position_of(begin)]];
       end = std::min(order_.end_of_prefix(p_, begin), last);
+      const bool fresh = begin == 0 || order_.end_of_prefix(p_, begin - 1) == begin;
       const std::vector<Tile> some = make_tiles(order_, begin, end, LANES<C>, true);
       for (int64_t at = 0; at < row.prefix_len; at += chunk_)
         units_.push_back({int64_t(tiles_.size()), int64_t(some.size()), row.prefix, at,
-                          std::min(at + chunk_, row.prefix_len), at / chunk_});
+                          std::min(at + chunk_, row.prefix_len), at / chunk_, fresh});
       tiles_.insert(tiles_.end(), some.begin(), some.end());
     }
   }
@@ -361,7 +380,7 @@ class BackwardPlan {
       const Unit& unit = units_[i / heads_];
       const int64_t head = i % heads_;
       worker.prefix(&packed_[head * int64_t(tiles_.size()) + unit.first_tile], unit.tiles, unit.prefix,
-                    first_head_ + head, unit.begin, unit.end, shares_at(head, unit.slot, unit.first_tile));
+                    first_head_ + head, unit.begin, unit.end, unit.fresh, shares_at(head, unit.slot, unit.first_tile));
     });
   }
 

@@ -3,6 +3,11 @@
 #define CTK_INLINE __attribute__((always_inline)) inline
 #define CTK_NOINLINE __attribute__((noinline))
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own AVX-512 intrinsics, https://gcc.gnu.org/PR105593
+#pragma GCC diagnostic ignored "-Wstringop-overflow"    // vectorised loops over at most KEY_BLOCK bytes
+#endif
 namespace ctk::cpu::CTK_ISA {
 namespace {
 // clang-format off: each builds on those before it
@@ -39,3 +44,6 @@ void backward(const Params& p, const Pool& pool) {
 
 const Kernels kernels = {CTK_TEXT(CTK_ISA), forward, backward};
 }  // namespace ctk::cpu::CTK_ISA
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif

@@ -10,7 +10,8 @@
 //     out <- o / l,  lse <- ln 2 (m + log2 l)
 //
 // Lanes run along vectors, so the softmax needs no horizontal operation; keys are broadcast, so visible ones are read
-// where they lie and hidden ones cost nothing.
+// where they lie and hidden ones cost nothing. Where tiles are few, as in decoding, several units share a tile: each
+// takes a span of the prefix, and a second step merges their m, l and o in order.
 
 template <typename U>
 struct ForwardTile {
@@ -41,28 +42,60 @@ class Forward {
       tile.q = arena->take<U>(depth_.units * TILE), tile.o = arena->take<C>(depth_.padded * TILE);
   }
 
-  void run(const RowOrder& order, const Tile* tiles, int count, int64_t kv_head) {
+  // Prefix keys [begin, end) and, if `own`, the rows' own keys, for tiles of one prefix. With `partial`, for one tile,
+  // the state goes there, [depth.padded + 2][TILE], instead of results to out and lse.
+  void run(const RowOrder& order, const Tile* tiles, int count, int64_t kv_head, int64_t begin, int64_t end, bool own,
+           C* partial) {
     const Logits<C> logits(p_, kv_head);
     for (int t = 0; t < count; ++t) start(order, tiles[t], kv_head, &tiles_[t]);
-    const int64_t prefix = tiles_[0].lanes.prefix(), prefix_len = tiles_[0].lanes.prefix_len();
+    const int64_t prefix = tiles_[0].lanes.prefix(), prefix_end = std::min(end, tiles_[0].lanes.prefix_len());
     const int64_t k_at = prefix * p_.prefix_k.batch + kv_head * p_.prefix_k.head;
     const int64_t v_at = prefix * p_.prefix_v.batch + kv_head * p_.prefix_v.head;
-    for (int64_t begin = 0; begin < prefix_len; begin += KEY_BLOCK) {
-      const int64_t end = std::min(begin + KEY_BLOCK, prefix_len);
+    for (int64_t at = begin; at < prefix_end; at += KEY_BLOCK) {
+      const int64_t to = std::min(at + KEY_BLOCK, prefix_end);
       KeyRows<U> k, v;
       for (int t = 0; t < count; ++t) {
-        if (!prefix_block(p_, tiles_[t].lanes, begin, end, &block_)) continue;
+        if (!prefix_block(p_, tiles_[t].lanes, at, to, &block_)) continue;
         if (!k.base) {
-          k = key_rows(p_.prefix_k, k_at, begin, end, p_.D, p_.q.type, k_);
-          v = key_rows(p_.prefix_v, v_at, begin, end, p_.D, p_.q.type, v_);
+          k = key_rows(p_.prefix_k, k_at, at, to, p_.D, p_.q.type, k_);
+          v = key_rows(p_.prefix_v, v_at, at, to, p_.D, p_.q.type, v_);
         }
         attend(logits, &tiles_[t], false, k, v);
       }
     }
     for (int t = 0; t < count; ++t) {
-      for (const Piece& piece : tiles_[t].lanes.pieces) own(logits, piece, kv_head, &tiles_[t]);
-      finish(kv_head, tiles_[t]);
+      if (own)
+        for (const Piece& piece : tiles_[t].lanes.pieces) attend_own(logits, piece, kv_head, &tiles_[t]);
+      if (!partial) finish(kv_head, tiles_[t]);
     }
+    if (!partial) return;
+    partial = std::copy_n(tiles_[0].o, depth_.padded * TILE, partial);
+    partial = std::copy_n(tiles_[0].m, TILE, partial);
+    std::copy_n(tiles_[0].l, TILE, partial);
+  }
+
+  // The results of a tile from the states of its spans.
+  void merge(const RowOrder& order, const Tile& which, int64_t kv_head, const C* partials, int64_t spans) {
+    ForwardTile<U>& tile = tiles_[0];
+    const int64_t o_size = depth_.padded * TILE, stride = o_size + 2 * TILE;
+    tile.lanes.set(p_, order, which, kv_head);
+    std::fill_n(tile.m, TILE, -std::numeric_limits<C>::infinity());
+    std::fill_n(tile.l, TILE, C(0));
+    std::fill_n(tile.o, o_size, C(0));
+    for (int at = 0; at < tile.lanes.vectors * LANES<C>; at += LANES<C>) {
+      Vec<C> top = load(tile.m + at), total{};
+      for (int64_t i = 0; i < spans; ++i) top = max<C>(load(partials + i * stride + o_size + at), top);
+      const Vec<C> base = top == -std::numeric_limits<C>::infinity() ? Vec<C>{} : top;
+      for (int64_t i = 0; i < spans; ++i) {
+        const C* span = partials + i * stride;
+        const Vec<C> factor = exp2_of(load(span + o_size + at) - base);
+        total += load(span + o_size + TILE + at) * factor;
+        for (int64_t d = at; d < o_size; d += TILE) store(tile.o + d, load(tile.o + d) + load(span + d) * factor);
+      }
+      store(tile.m + at, top);
+      store(tile.l + at, total);
+    }
+    finish(kv_head, tile);
   }
 
  private:
@@ -75,7 +108,7 @@ class Forward {
     std::fill_n(tile->o, depth_.padded * TILE, C(0));
   }
 
-  void own(const Logits<C>& logits, const Piece& piece, int64_t kv_head, ForwardTile<U>* tile) {
+  void attend_own(const Logits<C>& logits, const Piece& piece, int64_t kv_head, ForwardTile<U>* tile) {
     const Row& row = *piece.row;
     const int64_t k_at = row.batch * p_.k.batch + kv_head * p_.k.head + row.token * p_.k.token;
     const int64_t v_at = row.batch * p_.v.batch + kv_head * p_.v.head + row.token * p_.v.token;
@@ -156,8 +189,12 @@ class Forward {
   KeyBlock block_;
 };
 
+constexpr int64_t ENOUGH_ITEMS = 24;  // units that balance a few dozen workers' load
+constexpr int64_t LEAST_SPAN = 256;   // prefix keys that are worth a unit
+
 template <typename U>
 void forward_as(const Params& p, const Pool& pool) {
+  using C = C_of<U>;
   const RowOrder order = order_rows(p);
   struct Item {
     int first, count;
@@ -166,7 +203,7 @@ void forward_as(const Params& p, const Pool& pool) {
   std::vector<Item> items;
   for (int64_t begin = 0, end; begin < order.lanes(); begin = end) {
     end = order.end_of_prefix(p, begin);
-    const std::vector<Tile> some = make_tiles(order, begin, end, LANES<C_of<U>>, true);
+    const std::vector<Tile> some = make_tiles(order, begin, end, LANES<C>, true);
     // enough items to balance the workers, else as many tiles per item as convert a key block together
     const int64_t wanted = int64_t(some.size()) * p.Hk / (8 * pool.workers);
     const int step = int(std::clamp<int64_t>(wanted, 1, Forward<U>::GROUP));
@@ -174,17 +211,38 @@ void forward_as(const Params& p, const Pool& pool) {
       items.push_back({int(tiles.size() + t), int(std::min<size_t>(step, some.size() - t))});
     tiles.insert(tiles.end(), some.begin(), some.end());
   }
-  const int64_t per_head = int64_t(items.size()), total = per_head * p.Hk;
+  // the spans depend on the problem alone, so that the bits do not depend on the number of workers
+  const int64_t heads_and_tiles = std::max<int64_t>(int64_t(tiles.size()) * p.Hk, 1);
+  int64_t spans = std::clamp<int64_t>(ENOUGH_ITEMS / heads_and_tiles, 1, std::max<int64_t>(p.P / LEAST_SPAN, 1));
+  const int64_t span = std::max<int64_t>(round_up((p.P + spans - 1) / spans, KEY_BLOCK), KEY_BLOCK);
+  spans = std::max<int64_t>((p.P + span - 1) / span, 1);
+  if (spans > 1) {  // then an item is one tile
+    items.clear();
+    for (size_t t = 0; t < tiles.size(); ++t) items.push_back({int(t), 1});
+  }
+  const int64_t per_head = int64_t(items.size()), per_span = per_head * p.Hk;
+  const int64_t stride = (round_up(p.D, LANES<C>) + 2) * TILE;
+  Arena partial_memory(spans > 1 ? per_span * spans * stride * int64_t(sizeof(C)) : 0);
+  C* partials = spans > 1 ? partial_memory.take<C>(per_span * spans * stride) : nullptr;
   Arena size;
   Forward<U>(p, &size);
-  std::atomic<int64_t> next{0};
-  pool.run([&](int) {
-    if (next.load() >= total) return;
-    Arena arena(size.used());
-    Forward<U> worker(p, &arena);
-    for (int64_t i; (i = next.fetch_add(1)) < total;) {
-      const Item& item = items[i % per_head];
-      worker.run(order, &tiles[item.first], item.count, i / per_head);
-    }
+  const auto each = [&](int64_t count, const std::function<void(Forward<U>&, int64_t)>& f) {
+    std::atomic<int64_t> next{0};
+    pool.run([&](int) {
+      if (next.load() >= count) return;
+      Arena arena(size.used());
+      Forward<U> worker(p, &arena);
+      for (int64_t i; (i = next.fetch_add(1)) < count;) f(worker, i);
+    });
+  };
+  each(per_span * spans, [&](Forward<U>& worker, int64_t i) {
+    const int64_t at = i % spans, tile = i / spans;
+    const Item& item = items[tile % per_head];
+    worker.run(order, &tiles[item.first], item.count, tile / per_head, at * span, (at + 1) * span, at == spans - 1,
+               partials ? partials + i * stride : nullptr);
   });
+  if (spans > 1)
+    each(per_span, [&](Forward<U>& worker, int64_t i) {
+      worker.merge(order, tiles[i % per_head], i / per_head, partials + i * spans * stride, spans);
+    });
 }

@@ -36,7 +36,7 @@ constexpr int64_t units_of(int64_t elements) {
 }
 
 #ifdef CTK_BF16
-struct __attribute__((packed, may_alias)) Bf16Pair {  // read where it lies, whatever that is aligned to
+struct __attribute__((packed, aligned(2), may_alias)) Bf16Pair {  // read where it lies
   uint32_t bits;
 };
 

@@ -208,8 +208,8 @@ template <typename U>
 void to_columns(const Element<U>* rows, const Depth<U>& depth, int vectors, U* columns) {
   using C = C_of<U>;  // as wide as a unit, which the transpose only moves
   static_assert(sizeof(U) == sizeof(C));
-  transpose(reinterpret_cast<const C*>(rows), depth.units, reinterpret_cast<C*>(columns), TILE, vectors * LANES<C>,
-            depth.units);
+  void* out = columns;
+  transpose(reinterpret_cast<const C*>(rows), depth.units, static_cast<C*>(out), TILE, vectors * LANES<C>, depth.units);
 }
 
 // Keys as rows in memory: key j is at base + j * stride, in elements.
