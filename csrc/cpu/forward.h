@@ -131,7 +131,7 @@ class Forward {
       s_rows[n] = s_ + n * TILE + at;
     }
     // s <- k q
-    times_rows<U>(block_.count, k_rows, units_of<U>(p_.D), tile->q + at, TILE, s_rows, vectors, 3, false);
+    times_rows<U>(block_.count, k_rows, units_of<U>(p_.D), tile->q + at, TILE, s_rows, vectors, 3, false, v_rows);
     logits.apply(tile->lanes, block_, own, s_, nullptr);
     alignas(64) C factor[TILE], keep[TILE];
     for (int v = block_.first_vector; v < block_.last_vector; ++v)

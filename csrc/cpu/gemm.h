@@ -76,6 +76,13 @@ CTK_INLINE void cols_block(const U* const* a, int64_t K, int64_t row, const U* b
   }
 }
 
+// Asks for a row of K units before it is needed.
+template <typename U>
+CTK_INLINE void fetch_row(const U* row, int64_t K) {
+  const char* p = reinterpret_cast<const char*>(row);
+  for (int64_t i = 0; i < K * int64_t(sizeof(U)); i += 64) __builtin_prefetch(p + i, 0, 2);
+}
+
 // The last rows of a product need fewer accumulators: one instance per count, so that no work is padded.
 template <typename U, int NV, int R>
 CTK_NOINLINE void rows_tail(int64_t n, const U* const* a, int64_t K, const U* b, int64_t ldb, C_of<U>* const* c,
@@ -97,10 +104,17 @@ CTK_NOINLINE void cols_tail(int64_t n, const U* const* a, int64_t K, int64_t row
 
 template <typename U, int NV>
 CTK_NOINLINE void rows_panel(int64_t n, const U* const* a, int64_t K, const U* b, int64_t ldb, C_of<U>* const* c,
-                             int64_t at, bool add) {
+                             int64_t at, bool add, const U* const* ahead) {
   constexpr int R = BLOCK_ROWS[NV];
   int64_t r = 0;
-  for (; r + R <= n; r += R) rows_block<U, R, NV>(a + r, K, b, ldb, c + r, at, add);
+  for (; r + R <= n; r += R) {
+    if (ahead)
+      for (int i = 0; i < R; ++i) {
+        fetch_row(ahead[r + i], K);
+        fetch_row(a[std::min(r + 2 * R + i, n - 1)], K);
+      }
+    rows_block<U, R, NV>(a + r, K, b, ldb, c + r, at, add);
+  }
   if (r < n) rows_tail<U, NV, R - 1>(n - r, a + r, K, b, ldb, c + r, at, add);
 }
 
@@ -124,18 +138,19 @@ CTK_INLINE void for_panels(int vectors, int most, F f) {
   }
 }
 
-// C rows c[0..n) (+)= a[0..n)[0..K) x b[0..K)[vectors]. Lane panels are at most 3 wide, so that 8 keys fit beside them.
+// C rows c[0..n) (+)= a[0..n)[0..K) x b[0..K)[vectors]; meanwhile rows `ahead` are fetched for what follows. Lane
+// panels are at most 3 wide, so that 8 keys fit beside them.
 template <typename U>
 void times_rows(int64_t n, const U* const* a, int64_t K, const U* b, int64_t ldb, C_of<U>* const* c, int vectors,
-                int most, bool add) {
+                int most, bool add, const U* const* ahead = nullptr) {
   for_panels(vectors, std::min(most, MAX_NV), [&](int width, int first) {
     const int64_t at = int64_t(first) * LANES<C_of<U>>;
     switch (width) {
-      case 1: return rows_panel<U, 1>(n, a, K, b + at, ldb, c, at, add);
-      case 2: return rows_panel<U, 2>(n, a, K, b + at, ldb, c, at, add);
+      case 1: return rows_panel<U, 1>(n, a, K, b + at, ldb, c, at, add, first ? nullptr : ahead);
+      case 2: return rows_panel<U, 2>(n, a, K, b + at, ldb, c, at, add, first ? nullptr : ahead);
 #if CTK_VECTOR_BYTES == 64
-      case 3: return rows_panel<U, 3>(n, a, K, b + at, ldb, c, at, add);
-      case 4: return rows_panel<U, 4>(n, a, K, b + at, ldb, c, at, add);
+      case 3: return rows_panel<U, 3>(n, a, K, b + at, ldb, c, at, add, first ? nullptr : ahead);
+      case 4: return rows_panel<U, 4>(n, a, K, b + at, ldb, c, at, add, first ? nullptr : ahead);
 #endif
     }
   });

@@ -24,7 +24,8 @@ struct Logits {
       for (int l = hole.begin; l < hole.end; ++l) s[hole.key * TILE + l] = hidden;
     for (int l = block.first_vector * LANES<C>; l < block.begin; ++l)
       for (int n = 0; n < block.count; ++n) s[n * TILE + l] = hidden;
-    for (int l = block.end; l < block.last_vector * LANES<C>; ++l)
+    // lanes past the last are padding, which nothing reads
+    for (int l = block.end; l < std::min(block.last_vector * LANES<C>, lanes.count); ++l)
       for (int n = 0; n < block.count; ++n) s[n * TILE + l] = hidden;
   }
 
