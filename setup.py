@@ -20,7 +20,7 @@ HEADERS = [
     "csrc/mask.h",
     "csrc/params.h",
     *(f"csrc/cpu/{name}.h" for name in ("backward", "build", "common", "forward", "gemm", "kernels")),
-    *(f"csrc/cpu/{name}.h" for name in ("logits", "operands", "select", "simd", "tiles")),
+    *(f"csrc/cpu/{name}.h" for name in ("logits", "narrow", "operands", "select", "simd", "tiles")),
 ]
 FLAGS = [
     "-O3",

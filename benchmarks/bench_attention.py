@@ -194,8 +194,8 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
     """A table per phase, and one for the peers that did not run everywhere."""
     about = (
         "Milliseconds are medians and quartiles. GFLOP/s counts what the mask keeps. Ceiling: PyTorch's matrix product "
-        "(fp32 on the CPU), run in turn with the case; `best` compares the best runs of both. Extra MB: peak memory of "
-        "forward and backward beyond inputs and results, the peers' mask not counted."
+        "(in bf16 for bf16 rows where the CPU multiplies bf16, else in fp32), run in turn; `best` compares the "
+        "best runs of both. Extra MB: peak memory of forward and backward beyond inputs, results and the peers' mask."
     )
     everywhere = [
         name

@@ -10,6 +10,7 @@ then they run in turn in this process. Longer prefixes come from inputs that are
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,10 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for benchmark
 import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from benchmarks import harness, memory, plain_ctkv
-from benchmarks.harness import Spread
+from benchmarks.cases import FLOPS
+from benchmarks.harness import MatrixProduct, Spread
 from ctkernels import ContextMask
 from ctkernels.tuning import (
     Demonstration,
@@ -94,10 +97,33 @@ def run_plain(
     return result.losses, result.seconds
 
 
+def epoch_flops(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: list[Demonstration]
+) -> dict[str, int]:
+    """Arithmetic that an epoch of CT-KV cannot do without: the model's own layers on the rows' tokens (forward, and the
+    gradients of their inputs; the head where there are labels), and attention on what leave-one-out keeps."""
+    context, rows = encode_context(tokenizer, pairs), encode_rows(tokenizer, pairs)
+    head = model.get_output_embeddings()
+    layers = [m for m in model.modules() if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head]
+    tokens = sum(len(row.tokens) for row in rows)
+    labels = sum(len(row.tokens) - row.first_label for row in rows)
+    pairs_kept = 0
+    for row in rows:
+        own, start, end = len(row.tokens), *(int(x) for x in context.segments[row.held_out : row.held_out + 2])
+        pairs_kept += own * (len(context.input_ids) - (end - start)) + own * (own + 1) // 2
+    config = model.config.get_text_config()
+    width = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    return {
+        "layers": 2 * 2 * (tokens * sum(m.weight.numel() for m in layers) + labels * head.weight.numel()),
+        "attention": FLOPS["both"] * width * config.num_hidden_layers * pairs_kept,
+    }
+
+
 def compare(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: list[Demonstration], rounds: int
 ) -> dict[str, Any]:
-    """Seconds per epoch, peak memory and losses of our loop and of the plain ones, in turn.
+    """Seconds per epoch, peak memory and losses of our loop and of the plain ones, in turn, and the least time that the
+    arithmetic of an epoch takes at the rate of a matrix product, which runs in turn with them.
 
     Raises:
         ArithmeticError: the losses differ by more than `AGREEMENT`.
@@ -108,7 +134,8 @@ def compare(
     }
     for attention in ATTENTIONS:
         runs[attention] = lambda attention=attention: run_plain(model, tokenizer, pairs, settings, attention)
-    losses, seconds, peaks = {}, {name: [] for name in runs}, {}
+    losses, seconds, peaks, rates = {}, {name: [] for name in runs}, {}, []
+    ceiling, flops = MatrixProduct(model.dtype, "cpu"), epoch_flops(model, tokenizer, pairs)
     for number in range(rounds + 1):  # the first round checks and warms up
         for name, run in runs.items():
             measurable = memory.reset_peak()
@@ -117,6 +144,7 @@ def compare(
                 peaks[name] = memory.peak_bytes() if measurable else None
             else:
                 seconds[name] += times
+                rates.append(ceiling.flops / ceiling()["mean"])
         if number == 0:
             difference = check_losses(losses, model.dtype)
     return {
@@ -127,6 +155,8 @@ def compare(
         "difference": difference,
         "seconds": {name: Spread.of(times) for name, times in seconds.items()},
         "peak_bytes": peaks,
+        "ceiling": statistics.median(rates),
+        "floors": {part: count / statistics.median(rates) for part, count in flops.items()},
     }
 
 
@@ -170,14 +200,17 @@ def markdown(comparisons: Sequence[dict[str, Any]], methods: Sequence[dict[str, 
     rows = []
     for result in comparisons:
         own = result["seconds"][OURS]
+        floors = result["floors"]
         line = [str(result["P"]), f"{result['rows']} ({result['row_tokens']})", harness.milliseconds(own)]
+        line += [f"{1e3 * floors['layers']:.0f} + {1e3 * floors['attention']:.0f}"]
+        line += [f"{sum(floors.values()) / own.median:.0%}"]
         line.append(harness.megabytes(result["peak_bytes"][OURS]))
         for name in ATTENTIONS:
             spread = result["seconds"][name]
             line += [harness.milliseconds(spread), f"{spread.median / own.median:.1f}x"]
             line.append(harness.megabytes(result["peak_bytes"][name]))
         rows.append([*line, f"{result['difference']:.0e}"])
-    header = ["P", "rows (tokens)", "ctkernels ms", "peak MB"]
+    header = ["P", "rows (tokens)", "ctkernels ms", "floor ms", "reached", "peak MB"]
     for name in ATTENTIONS:
         header += [f"plain, {name} ms", "ratio", "peak MB"]
     epochs = harness.table([*header, "losses differ by"], rows)
@@ -192,7 +225,11 @@ def markdown(comparisons: Sequence[dict[str, Any]], methods: Sequence[dict[str, 
             for method in methods
         ],
     )
-    return f"**One epoch of CT-KV** (medians and quartiles; peak memory of the process)\n\n{epochs}\n\n{times}"
+    about = (
+        "Medians and quartiles; peak memory of the process. Floor: the arithmetic of the model's layers + that of "
+        "attention on what leave-one-out keeps, at the rate of PyTorch's matrix product."
+    )
+    return f"One epoch of CT-KV. {about}\n\n{epochs}\n\n**Evaluation and training of every method**\n\n{times}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -173,8 +173,8 @@ def free_memory(device: str) -> int:
 class MatrixProduct:
     """The ceiling of arithmetic: PyTorch's own matrix product [n, n] @ [n, n], in the size that it computes fastest.
 
-    fp32 on a CPU, which the kernels calculate in; the rows' type on other devices. Run it in turn with the cases: a run
-    repeats the product for about `LAP` seconds and reports the mean and the best of its times.
+    In the type that the kernels multiply: the rows' type, but on a CPU without bf16 units, and for fp16, fp32. Run it
+    in turn with the cases: a run repeats the product for about `LAP` seconds and reports the mean and the best time.
     """
 
     LAP = 0.03
@@ -183,7 +183,8 @@ class MatrixProduct:
     def __init__(self, dtype: torch.dtype, device: str) -> None:
         self.device = device
         on_cpu = torch.device(device).type == "cpu"
-        self.dtype = torch.float32 if on_cpu else dtype
+        native = dtype == torch.bfloat16 and dispatch.cpu_info()["isa"] == "avx512_bf16"
+        self.dtype = torch.float32 if on_cpu and not native else dtype
         best = {n: self._fastest(n) for n in (self.SIZES if on_cpu else [4 * n for n in self.SIZES])}
         self._resize(max(best, key=lambda n: n**3 / best[n]))
         self._repeat = max(1, round(self.LAP / best[self.n]))

@@ -15,6 +15,7 @@ namespace {
 #include "operands.h"
 #include "gemm.h"
 #include "tiles.h"
+#include "narrow.h"
 #include "logits.h"
 #include "forward.h"
 #include "backward.h"

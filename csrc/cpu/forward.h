@@ -130,14 +130,23 @@ class Forward {
       k_rows[n] = k[block_.index[n]], v_rows[n] = v[block_.index[n]];
       s_rows[n] = s_ + n * TILE + at;
     }
+    const bool narrow = is_narrow<U>(tile->lanes, p_.D);
     // s <- k q
-    times_rows<U>(block_.count, k_rows, units_of<U>(p_.D), tile->q + at, TILE, s_rows, vectors, 3, false, v_rows);
+    if (narrow)
+      with_lanes<C>(tile->lanes.count, [&](auto lanes) {
+        narrow_logits<U, lanes()>(block_.count, k_rows, units_of<U>(p_.D), tile->q, s_, v_rows);
+      });
+    else times_rows<U>(block_.count, k_rows, units_of<U>(p_.D), tile->q + at, TILE, s_rows, vectors, 3, false, v_rows);
     logits.apply(tile->lanes, block_, own, s_, nullptr);
     alignas(64) C factor[TILE], keep[TILE];
     for (int v = block_.first_vector; v < block_.last_vector; ++v)
       softmax(v * LANES<C>, logits.coefficient, tile, factor);
     for (int l = at; l < at + vectors * LANES<C>; ++l) set_bits(keep + l, l >= block_.begin && l < block_.end);
     // o <- o 2^(m - m') + v^T p
+    if (narrow)
+      return with_lanes<C>(tile->lanes.count, [&](auto lanes) {
+        narrow_sums<U, lanes()>(block_.count, v_rows, p_.D, s_, factor, tile->o);
+      });
     const U* weights = by_key<U>(s_, block_.count, block_.first_vector, block_.last_vector, p_columns_);
     key_columns<U>(v_rows, block_.count, p_.D, v_columns_, v_columns);
     times_cols<U>(p_.D, v_columns, units_of<U>(block_.count), weights + at, TILE, tile->o + at, TILE, vectors,

@@ -21,6 +21,8 @@ struct Operand {
 
   static CTK_INLINE Vector vector_at(const U* p) { return load(p); }
   static CTK_INLINE Vec<C> multiply_add(const U* a, Vector b, Vec<C> sum) { return sum + *a * b; }
+  static CTK_INLINE Vec<C> multiply_add(Vector a, Vector b, Vec<C> sum) { return sum + a * b; }
+  static CTK_INLINE Vec<C> values_at(const U* row, int64_t element) { return load(row + element); }
 };
 
 template <typename U>
@@ -50,7 +52,14 @@ struct Operand<Bf16Pair> {
 
   static CTK_INLINE Vector vector_at(const Bf16Pair* p) { return (__m512bh)_mm512_loadu_si512(p); }
   static CTK_INLINE Vec<float> multiply_add(const Bf16Pair* a, Vector b, Vec<float> sum) {
-    return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(a->bits)), b);
+    return multiply_add((__m512bh)_mm512_set1_epi32(int(a->bits)), b, sum);
+  }
+  static CTK_INLINE Vec<float> multiply_add(Vector a, Vector b, Vec<float> sum) {
+    return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, a, b);
+  }
+  static CTK_INLINE Vec<float> values_at(const Bf16Pair* row, int64_t element) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + element / 2));
+    return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
   }
 };
 

@@ -43,11 +43,16 @@ CTK_INLINE Vec<C> max(Vec<C> a, Vec<C> b) {
   return a > b ? a : b;
 }
 
-template <typename C>
+// The sum of a vector's elements, in halves.
+template <typename C, int N, int... J>
+CTK_INLINE Vec<C> add_half(Vec<C> v, std::integer_sequence<int, J...>) {
+  return v + __builtin_shufflevector(v, v, (J ^ N)...);
+}
+
+template <typename C, int N = LANES<C> / 2>
 CTK_INLINE C sum_of(Vec<C> v) {
-  C sum = 0;
-  for (int i = 0; i < LANES<C>; ++i) sum += v[i];
-  return sum;
+  if constexpr (N == 0) return v[0];
+  else return sum_of<C, N / 2>(add_half<C, N>(v, std::make_integer_sequence<int, LANES<C>>{}));
 }
 
 // One step of a transpose in registers: exchange the elements of a whose index has bit S with those of b that lack it.
