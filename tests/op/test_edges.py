@@ -119,6 +119,23 @@ EDGES = {
         S=1, T=4, mask=dict(drop_p=0.5, seed=9, hidden=spans((0, 5), (5, 11), (0, 0)))
     ),
     # rules and logits
+    # few lanes over long prefixes: several units per tile, and products along D
+    "decoding one row, one head": dict(B=1, H=1, Hk=1, S=1, T=4, P=1500, D=64),
+    "decoding one row, two heads": dict(B=1, H=2, Hk=1, S=1, T=140, P=600, D=32, mask=dict(drop_p=0.5, seed=3)),
+    "decoding one row, groups of three": dict(
+        B=1, H=6, Hk=2, S=1, T=4, P=1500, D=96, mask=dict(hidden=spans((9, 900)))
+    ),
+    "decoding one row, groups of four": dict(B=1, H=4, Hk=1, S=1, T=1, P=900, D=256, mask=dict(drop_p=0.9, seed=4)),
+    "decoding one row, all features": dict(
+        B=1, H=3, Hk=1, S=1, T=9, P=1300, D=128, bias=(3, 1300), softcap=2.0, window=1100, alibi_slopes=torch.rand(3)
+    ),
+    "decoding rows of their own prefixes": dict(
+        B=3, H=3, Hk=1, S=1, T=5, P=700, D=64, G=3, prefix_index=integers(2, 0, 1), prefix_lens=integers(700, 0, 300)
+    ),
+    "a span of the prefix hidden from all": dict(
+        B=2, H=1, Hk=1, S=1, P=1100, D=32, mask=dict(hidden=spans((0, 1100), (0, 512)))
+    ),
+    "five queries over a long prefix": dict(B=1, H=2, Hk=1, S=5, P=1500, D=64),
     "bidirectional": dict(causal=False),
     "bidirectional ragged rows": dict(causal=False, seq_lens=integers(0, 5, 2)),
     "bidirectional packed rows with a window": dict(causal=False, lens=[4, 9, 1], window=3),
