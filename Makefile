@@ -3,16 +3,18 @@
 #
 #   TORCH  the torch requirement            make test TORCH=torch==2.14.1
 #   MODEL  a Hugging Face id or a directory make demo MODEL=Qwen/Qwen2.5-0.5B
+#   OUT    where benchmarks leave results    make bench OUT=benchmarks/results
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 MODEL ?=
+OUT ?= runs/bench
 PIP := .venv/bin/pip --quiet --disable-pip-version-check
 SOURCES := setup.py $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp python_bindings/*.cpp)
 CXX_FILES := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp python_bindings/*.cpp)
 SANITIZE := -g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-.PHONY: demo test bench lint format sanitize clean
+.PHONY: demo test bench bench-full lint format sanitize clean
 
 demo: .venv/built
 	@if [ -z "$(MODEL)" ]; then .venv/bin/python examples/fetch_smollm2.py .models/smollm2-135m; fi
@@ -22,10 +24,17 @@ demo: .venv/built
 test: .venv/built
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 tests
 
-# The op against its peers (writes the README's table), and how it scales; about four minutes on two cores
+# The op against its peers, how it scales, and training steps: writes the README's tables, and JSON, Markdown and plots to
+# OUT; about a quarter of an hour on two cores
 bench: .venv/built
-	.venv/bin/python benchmarks/bench_attention.py --out runs/bench --readme README.md
-	.venv/bin/python benchmarks/bench_scaling.py --out runs/bench
+	@if [ -z "$(MODEL)" ]; then .venv/bin/python examples/fetch_smollm2.py .models/smollm2-135m; fi
+	.venv/bin/python benchmarks/bench_attention.py --out $(OUT) --readme README.md
+	.venv/bin/python benchmarks/bench_scaling.py --out $(OUT) --readme README.md
+	.venv/bin/python benchmarks/bench_tuning.py --out $(OUT) --readme README.md --model $(or $(MODEL),.models/smollm2-135m)
+
+# The op over all head shapes, prefix lengths, row lengths and batches, against its ceiling alone; about ten minutes
+bench-full: .venv/built
+	.venv/bin/python benchmarks/bench_attention.py --full --peers --seconds 1 --out $(OUT)/full
 
 lint: .venv/installed
 	.venv/bin/ruff check .

@@ -143,7 +143,7 @@ def many_shot_text(result: dict[str, Any]) -> str:
     own, case = result["entries"][OURS], MANY_SHOT
     eager = peers.needed_bytes("eager", case) / 1e9
     return (
-        f"**Many-shot** ({result['sizes']}): forward and backward in {own['times']['both'].median:.2f} s, "
+        f"Many-shot ({result['sizes']}): forward and backward in {own['times']['both'].median:.2f} s, "
         f"{reached(result, 'both', 'median'):.0%} of the ceiling, with {harness.megabytes(own['extra_bytes'])} MB "
         f"beyond inputs and results; eager PyTorch would need about {eager:.0f} GB."
     )
@@ -202,7 +202,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     plot(args.out / "bench_scaling.png", sweeps)
     about = f"Base case: {BASE.sizes}; forward and backward; ceiling: PyTorch's matrix product, run in turn."
     tables = [sweep_table(name, results) for name, results in sweeps.items()]
-    text = "\n\n".join([about, *tables, many_shot_text(many_shot), "**Decoding**", decoding_table(decoding)])
+    parts = [many_shot_text(many_shot), "**Decoding**", decoding_table(decoding), "**Sweeps**", about, *tables]
+    text = "\n\n".join(parts)
     harness.write_report(
         "bench_scaling", args, machine, {"sweeps": sweeps, "many_shot": many_shot, "decoding": decoding}, text
     )

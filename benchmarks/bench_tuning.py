@@ -238,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--task", type=Path, default=TASK)
     parser.add_argument("--demonstrations", type=int, default=16)
     parser.add_argument("--lengths", type=int, nargs="*", default=(400, 700, 1000), help="least prefix lengths")
-    parser.add_argument("--rounds", type=int, default=3, help=f"runs of {EPOCHS} epochs of each loop")
+    parser.add_argument("--rounds", type=int, default=2, help=f"runs of {EPOCHS} epochs of each loop")
     parser.add_argument("--items", type=int, default=32, help="test items of an evaluation")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--profile", action="store_true", help="also write what an epoch spends its time on")

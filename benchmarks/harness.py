@@ -150,6 +150,8 @@ def extra_memory(work: Callable[[], Iterable[Tensor]], device: str) -> int | Non
         peak = torch.cuda.max_memory_allocated()
     else:
         if sys.platform == "linux":
+            if dispatch.availability()["cpu"] is None:
+                dispatch.load("cpu").release_memory()
             ctypes.CDLL(None).malloc_trim(0)  # else memory kept from earlier calls is used again, unseen
         if not memory.reset_peak():
             return None

@@ -46,6 +46,12 @@ def workers() -> int:
     return torch.ops.ctkernels.cpu_workers()
 
 
+def release_memory() -> None:
+    """Free the scratch memory (up to a few MB per thread) that later calls would use again."""
+    isas()
+    torch.ops.ctkernels.cpu_release()
+
+
 def set_isa(name: str) -> None:
     """Choose the instruction set of later calls. Raises ValueError if this machine cannot run it."""
     isas()

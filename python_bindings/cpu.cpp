@@ -282,6 +282,12 @@ int64_t cpu_workers() {
   return int64_t(std::set<std::thread::id>(ran_on.begin(), ran_on.end()).size());
 }
 
+// Frees the scratch memory that threads keep between calls.
+void cpu_release() {
+  const auto* kernels = ctk::cpu::selected();
+  pool().run([&](int) { kernels->release(); });
+}
+
 void set_cpu_isa(const std::string& name) {
   std::string known;
   for (const ctk::cpu::Kernels* kernels : ctk::cpu::available()) {
@@ -311,6 +317,7 @@ TORCH_LIBRARY_FRAGMENT(ctkernels, m) {
       ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("cpu_isa() -> str[]", cpu_isa);
   m.def("cpu_workers() -> int", cpu_workers);
+  m.def("cpu_release() -> ()", cpu_release);
   m.def("set_cpu_isa(str name) -> ()", [](std::string name) { set_cpu_isa(name); });
 }
 

@@ -39,11 +39,18 @@ void backward(const Params& p, const Pool& pool) {
 }
 #endif
 
+void release() {
+  Arena::release();
+#ifdef CTK_BF16
+  CTK_EXTENDS::kernels.release();
+#endif
+}
+
 #define CTK_TEXT_(x) #x
 #define CTK_TEXT(x) CTK_TEXT_(x)
 }  // namespace
 
-const Kernels kernels = {CTK_TEXT(CTK_ISA), forward, backward};
+const Kernels kernels = {CTK_TEXT(CTK_ISA), forward, backward, release};
 }  // namespace ctk::cpu::CTK_ISA
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop

@@ -16,6 +16,7 @@ struct Kernels {
   const char* name;
   void (*forward)(const Params&, const Pool&);
   void (*backward)(const Params&, const Pool&);
+  void (*release)();  // frees the scratch memory that the calling thread keeps
 };
 
 namespace portable {

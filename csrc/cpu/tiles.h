@@ -29,6 +29,7 @@ class Arena {
     return p;
   }
   int64_t used() const { return used_; }
+  static void release() { spare().clear(); }  // what this thread keeps
   static int64_t bytes(int64_t count, int64_t size) { return round_up(count * size, ALIGNMENT); }
 
  private:

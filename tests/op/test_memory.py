@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -49,3 +50,29 @@ def test_peak_memory(backend, rows, tokens, prefix, limit, pytestconfig):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) < limit * 2**20
+
+
+RELEASE = """
+import sys
+sys.path.insert(0, {root!r})
+from ctkernels import cpu
+
+exec(sys.stdin.read())  # defines step
+def resident():  # bytes
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+step(64, 32, 2048)
+before = resident()
+cpu.release_memory()
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
+def test_scratch_memory_is_released(pytestconfig):
+    """What threads keep between calls, some MB, goes back to the system on request."""
+    root = str(pytestconfig.rootpath)
+    step = SCRIPT.format(root=root, backend="cpu", rows=0, tokens=0, prefix=0).split("step(8, 3, 64)")[0]
+    script = RELEASE.format(root=root)
+    done = subprocess.run([sys.executable, "-c", script], input=step, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) > 2 * 2**20
