@@ -14,7 +14,7 @@ SOURCES := setup.py $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp python_bindi
 CXX_FILES := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp python_bindings/*.cpp)
 SANITIZE := -g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-.PHONY: demo test bench bench-full lint format sanitize clean
+.PHONY: demo test bench bench-full profile lint format sanitize clean
 
 demo: .venv/built
 	@if [ -z "$(MODEL)" ]; then .venv/bin/python examples/fetch_smollm2.py .models/smollm2-135m; fi
@@ -34,7 +34,11 @@ bench: .venv/built
 
 # The op over all head shapes, prefix lengths, row lengths and batches, against its ceiling alone; about ten minutes
 bench-full: .venv/built
-	.venv/bin/python benchmarks/bench_attention.py --full --peers --seconds 1 --out $(OUT)/full
+	.venv/bin/python benchmarks/bench_attention.py --full --peers --seconds 0.3 --out $(OUT)/full
+
+# Where the CPU kernels spend their time, on the cases furthest from the ceiling; needs Linux's perf
+profile: .venv/built
+	.venv/bin/python benchmarks/profile_attention.py --out $(OUT)
 
 lint: .venv/installed
 	.venv/bin/ruff check .

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import bench_attention, bench_scaling, bench_tuning, harness
+from benchmarks import bench_attention, bench_scaling, bench_tuning, harness, profile_attention
 from benchmarks.cases import Case, sweep
 from tests.tuning.tasks import DEMONSTRATIONS, char_tokenizer, write_jsonl
 from tests.tuning.tiny_models import make_model
@@ -130,3 +130,17 @@ def test_the_full_sweep_spans_the_models_and_sizes():
     for sizes in ({case.P for case in cases}, {case.S for case in cases}, {case.B for case in cases}):
         assert len(sizes) >= 3
     assert max(case.P for case in cases) == 16384 and max(case.S for case in cases) == 512
+
+
+def test_profile_shares():
+    report = """
+    # Overhead  Shared Object  Symbol
+    40.00%  _C.so  [.] ctk::cpu::avx512::(anonymous namespace)::rows_panel<float, 3>
+    20.00%  _C.so  [.] ctk::cpu::avx512::(anonymous namespace)::cols_tail<float, 3, 7>
+    15.00%  libgomp.so.1  [.] 0x1
+     5.00%  libc.so.6  [.] __memmove_avx512_unaligned_erms
+    """
+    shares = profile_attention.shares(report)
+    assert shares["matrix products"] == pytest.approx(0.6)
+    assert (shares["threads waiting"], shares["copies, clearing"]) == (0.15, 0.05)
+    assert sum(shares.values()) == pytest.approx(0.8)
