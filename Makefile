@@ -10,9 +10,11 @@ MODEL ?=
 PIP := .venv/bin/pip --quiet --disable-pip-version-check
 SOURCES := setup.py $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp python_bindings/*.cpp)
 CXX_FILES := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp python_bindings/*.cpp)
+# a CUDA build of torch depends on the Triton that its own compiler needs: that one stays
+TORCH_BRINGS_TRITON := import importlib.metadata as m, sys; sys.exit(not any(r.startswith('triton') for r in m.requires('torch') or []))
 SANITIZE := -g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-.PHONY: demo test bench lint format sanitize clean
+.PHONY: demo test bench gpu-check gpu-report lint format sanitize clean
 
 demo: .venv/built
 	@if [ -z "$(MODEL)" ]; then .venv/bin/python examples/fetch_smollm2.py .models/smollm2-135m; fi
@@ -26,6 +28,15 @@ test: .venv/built
 bench: .venv/built
 	.venv/bin/python benchmarks/bench_attention.py --out runs/bench --readme README.md
 	.venv/bin/python benchmarks/bench_scaling.py --out runs/bench
+
+# On a machine with a GPU: all tests on it, then the op against its peers; writes runs/gpu-check/gpu_check.md and .json
+gpu-check: .venv/built
+	.venv/bin/python benchmarks/gpu_check.py --out runs/gpu-check
+
+# What the Triton kernels need on every architecture, and what they execute: the tables in benchmarks/results.
+# No GPU is needed; compiling everything takes long the first time, and seconds after that.
+gpu-report: .venv/installed
+	.venv/bin/python benchmarks/gpu_report.py --out benchmarks/results
 
 lint: .venv/installed
 	.venv/bin/ruff check .
@@ -50,7 +61,9 @@ sanitize: .venv/installed
 .venv/installed: requirements.txt
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	$(PIP) install "$(TORCH)"
-	$(PIP) install --no-deps -r requirements.txt
+	if .venv/bin/python -c "$(TORCH_BRINGS_TRITON)"; then grep -v '^triton==' requirements.txt; else cat requirements.txt; fi \
+	  > .venv/requirements.txt
+	$(PIP) install --no-deps -r .venv/requirements.txt
 	touch $@
 
 .venv/built: .venv/installed $(SOURCES) pyproject.toml
