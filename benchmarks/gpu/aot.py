@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
 from benchmarks.gpu.architectures import Architecture
+from ctkernels.triton_kernels import Launch
 
 RECORDS = Path(os.environ.get("CTKERNELS_AOT_CACHE", Path(__file__).resolve().parents[2] / "build" / "aot"))
 
@@ -76,13 +77,12 @@ class Resources:
         return self.spill_stores + self.spill_loads
 
 
-def compile_launch(launch: Any, architecture: Architecture) -> Any:
-    """Triton's compiled kernel of a launch (anything with `kernel`, `grid`, `args`, `constexprs`, `num_warps`,
-    `num_stages`), without launching it."""
+def compile_launch(launch: Launch, architecture: Architecture) -> Any:
+    """Triton's compiled kernel of a launch, without launching it."""
     return _compile(launch, architecture)[0]
 
 
-def resources(launch: Any, architecture: Architecture) -> Resources:
+def resources(launch: Launch, architecture: Architecture) -> Resources:
     """Compile a launch if need be, and say what it needs."""
     compiled, log = _compile(launch, architecture)
     record = RECORDS / f"{compiled.metadata.hash}.json"
@@ -100,13 +100,13 @@ def resources(launch: Any, architecture: Architecture) -> Resources:
     return result
 
 
-def _compile(launch: Any, architecture: Architecture) -> tuple[Any, str]:
+def _compile(launch: Launch, architecture: Architecture) -> tuple[Any, str]:
     """The compiled kernel, and the assembler's log if it ran."""
     output, nvidia = io.StringIO(), triton.knobs.nvidia
     with compiling_for(architecture), nvidia.scope(), contextlib.redirect_stdout(output):
         nvidia.dump_ptxas_log = True
         compiled = launch.kernel.warmup(
-            *launch.args,
+            **launch.args,
             **launch.constexprs,
             grid=(1,),
             num_warps=launch.num_warps,

@@ -12,7 +12,7 @@ class Architecture:
     name: as compilers write it.  backend, arch: as Triton names the target.  warp: lanes of a warp.
     shared_limit: bytes of shared memory that one block may have; shared_total: bytes of a multiprocessor.
     shared_reserved: bytes that the system takes of each block.  registers: 32-bit registers of a multiprocessor.
-    thread_registers: most registers of a thread.  threads: most threads of a multiprocessor.
+    threads: most threads of a multiprocessor.  multiprocessors: of its largest common GPU.
     """
 
     name: str
@@ -23,8 +23,8 @@ class Architecture:
     shared_total: int
     shared_reserved: int
     registers: int
-    thread_registers: int
     threads: int
+    multiprocessors: int
 
     @property
     def capability(self) -> tuple[int, int]:
@@ -43,21 +43,22 @@ class Architecture:
 KIB = 1024
 
 
-def _nvidia(number: int, limit: int, total: int, threads: int) -> Architecture:
-    return Architecture(f"sm_{number}", "cuda", number, 32, limit * KIB, total * KIB, KIB, 65536, 255, threads)
+def _nvidia(number: int, limit: int, total: int, threads: int, multiprocessors: int) -> Architecture:
+    name = f"sm_{number}"
+    return Architecture(name, "cuda", number, 32, limit * KIB, total * KIB, KIB, 65536, threads, multiprocessors)
 
 
 # Source: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD CDNA 3 ISA.
 ARCHITECTURES = {
     architecture.name: architecture
     for architecture in (
-        _nvidia(80, 163, 164, 2048),
-        _nvidia(86, 99, 100, 1536),
-        _nvidia(89, 99, 100, 1536),
-        _nvidia(90, 227, 228, 2048),
-        _nvidia(100, 227, 228, 2048),
-        _nvidia(120, 99, 100, 1536),
-        # four vector units with 512 registers per lane each
-        Architecture("gfx942", "hip", "gfx942", 64, 64 * KIB, 64 * KIB, 0, 4 * 512 * 64, 512, 2048),
+        _nvidia(80, 163, 164, 2048, 108),  # A100
+        _nvidia(86, 99, 100, 1536, 84),  # A40
+        _nvidia(89, 99, 100, 1536, 142),  # L40S
+        _nvidia(90, 227, 228, 2048, 132),  # H100
+        _nvidia(100, 227, 228, 2048, 148),  # B200
+        _nvidia(120, 99, 100, 1536, 170),  # RTX 5090
+        # MI300X: four vector units with 512 registers per lane each
+        Architecture("gfx942", "hip", "gfx942", 64, 64 * KIB, 64 * KIB, 0, 4 * 512 * 64, 2048, 304),
     )
 }

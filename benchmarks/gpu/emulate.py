@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
 
 from benchmarks.gpu import aot
 from benchmarks.gpu.architectures import Architecture
+from ctkernels.triton_kernels import Launch
 from tests import ptxemu
 
 _MODULES: dict[str, ptxemu.Module] = {}  # by Triton's hash of source, signature, options and target
@@ -31,7 +31,7 @@ class Emulator:
     counted: list[tuple[str, ptxemu.Counters]] = field(default_factory=list)
     launched: list[str] = field(default_factory=list)
 
-    def __call__(self, launch: Any) -> None:
+    def __call__(self, launch: Launch) -> None:
         """Run one launch to completion.
 
         Raises:
@@ -42,9 +42,8 @@ class Emulator:
         if key not in _MODULES:
             _MODULES[key] = ptxemu.compile_ptx(compiled.asm["ptx"])
         module, name = _MODULES[key], compiled.metadata.name
-        bound = launch.kernel.signature.bind(*launch.args, **launch.constexprs).arguments
         # absent pointers and ones are compiled into the code
-        args = [bound[parameter] for parameter, kind in compiled.src.signature.items() if kind != "constexpr"]
+        args = [launch.args[parameter] for parameter, kind in compiled.src.signature.items() if kind != "constexpr"]
         scratch = len(module.kernels[name].parameters) - len(args)  # pointers that Triton appends and these never use
         result = module.launch(
             name,
