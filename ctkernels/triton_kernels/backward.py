@@ -18,8 +18,6 @@ from ctkernels.triton_kernels.tile import (
     LOG2E,
     ROW_BATCH,
     ROW_FIRST,
-    ROW_HIDE_END,
-    ROW_HIDE_START,
     ROW_KEYS,
     ROW_OFFSET,
     ROW_QUERIES,
@@ -38,6 +36,7 @@ from ctkernels.triton_kernels.tile import (
     context_words,
     inner,
     lane_slots,
+    lane_spans,
     lane_state,
     load_pieces,
     offsets,
@@ -47,7 +46,7 @@ from ctkernels.triton_kernels.tile import (
     own_visible,
     prefix_blocks,
     prefix_logits,
-    prefix_visible,
+    prefix_masked,
     seen_by_any,
     split_lse,
     store_pieces,
@@ -130,8 +129,7 @@ def dq_kernel(
         slope2 = tl.load(SLOPES + head, mask=ok, other=0.0) * LOG2E
     bias = BIAS + prefix * bias_g + head.to(tl.int64) * bias_h
     row_id, row_hide_start, row_hide_end, keep, present = tile_rows(ROWS, n_rows, row0, rows, KEEP, length, LIMIT)
-    hide_start = tl.load(ROWS + ROW_HIDE_START * n_rows + row, mask=ok, other=0)
-    hide_end = tl.load(ROWS + ROW_HIDE_END * n_rows + row, mask=ok, other=0)
+    hide_start, hide_end = lane_spans(ROWS, n_rows, row, ok, HIDDEN)
     skip_start = tile_value(TILES, n_tiles, tile, TILE_SKIP_START)
     skip_end = tile_value(TILES, n_tiles, tile, TILE_SKIP_END)
     hull_start = tile_value(TILES, n_tiles, tile, TILE_HULL_START)
@@ -168,25 +166,17 @@ def dq_kernel(
         s, derivative = prefix_logits(
             s, n, position, prefix_len, bias, slope2, ok, factor, cap, SOFTCAP, HAS_BIAS, ALIBI, False
         )
+        s = prefix_masked(
+            s, words, slot, hide_start, hide_end, hull_start, hull_end, k0, position, highest, prefix_len, window,
+            WORDS, HIDDEN, NEAR, False, BLOCK_N,
+        )  # fmt: skip
         p = tl.exp2((s - high[:, None]) - low[:, None])
-        dp = inner(do0, do1, v0.to(q0.dtype), v1.to(q0.dtype), D1, PRECISION)
-        ds = p * (dp - delta[:, None]) * derivative
-        if WORDS:
-            partial = True
-        else:
-            partial = (k0 + BLOCK_N > prefix_len) | ((k0 < hull_end) & (k0 + BLOCK_N > hull_start))
-            if NEAR:
-                partial = partial | (prefix_len + highest - k0 >= window)
-        if partial:
-            visible = prefix_visible(
-                words, slot, hide_start, hide_end, n, position, prefix_len, window, WORDS, HIDDEN, NEAR, False, BLOCK_N
-            )
-            ds = tl.where(visible, ds, 0.0)
+        ds = p * (inner(do0, do1, v0.to(q0.dtype), v1.to(q0.dtype), D1, PRECISION) - delta[:, None]) * derivative
         dq0, dq1 = accumulate(dq0, dq1, ds, k0_, k1_, D1, PRECISION)
 
     if split == SPLITS - 1:
         for r in range(row0, row0 + rows):
-            begin, end, keys, _ = own_blocks(ROWS, n_rows, r, lane0, lanes, window, CAUSAL, WINDOW, GROUP, OWN_N)
+            begin, end, keys, lowest_own = own_blocks(ROWS, n_rows, r, lane0, lanes, window, CAUSAL, WINDOW, GROUP, OWN_N)
             mine = ok & (row == r)
             own_batch = tl.load(ROWS + ROW_BATCH * n_rows + r)
             own_token = tl.load(ROWS + ROW_TOKEN * n_rows + r)
@@ -199,10 +189,10 @@ def dq_kernel(
                 v0, v1 = load_pieces(V, offsets(own_batch, kv, own_token + t, v_b, v_h, v_t), seen, D, D0, D1)
                 s = inner(q0, q1, k0_, k1_, D1, PRECISION)  # [BLOCK_M, OWN_N]
                 s, derivative = own_logits(s, t, position, slope2, factor, cap, SOFTCAP, ALIBI, False)
+                s = tl.where(own_visible(t, seen, position, mine, window, CAUSAL, WINDOW, False), s, -float("inf"))
                 p = tl.exp2((s - high[:, None]) - low[:, None])
                 ds = p * (inner(do0, do1, v0, v1, D1, PRECISION) - delta[:, None]) * derivative
-                visible = own_visible(t, seen, position, mine, window, CAUSAL, WINDOW, False)
-                new0, new1 = accumulate(dq0, dq1, tl.where(visible, ds, 0.0), k0_, k1_, D1, PRECISION)
+                new0, new1 = accumulate(dq0, dq1, ds, k0_, k1_, D1, PRECISION)
                 dq0 = tl.where(mine[:, None], new0, dq0)
                 if D1 > 0:
                     dq1 = tl.where(mine[:, None], new1, dq1)
@@ -292,13 +282,13 @@ def own_kernel(
             slope2 = tl.load(SLOPES + head, mask=ok, other=0.0) * LOG2E
         s = inner(k0_, k1_, q0, q1, D1, PRECISION)  # [BLOCK_N, BLOCK_M]
         s, derivative = own_logits(s, t, position, slope2, factor, cap, SOFTCAP, ALIBI, True)
-        visible = own_visible(t, seen, position, ok, window, CAUSAL, WINDOW, True)
-        p = tl.where(visible, tl.exp2((s - high[None, :]) - low[None, :]), 0.0)
+        s = tl.where(own_visible(t, seen, position, ok, window, CAUSAL, WINDOW, True), s, -float("inf"))
+        p = tl.exp2((s - high[None, :]) - low[None, :])
         if NEED_V:
             dv0, dv1 = accumulate(dv0, dv1, p, do0, do1, D1, PRECISION)
         if NEED_K:
             ds = p * (inner(v0, v1, do0, do1, D1, PRECISION) - delta[None, :]) * derivative
-            dk0, dk1 = accumulate(dk0, dk1, tl.where(visible, ds, 0.0), q0, q1, D1, PRECISION)
+            dk0, dk1 = accumulate(dk0, dk1, ds, q0, q1, D1, PRECISION)
     if NEED_K:
         store_pieces(DK, offsets(batch, kv, token0 + t, dk_b, dk_h, dk_t), dk0 * scale, dk1 * scale, valid, D, D0, D1)
     if NEED_V:

@@ -14,8 +14,6 @@ import triton.language as tl
 
 from ctkernels.triton_kernels.tile import (
     LOG2E,
-    ROW_HIDE_END,
-    ROW_HIDE_START,
     TILE_HULL_END,
     TILE_HULL_START,
     TILE_LANE,
@@ -29,15 +27,22 @@ from ctkernels.triton_kernels.tile import (
     context_words,
     inner,
     lane_slots,
+    lane_spans,
     lane_state,
     load_pieces,
     offsets,
     prefix_logits,
-    prefix_visible,
+    prefix_masked,
     store_pieces,
     tile_rows,
     tile_value,
 )
+
+
+@triton.jit
+def finite(v):
+    """Zeros for NaN and infinities, so that p = 0 hides them. Lanes that do see them have a delta of that kind."""
+    return tl.where(tl.abs(v.to(tl.float32)) < float("inf"), v, 0.0)
 
 
 @triton.jit
@@ -76,7 +81,8 @@ def prefix_kernel(
     k0_, k1_ = load_pieces(PREFIX_K + prefix.to(tl.int64) * pk_g + kv * pk_h, at * pk_t, inside, D, D0, D1)
     v0, v1 = load_pieces(PREFIX_V + prefix.to(tl.int64) * pv_g + kv * pv_h, at * pv_t, inside, D, D0, D1)
     kind = Q.dtype.element_ty
-    k0_, k1_, v0, v1 = k0_.to(kind), k1_.to(kind), v0.to(kind), v1.to(kind)  # [BLOCK_N, D0 | D1]
+    k0_, k1_ = k0_.to(kind), k1_.to(kind)  # [BLOCK_N, D0 | D1]
+    v0, v1 = finite(v0.to(kind)), finite(v1.to(kind))
     dk0 = tl.zeros([BLOCK_N, D0], tl.float32)
     dk1 = tl.zeros([BLOCK_N, W1], tl.float32)
     dv0 = tl.zeros([BLOCK_N, D0], tl.float32)
@@ -108,36 +114,27 @@ def prefix_kernel(
             s, derivative = prefix_logits(
                 s, n, position, prefix_len, bias, slope2, ok, factor, cap, SOFTCAP, HAS_BIAS, ALIBI, True
             )
-            p = tl.exp2((s - high[None, :]) - low[None, :])
             words = tl.zeros([LIMIT], tl.int64)
             if WORDS:
-                row_id, hide_start, hide_end, keep, present = tile_rows(
+                row_id, row_hide_start, row_hide_end, keep, present = tile_rows(
                     ROWS, n_rows, row0, tile_value(TILES, n_tiles, tile, TILE_ROWS), KEEP, length, LIMIT
                 )
                 words = context_words(
-                    row_id, hide_start, hide_end, keep, present, k0, prefix_len, length,
+                    row_id, row_hide_start, row_hide_end, keep, present, k0, prefix_len, length,
                     drop_below, seed_low, seed_high, DROP, KEPT, BLOCK_N,
                 )  # fmt: skip
-                partial = True
-            else:
-                hull_start = tile_value(TILES, n_tiles, tile, TILE_HULL_START)
-                hull_end = tile_value(TILES, n_tiles, tile, TILE_HULL_END)
-                partial = (k0 + BLOCK_N > prefix_len) | ((k0 < hull_end) & (k0 + BLOCK_N > hull_start))
-                if NEAR:
-                    partial = True
+            hide_start, hide_end = lane_spans(ROWS, n_rows, row, ok, HIDDEN)
+            hull_start = tile_value(TILES, n_tiles, tile, TILE_HULL_START)
+            hull_end = tile_value(TILES, n_tiles, tile, TILE_HULL_END)
+            highest = tl.max(tl.where(ok, position, -2147483647), 0)
+            s = prefix_masked(
+                s, words, tl.where(ok, row - row0, 0), hide_start, hide_end, hull_start, hull_end, k0, position, highest,
+                prefix_len, window, WORDS, HIDDEN, NEAR, True, BLOCK_N,
+            )  # fmt: skip
+            p = tl.exp2((s - high[None, :]) - low[None, :])
             ds = p
             if NEED_DS:
                 ds = p * (inner(v0, v1, do0, do1, D1, PRECISION) - delta[None, :])
-            if partial:
-                hide_start = tl.load(ROWS + ROW_HIDE_START * n_rows + row, mask=ok, other=0)
-                hide_end = tl.load(ROWS + ROW_HIDE_END * n_rows + row, mask=ok, other=0)
-                slot = tl.where(ok, row - row0, 0)
-                visible = prefix_visible(
-                    words, slot, hide_start, hide_end, n, position, prefix_len, window,
-                    WORDS, HIDDEN, NEAR, True, BLOCK_N,
-                )  # fmt: skip
-                p = tl.where(visible, p, 0.0)
-                ds = tl.where(visible, ds, 0.0)
             if NEED_V:
                 dv0, dv1 = accumulate(dv0, dv1, p, do0, do1, D1, PRECISION)
             if BIAS_HEADS == 1:

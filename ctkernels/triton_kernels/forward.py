@@ -21,8 +21,6 @@ from ctkernels.triton_kernels.tile import (
     LN2,
     LOG2E,
     ROW_BATCH,
-    ROW_HIDE_END,
-    ROW_HIDE_START,
     ROW_TOKEN,
     TILE_HULL_END,
     TILE_HULL_START,
@@ -38,6 +36,7 @@ from ctkernels.triton_kernels.tile import (
     context_words,
     inner,
     lane_slots,
+    lane_spans,
     load_pieces,
     offsets,
     own_blocks,
@@ -46,7 +45,7 @@ from ctkernels.triton_kernels.tile import (
     own_visible,
     prefix_blocks,
     prefix_logits,
-    prefix_visible,
+    prefix_masked,
     seen_by_any,
     store_pieces,
     tile_rows,
@@ -110,8 +109,7 @@ def forward_kernel(
         slope2 = tl.load(SLOPES + head, mask=ok, other=0.0) * LOG2E
     bias = BIAS + prefix * bias_g + head.to(tl.int64) * bias_h
     row_id, row_hide_start, row_hide_end, keep, present = tile_rows(ROWS, n_rows, row0, rows, KEEP, length, LIMIT)
-    hide_start = tl.load(ROWS + ROW_HIDE_START * n_rows + row, mask=ok, other=0)
-    hide_end = tl.load(ROWS + ROW_HIDE_END * n_rows + row, mask=ok, other=0)
+    hide_start, hide_end = lane_spans(ROWS, n_rows, row, ok, HIDDEN)
     skip_start = tile_value(TILES, n_tiles, tile, TILE_SKIP_START)
     skip_end = tile_value(TILES, n_tiles, tile, TILE_SKIP_END)
     hull_start = tile_value(TILES, n_tiles, tile, TILE_HULL_START)
@@ -146,20 +144,13 @@ def forward_kernel(
         at = n.to(tl.int64)
         k0_, k1_ = load_pieces(prefix_k, at * pk_t, seen, D, D0, D1)
         s = inner(q0, q1, k0_.to(q0.dtype), k1_.to(q0.dtype), D1, PRECISION)  # [BLOCK_M, BLOCK_N]
-        s, _ = prefix_logits(
+        s, derivative = prefix_logits(
             s, n, position, prefix_len, bias, slope2, ok, factor, cap, SOFTCAP, HAS_BIAS, ALIBI, False
         )
-        if WORDS:
-            partial = True
-        else:
-            partial = (k0 + BLOCK_N > prefix_len) | ((k0 < hull_end) & (k0 + BLOCK_N > hull_start))
-            if NEAR:
-                partial = partial | (prefix_len + highest - k0 >= window)
-        if partial:
-            visible = prefix_visible(
-                words, slot, hide_start, hide_end, n, position, prefix_len, window, WORDS, HIDDEN, NEAR, False, BLOCK_N
-            )
-            s = tl.where(visible, s, -float("inf"))
+        s = prefix_masked(
+            s, words, slot, hide_start, hide_end, hull_start, hull_end, k0, position, highest, prefix_len, window,
+            WORDS, HIDDEN, NEAR, False, BLOCK_N,
+        )  # fmt: skip
         p, m, alpha = softmax_step(s, m)
         l = l * alpha + tl.sum(p, 1)  # noqa: E741
         v0, v1 = load_pieces(prefix_v, at * pv_t, seen, D, D0, D1)
@@ -169,7 +160,7 @@ def forward_kernel(
 
     if split == SPLITS - 1:
         for r in range(row0, row0 + rows):
-            begin, end, keys, _ = own_blocks(ROWS, n_rows, r, lane0, lanes, window, CAUSAL, WINDOW, GROUP, OWN_N)
+            begin, end, keys, lowest_own = own_blocks(ROWS, n_rows, r, lane0, lanes, window, CAUSAL, WINDOW, GROUP, OWN_N)
             mine = ok & (row == r)
             own_batch = tl.load(ROWS + ROW_BATCH * n_rows + r)
             own_token = tl.load(ROWS + ROW_TOKEN * n_rows + r)
@@ -180,7 +171,7 @@ def forward_kernel(
                 )
                 k0_, k1_ = load_pieces(K, offsets(own_batch, kv, own_token + t, k_b, k_h, k_t), seen, D, D0, D1)
                 s = inner(q0, q1, k0_, k1_, D1, PRECISION)  # [BLOCK_M, OWN_N]
-                s, _ = own_logits(s, t, position, slope2, factor, cap, SOFTCAP, ALIBI, False)
+                s, derivative = own_logits(s, t, position, slope2, factor, cap, SOFTCAP, ALIBI, False)
                 visible = own_visible(t, seen, position, mine, window, CAUSAL, WINDOW, False)
                 p, m, alpha = softmax_step(tl.where(visible, s, -float("inf")), m)
                 l = l * alpha + tl.sum(p, 1)  # noqa: E741

@@ -61,7 +61,7 @@ class Call:
             "drop_below": signed(drop_below), "seed_low": signed(problem.seed & 0xFFFFFFFF),
             "seed_high": signed((problem.seed >> 32) & 0xFFFFFFFF), "scale": scale,
             "factor": scale / softcap if softcap else scale * LOG2E, "cap": softcap * LOG2E,
-            "window": min(problem.window, tables.INT32_MAX),
+            "window": min(problem.window, self.P + k.shape[2] + 1),  # no key is farther away, and sums stay small
         }  # fmt: skip
         for name, x in (("q", q), ("k", k), ("v", v), ("pk", prefix_k), ("pv", prefix_v)):
             self.scalars |= strides(name, x, "ght" if name[0] == "p" else "bht")

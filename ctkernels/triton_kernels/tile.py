@@ -202,7 +202,7 @@ def tanh(x):
     p = p * z + 0.13330799341201782
     p = p * z - 0.3333325982093811
     a = tl.abs(x)
-    far = 1.0 - 2.0 / (tl.exp2(2.0 * LOG2E * a) + 1.0)
+    far = 1.0 - 2.0 / (tl.exp2(a * (2 * LOG2E)) + 1.0)
     return tl.where(a < 0.65, x + x * z * p, tl.where(x < 0, -far, far))
 
 
@@ -236,6 +236,16 @@ def lane_slots(lane, ok, SLOTS, n_slots, GROUP: tl.constexpr):
     token = tl.load(at + SLOT_TOKEN * n_slots, mask=ok, other=0)
     position = tl.load(at + SLOT_POSITION * n_slots, mask=ok, other=0)
     return row, batch, token, position
+
+
+@triton.jit
+def lane_spans(ROWS, n_rows, row, ok, HIDDEN: tl.constexpr):
+    """Hidden span of each lane's row, int32 [BLOCK_M]; row [BLOCK_M] is its index in the rows table."""
+    start, end = row, row  # empty
+    if HIDDEN:
+        start = tl.load(ROWS + ROW_HIDE_START * n_rows + row, mask=ok, other=0)
+        end = tl.load(ROWS + ROW_HIDE_END * n_rows + row, mask=ok, other=0)
+    return start, end
 
 
 @triton.jit
@@ -340,21 +350,36 @@ def own_logits(
 
 
 @triton.jit
-def prefix_visible(
-    words, slot, hide_start, hide_end, n, position, prefix_len, window,
+def prefix_masked(
+    s, words, slot, hide_start, hide_end, hull_start, hull_end, k0, position, highest, prefix_len, window,
     WORDS: tl.constexpr, HIDDEN: tl.constexpr, NEAR: tl.constexpr, KEYS_FIRST: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Which lane sees which prefix key n, bool tile, from the rows' words or from the lanes' spans [BLOCK_M]."""
-    key = across(n, KEYS_FIRST)
+    """Logits of prefix keys k0 .. k0 + BLOCK_N - 1 with -inf where a lane does not see a key.
+
+    From the rows' words (WORDS), or from the lanes' spans [BLOCK_M]; then a full tile, which has no hidden pair, is
+    returned as it is. No row hides anything outside of hull_start .. hull_end; highest: last position of the lanes.
+    """
     if WORDS:
         visible = seen_by_lanes(words, slot, KEYS_FIRST, BLOCK_N)
+        if NEAR:
+            key = across(k0 + tl.arange(0, BLOCK_N), KEYS_FIRST)
+            visible = visible & (along(prefix_len + position, KEYS_FIRST) - key < window)
+        s = tl.where(visible, s, -float("inf"))
     else:
-        visible = key < prefix_len
+        partial = k0 + BLOCK_N > prefix_len
         if HIDDEN:
-            visible = visible & ((key < along(hide_start, KEYS_FIRST)) | (key >= along(hide_end, KEYS_FIRST)))
-    if NEAR:
-        visible = visible & (along(prefix_len + position, KEYS_FIRST) - key < window)
-    return visible
+            partial = partial | ((k0 < hull_end) & (k0 + BLOCK_N > hull_start))
+        if NEAR:
+            partial = partial | (prefix_len + highest - k0 >= window)
+        if partial:
+            key = across(k0 + tl.arange(0, BLOCK_N), KEYS_FIRST)
+            visible = key < prefix_len
+            if HIDDEN:
+                visible = visible & ((key < along(hide_start, KEYS_FIRST)) | (key >= along(hide_end, KEYS_FIRST)))
+            if NEAR:
+                visible = visible & (along(prefix_len + position, KEYS_FIRST) - key < window)
+            s = tl.where(visible, s, -float("inf"))
+    return s
 
 
 @triton.jit
