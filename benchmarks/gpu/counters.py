@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from benchmarks.gpu.problems import Sizes
 from ctkernels import ContextMask
 from ctkernels.triton_kernels import Launch
 
+SHARE = 4  # the problem is this part of a layer's heads, planned for this part of a GPU
 PROBLEM = Sizes(
-    "one layer of a training step",
+    "a quarter of Llama-3.2-1B's layer",
     lens=(31, 24, 40, 36, 19, 33, 28, 45, 22, 37, 30, 26, 41, 17, 35, 48),
     H=8,
     Hk=2,
@@ -131,8 +132,10 @@ def _is_number(value: Any) -> bool:
 def measure(sizes: Sizes = PROBLEM, names: Sequence[str] = COUNTED) -> dict[str, Any]:
     """The table: the problem, its pairs, and per architecture and phase the kernels' records and ratios."""
     architectures = {}
+    inputs = problems.make(sizes)
     for name in names:
-        architecture, inputs = ARCHITECTURES[name], problems.make(sizes)
+        architecture = ARCHITECTURES[name]
+        architecture = replace(architecture, multiprocessors=architecture.multiprocessors // SHARE)
         forward = plans.forward(inputs, architecture)
         counted = {"forward": count(forward.launches, architecture)}
         backward = plans.backward(inputs, *forward.outputs, architecture)
@@ -167,7 +170,8 @@ def markdown(record: Mapping[str, Any]) -> str:
     ]
     problem = record["problem"]
     about = (
-        f"One layer: {len(problem['lens'])} rows of {min(problem['lens'])} to {max(problem['lens'])} tokens, "
+        f"One {SHARE}th of a layer's heads, planned for one {SHARE}th of the multiprocessors: {len(problem['lens'])} rows "
+        f"of {min(problem['lens'])} to {max(problem['lens'])} tokens, "
         f"H={problem['H']} Hk={problem['Hk']} P={problem['P']} D={problem['D']}, {problem['segments']} segments, each "
         f"left out by one row, drop_p={problem['drop_p']}, {problem['dtype']} with a {problem['prefix_dtype']} prefix. "
         "A tensor instruction is counted in units of 4096 FLOPs, one m16n8k16."
