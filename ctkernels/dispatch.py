@@ -10,8 +10,8 @@ from types import ModuleType
 
 import torch
 
-# name -> (module, device types it serves). "auto" takes the first available one that accepts the call: the C++ kernels on
-# CPU tensors, Triton's on CUDA (and ROCm) tensors. Under TRITON_INTERPRET=1 Triton serves CPU tensors, if it is named.
+# name -> (module, device types it serves). "auto" takes the first available one that accepts the call: the C++ kernels
+# on CPU tensors, Triton's on CUDA (and ROCm) tensors. Under TRITON_INTERPRET=1 Triton serves CPU tensors, if named.
 BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cpu": ("ctkernels.cpu", ("cpu",)),
     "triton": ("ctkernels.triton_backend", ("cuda", "cpu")),

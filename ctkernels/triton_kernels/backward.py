@@ -176,7 +176,7 @@ def dq_kernel(
 
     if split == SPLITS - 1:
         for r in range(row0, row0 + rows):
-            begin, end, keys, lowest_own = own_blocks(ROWS, n_rows, r, lane0, lanes, window, CAUSAL, WINDOW, GROUP, OWN_N)
+            begin, end, keys = own_blocks(ROWS, n_rows, r, lane0, lanes, window, CAUSAL, WINDOW, GROUP, OWN_N)
             mine = ok & (row == r)
             own_batch = tl.load(ROWS + ROW_BATCH * n_rows + r)
             own_token = tl.load(ROWS + ROW_TOKEN * n_rows + r)

@@ -46,12 +46,13 @@ def finite(v):
 
 
 @triton.jit
-def tile_is_hidden(TILES, n_tiles, tile, k0, BLOCK_N: tl.constexpr):
-    """Whether no row of the tile sees any of the keys k0 .. k0 + BLOCK_N - 1, by length and spans."""
-    hidden = k0 >= tile_value(TILES, n_tiles, tile, TILE_PREFIX_LEN)
-    inside = k0 + BLOCK_N <= tile_value(TILES, n_tiles, tile, TILE_SKIP_END)
-    hidden = hidden | (inside & (k0 >= tile_value(TILES, n_tiles, tile, TILE_SKIP_START)))
-    return hidden | (tile_value(TILES, n_tiles, tile, TILE_LANES) == 0)
+def tile_is_hidden(TILES, n_tiles, tile, k0, BLOCK_N: tl.constexpr, SKIP: tl.constexpr):
+    """Whether the keys k0 .. k0 + BLOCK_N - 1 lie in the hidden spans of all rows of the tile."""
+    hidden = False
+    if SKIP:
+        inside = k0 + BLOCK_N <= tile_value(TILES, n_tiles, tile, TILE_SKIP_END)
+        hidden = inside & (k0 >= tile_value(TILES, n_tiles, tile, TILE_SKIP_START))
+    return hidden
 
 
 @triton.jit(do_not_specialize=["length", "drop_below", "seed_low", "seed_high", "window"])
@@ -61,14 +62,15 @@ def prefix_kernel(
     n_prefixes, n_rows, n_slots, n_tiles, P, length, drop_below, seed_low, seed_high, factor, cap, scale, window,
     GROUP: tl.constexpr, LIMIT: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, W1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
-    BIAS_HEADS: tl.constexpr, BIAS_WIDTH: tl.constexpr, HIDDEN: tl.constexpr, DROP: tl.constexpr, KEPT: tl.constexpr,
-    WINDOW: tl.constexpr, WINDOW_PREFIX: tl.constexpr, SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ALIBI: tl.constexpr, PRECISION: tl.constexpr,
+    SKIP: tl.constexpr, BIAS_HEADS: tl.constexpr, BIAS_WIDTH: tl.constexpr, HIDDEN: tl.constexpr, DROP: tl.constexpr,
+    KEPT: tl.constexpr, WINDOW: tl.constexpr, WINDOW_PREFIX: tl.constexpr, SOFTCAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (key blocks, Hk, G * SPLITS). DK, DV: [SPLITS, G, Hk, P, D]; DBIAS: fp32 [SPLITS, G, Hk * BIAS_HEADS, P].
 
     BIAS_HEADS: 0 no gradient of the bias, 1 one per KV head (a bias that heads share), GROUP one per head, in an
-    accumulator of BIAS_WIDTH, the next power of two.
+    accumulator of BIAS_WIDTH, the next power of two. SKIP: look for tiles whose rows all hide the keys; the branch
+    keeps Triton from prefetching the next tile, so that it must be worth it.
     """
     k0, kv = tl.program_id(0) * BLOCK_N, tl.program_id(1)
     prefix, split = tl.program_id(2) % n_prefixes, tl.program_id(2) // n_prefixes
@@ -92,11 +94,15 @@ def prefix_kernel(
     n_lanes = n_slots * GROUP
 
     first, last = tl.load(RANGES + prefix), tl.load(RANGES + n_prefixes + prefix)
+    prefix_len = 0
+    if first < last:
+        prefix_len = tile_value(TILES, n_tiles, first, TILE_PREFIX_LEN)
+    if k0 >= prefix_len:
+        last = first
     share = tl.cdiv(last - first, SPLITS)
     begin = first + split * share
     for tile in range(begin, tl.minimum(begin + share, last)):
-        if not tile_is_hidden(TILES, n_tiles, tile, k0, BLOCK_N):
-            prefix_len = tile_value(TILES, n_tiles, tile, TILE_PREFIX_LEN)
+        if not tile_is_hidden(TILES, n_tiles, tile, k0, BLOCK_N, SKIP):
             row0 = tile_value(TILES, n_tiles, tile, TILE_ROW)
             lane0 = tile_value(TILES, n_tiles, tile, TILE_LANE)
             lane = lane0 + tl.arange(0, BLOCK_M)
@@ -128,8 +134,8 @@ def prefix_kernel(
             hull_end = tile_value(TILES, n_tiles, tile, TILE_HULL_END)
             highest = tl.max(tl.where(ok, position, -2147483647), 0)
             s = prefix_masked(
-                s, words, tl.where(ok, row - row0, 0), hide_start, hide_end, hull_start, hull_end, k0, position, highest,
-                prefix_len, window, WORDS, HIDDEN, NEAR, True, BLOCK_N,
+                s, words, tl.where(ok, row - row0, 0), hide_start, hide_end, hull_start, hull_end, k0, position,
+                highest, prefix_len, window, WORDS, HIDDEN, NEAR, True, BLOCK_N,
             )  # fmt: skip
             p = tl.exp2((s - high[None, :]) - low[None, :])
             ds = p

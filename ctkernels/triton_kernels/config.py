@@ -40,7 +40,7 @@ A100 = Target("sm_80", 108)
 # give a program, 64 KiB gfx942; sm_80 gives 163 KiB, sm_90 and sm_100 227 KiB.
 LARGE = {
     16: {
-        64: Config(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(32, 32, 4, 1), Tile(64, 64, 4, 2)),
+        64: Config(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 32, 4, 1), Tile(64, 64, 8, 2)),
         128: Config(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(32, 32, 4, 1), Tile(64, 64, 8, 2)),
         256: Config(Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 32, 4, 1), Tile(32, 32, 8, 1)),
     },
@@ -52,7 +52,7 @@ LARGE = {
 }
 SMALL = {
     16: {
-        64: Config(Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(32, 32, 4, 1), Tile(64, 64, 4, 1)),
+        64: Config(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(32, 32, 4, 1), Tile(64, 64, 8, 1)),
         128: Config(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 64, 8, 1)),
         256: Config(Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(16, 32, 4, 1), Tile(16, 32, 8, 1)),
     },
@@ -74,13 +74,13 @@ def pieces(D: int) -> tuple[int, int]:
     if D0 < 32:
         return whole, 0
     D1 = max(16, 1 << (D - D0 - 1).bit_length()) if D > D0 else 0
-    return (whole, 0) if D1 == 0 or D0 + D1 >= whole else (D0, D1)
+    return (whole, 0) if D1 == 0 or whole <= D0 + D1 else (D0, D1)
 
 
 def fit(tile: Tile, lanes: int) -> Tile:
-    """The tile for a call of few lanes: no more of them than there are, but 16, which the tensor cores need."""
-    block_m = min(tile.block_m, max(16, 1 << (lanes - 1).bit_length()))
-    return tile._replace(block_m=block_m, num_warps=min(tile.num_warps, 4) if block_m < 32 else tile.num_warps)
+    """The tile for a call that fills no more than `lanes`, but 16, which the tensor cores need."""
+    block_m = min(tile.block_m, max(16, 1 << max(lanes - 1, 0).bit_length()))
+    return tile if block_m == tile.block_m else tile._replace(block_m=block_m, num_warps=4)
 
 
 def split_count(programs: int, pieces_of_work: int, least: int, target: Target) -> int:

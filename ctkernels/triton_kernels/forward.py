@@ -2,16 +2,16 @@
 
     for each block of prefix keys that some row of the tile sees:       # [BLOCK_M lanes, BLOCK_N keys]
         s <- logits(q k^T), -inf where the lane's row does not see the key (nothing to do in a full block)
-        m' <- max(m, max s);  p <- 2^(s - m');  l <- 2^(m - m') l + sum p;  acc <- 2^(m - m') acc + p v
+        m' <- max(m, max s);  p <- 2^(s - m');  total <- 2^(m - m') total + sum p;  acc <- 2^(m - m') acc + p v
     for each row of the tile, for each block of its own keys up to its last query: the same, for the lanes of that row
-    out <- acc / l;  lse <- ln 2 (m + log2 l)
+    out <- acc / total;  lse <- ln 2 (m + log2 total)
 
 A lane's result does not depend on which rows share its tile: key blocks are visited in the order of the keys, a block
-that hides everything from a lane leaves (m, l, acc) as they are to the last bit, and keys of one row never enter the
-sums of another, which `where` keeps even from 0 * NaN. So permuting rows permutes results exactly.
+that hides everything from a lane leaves (m, total, acc) as they are to the last bit, and keys of one row never enter
+the sums of another, which `where` keeps even from 0 * NaN. So permuting rows permutes results exactly.
 
 Where tiles are too few to fill the device, the prefix is cut into SPLITS ranges with a program each, the last of which
-also takes the own keys; `merge_kernel` adds up their (m, l, acc) in a fixed order.
+also takes the own keys; `merge_kernel` adds up their (m, total, acc) in a fixed order.
 """
 
 import triton
@@ -62,10 +62,10 @@ def softmax_step(s, m):
 
 
 @triton.jit
-def finish(OUT, LSE, m, l, acc0, acc1, offset, lse_offset, ok, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+def finish(OUT, LSE, m, total, acc0, acc1, offset, lse_offset, ok, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
     """out and lse of the lanes; 0 and -inf where no key was seen, or only keys of probability 0."""
-    empty = l == 0
-    total = tl.where(empty, 1.0, l)
+    empty = total == 0
+    total = tl.where(empty, 1.0, total)
     store_pieces(OUT, offset, acc0 / total[:, None], acc1 / total[:, None], ok, D, D0, D1)
     # in fp64, once per lane: the backward pass multiplies every rounding of lse by its size
     lse = (m.to(tl.float64) + tl.log2(total.to(tl.float64))) * LN2
@@ -83,7 +83,8 @@ def forward_kernel(
     WINDOW: tl.constexpr, WINDOW_PREFIX: tl.constexpr, SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr,
     ALIBI: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, Hk, SPLITS). PART, STATS: scratch [SPLITS, Hk, lanes, D] and [2, SPLITS, Hk, lanes] if SPLITS > 1."""
+    """Grid (tiles, Hk, SPLITS). If SPLITS > 1, PART and STATS are scratch, fp32 [SPLITS, Hk, lanes, D] and
+    [2, SPLITS, Hk, lanes]."""
     tile, kv, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     lanes = tile_value(TILES, n_tiles, tile, TILE_LANES)
     if lanes == 0:
@@ -116,7 +117,7 @@ def forward_kernel(
     hull_end = tile_value(TILES, n_tiles, tile, TILE_HULL_END)
 
     m = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
+    total = tl.zeros([BLOCK_M], tl.float32)
     acc0 = tl.zeros([BLOCK_M, D0], tl.float32)
     acc1 = tl.zeros([BLOCK_M, W1], tl.float32)
 
@@ -144,7 +145,7 @@ def forward_kernel(
         at = n.to(tl.int64)
         k0_, k1_ = load_pieces(prefix_k, at * pk_t, seen, D, D0, D1)
         s = inner(q0, q1, k0_.to(q0.dtype), k1_.to(q0.dtype), D1, PRECISION)  # [BLOCK_M, BLOCK_N]
-        s, derivative = prefix_logits(
+        s, _derivative = prefix_logits(
             s, n, position, prefix_len, bias, slope2, ok, factor, cap, SOFTCAP, HAS_BIAS, ALIBI, False
         )
         s = prefix_masked(
@@ -152,7 +153,7 @@ def forward_kernel(
             WORDS, HIDDEN, NEAR, False, BLOCK_N,
         )  # fmt: skip
         p, m, alpha = softmax_step(s, m)
-        l = l * alpha + tl.sum(p, 1)  # noqa: E741
+        total = total * alpha + tl.sum(p, 1)
         v0, v1 = load_pieces(prefix_v, at * pv_t, seen, D, D0, D1)
         acc0, acc1 = accumulate(
             acc0 * alpha[:, None], acc1 * alpha[:, None], p, v0.to(q0.dtype), v1.to(q0.dtype), D1, PRECISION
@@ -160,7 +161,7 @@ def forward_kernel(
 
     if split == SPLITS - 1:
         for r in range(row0, row0 + rows):
-            begin, end, keys, lowest_own = own_blocks(ROWS, n_rows, r, lane0, lanes, window, CAUSAL, WINDOW, GROUP, OWN_N)
+            begin, end, keys = own_blocks(ROWS, n_rows, r, lane0, lanes, window, CAUSAL, WINDOW, GROUP, OWN_N)
             mine = ok & (row == r)
             own_batch = tl.load(ROWS + ROW_BATCH * n_rows + r)
             own_token = tl.load(ROWS + ROW_TOKEN * n_rows + r)
@@ -171,10 +172,10 @@ def forward_kernel(
                 )
                 k0_, k1_ = load_pieces(K, offsets(own_batch, kv, own_token + t, k_b, k_h, k_t), seen, D, D0, D1)
                 s = inner(q0, q1, k0_, k1_, D1, PRECISION)  # [BLOCK_M, OWN_N]
-                s, derivative = own_logits(s, t, position, slope2, factor, cap, SOFTCAP, ALIBI, False)
+                s, _derivative = own_logits(s, t, position, slope2, factor, cap, SOFTCAP, ALIBI, False)
                 visible = own_visible(t, seen, position, mine, window, CAUSAL, WINDOW, False)
                 p, m, alpha = softmax_step(tl.where(visible, s, -float("inf")), m)
-                l = l * alpha + tl.sum(p, 1)  # noqa: E741
+                total = total * alpha + tl.sum(p, 1)
                 v0, v1 = load_pieces(V, offsets(own_batch, kv, own_token + t, v_b, v_h, v_t), seen, D, D0, D1)
                 new0, new1 = accumulate(acc0 * alpha[:, None], acc1 * alpha[:, None], p, v0, v1, D1, PRECISION)
                 acc0 = tl.where(mine[:, None], new0, acc0)
@@ -183,13 +184,13 @@ def forward_kernel(
 
     if SPLITS == 1:
         offset = offsets(batch, head, token, out_b, out_h, out_t)
-        finish(OUT, LSE, m, l, acc0, acc1, offset, offsets(batch, head, token, lse_b, lse_h, 1), ok, D, D0, D1)
+        finish(OUT, LSE, m, total, acc0, acc1, offset, offsets(batch, head, token, lse_b, lse_h, 1), ok, D, D0, D1)
     else:
         n_lanes = n_slots * GROUP
         at = (split * tl.num_programs(1) + kv).to(tl.int64) * n_lanes + lane
         store_pieces(PART, at * D, acc0, acc1, ok, D, D0, D1)
         tl.store(STATS + at, m, mask=ok)
-        tl.store(STATS + SPLITS * tl.num_programs(1).to(tl.int64) * n_lanes + at, l, mask=ok)
+        tl.store(STATS + SPLITS * tl.num_programs(1).to(tl.int64) * n_lanes + at, total, mask=ok)
 
 
 @triton.jit
@@ -210,20 +211,20 @@ def merge_kernel(
     _, batch, token, _ = lane_slots(lane, ok, SLOTS, n_slots, GROUP)
     n_lanes = n_slots * GROUP
     m = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
+    total = tl.zeros([BLOCK_M], tl.float32)
     acc0 = tl.zeros([BLOCK_M, D0], tl.float32)
     acc1 = tl.zeros([BLOCK_M, W1], tl.float32)
     for split in range(SPLITS):
         at = (split * tl.num_programs(1) + kv).to(tl.int64) * n_lanes + lane
         part_m = tl.load(STATS + at, mask=ok, other=-float("inf"))
-        part_l = tl.load(STATS + SPLITS * tl.num_programs(1).to(tl.int64) * n_lanes + at, mask=ok, other=0.0)
+        part_total = tl.load(STATS + SPLITS * tl.num_programs(1).to(tl.int64) * n_lanes + at, mask=ok, other=0.0)
         top = tl.maximum(m, part_m)
         base = tl.where(top == -float("inf"), 0.0, top)
         old, new = tl.exp2(m - base), tl.exp2(part_m - base)
         part0, part1 = load_pieces(PART, at * D, ok, D, D0, D1)
         acc0 = acc0 * old[:, None] + part0 * new[:, None]
         acc1 = acc1 * old[:, None] + part1 * new[:, None]
-        l = l * old + part_l * new  # noqa: E741
+        total = total * old + part_total * new
         m = top
     offset = offsets(batch, head, token, out_b, out_h, out_t)
-    finish(OUT, LSE, m, l, acc0, acc1, offset, offsets(batch, head, token, lse_b, lse_h, 1), ok, D, D0, D1)
+    finish(OUT, LSE, m, total, acc0, acc1, offset, offsets(batch, head, token, lse_b, lse_h, 1), ok, D, D0, D1)

@@ -14,6 +14,7 @@ from ctkernels.problem import Problem
 from ctkernels.triton_kernels import config, tables
 from ctkernels.triton_kernels.backward import delta_kernel, dq_kernel, dq_sum_kernel, own_kernel
 from ctkernels.triton_kernels.backward_prefix import prefix_kernel, sum_kernel
+from ctkernels.triton_kernels.check import check, check_gradients
 from ctkernels.triton_kernels.config import Target, Tile
 from ctkernels.triton_kernels.forward import forward_kernel, merge_kernel
 from ctkernels.triton_kernels.launch import Launch, Plan
@@ -33,6 +34,7 @@ class Call:
         self, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, bias: Tensor | None,
         problem: Problem, target: Target,
     ) -> None:  # fmt: skip
+        check(q, k, v, prefix_k, prefix_v, bias, problem)
         self.q, self.k, self.v, self.prefix_k, self.prefix_v, self.problem = q, k, v, prefix_k, prefix_v, problem
         self.H, self.D, self.Hk = q.shape[1], q.shape[3], k.shape[1]
         self.G, self.P = prefix_k.shape[0], prefix_k.shape[2]
@@ -84,9 +86,26 @@ class Call:
     def empty(self) -> bool:
         return self.lanes == 0 or self.rows.count == 0
 
-    def tile(self, tile: Tile) -> tuple[Tile, int, Tensor, Tensor]:
-        """A configured tile fitted to the call, the rows it may span, and the tiles it makes."""
-        tile = config.fit(tile, self.lanes)
+    @property
+    def row_lanes(self) -> int:
+        """Lanes of an average row."""
+        return max(1, self.lanes // max(self.rows.count, 1))
+
+    @property
+    def row_keys(self) -> int:
+        """Own keys of an average row."""
+        return self.rows.own_keys // max(self.rows.count, 1) if self.rows.packed else self.rows.own_keys
+
+    def tile(self, tile: Tile, own_keys: bool = True) -> tuple[Tile, int, Tensor, Tensor]:
+        """A configured tile fitted to the call, the rows it may span, and the tiles it makes.
+
+        own_keys: whether tiles walk the own keys of their rows, too, one row after another.
+        """
+        most = self.lanes
+        if own_keys:
+            # all lanes wait while one row's keys are walked: limit the others' part to half of the useful work
+            most = min(most, self.row_lanes + self.row_lanes * (self.P + self.row_keys) // (2 * max(self.row_keys, 1)))
+        tile = config.fit(tile, most)
         limit = tables.rows_per_tile(self.rows, self.group, tile.block_m)
         key = (tile.block_m, limit)
         if key not in self._tiles:
@@ -94,8 +113,7 @@ class Call:
         return tile, limit, *self._tiles[key]
 
     def own_block(self, tile: Tile) -> int:
-        keys = self.rows.own_keys // (max(self.rows.count, 1) if self.rows.packed else 1)
-        return tile.block_n if keys >= config.ROW_KEYS_FOR_WIDE_BLOCKS else min(tile.block_n, 32)
+        return tile.block_n if self.row_keys >= config.ROW_KEYS_FOR_WIDE_BLOCKS else min(tile.block_n, 32)
 
     def key_splits(self, tile: Tile, tiles: Tensor) -> int:
         blocks = -(-self.P // tile.block_n)
@@ -167,6 +185,7 @@ def plan_backward(
 
     One that `needs` does not ask for has zero elements.
     """
+    check_gradients(q, dout, dlse, out, lse, prefix_bias, needs)
     call = Call(q, k, v, prefix_k, prefix_v, prefix_bias, problem, target)
     padded = problem.seq_lens is not None
     dq, dk, dv = (
@@ -174,7 +193,9 @@ def plan_backward(
         for x, need in zip((q, k, v), needs[:3], strict=True)
     )
     dprefix_k, dprefix_v, dbias = (
-        torch.zeros(x.shape, dtype=x.dtype, device=x.device) if need and call.empty else x.new_empty(x.shape if need else 0)
+        torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+        if need and call.empty
+        else x.new_empty(x.shape if need else 0)
         for x, need in zip((prefix_k, prefix_v, q if prefix_bias is None else prefix_bias), needs[3:], strict=True)
     )
     outputs = (dq, dk, dv, dprefix_k, dprefix_v, dbias)
@@ -224,7 +245,7 @@ def _launch_own(call: Call, dk: Tensor, dv: Tensor, needs: list[bool]) -> list[L
 
 
 def _launch_prefix(call: Call, dk: Tensor, dv: Tensor, dbias: Tensor, needs: list[bool]) -> list[Launch]:
-    tile, limit, tiles, ranges = call.tile(call.config.prefix)
+    tile, limit, tiles, ranges = call.tile(call.config.prefix, own_keys=False)
     blocks = -(-call.P // tile.block_n)
     programs = blocks * call.Hk * call.G
     splits = config.split_count(programs, tiles.shape[1] // call.G, TILES_PER_SPLIT, call.target)
@@ -241,6 +262,7 @@ def _launch_prefix(call: Call, dk: Tensor, dv: Tensor, dbias: Tensor, needs: lis
     values = dict(
         TILES=tiles, RANGES=ranges, DK=parts[0], DV=parts[1], DBIAS=part_bias, n_tiles=tiles.shape[1], LIMIT=limit,
         SPLITS=splits, NEED_K=needs[3], NEED_V=needs[4], BIAS_HEADS=heads,
+        SKIP=call.problem.hidden is not None and call.row_lanes >= 2 * tile.block_m,  # tiles of one or two rows
         BIAS_WIDTH=1 << max(heads - 1, 0).bit_length(),
     )  # fmt: skip
     launches = [call.launch(prefix_kernel, (blocks, call.Hk, call.G * splits), tile, **values)]

@@ -3,11 +3,11 @@
 The context rule is stated once here for Triton; `ctkernels/mask.py` and `csrc/mask.h` state it for Python and C++, and
 the tests hold them against each other bit for bit.
 
-A tile of logits is [BLOCK_M lanes, BLOCK_N keys], or [BLOCK_N, BLOCK_M] in the kernels that own keys (KEYS_FIRST), whose
-products then take the tile from registers. Logits are kept in units of log 2, so that exp2 needs no factor.
+A tile of logits is [BLOCK_M lanes, BLOCK_N keys], or [BLOCK_N, BLOCK_M] in the kernels that own keys (KEYS_FIRST),
+whose products take it from registers. Logits are kept in units of log 2, so that exp2 needs no factor.
 
 A head dimension D is read as D0 + D1, powers of two with zeros behind D: 80 as 64 + 16, 96 as 64 + 32, where padding
-to 128 would cost 1.6 and 1.3 times the work. D1 = 0 where one piece will do; the second piece is then an unused [.., 1].
+to 128 would cost 1.6 and 1.3 times the work. D1 = 0 where one piece will do; the second one is then an unused [.., 1].
 """
 
 import triton
@@ -52,21 +52,13 @@ TILE_HULL_END: tl.constexpr = tl.constexpr(tables.TILE_HULL_END)
 @triton.jit
 def along(lane, KEYS_FIRST: tl.constexpr):
     """A vector over lanes, broadcast over the keys of a tile."""
-    if KEYS_FIRST:
-        shaped = lane[None, :]
-    else:
-        shaped = lane[:, None]
-    return shaped
+    return lane[None, :] if KEYS_FIRST else lane[:, None]
 
 
 @triton.jit
 def across(key, KEYS_FIRST: tl.constexpr):
     """A vector over keys, broadcast over the lanes of a tile."""
-    if KEYS_FIRST:
-        shaped = key[:, None]
-    else:
-        shaped = key[None, :]
-    return shaped
+    return key[:, None] if KEYS_FIRST else key[None, :]
 
 
 @triton.jit
@@ -162,7 +154,7 @@ def context_words(
 
 @triton.jit
 def seen_by_any(words, BLOCK_N: tl.constexpr):
-    """Keys that some row sees, bool [BLOCK_N]. Others are loaded as zeros, so that nothing in them reaches a product."""
+    """Keys that some row sees, bool [BLOCK_N]. Others are loaded as zeros: nothing in them must reach a product."""
     n = tl.arange(0, BLOCK_N).to(tl.int64)
     return tl.max(((words[:, None] >> n[None, :]) & 1).to(tl.int32), 0) != 0
 
@@ -300,22 +292,21 @@ def own_blocks(
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Own keys of one row that its queries in a tile may see: first and last-plus-one key, the former a multiple of
-    BLOCK_N; then the row's number of keys and the own position of its first query in the tile."""
+    BLOCK_N; then the row's number of keys."""
     first = tl.load(ROWS + ROW_FIRST * n_rows + row)
     queries = tl.load(ROWS + ROW_QUERIES * n_rows + row)
     keys = tl.load(ROWS + ROW_KEYS * n_rows + row)
     shift = tl.load(ROWS + ROW_OFFSET * n_rows + row) - first
     lane_begin = tl.maximum(lane0, first * GROUP)
     lane_end = tl.minimum(lane0 + lanes, (first + queries) * GROUP)
-    lowest = lane_begin // GROUP + shift
     begin = 0
     end = keys
     if CAUSAL:
         end = tl.minimum(keys, (lane_end - 1) // GROUP + shift + 1)
     if WINDOW:
-        begin = tl.maximum(lowest - window + 1, 0) // BLOCK_N * BLOCK_N
+        begin = tl.maximum(lane_begin // GROUP + shift - window + 1, 0) // BLOCK_N * BLOCK_N
     end = tl.where(lane_begin < lane_end, end, begin)
-    return begin, end, keys, lowest
+    return begin, end, keys
 
 
 @triton.jit
@@ -383,9 +374,7 @@ def prefix_masked(
 
 
 @triton.jit
-def own_visible(
-    t, seen, position, mine, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, KEYS_FIRST: tl.constexpr
-):
+def own_visible(t, seen, position, mine, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, KEYS_FIRST: tl.constexpr):
     """Which lane sees which own key t of one row, bool tile; seen [BLOCK_N], mine [BLOCK_M]: the lane's row is it."""
     visible = along(mine, KEYS_FIRST) & across(seen, KEYS_FIRST)
     distance = along(position, KEYS_FIRST) - across(t, KEYS_FIRST)
