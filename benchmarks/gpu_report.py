@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""What the Triton kernels need and execute on GPUs that are not here: two tables in benchmarks/results.
+"""What the Triton kernels need and execute on GPUs that are not here: tables in benchmarks/results.
 
-    python benchmarks/gpu_report.py                              write both; minutes, or seconds if nothing changed
+    python benchmarks/gpu_report.py                              write all; minutes, or seconds if nothing changed
     python benchmarks/gpu_report.py --architectures sm_90        compile for some and print what breaks a rule
 
 gpu_resources: registers, spills and shared memory of every kernel on every architecture, compiled ahead of time.
-gpu_counters: what the kernels of one training step execute on sm_80 and sm_90, counted by the PTX emulator.
-Exit status 1 if a kernel spills at D <= 128 on NVIDIA or does not fit, in which case nothing is written.
+gpu_counters: what the kernels of one training step execute on sm_80 and sm_90, counted by the PTX emulator;
+gpu_model.md: the times that the model of benchmarks/gpu/model.py predicts from them.
+Exit status 1 if a kernel spills at D <= 128 on NVIDIA or does not fit.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for benchmarks/ and tests/, which are not installed
 
+import torch
 import triton
 
-from benchmarks.gpu import counters, resources
+from benchmarks import gpu_check
+from benchmarks.gpu import counters, model, resources
 from benchmarks.gpu.architectures import ARCHITECTURES
 
 
@@ -53,14 +56,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                 broken.append(line)
                 print(line, flush=True)
         print(f"{name}: {sum(entry.architecture == name for entry in entries)} kernels", flush=True)
-    if broken or args.architectures:
-        return 1 if broken else 0
+    status = 1 if broken else 0
+    if args.architectures:
+        return status
     record = {"triton": triton.__version__, "entries": [asdict(entry) for entry in entries]}
     write(args.out, "gpu_resources", record, resources.markdown(entries))
     if not args.no_counters:
         counted = counters.measure()
         write(args.out, "gpu_counters", {"triton": triton.__version__, **counted}, counters.markdown(counted))
-    return 0
+        predictions = model.markdown(counted, [case for case in gpu_check.TRAINING if case.dtype == torch.bfloat16])
+        (args.out / "gpu_model.md").write_text(predictions + "\n")
+    return status
 
 
 if __name__ == "__main__":

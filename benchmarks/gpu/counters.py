@@ -170,7 +170,7 @@ def markdown(record: Mapping[str, Any]) -> str:
     ]
     problem = record["problem"]
     about = (
-        f"One {SHARE}th of a layer's heads, planned for one {SHARE}th of the multiprocessors: {len(problem['lens'])} rows "
+        f"1/{SHARE} of a layer's heads, planned for 1/{SHARE} of the multiprocessors: {len(problem['lens'])} rows "
         f"of {min(problem['lens'])} to {max(problem['lens'])} tokens, "
         f"H={problem['H']} Hk={problem['Hk']} P={problem['P']} D={problem['D']}, {problem['segments']} segments, each "
         f"left out by one row, drop_p={problem['drop_p']}, {problem['dtype']} with a {problem['prefix_dtype']} prefix. "

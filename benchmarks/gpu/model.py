@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks import harness
 from benchmarks.cases import FLOPS, Case
 
 COUNTERS = Path(__file__).resolve().parents[1] / "results" / "gpu_counters.json"
@@ -86,7 +87,8 @@ def kernel_seconds(kernel: Mapping[str, Any], device: Device, scale: float = 1.0
         kernel["global_sectors"] * SECTOR * scale / device.l2,
         (kernel["bytes_read"] + kernel["bytes_written"]) * scale / device.memory,
     )
-    blocks = max(1.0, kernel["blocks"] * scale)
+    # work with too few blocks is cut into ranges until it fills the GPU
+    blocks = max(float(cores), kernel["blocks"] * scale)
     tail = math.ceil(blocks / cores) * cores / blocks
     return max(tensor, issue, others) * tail + LAUNCH, max(tensor + issue, others) * tail + LAUNCH
 
@@ -135,6 +137,45 @@ def peer_seconds(name: str, case: Case, phase: str, device: Device) -> float:
         FLOPS[one] * products / (rates[one] * device.peak) + traffic[one] / device.memory + kernels[one] * LAUNCH
         for one in (("forward", "backward") if phase == "both" else (phase,))
     )
+
+
+def crossover(name: str, case: Case, device: Device, record: Mapping[str, Any]) -> int | None:
+    """The shortest rows for which a peer is predicted to be faster, on as many tokens; None if it never is."""
+    tokens, S = case.B * case.S, 8
+    while tokens >= S:
+        other = replace(case, S=S, B=tokens // S, segments=min(case.segments, tokens // S))
+        own = predict(other, "both", device, record)
+        if own is not None and peer_seconds(name, other, "both", device) < own:
+            return S
+        S *= 2
+    return None
+
+
+def markdown(record: Mapping[str, Any], cases: Sequence[Case]) -> str:
+    """Predictions for all cases that the model speaks of, per device, and the crossovers."""
+    parts = [
+        "A model, not a measurement. Milliseconds of forward and backward: ours from the fastest to the slowest that "
+        "the counters allow, then the peers' and how many times ours (geometric mean) that is; `faster from` is the "
+        "row length from which on a peer is predicted to be faster on as many tokens."
+    ]
+    for device in DEVICES:
+        rows = []
+        for case in cases:
+            bounds = our_seconds(case, "both", device, record)
+            if bounds is None:
+                continue
+            own = math.sqrt(bounds[0] * bounds[1])
+            row = [f"{case.name} ({case.sizes})", f"{1e3 * bounds[0]:.3f}-{1e3 * bounds[1]:.3f}"]
+            row.append(f"{case.flops('both') / own / 1e12:.0f}")
+            for name in PEERS:
+                seconds = peer_seconds(name, case, "both", device)
+                longer = crossover(name, case, device, record)
+                row += [f"{1e3 * seconds:.3f}", f"{seconds / own:.1f}x", "never" if longer is None else f"S={longer}"]
+            rows.append(row)
+        header = ["case", "ctkernels ms", "TFLOP/s kept"]
+        header += [column for name in PEERS for column in (f"{name} ms", "ratio", "faster from")]
+        parts.append(f"**{device.name}**\n\n" + harness.table(header, rows))
+    return "\n\n".join(parts)
 
 
 def load() -> dict[str, Any]:

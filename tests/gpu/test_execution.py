@@ -1,8 +1,8 @@
 """The PTX that Triton emits for sm_80 and sm_90, executed: complete problems, forward and backward, against fp64.
 
 Every run has all of the emulator's checks on (bounds, alignment, uninitialised shared memory, races in shared and
-global memory, barriers), and outputs start as NaN. `cp.async` data arrives at once or as late as allowed, threads run in
-order or in random ones; none of that may change a bit.
+global memory, barriers), and outputs start as NaN. `cp.async` data arrives at once or as late as allowed, threads run
+in order or in random ones; none of that may change a bit.
 """
 
 from dataclasses import replace

@@ -39,7 +39,7 @@ RECORD = {
         ({"global_sectors": 10**9 // 16}, 1e-3, 1e-3),  # 2 GB at 2 TB/s
         ({"bytes_read": 4 * 10**8, "bytes_written": 6 * 10**8}, 1e-3, 1e-3),
         ({"matrix_flops": 10**10, "warp_instructions": 4 * 10**7}, 1e-3, 2e-3),  # without overlap one after the other
-        ({"matrix_flops": 10**10, "blocks": 5}, 2e-3, 2e-3),  # half of the multiprocessors have nothing to do
+        ({"matrix_flops": 10**10, "blocks": 5}, 1e-3, 1e-3),  # the plan cuts such work until it fills the GPU
         ({"matrix_flops": 10**10, "blocks": 11}, 20 / 11 * 1e-3, 20 / 11 * 1e-3),
     ],
 )
@@ -76,3 +76,14 @@ def test_peers_pay_for_padding_expansion_and_sums():
     hidden = replace(long, segments=2)
     assert model.peer_seconds("flex", hidden, "forward", DEVICE) < model.peer_seconds("flex", long, "forward", DEVICE)
     assert model.peer_seconds("sdpa", hidden, "forward", DEVICE) == model.peer_seconds("sdpa", long, "forward", DEVICE)
+
+
+def test_the_crossover_is_where_a_peer_gets_faster(monkeypatch):
+    record = {**RECORD, "pairs": RECORD["pairs"] / 100}  # so expensive that the peer wins at once
+    assert model.crossover("flex", CASE, DEVICE, record) == 8
+    cheap = {**RECORD, "pairs": RECORD["pairs"] * 10**6}
+    assert model.crossover("flex", replace(CASE, B=64, P=4096), DEVICE, cheap) is None
+    monkeypatch.setattr(model, "peer_seconds", lambda name, case, phase, device: 1e-6 if case.S >= 64 else 1.0)
+    assert model.crossover("flex", replace(CASE, B=64), DEVICE, RECORD) == 64
+    text = model.markdown(RECORD, [CASE, replace(CASE, name="silent", D=128)])
+    assert "**A100**" in text and "toy (" in text and "silent" not in text
