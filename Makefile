@@ -36,7 +36,7 @@ gpu-check: .venv/built
 # What the Triton kernels need on every architecture, and what they execute: the tables in benchmarks/results.
 # No GPU is needed; compiling everything takes long the first time, and seconds after that.
 gpu-report: .venv/installed
-	.venv/bin/python benchmarks/gpu_report.py --out benchmarks/results
+	.venv/bin/python benchmarks/gpu_report.py --out benchmarks/results --docs docs/gpu.md
 
 lint: .venv/installed
 	.venv/bin/ruff check .

@@ -153,8 +153,8 @@ def measure(sizes: Sizes = PROBLEM, names: Sequence[str] = COUNTED) -> dict[str,
     }
 
 
-def markdown(record: Mapping[str, Any]) -> str:
-    """Ratios by phase, then the counts of each kernel."""
+def ratio_table(record: Mapping[str, Any]) -> str:
+    """What is executed over what is needed, by architecture and phase."""
     names = {
         "tile_waste": "tensor FLOPs / kept by the mask",
         "traffic": "bytes of memory / least",
@@ -168,6 +168,11 @@ def markdown(record: Mapping[str, Any]) -> str:
         for name, phases in record["ratios"].items()
         for phase, figures in phases.items()
     ]
+    return harness.table(["", "phase", *names.values()], rows)
+
+
+def markdown(record: Mapping[str, Any]) -> str:
+    """Ratios by phase, then the counts of each kernel."""
     problem = record["problem"]
     about = (
         f"1/{SHARE} of a layer's heads, planned for 1/{SHARE} of the multiprocessors: {len(problem['lens'])} rows "
@@ -197,4 +202,4 @@ def markdown(record: Mapping[str, Any]) -> str:
         for phase, launches in phases.items()
         for kernel in launches
     ]
-    return "\n\n".join([about, harness.table(["", "phase", *names.values()], rows), harness.table(header, kernels)])
+    return "\n\n".join([about, ratio_table(record), harness.table(header, kernels)])
