@@ -184,6 +184,10 @@ def load() -> dict[str, Any]:
 
 
 def predict_for_device(case: Case, backward: bool, gpu: str, devices: Iterable[Device] = DEVICES) -> float | None:
-    """Predicted seconds of ours on the GPU of that name; None where there is no model of it."""
+    """Predicted seconds of ours on the GPU of that name; None where there is no model of it, or nothing was counted."""
     device = next((device for device in devices if device.name in gpu), None)
-    return None if device is None else predict(case, "both" if backward else "forward", device, load())
+    return (
+        None
+        if device is None or not COUNTERS.exists()
+        else predict(case, "both" if backward else "forward", device, load())
+    )

@@ -12,34 +12,41 @@ from benchmarks.gpu import resources
 from benchmarks.gpu.architectures import ARCHITECTURES
 from benchmarks.gpu.resources import TRAINING, TYPES, Entry
 
-TABLE = json.loads((Path(resources.__file__).parents[1] / "results" / "gpu_resources.json").read_text())
-COMMITTED = resources.read(TABLE["entries"])
+RESULTS = Path(resources.__file__).parents[1] / "results"
 # `make gpu-report` compiles everything
 COMPILED = [("sm_80", 64, "bf16"), ("sm_80", 128, "fp16"), ("sm_90", 64, "bf16"), ("sm_90", 128, "bf16")]
 COMPILED += [("sm_86", 128, "bf16"), ("sm_120", 64, "fp32"), ("gfx942", 64, "bf16")]
 ENTRY = Entry("training", "forward", "k", 64, "bf16", "sm_80", "", 4, 2, 128, 0, 0, 4096, 166912, 4)
 
 
+@pytest.fixture(scope="module")
+def table():
+    """What `make gpu-report` wrote: the version of Triton, and the entries by key."""
+    record = json.loads((RESULTS / "gpu_resources.json").read_text())
+    return record["triton"], resources.read(record["entries"])
+
+
 @pytest.mark.parametrize("name, D, dtype", COMPILED)
-def test_kernels_fit_and_are_not_worse_than_committed(name, D, dtype):
+def test_kernels_fit_and_are_not_worse_than_committed(table, name, D, dtype):
     sizes = replace(TRAINING, D=D, dtype=TYPES[dtype], prefix_dtype=torch.float32)
     entries = resources.measure(sizes, dtype, ARCHITECTURES[name])
     assert {"forward_kernel", "dq_kernel", "own_kernel", "prefix_kernel"} <= {entry.kernel for entry in entries}
     broken = [line for entry in entries for line in resources.violations(entry)]
-    if triton.__version__ == TABLE["triton"]:  # another compiler allocates other registers
-        broken += [line for entry in entries for line in resources.regressions(entry, COMMITTED)]
+    version, committed = table
+    if triton.__version__ == version:  # another compiler allocates other registers
+        broken += [line for entry in entries for line in resources.regressions(entry, committed)]
     assert not broken, "\n".join(broken)
 
 
-def test_the_committed_table_breaks_no_rule():
-    assert [line for entry in COMMITTED.values() for line in resources.violations(entry)] == []
+def test_the_committed_table_breaks_no_rule(table):
+    assert [line for entry in table[1].values() for line in resources.violations(entry)] == []
 
 
-def test_the_committed_table_covers_everything():
+def test_the_committed_table_covers_everything(table):
     for name in ARCHITECTURES:
         for sizes, dtype in resources.cases():
             here = (sizes.name, sizes.D, dtype, name)
-            phases = {e.phase for e in COMMITTED.values() if (e.variant, e.D, e.dtype, e.architecture) == here}
+            phases = {e.phase for e in table[1].values() if (e.variant, e.D, e.dtype, e.architecture) == here}
             assert phases == ({"forward"} if sizes.past else {"forward", "backward"}), here
 
 
