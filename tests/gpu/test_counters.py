@@ -52,6 +52,29 @@ def test_a_forward_pass_by_hand(name):
     assert figures["traffic"] >= 1 and figures["coalescing"] >= 1 and figures["bank_conflicts"] >= 1
 
 
+@pytest.mark.parametrize("name", counters.COUNTED)
+def test_a_backward_pass_by_hand(name):
+    """Every product of every tile once: with more warps than rows of a product to share, warps would repeat it."""
+    architecture = ARCHITECTURES[name]
+    inputs = problems.make(SMALL)
+    forward = plans.forward(inputs, architecture)
+    counters.count(forward.launches, architecture, workers=1)
+    launches = plans.backward(inputs, *forward.outputs, architecture).launches
+    records = counters.count(launches, architecture, workers=1)
+    executed = {record["kernel"]: record["matrix_flops"] for record in records}
+    sizes = {launch.name: launch.constexprs for launch in launches}
+    product = 2 * SMALL.D * SMALL.Hk  # FLOPs per lane and key
+    lanes = 2 * 32 * 2
+    block_m, block_n = (sizes["own_kernel"][side] for side in ("BLOCK_M", "BLOCK_N"))
+    own_tiles = sum(-(-(32 - t) * 2 // block_m) for t in range(0, 32, block_n))  # of one row, lanes from key t on
+    assert executed["own_kernel"] == 4 * product * 2 * own_tiles * block_m * block_n
+    assert executed["prefix_kernel"] == 4 * product * lanes * 128
+    tiles = lanes // sizes["dq_kernel"]["BLOCK_M"]
+    own_keys = -(-32 // sizes["dq_kernel"]["OWN_N"]) * sizes["dq_kernel"]["OWN_N"]
+    met = 2 if tiles == 1 else 1  # rows that a tile meets
+    assert executed["dq_kernel"] == 3 * product * lanes * (128 + met * own_keys)
+
+
 def test_the_committed_table_is_of_the_present_problem():
     table = json.loads((RESULTS / "gpu_counters.json").read_text())
     assert table["pairs"] == counters.all_pairs(counters.PROBLEM)
