@@ -180,7 +180,7 @@ def dq_kernel(
             mine = ok & (row == r)
             own_batch = tl.load(ROWS + ROW_BATCH * n_rows + r)
             own_token = tl.load(ROWS + ROW_TOKEN * n_rows + r)
-            for t0 in range(begin, end, OWN_N):
+            for t0 in tl.range(begin, end, OWN_N, num_stages=1):  # short: prefetching costs registers
                 t = t0 + tl.arange(0, OWN_N)
                 seen = own_seen(
                     ROWS, KEEP, n_rows, r, t, keys, P, length, drop_below, seed_low, seed_high, OWN_CONTEXT, DROP, KEPT

@@ -40,8 +40,8 @@ A100 = Target("sm_80", 108)
 # give a program, 64 KiB gfx942; sm_80 gives 163 KiB, sm_90 and sm_100 227 KiB.
 LARGE = {
     16: {
-        64: Config(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 32, 4, 1), Tile(64, 64, 8, 2)),
-        128: Config(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(32, 32, 4, 1), Tile(64, 64, 8, 2)),
+        64: Config(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 32, 4, 1), Tile(64, 32, 4, 2)),
+        128: Config(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 4, 1), Tile(64, 64, 8, 2)),
         256: Config(Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 32, 4, 1), Tile(32, 32, 8, 1)),
     },
     32: {
@@ -52,7 +52,7 @@ LARGE = {
 }
 SMALL = {
     16: {
-        64: Config(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(32, 32, 4, 1), Tile(64, 64, 8, 1)),
+        64: Config(Tile(128, 64, 8, 2), Tile(64, 64, 4, 1), Tile(32, 32, 4, 1), Tile(64, 32, 4, 1)),
         128: Config(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 64, 8, 1)),
         256: Config(Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(16, 32, 4, 1), Tile(16, 32, 8, 1)),
     },
