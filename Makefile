@@ -12,9 +12,11 @@ OUT ?= runs/bench
 PIP := .venv/bin/pip --quiet --disable-pip-version-check
 SOURCES := setup.py $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp python_bindings/*.cpp)
 CXX_FILES := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp python_bindings/*.cpp)
+# a CUDA build of torch depends on the Triton that its own compiler needs: that one stays
+TORCH_BRINGS_TRITON := import importlib.metadata as m, sys; sys.exit(not any(r.startswith('triton') for r in m.requires('torch') or []))
 SANITIZE := -g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-.PHONY: demo test bench bench-full lint format sanitize clean
+.PHONY: demo test bench bench-full gpu-check gpu-report lint format sanitize clean
 
 demo: .venv/built
 	@if [ -z "$(MODEL)" ]; then .venv/bin/python examples/fetch_smollm2.py .models/smollm2-135m; fi
@@ -35,6 +37,15 @@ bench: .venv/built
 # The op over all head shapes, prefix lengths, row lengths and batches, against its ceiling alone; about ten minutes
 bench-full: .venv/built
 	.venv/bin/python benchmarks/bench_attention.py --full --peers --seconds 1 --out $(OUT)/full
+
+# On a machine with a GPU: all tests on it, then the op against its peers; writes runs/gpu-check/gpu_check.md and .json
+gpu-check: .venv/built
+	.venv/bin/python benchmarks/gpu_check.py --out runs/gpu-check
+
+# What the Triton kernels need on every architecture, and what they execute: the tables in benchmarks/results.
+# No GPU is needed; compiling everything takes long the first time, and seconds after that.
+gpu-report: .venv/installed
+	.venv/bin/python benchmarks/gpu_report.py --out benchmarks/results --docs docs/gpu.md
 
 lint: .venv/installed
 	.venv/bin/ruff check .
@@ -59,7 +70,9 @@ sanitize: .venv/installed
 .venv/installed: requirements.txt
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	$(PIP) install "$(TORCH)"
-	$(PIP) install --no-deps -r requirements.txt
+	if .venv/bin/python -c "$(TORCH_BRINGS_TRITON)"; then grep -v '^triton==' requirements.txt; else cat requirements.txt; fi \
+	  > .venv/requirements.txt
+	$(PIP) install --no-deps -r .venv/requirements.txt
 	touch $@
 
 .venv/built: .venv/installed $(SOURCES) pyproject.toml
