@@ -35,7 +35,10 @@ FAULT_KINDS = (
 CHECKS = {"bounds": 1, "uninitialised_shared": 2, "shared_race": 4, "global_race": 8, "sync": 16}
 
 _RUNTIME = Path(__file__).parent / "runtime"
-_SOURCES = ("ptx_runtime.cpp", "ptx_matrix.cpp")
+_SOURCES = (
+    "ptx_grid.cpp", "ptx_sync.cpp", "ptx_memory.cpp", "ptx_async.cpp", "ptx_counters.cpp", "ptx_print.cpp",
+    "ptx_matrix.cpp",
+)  # fmt: skip
 _HEADERS = ("ptx_runtime.h", "ptx_internal.h")
 
 
