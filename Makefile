@@ -16,7 +16,7 @@ CXX_FILES := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp python_bindings/*.c
 TORCH_BRINGS_TRITON := import importlib.metadata as m, sys; sys.exit(not any(r.startswith('triton') for r in m.requires('torch') or []))
 SANITIZE := -g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-.PHONY: demo test bench bench-full gpu-check gpu-report lint format sanitize clean
+.PHONY: demo test test-gpu-full bench bench-full gpu-check gpu-report lint format sanitize clean
 
 demo: .venv/built
 	@if [ -z "$(MODEL)" ]; then .venv/bin/python examples/fetch_smollm2.py .models/smollm2-135m; fi
@@ -25,6 +25,12 @@ demo: .venv/built
 # two workers with one thread each; the tests that need more threads ask for them
 test: .venv/built
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 tests
+
+# The Triton kernels without a GPU, all of it: the whole suite of the op under Triton's interpreter, and compiled code in
+# the PTX emulator on both architectures and all schedules; an hour or two
+test-gpu-full: .venv/built
+	OMP_NUM_THREADS=1 CTKERNELS_TEST_PROFILE=thorough .venv/bin/python -m pytest -q -n 2 tests/gpu tests/triton tests/ptxemu
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv/bin/python -m pytest -q -n 2 tests/op -k triton
 
 # The op against its peers, how it scales, and training steps: writes the README's tables, and JSON, Markdown and plots to
 # OUT; about a quarter of an hour on two cores

@@ -127,9 +127,11 @@ def markdown(entries: Sequence[Entry]) -> str:
         + ", ".join(f"{a.name} {a.shared_limit // 1024}" for a in ARCHITECTURES.values())
         + " KiB."
     )
-    broken = [line for entry in entries for line in violations(entry)]
-    parts = [about, f"Rules broken: {len(broken)}\n" + "\n".join(f"- {line}" for line in broken)]
     names = [name for name in ARCHITECTURES if any(entry.architecture == name for entry in entries)]
+    absent = [name for name in ARCHITECTURES if name not in names]
+    covered = f"Compiled for {', '.join(names)}." + (f" **Not yet for {', '.join(absent)}.**" if absent else "")
+    broken = [line for entry in entries for line in violations(entry)]
+    parts = [about, covered, f"Rules broken: {len(broken)}\n" + "\n".join(f"- {line}" for line in broken)]
     for variant in dict.fromkeys(entry.variant for entry in entries):
         rows: dict[tuple, dict[str, Entry]] = {}
         for entry in (entry for entry in entries if entry.variant == variant):

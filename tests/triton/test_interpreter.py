@@ -1,6 +1,6 @@
 """The triton backend under Triton's interpreter: a part of the op's suite, in processes that have TRITON_INTERPRET=1.
 
-All of it, which takes about an hour: `TRITON_INTERPRET=1 pytest tests/op -k triton`.
+All of it, which takes about an hour: `TRITON_INTERPRET=1 pytest tests/op -k triton`, in `make test-gpu-full`.
 """
 
 import os
