@@ -72,10 +72,22 @@ COPIES = """
 }
 """
 
+REPLICAS = """
+.visible .entry replicas(.param .u32 differ) {
+  .shared .align 16 .b8 tile[512];
+  .reg .b32 %t, %w, %s, %z, %f;
+  ld.param.u32 %f, [differ]; mov.u32 %t, %tid.x; mov.u32 %z, tile;
+  and.b32 %s, %t, 31; mad.lo.u32 %s, %s, 16, %z;
+  shr.u32 %w, %t, 5; mul.lo.u32 %w, %w, %f;
+  stmatrix.sync.aligned.m8n8.x4.shared.b16 [%s], {%w, %w, %w, %w};
+  ret;
+}
+"""
+
 
 @pytest.fixture(scope="module")
 def module():
-    return ptxemu.compile_ptx(HEADER + "".join(mma_kernel(n) for n in MMA) + COPIES)
+    return ptxemu.compile_ptx(HEADER + "".join(mma_kernel(n) for n in MMA) + COPIES + REPLICAS)
 
 
 def fragment(matrix, rows, per):
@@ -138,6 +150,13 @@ def test_matrix_copies(module):
         assert dst[lane, 8] == pair(tiles[0].T, lane)
     # stmatrix undid the transposing load
     assert (src.view(np.uint32).reshape(32, 4)[:, ::-1] == tiles.view(np.uint32).reshape(32, 4)).all()
+
+
+def test_stmatrix_of_two_warps_to_one_place(module):
+    """Compilers give several warps the same lines of a small tile: a race unless they write the same."""
+    module.launch("replicas", 1, 64, [0])
+    with pytest.raises(ptxemu.KernelFault, match="races with the write"):
+        module.launch("replicas", 1, 64, [1])
 
 
 def test_incomplete_warp_is_reported(module):
