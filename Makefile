@@ -12,9 +12,11 @@ OUT ?= runs/bench
 PIP := .venv/bin/pip --quiet --disable-pip-version-check
 SOURCES := setup.py $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp python_bindings/*.cpp)
 CXX_FILES := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp python_bindings/*.cpp)
+# a CUDA build of torch depends on the Triton that its own compiler needs: that one stays
+TORCH_BRINGS_TRITON := import importlib.metadata as m, sys; sys.exit(not any(r.startswith('triton') for r in m.requires('torch') or []))
 SANITIZE := -g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-.PHONY: demo test bench bench-full profile lint format sanitize clean
+.PHONY: demo test test-gpu-full bench bench-full profile gpu-check gpu-report lint format sanitize clean
 
 demo: .venv/built
 	@if [ -z "$(MODEL)" ]; then .venv/bin/python examples/fetch_smollm2.py .models/smollm2-135m; fi
@@ -23,6 +25,12 @@ demo: .venv/built
 # two workers with one thread each; the tests that need more threads ask for them
 test: .venv/built
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 tests
+
+# The Triton kernels without a GPU, all of it: the whole suite of the op under Triton's interpreter, and compiled code in
+# the PTX emulator on both architectures and in more schedules; an hour or two
+test-gpu-full: .venv/built
+	OMP_NUM_THREADS=1 CTKERNELS_TEST_PROFILE=thorough .venv/bin/python -m pytest -q -n 2 tests/gpu tests/triton tests/ptxemu
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv/bin/python -m pytest -q -n 2 tests/op -k triton
 
 # The op against its peers, how it scales, and training steps: writes the README's tables, and JSON, Markdown and plots to
 # OUT; about a quarter of an hour on two cores
@@ -39,6 +47,15 @@ bench-full: .venv/built
 # Where the CPU kernels spend their time, on the cases furthest from the ceiling; needs Linux's perf
 profile: .venv/built
 	.venv/bin/python benchmarks/profile_attention.py --out $(OUT)
+
+# On a machine with a GPU: all tests on it, then the op against its peers; writes runs/gpu-check/gpu_check.md and .json
+gpu-check: .venv/built
+	.venv/bin/python benchmarks/gpu_check.py --out runs/gpu-check
+
+# What the Triton kernels need on every architecture, and what they execute: the tables in benchmarks/results.
+# No GPU is needed; compiling everything takes long the first time, and seconds after that.
+gpu-report: .venv/installed
+	.venv/bin/python benchmarks/gpu_report.py --out benchmarks/results --docs docs/gpu.md
 
 lint: .venv/installed
 	.venv/bin/ruff check .
@@ -63,7 +80,9 @@ sanitize: .venv/installed
 .venv/installed: requirements.txt
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	$(PIP) install "$(TORCH)"
-	$(PIP) install --no-deps -r requirements.txt
+	if .venv/bin/python -c "$(TORCH_BRINGS_TRITON)"; then grep -v '^triton==' requirements.txt; else cat requirements.txt; fi \
+	  > .venv/requirements.txt
+	$(PIP) install --no-deps -r .venv/requirements.txt
 	touch $@
 
 .venv/built: .venv/installed $(SOURCES) pyproject.toml

@@ -69,6 +69,7 @@ def measure(
     *,
     backward: bool = True,
     device: str = "cpu",
+    backend: str | None = None,
     seconds: float = 3.0,
     ceiling: harness.MatrixProduct | None = None,
     others: dict[str, Any] | None = None,
@@ -77,6 +78,7 @@ def measure(
 
     Args:
         backward: False measures the forward pass alone.
+        backend: the one of ours.
         seconds: about how long to measure.
         ceiling: default: a new one.
         others: more works to run in turn, by name (`harness.in_turn`).
@@ -88,7 +90,7 @@ def measure(
     Raises:
         ArithmeticError: the results of one of them are wrong.
     """
-    x = Inputs(case, device)
+    x = Inputs(case, device, backend)
     ceiling = ceiling or harness.MatrixProduct(case.dtype, device)
     expected = peers.truth(x)
     entries = {name: usable(name, x, backward, expected) for name in (OURS, *names)}

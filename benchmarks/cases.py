@@ -72,10 +72,11 @@ class Case:
 
 class Inputs:
     """Tensors of a case: q [B, H, S, D], k and v [B, Hk, T, D] as views of [B, S, H, D] memory, which is what models
-    pass, prefix_k and prefix_v [Hk, P, D] (or [G, Hk, P, D]), the gradient `dout` of the output, and the mask."""
+    pass, prefix_k and prefix_v [Hk, P, D] (or [G, Hk, P, D]), the gradient `dout` of the output, and the mask.
+    `backend` is the one that computes our own result."""
 
-    def __init__(self, case: Case, device: str = "cpu") -> None:
-        self.case, self.device = case, device
+    def __init__(self, case: Case, device: str = "cpu", backend: str | None = None) -> None:
+        self.case, self.device, self.backend = case, device, backend
         generator = torch.Generator().manual_seed(0)
 
         def normal(*shape: int) -> Tensor:

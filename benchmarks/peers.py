@@ -19,8 +19,10 @@ CHECK_FLOPS = 5e8  # a larger problem is checked on as many rows and KV heads as
 
 
 def ours(x: Inputs) -> Tensor:
-    """`ctkernels.prefix_attention`, best available backend."""
-    return ct.prefix_attention(x.q, x.k, x.v, x.prefix_k, x.prefix_v, x.mask, prefix_index=x.prefix_index)
+    """`ctkernels.prefix_attention`, on the backend that the inputs name."""
+    return ct.prefix_attention(
+        x.q, x.k, x.v, x.prefix_k, x.prefix_v, x.mask, prefix_index=x.prefix_index, backend=x.backend
+    )
 
 
 def join(prefix: Tensor, own: Tensor, prefix_index: Tensor | None) -> Tensor:
@@ -77,7 +79,60 @@ def flex(x: Inputs) -> Tensor:
     return compile_once(flex_attention)(x.q, k, v, block_mask=x.block_mask, enable_gqa=x.case.Hk != x.case.H)
 
 
-PEERS: dict[str, Callable[[Inputs], Tensor]] = {"eager": eager, "sdpa": sdpa, "compiled": compiled, "flex": flex}
+def flash(x: Inputs) -> Tensor:
+    """flash-attn, which has no such mask: the keys that a row sees, gathered and packed.
+
+    Raises:
+        RuntimeError: it is not installed, or cannot compute this type on this device.
+    """
+    case = x.case
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError as error:
+        raise RuntimeError("flash-attn is not installed") from error
+    if not hasattr(x, "visible_keys"):
+        x.visible_keys = _visible_keys(x)
+    index, starts, longest = x.visible_keys
+
+    def packed(prefix: Tensor, own: Tensor) -> Tensor:  # [visible keys of all rows, Hk, D]
+        shared = prefix.reshape(-1, case.Hk, case.P, case.D).transpose(1, 2).flatten(0, 1)
+        return torch.cat((shared, own.transpose(1, 2).flatten(0, 1)))[index]
+
+    queries = torch.arange(0, case.B * case.S + 1, case.S, dtype=torch.int32, device=x.device)
+    out = flash_attn_varlen_func(
+        x.q.transpose(1, 2).flatten(0, 1),
+        packed(x.prefix_k, x.k),
+        packed(x.prefix_v, x.v),
+        cu_seqlens_q=queries,
+        cu_seqlens_k=starts,
+        max_seqlen_q=case.S,
+        max_seqlen_k=longest,
+        causal=True,  # aligned to the last key, so that every prefix key is in the past
+    )
+    return out.unflatten(0, (case.B, case.S)).transpose(1, 2)
+
+
+def _visible_keys(x: Inputs) -> tuple[Tensor, Tensor, int]:
+    """Where the keys of each row are among `[all prefixes | all rows' own keys]`: their indices, row after row, where
+    each row's begin among them (int32 [B+1]), and the longest row."""
+    case = x.case
+    rows = torch.arange(case.B, device=x.device)
+    group = torch.zeros_like(rows) if x.prefix_index is None else x.prefix_index
+    prefix = group[:, None] * case.P + torch.arange(case.P, device=x.device)
+    own = case.G * case.P + rows[:, None] * case.T + torch.arange(case.T, device=x.device)
+    seen = torch.cat((x.mask.dense(case.B, case.P).to(x.device), torch.ones_like(own, dtype=torch.bool)), dim=1)
+    starts = torch.nn.functional.pad(seen.sum(1).cumsum(0), (1, 0)).int()
+    return torch.cat((prefix, own), dim=1)[seen], starts, int(seen.sum(1).max())
+
+
+PEERS: dict[str, Callable[[Inputs], Tensor]] = {
+    "eager": eager,
+    "sdpa": sdpa,
+    "compiled": compiled,
+    "flex": flex,
+    "flash": flash,
+}
+UNREPEATED = ("sdpa", "flex", "flash")  # peers that need no copy of the keys for each head of a group
 
 
 def needed_bytes(name: str, case: Case) -> int:
@@ -85,9 +140,9 @@ def needed_bytes(name: str, case: Case) -> int:
     keys = 2 * case.B * (case.P + case.T) * case.D * case.dtype.itemsize
     mask = case.B * case.S * (case.P + case.T)
     logits = case.B * case.H * case.S * (case.P + case.T)
-    heads = case.Hk if name in ("sdpa", "flex") else 2 * case.H
+    heads = case.Hk if name in UNREPEATED else 2 * case.H
     total = 3 * heads * keys + mask * (1 + case.dtype.itemsize)
-    return total if name in ("sdpa", "flex") else total + 4 * 4 * logits
+    return total if name in UNREPEATED else total + 4 * 4 * logits
 
 
 def results(out: Tensor, x: Inputs, dout: Tensor | None) -> dict[str, Tensor]:

@@ -10,9 +10,11 @@ from types import ModuleType
 
 import torch
 
-# name -> (module, device types it serves). "auto" takes the first available one that accepts the call.
+# name -> (module, device types it serves). "auto" takes the first available one that accepts the call: the C++ kernels
+# on CPU tensors, Triton's on CUDA (and ROCm) tensors. Under TRITON_INTERPRET=1 Triton serves CPU tensors, if named.
 BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cpu": ("ctkernels.cpu", ("cpu",)),
+    "triton": ("ctkernels.triton_backend", ("cuda", "cpu")),
     "reference": ("ctkernels.reference", ()),  # () = every device
 }
 
@@ -22,7 +24,8 @@ FEATURES = ("avx2", "fma3", "f16c", "avx512_f", "avx512_bw", "avx512_bf16", "avx
 
 def load(name: str) -> ModuleType:
     """The module of a backend. A kernel backend provides `unavailable() -> str | None` (the reason in words),
-    `forward(q, k, v, prefix_k, prefix_v, prefix_bias, problem)` and `backward(...)` as in `ops.py`."""
+    `forward(q, k, v, prefix_k, prefix_v, prefix_bias, problem)` and `backward(...)` as in `ops.py`, and where it needs
+    more than its row of the table says, `refusal(device, dtype) -> str | None`."""
     return importlib.import_module(BACKENDS[name][0])
 
 
@@ -36,16 +39,19 @@ def availability() -> dict[str, str | None]:
     return {name: _unavailable(name) for name in BACKENDS}
 
 
-def refusal(name: str, device: torch.device) -> str | None:
-    """Why backend `name` cannot compute on `device`, or None."""
+def refusal(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why backend `name` cannot compute rows of `dtype` on `device`, or None."""
     devices = BACKENDS[name][1]
     if devices and device.type not in devices:
         return f"it computes on {', '.join(devices)} tensors, got {device.type}"
-    return _unavailable(name)
+    reason = _unavailable(name)
+    if reason is None and hasattr(load(name), "refusal"):
+        reason = load(name).refusal(device, dtype)
+    return reason
 
 
 @torch.compiler.assume_constant_result  # torch.compile keeps the answer, not the look-up
-def choose(backend: str | None, device: torch.device) -> str:
+def choose(backend: str | None, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     """The backend of a call. A named one is used or refused with the reason; "auto" says when it falls back.
 
     Raises:
@@ -56,24 +62,22 @@ def choose(backend: str | None, device: torch.device) -> str:
     if backend not in (None, "auto"):
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
-        reason = refusal(backend, device)
+        reason = refusal(backend, device, dtype)
         if reason is not None:
             raise ValueError(f"backend={backend!r} is unavailable: {reason}")
         return backend
     for name in BACKENDS:
-        if refusal(name, device) is None:
+        if refusal(name, device, dtype) is None:
             if name == "reference":
-                _warn_fallback(device.type)
+                _warn_fallback(device, dtype)
             return name
     raise AssertionError("the reference backend accepts every call")
 
 
 @cache
-def _warn_fallback(device_type: str) -> None:
-    reasons = "; ".join(
-        f"{name}: {refusal(name, torch.device(device_type))}" for name in BACKENDS if name != "reference"
-    )
-    warnings.warn(f"ctkernels uses the slow reference backend on {device_type} ({reasons})", stacklevel=5)
+def _warn_fallback(device: torch.device, dtype: torch.dtype) -> None:
+    reasons = "; ".join(f"{name}: {refusal(name, device, dtype)}" for name in BACKENDS if name != "reference")
+    warnings.warn(f"ctkernels uses the slow reference backend on {device.type} ({reasons})", stacklevel=5)
 
 
 def cpu_info() -> dict[str, object]:

@@ -1,5 +1,7 @@
 """What is measured is right: the peers compute the same attention, the check sees errors, FLOPs are those kept."""
 
+import sys
+import types
 from dataclasses import replace
 
 import pytest
@@ -32,6 +34,35 @@ def test_a_peer_agrees_with_the_reference(peer, case):
     x = Inputs(case)
     entry = usable(peer, x, True, peers.truth(x))
     assert entry["backward"] and 0 < entry["error"] <= peers.AGREEMENT[case.dtype]
+
+
+def packed_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal):
+    """What flash_attn documents for rows packed one after another; a causal mask is aligned to the last key."""
+    queries, keys = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
+    assert causal and max_seqlen_q == max(queries) and max_seqlen_k == max(keys) and len(k) == sum(keys)
+    rows = []
+    for one_q, one_k, one_v in zip(q.split(queries), k.split(keys), v.split(keys), strict=True):
+        visible = torch.ones(len(one_q), len(one_k), dtype=torch.bool).tril(len(one_k) - len(one_q))
+        heads = (x.transpose(0, 1)[None] for x in (one_q, one_k, one_v))
+        out = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=visible, enable_gqa=True)
+        rows.append(out[0].transpose(0, 1))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_flash_attn_on_gathered_keys_agrees(monkeypatch, case):
+    flash_attn = types.ModuleType("flash_attn")
+    flash_attn.flash_attn_varlen_func = packed_attention
+    monkeypatch.setitem(sys.modules, "flash_attn", flash_attn)
+    x = Inputs(case)
+    entry = usable("flash", x, True, peers.truth(x))
+    assert entry["backward"] and 0 < entry["error"] <= peers.AGREEMENT[case.dtype]
+
+
+def test_flash_attn_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    x = Inputs(TOY)
+    assert usable("flash", x, True, peers.truth(x)) == {"reason": "flash-attn is not installed"}
 
 
 def test_the_compiled_peers_agree_and_flex_says_what_it_cannot():

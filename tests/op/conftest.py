@@ -7,6 +7,10 @@ import pytest
 from ctkernels import dispatch
 
 from .backends import Backend, backends, builds
+from .interpreter import interpreting, repair
+
+if interpreting():
+    repair()
 
 
 def _select(backend: Backend) -> Iterator[Backend]:

@@ -50,7 +50,8 @@ def recorded(call, backend) -> tuple:
 
 @pytest.mark.parametrize("case", OPCHECKED)
 def test_opcheck(kernel_backend, case):
-    (forward, forward_args), (backward, backward_args) = recorded(make_call(**OPCHECKED[case]), kernel_backend)
+    sizes = {"types": "fp64" if kernel_backend.double else "fp32", **OPCHECKED[case]}
+    (forward, forward_args), (backward, backward_args) = recorded(make_call(**sizes), kernel_backend)
     assert forward is torch.ops.ctkernels.prefix_attention.default
     assert backward is torch.ops.ctkernels.prefix_attention_backward.default
     differentiable = tuple(

@@ -1,0 +1,89 @@
+"""Tile sizes by architecture, head dimension and type: one table, no autotuning.
+
+`triton.autotune` would time candidates at the first call, which a CUDA graph capture cannot do, and different tiles add
+up in a different order, so that two runs of one program could differ in the last bit. `docs/gpu.md` derives the sizes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Tile(NamedTuple):
+    """Lanes and keys of a tile, warps of a program, stages of its software pipeline."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+class Config(NamedTuple):
+    forward: Tile
+    dq: Tile
+    own: Tile  # gradients of own keys: block_n keys of one row, block_m of its lanes at a time
+    prefix: Tile  # gradients of prefix keys: block_n keys, block_m lanes at a time
+
+
+class Target(NamedTuple):
+    """What a plan is made for."""
+
+    arch: str  # "sm_80", "gfx942", ...
+    multiprocessors: int
+
+
+A100 = Target("sm_80", 108)
+
+# family -> bits of the rows' type -> largest D -> tiles. 99 KiB of shared memory is all that sm_86, sm_89 and sm_120
+# give a program, 64 KiB gfx942; sm_80 gives 163 KiB, sm_90 and sm_100 227 KiB.
+LARGE = {
+    16: {
+        64: Config(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 32, 4, 1), Tile(64, 32, 4, 2)),
+        128: Config(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 4, 1), Tile(64, 64, 8, 2)),
+        256: Config(Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 32, 4, 1), Tile(32, 32, 8, 1)),
+    },
+    32: {
+        64: Config(Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        128: Config(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(32, 32, 8, 1)),
+        256: Config(Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1)),
+    },
+}
+SMALL = {
+    16: {
+        64: Config(Tile(128, 64, 8, 2), Tile(64, 64, 4, 1), Tile(32, 32, 4, 1), Tile(64, 32, 4, 1)),
+        128: Config(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 64, 8, 1)),
+        256: Config(Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(16, 32, 4, 1), Tile(16, 32, 8, 1)),
+    },
+    32: LARGE[32],
+}
+FAMILIES = {"sm_80": LARGE, "sm_90": LARGE, "sm_100": LARGE}
+ROW_KEYS_FOR_WIDE_BLOCKS = 96  # from this many own keys per row on, their blocks are as wide as the prefix's
+
+
+def config_for(target: Target, D: int, dtype: torch.dtype) -> Config:
+    by_width = FAMILIES.get(target.arch, SMALL)[32 if dtype == torch.float32 else 16]
+    return by_width[min(width for width in by_width if width >= D)]
+
+
+def pieces(D: int) -> tuple[int, int]:
+    """D as D0 + D1, powers of two of at least 16 (D1 may be 0) that hold it with the least padding."""
+    whole = max(16, 1 << (D - 1).bit_length())
+    D0 = whole // 2
+    if D0 < 32:
+        return whole, 0
+    D1 = max(16, 1 << (D - D0 - 1).bit_length()) if D > D0 else 0
+    return (whole, 0) if D1 == 0 or whole <= D0 + D1 else (D0, D1)
+
+
+def fit(tile: Tile, lanes: int) -> Tile:
+    """The tile for a call that fills no more than `lanes`, but 16, which the tensor cores need."""
+    block_m = min(tile.block_m, max(16, 1 << max(lanes - 1, 0).bit_length()))
+    return tile if block_m == tile.block_m else tile._replace(block_m=block_m, num_warps=4)
+
+
+def split_count(programs: int, pieces_of_work: int, least: int, target: Target) -> int:
+    """Into how many ranges to cut work that has too few programs to fill the device, `least` pieces in each."""
+    wanted = -(-2 * target.multiprocessors // max(programs, 1))
+    return max(1, min(wanted, pieces_of_work // least, 32))
