@@ -97,7 +97,7 @@ def cpu_info() -> dict[str, object]:
 
 
 def set_cpu_isa(name: str) -> None:
-    """Choose the instruction set of the CPU kernels: "portable", "avx2" or "avx512".
+    """Choose the instruction set of the CPU kernels: "portable", "avx2", "avx512" or "avx512_bf16".
 
     Raises:
         ValueError: this machine cannot run it.

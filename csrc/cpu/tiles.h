@@ -16,7 +16,7 @@ class Arena {
   static constexpr int64_t KEPT_BYTES = 16 << 20;
 
   Arena() = default;  // measures: take() only counts
-  explicit Arena(int64_t bytes) : block_(find(round_up(bytes, ALIGNMENT))) {}
+  explicit Arena(int64_t bytes) : block_(bytes ? find(round_up(bytes, ALIGNMENT)) : Block{}) {}
   ~Arena() {
     if (block_.memory && block_.bytes <= KEPT_BYTES) spare().push_back(std::move(block_));
   }
