@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.needs_nvcc
 
 M, N, K = 128, 128, 128
+OPERANDS = [(M, K, torch.bfloat16), (K, N, torch.bfloat16), (M, N, torch.float32)]
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +26,10 @@ def gemm(kernels):
 
 def run(module, **options):
     torch.manual_seed(0)
-    a, b = torch.randn(M, K).bfloat16(), torch.randn(K, N).bfloat16()
-    c = torch.zeros(M, N)
+    # Far from one another in memory: a fault names the buffer that is nearest to the address.
+    a, b, c = (torch.zeros(3, rows, columns, dtype=kind)[1] for rows, columns, kind in OPERANDS)
+    a.copy_(torch.randn(M, K))
+    b.copy_(torch.randn(K, N))
     module.launch("gemm", (N // 64, M // 64), 128, [a, b, c, M, N, K], **options)
     return (c.double() - a.double() @ b.double()).abs().max().item()
 
