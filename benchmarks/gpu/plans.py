@@ -8,7 +8,7 @@ from benchmarks.gpu.architectures import Architecture
 from benchmarks.gpu.problems import Inputs
 from ctkernels.triton_kernels import Plan, Target, plan_backward, plan_forward
 
-TILE_SIZES = ("BLOCK_M", "BLOCK_N", "OWN_N", "LIMIT", "SPLITS")  # of the compile-time values, what the tuning decides
+TILE_SIZES = ("BLOCK_M", "BLOCK_N", "OWN_N", "SPLITS")  # of the compile-time values, what the tuning decides
 
 
 def target(architecture: Architecture) -> Target:

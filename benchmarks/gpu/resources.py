@@ -21,10 +21,11 @@ TRAINING = Sizes("training", (32,) * 16, H=8, Hk=2, P=1024, D=64, dtype=torch.bf
 VARIANTS = (
     TRAINING,
     replace(TRAINING, name="no dropout", drop_p=0.0),
+    replace(TRAINING, name="few long rows", lens=(128,) * 4, segments=4),
     replace(TRAINING, name="every option", bias=True, alibi=True, softcap=30.0, window=900),
     replace(TRAINING, name="decoding", lens=(1,) * 16, past=31, P=16384, segments=0, drop_p=0.0),
 )
-FEW = {"no dropout": (64,), "every option": (64, 128), "decoding": (64,)}
+FEW = {"no dropout": (64,), "few long rows": (64, 96, 128), "every option": (64, 128), "decoding": (64,)}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,12 @@ Lanes that saw no key have lse2 = inf, hence p = 0, and are read as zeros: what 
 import triton
 import triton.language as tl
 
+from ctkernels.triton_kernels.mask import (
+    own_seen,
+    own_visible,
+    prefix_masked,
+    seen_by_tile,
+)
 from ctkernels.triton_kernels.tile import (
     LOG2E,
     ROW_BATCH,
@@ -22,35 +28,30 @@ from ctkernels.triton_kernels.tile import (
     ROW_OFFSET,
     ROW_QUERIES,
     ROW_TOKEN,
-    TILE_HULL_END,
-    TILE_HULL_START,
     TILE_LANE,
     TILE_LANES,
     TILE_PREFIX,
     TILE_PREFIX_LEN,
     TILE_ROW,
     TILE_ROWS,
-    TILE_SKIP_END,
-    TILE_SKIP_START,
     accumulate,
-    context_words,
+    all_finite,
+    hidden_from_all,
     inner,
+    lane_block,
     lane_slots,
-    lane_spans,
     lane_state,
     load_pieces,
     offsets,
+    only,
     own_blocks,
     own_logits,
-    own_seen,
-    own_visible,
     prefix_blocks,
     prefix_logits,
-    prefix_masked,
-    seen_by_any,
+    probabilities,
+    result_lanes,
     split_lse,
     store_pieces,
-    tile_rows,
     tile_value,
 )
 
@@ -62,11 +63,9 @@ def delta_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, HAS_DLSE: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Grid (lane blocks, Hk). STATE, fp32 [3, Hk, lanes]: lse2 in two parts, and delta."""
+    """Grid (lane blocks, Hk). STATE, fp32 [3, Hk, lanes]: lse2, delta, and for fp32 rows what lse2 was rounded by."""
     kv = tl.program_id(1)
-    used = tl.load(ROWS + ROW_FIRST * n_rows + n_rows - 1) + tl.load(ROWS + ROW_QUERIES * n_rows + n_rows - 1)
-    lane = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    ok = lane < used * GROUP
+    lane, ok = lane_block(ROWS, n_rows, GROUP, BLOCK_M)
     head = kv * GROUP + lane % GROUP
     _, batch, token, _ = lane_slots(lane, ok, SLOTS, n_slots, GROUP)
     lse = tl.load(LSE + offsets(batch, head, token, lse_b, lse_h, 1), mask=ok, other=-float("inf"))
@@ -84,21 +83,22 @@ def delta_kernel(
     at = STATE + kv.to(tl.int64) * n_lanes + lane
     inside = lane < n_lanes
     tl.store(at, high, mask=inside)
-    tl.store(at + plane, low, mask=inside)
-    tl.store(at + 2 * plane, delta, mask=inside)
+    tl.store(at + plane, delta, mask=inside)
+    if DOUT.dtype.element_ty == tl.float32:
+        tl.store(at + 2 * plane, low, mask=inside)
 
 
 @triton.jit(do_not_specialize=["length", "drop_below", "seed_low", "seed_high", "window"])
 def dq_kernel(
-    Q, K, V, PREFIX_K, PREFIX_V, BIAS, SLOPES, KEEP, ROWS, SLOTS, TILES, DOUT, STATE, DQ, PART,
+    Q, K, V, PREFIX_K, PREFIX_V, BIAS, SLOPES, KEEP, ROWS, SLOTS, TILES, WORDS, TILE_WORDS, DOUT, STATE, DQ, PART,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, pk_g, pk_h, pk_t, pv_g, pv_h, pv_t, dout_b, dout_h, dout_t,
-    dq_b, dq_h, dq_t, bias_g, bias_h, n_rows, n_slots, n_tiles, P, length, drop_below, seed_low, seed_high,
+    dq_b, dq_h, dq_t, bias_g, bias_h, n_rows, n_slots, n_tiles, n_words, P, length, drop_below, seed_low, seed_high,
     factor, cap, scale, window,
-    GROUP: tl.constexpr, LIMIT: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, W1: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, W1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OWN_N: tl.constexpr, SPLITS: tl.constexpr,
-    HIDDEN: tl.constexpr, DROP: tl.constexpr, KEPT: tl.constexpr, OWN_CONTEXT: tl.constexpr, CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr, DROP: tl.constexpr, KEPT: tl.constexpr, OWN_CONTEXT: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, WINDOW_PREFIX: tl.constexpr, SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ALIBI: tl.constexpr, PRECISION: tl.constexpr,
+    ALIBI: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, Hk, SPLITS). PART: scratch fp32 [SPLITS, Hk, lanes, D] if SPLITS > 1."""
     tile, kv, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -110,16 +110,16 @@ def dq_kernel(
     row0 = tile_value(TILES, n_tiles, tile, TILE_ROW)
     rows = tile_value(TILES, n_tiles, tile, TILE_ROWS)
     lane0 = tile_value(TILES, n_tiles, tile, TILE_LANE)
-    WORDS: tl.constexpr = DROP or KEPT
+    BRANCH: tl.constexpr = not (DROP or KEPT)
     NEAR: tl.constexpr = WINDOW and WINDOW_PREFIX
+    PAIR: tl.constexpr = Q.dtype.element_ty == tl.float32
 
     lane = lane0 + tl.arange(0, BLOCK_M)
     ok = lane < lane0 + lanes
     head = kv * GROUP + lane % GROUP
     row, batch, token, position = lane_slots(lane, ok, SLOTS, n_slots, GROUP)
-    slot = tl.where(ok, row - row0, 0)
     n_lanes = n_slots * GROUP
-    high, low, delta, alive = lane_state(STATE, lane, ok, kv, tl.num_programs(1), n_lanes)
+    high, low, delta, alive = lane_state(STATE, lane, ok, kv, tl.num_programs(1), n_lanes, PAIR)
     q0, q1 = load_pieces(Q, offsets(batch, head, token, q_b, q_h, q_t), alive, D, D0, D1)  # [BLOCK_M, D0 | D1]
     do0, do1 = load_pieces(DOUT, offsets(batch, head, token, dout_b, dout_h, dout_t), alive, D, D0, D1)
     lowest = tl.min(tl.where(ok, position, 2147483647), 0)
@@ -128,12 +128,7 @@ def dq_kernel(
     if ALIBI:
         slope2 = tl.load(SLOPES + head, mask=ok, other=0.0) * LOG2E
     bias = BIAS + prefix * bias_g + head.to(tl.int64) * bias_h
-    row_id, row_hide_start, row_hide_end, keep, present = tile_rows(ROWS, n_rows, row0, rows, KEEP, length, LIMIT)
-    hide_start, hide_end = lane_spans(ROWS, n_rows, row, ok, HIDDEN)
-    skip_start = tile_value(TILES, n_tiles, tile, TILE_SKIP_START)
-    skip_end = tile_value(TILES, n_tiles, tile, TILE_SKIP_END)
-    hull_start = tile_value(TILES, n_tiles, tile, TILE_HULL_START)
-    hull_end = tile_value(TILES, n_tiles, tile, TILE_HULL_END)
+    skip_start, skip_end = hidden_from_all(ROWS, n_rows, row, ok)
     dq0 = tl.zeros([BLOCK_M, D0], tl.float32)
     dq1 = tl.zeros([BLOCK_M, W1], tl.float32)
 
@@ -145,33 +140,22 @@ def dq_kernel(
     for block in range(first, first + count):
         k0 = (block + tl.where(block >= skip, skipped, 0)) * BLOCK_N
         n = k0 + tl.arange(0, BLOCK_N)
-        words = tl.zeros([LIMIT], tl.int64)
-        if WORDS:
-            words = context_words(
-                row_id, row_hide_start, row_hide_end, keep, present, k0, prefix_len, length,
-                drop_below, seed_low, seed_high, DROP, KEPT, BLOCK_N,
-            )  # fmt: skip
-            seen = seen_by_any(words, BLOCK_N)
-        else:
-            seen = n < prefix_len
-            if HIDDEN:
-                seen = seen & ((n < skip_start) | (n >= skip_end))
+        seen = seen_by_tile(TILE_WORDS, n_tiles, tile, n) if MASKED else n < prefix_len
         if NEAR:
             seen = seen & (prefix_len + lowest - n < window)
         at = n.to(tl.int64)
         k0_, k1_ = load_pieces(prefix_k, at * pk_t, seen, D, D0, D1)
         v0, v1 = load_pieces(prefix_v, at * pv_t, seen, D, D0, D1)
-        k0_, k1_ = k0_.to(q0.dtype), k1_.to(q0.dtype)
         s = inner(q0, q1, k0_, k1_, D1, PRECISION)  # [BLOCK_M, BLOCK_N]
         s, derivative = prefix_logits(
-            s, n, position, prefix_len, bias, slope2, ok, factor, cap, SOFTCAP, HAS_BIAS, ALIBI, False
+            s, n, position, prefix_len, bias, slope2, ok, factor, cap, SOFTCAP, HAS_BIAS, ALIBI, PLAIN, False
         )
         s = prefix_masked(
-            s, words, slot, hide_start, hide_end, hull_start, hull_end, k0, position, highest, prefix_len, window,
-            WORDS, HIDDEN, NEAR, False, BLOCK_N,
+            s, WORDS, TILE_WORDS, n_rows, n_words, n_tiles, tile, row, k0, position, highest, prefix_len, window,
+            MASKED, BRANCH, NEAR, False, BLOCK_N,
         )  # fmt: skip
-        p = tl.exp2((s - high[:, None]) - low[:, None])
-        ds = p * (inner(do0, do1, v0.to(q0.dtype), v1.to(q0.dtype), D1, PRECISION) - delta[:, None]) * derivative
+        p = probabilities(s, high, low, factor, PLAIN, PAIR, False)
+        ds = p * (inner(do0, do1, v0, v1, D1, PRECISION) - delta[:, None]) * derivative
         dq0, dq1 = accumulate(dq0, dq1, ds, k0_, k1_, D1, PRECISION)
 
     if split == SPLITS - 1:
@@ -188,15 +172,16 @@ def dq_kernel(
                 k0_, k1_ = load_pieces(K, offsets(own_batch, kv, own_token + t, k_b, k_h, k_t), seen, D, D0, D1)
                 v0, v1 = load_pieces(V, offsets(own_batch, kv, own_token + t, v_b, v_h, v_t), seen, D, D0, D1)
                 s = inner(q0, q1, k0_, k1_, D1, PRECISION)  # [BLOCK_M, OWN_N]
-                s, derivative = own_logits(s, t, position, slope2, factor, cap, SOFTCAP, ALIBI, False)
-                s = tl.where(own_visible(t, seen, position, mine, window, CAUSAL, WINDOW, False), s, -float("inf"))
-                p = tl.exp2((s - high[:, None]) - low[:, None])
+                s, derivative = own_logits(s, t, position, slope2, factor, cap, SOFTCAP, ALIBI, PLAIN, False)
+                visible = own_visible(t, seen, position, mine, window, CAUSAL, WINDOW, False)
+                p = probabilities(tl.where(visible, s, -float("inf")), high, low, factor, PLAIN, PAIR, False)
                 ds = p * (inner(do0, do1, v0, v1, D1, PRECISION) - delta[:, None]) * derivative
-                new0, new1 = accumulate(dq0, dq1, ds, k0_, k1_, D1, PRECISION)
-                dq0 = tl.where(mine[:, None], new0, dq0)
-                if D1 > 0:
-                    dq1 = tl.where(mine[:, None], new1, dq1)
+                # other rows have p = 0, which must not meet a NaN; a lane that sees one in k has it in lse, too
+                ds = tl.where(visible, ds, 0.0)
+                k0_, k1_ = only(all_finite(k0_, k1_, D1), k0_, k1_)
+                dq0, dq1 = accumulate(dq0, dq1, ds, k0_, k1_, D1, PRECISION)
 
+    lane, ok, batch, head, token = result_lanes(TILES, n_tiles, tile, kv, SLOTS, n_slots, GROUP, BLOCK_M)
     if SPLITS == 1:
         store_pieces(DQ, offsets(batch, head, token, dq_b, dq_h, dq_t), dq0 * scale, dq1 * scale, ok, D, D0, D1)
     else:
@@ -206,15 +191,13 @@ def dq_kernel(
 
 @triton.jit
 def dq_sum_kernel(
-    PART, SLOTS, TILES, DQ, dq_b, dq_h, dq_t, n_slots, n_tiles,
+    PART, ROWS, SLOTS, DQ, dq_b, dq_h, dq_t, n_rows, n_slots,
     GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, W1: tl.constexpr,
     BLOCK_M: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, Hk): dq as the sum over the ranges of keys, in order."""
-    tile, kv = tl.program_id(0), tl.program_id(1)
-    lane0 = tile_value(TILES, n_tiles, tile, TILE_LANE)
-    lane = lane0 + tl.arange(0, BLOCK_M)
-    ok = lane < lane0 + tile_value(TILES, n_tiles, tile, TILE_LANES)
+    """Grid (lane blocks, Hk): dq as the sum over the ranges of keys, in order."""
+    kv = tl.program_id(1)
+    lane, ok = lane_block(ROWS, n_rows, GROUP, BLOCK_M)
     _, batch, token, _ = lane_slots(lane, ok, SLOTS, n_slots, GROUP)
     dq0 = tl.zeros([BLOCK_M, D0], tl.float32)
     dq1 = tl.zeros([BLOCK_M, W1], tl.float32)
@@ -235,12 +218,13 @@ def own_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, W1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
     DROP: tl.constexpr, KEPT: tl.constexpr, OWN_CONTEXT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (own blocks, Hk): dk, dv of BLOCK_N own keys of one row."""
     row = tl.load(OWN + tl.program_id(0))
     if row < 0:
         return
+    PAIR: tl.constexpr = Q.dtype.element_ty == tl.float32
     kv = tl.program_id(1)
     t0 = tl.load(OWN + n_own + tl.program_id(0)) * BLOCK_N
     t = t0 + tl.arange(0, BLOCK_N)
@@ -274,16 +258,16 @@ def own_kernel(
         head = kv * GROUP + lane % GROUP
         query = lane // GROUP - first
         position = query + offset
-        high, low, delta, alive = lane_state(STATE, lane, ok, kv, tl.num_programs(1), n_lanes)
+        high, low, delta, alive = lane_state(STATE, lane, ok, kv, tl.num_programs(1), n_lanes, PAIR)
         q0, q1 = load_pieces(Q, offsets(batch, head, token0 + query, q_b, q_h, q_t), alive, D, D0, D1)
         do0, do1 = load_pieces(DOUT, offsets(batch, head, token0 + query, dout_b, dout_h, dout_t), alive, D, D0, D1)
         slope2 = 0.0
         if ALIBI:
             slope2 = tl.load(SLOPES + head, mask=ok, other=0.0) * LOG2E
         s = inner(k0_, k1_, q0, q1, D1, PRECISION)  # [BLOCK_N, BLOCK_M]
-        s, derivative = own_logits(s, t, position, slope2, factor, cap, SOFTCAP, ALIBI, True)
+        s, derivative = own_logits(s, t, position, slope2, factor, cap, SOFTCAP, ALIBI, PLAIN, True)
         s = tl.where(own_visible(t, seen, position, ok, window, CAUSAL, WINDOW, True), s, -float("inf"))
-        p = tl.exp2((s - high[None, :]) - low[None, :])
+        p = probabilities(s, high, low, factor, PLAIN, PAIR, True)
         if NEED_V:
             dv0, dv1 = accumulate(dv0, dv1, p, do0, do1, D1, PRECISION)
         if NEED_K:

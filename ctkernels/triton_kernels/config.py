@@ -40,26 +40,32 @@ A100 = Target("sm_80", 108)
 # give a program, 64 KiB gfx942; sm_80 gives 163 KiB, sm_90 and sm_100 227 KiB.
 LARGE = {
     16: {
-        64: Config(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 32, 4, 1), Tile(64, 32, 4, 2)),
-        128: Config(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 4, 1), Tile(64, 64, 8, 2)),
+        64: Config(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 32, 4, 1), Tile(64, 64, 4, 2)),
+        96: Config(Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 16, 4, 1), Tile(32, 64, 4, 2)),
+        128: Config(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(32, 32, 4, 1), Tile(32, 64, 4, 2)),
         256: Config(Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 32, 4, 1), Tile(32, 32, 8, 1)),
     },
     32: {
-        64: Config(Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-        128: Config(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(32, 32, 8, 1)),
+        64: Config(Tile(32, 32, 4, 1), Tile(32, 16, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        96: Config(Tile(32, 16, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 4, 1), Tile(32, 32, 8, 1)),
+        128: Config(Tile(32, 16, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 4, 1), Tile(32, 32, 8, 1)),
         256: Config(Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1)),
     },
 }
+HOPPER = {**LARGE, 16: {**LARGE[16], 64: LARGE[16][64]._replace(prefix=Tile(32, 64, 4, 2))}}
+BLACKWELL = {**LARGE, 16: {**HOPPER[16], 96: LARGE[16][96]._replace(forward=Tile(128, 32, 8, 2))}}
 SMALL = {
     16: {
-        64: Config(Tile(128, 64, 8, 2), Tile(64, 64, 4, 1), Tile(32, 32, 4, 1), Tile(64, 32, 4, 1)),
-        128: Config(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 64, 8, 1)),
+        **LARGE[16],
+        64: LARGE[16][64]._replace(forward=Tile(128, 64, 8, 2)),
         256: Config(Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(16, 32, 4, 1), Tile(16, 32, 8, 1)),
     },
-    32: LARGE[32],
+    32: {**LARGE[32], 256: LARGE[32][256]._replace(prefix=Tile(16, 16, 8, 1))},
 }
-FAMILIES = {"sm_80": LARGE, "sm_90": LARGE, "sm_100": LARGE}
-ROW_KEYS_FOR_WIDE_BLOCKS = 96  # from this many own keys per row on, their blocks are as wide as the prefix's
+FAMILIES = {"sm_80": LARGE, "sm_90": HOPPER, "sm_100": BLACKWELL}
+# from this many own keys per row on, their blocks are as wide as the prefix's, up to this head dimension
+ROW_KEYS_FOR_WIDE_BLOCKS = 96
+LARGEST_D_OF_WIDE_BLOCKS = 64
 
 
 def config_for(target: Target, D: int, dtype: torch.dtype) -> Config:
@@ -83,7 +89,20 @@ def fit(tile: Tile, lanes: int) -> Tile:
     return tile if block_m == tile.block_m else tile._replace(block_m=block_m, num_warps=4)
 
 
+def lighter(tile: Tile, kernel: str, D: int) -> Tile:
+    """The tile of a call whose options take registers: half as many of what `kernel` walks, or fewer still."""
+    if kernel == "prefix" and tile.block_m > 32:
+        return tile._replace(block_m=tile.block_m // 2)
+    if kernel == "prefix" and D > 64:
+        tile = tile._replace(block_m=16)
+    return tile._replace(block_n=max(16, tile.block_n // 2))
+
+
 def split_count(programs: int, pieces_of_work: int, least: int, target: Target) -> int:
-    """Into how many ranges to cut work that has too few programs to fill the device, `least` pieces in each."""
+    """Into how many ranges to cut work that has too few programs to fill the device, `least` pieces in each.
+
+    One program per multiprocessor is enough to stay whole: ranges cost partial results, and a second kernel."""
+    if programs >= target.multiprocessors:
+        return 1
     wanted = -(-2 * target.multiprocessors // max(programs, 1))
     return max(1, min(wanted, pieces_of_work // least, 32))

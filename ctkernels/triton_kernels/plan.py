@@ -18,13 +18,20 @@ from ctkernels.triton_kernels.check import check, check_gradients
 from ctkernels.triton_kernels.config import Target, Tile
 from ctkernels.triton_kernels.forward import forward_kernel, merge_kernel
 from ctkernels.triton_kernels.launch import Launch, Plan
+from ctkernels.triton_kernels.mask import tile_words_kernel, words_kernel
+from ctkernels.triton_kernels.rounding import round_kernel
 
 LOG2E = math.log2(math.e)
 # an own range of keys must be long enough to be worth its fp32 partial results, which cost 8 bytes a lane and dimension
 KEY_BLOCKS_PER_SPLIT = 4
 TILES_PER_SPLIT = 8
+FEW_ROWS = 8
 SUM_BLOCK = 1024
-DELTA_BLOCK = 64
+DELTA_BLOCK = 32
+MERGE_BLOCK = 32
+ROUND_BLOCK = 32
+WORD_ROWS = 16
+WORD_BLOCK = 32
 
 
 class Call:
@@ -42,15 +49,15 @@ class Call:
         self.config = config.config_for(target, self.D, q.dtype)
         self.rows = tables.build_rows(q, k, self.G, self.P, problem)
         self.lanes = self.rows.slots_bound * self.group
-        self._tiles: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._tiles: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         table = self.rows.table
         self.bias = bias.detach().float().contiguous() if bias is not None and bias.numel() else None
         slopes = problem.alibi_slopes
         keep = problem.keep
         self.inputs = {
-            "Q": q, "K": k, "V": v, "PREFIX_K": prefix_k, "PREFIX_V": prefix_v, "ROWS": table,
-            "SLOTS": self.rows.slots,
+            "Q": q, "K": k, "V": v, "ROWS": table, "SLOTS": self.rows.slots,
             # absent tensors are never read
+            "WORDS": table, "TILE_WORDS": table,
             "BIAS": table if self.bias is None else self.bias,
             "SLOPES": table if slopes is None else slopes.float().contiguous(),
             "KEEP": table if keep is None else keep.contiguous().view(torch.uint8),
@@ -60,27 +67,58 @@ class Call:
         softcap, scale = problem.softcap, problem.scale
         self.scalars = {
             "n_rows": self.rows.count, "n_slots": self.rows.slots_bound, "n_prefixes": self.G, "P": self.P, "length": C,
-            "drop_below": signed(drop_below), "seed_low": signed(problem.seed & 0xFFFFFFFF),
+            "n_words": 0, "drop_below": signed(drop_below), "seed_low": signed(problem.seed & 0xFFFFFFFF),
             "seed_high": signed((problem.seed >> 32) & 0xFFFFFFFF), "scale": scale,
             "factor": scale / softcap if softcap else scale * LOG2E, "cap": softcap * LOG2E,
             "window": min(problem.window, self.P + k.shape[2] + 1),  # no key is farther away, and sums stay small
         }  # fmt: skip
-        for name, x in (("q", q), ("k", k), ("v", v), ("pk", prefix_k), ("pv", prefix_v)):
-            self.scalars |= strides(name, x, "ght" if name[0] == "p" else "bht")
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            self.scalars |= strides(name, x, "bht")
         self.scalars["bias_g"], self.scalars["bias_h"] = 0, 0
         if self.bias is not None:
             self.scalars["bias_g"] = self.bias.stride(0) if self.bias.shape[0] > 1 else 0
             self.scalars["bias_h"] = self.bias.stride(1) if self.bias.shape[1] > 1 else 0
         D0, D1 = config.pieces(self.D)
         hidden, dropped, kept = problem.hidden is not None, drop_below > 0, keep is not None and C > 0
+        masked = hidden or dropped or kept
         exact = q.dtype != torch.float32 or not torch.backends.cuda.matmul.allow_tf32
         self.flags = {
-            "GROUP": self.group, "D": self.D, "D0": D0, "D1": D1, "W1": max(D1, 1), "HIDDEN": hidden, "DROP": dropped,
-            "KEPT": kept, "OWN_CONTEXT": C > self.P and (hidden or dropped or kept), "CAUSAL": problem.causal,
+            "GROUP": self.group, "D": self.D, "D0": D0, "D1": D1, "W1": max(D1, 1), "MASKED": masked, "DROP": dropped,
+            "KEPT": kept, "OWN_CONTEXT": C > self.P and masked, "CAUSAL": problem.causal,
             "WINDOW": problem.window > 0, "WINDOW_PREFIX": problem.window_prefix, "SOFTCAP": softcap > 0,
             "HAS_BIAS": self.bias is not None, "ALIBI": slopes is not None,
+            "PLAIN": not softcap and self.bias is None and slopes is None and scale > 0,
             "PRECISION": "ieee" if exact else "tf32",
         }  # fmt: skip
+
+        self._take_prefix(prefix_k, prefix_v)
+        self.launches: list[Launch] = []
+        if not self.empty and self.P and self.G:
+            if prefix_k.dtype != q.dtype:
+                self._round_prefix()
+            self._apply_mask()
+
+    def _take_prefix(self, prefix_k: Tensor, prefix_v: Tensor) -> None:
+        self.inputs |= {"PREFIX_K": prefix_k, "PREFIX_V": prefix_v}
+        self.scalars |= strides("pk", prefix_k, "ght") | strides("pv", prefix_v, "ght")
+
+    def _round_prefix(self) -> None:
+        """Rounds the prefix to the rows' type, which later launches then read."""
+        rounded = [self.q.new_empty(x.shape) for x in (self.prefix_k, self.prefix_v)]
+        grid = (-(-self.P // ROUND_BLOCK), self.Hk, self.G)
+        values = dict(ROUNDED_K=rounded[0], ROUNDED_V=rounded[1])
+        self.launches.append(self.launch(round_kernel, grid, Tile(0, ROUND_BLOCK, 4, 1), **values))
+        self._take_prefix(*rounded)
+
+    def _apply_mask(self) -> None:
+        """Which prefix keys each row sees, if there is a mask."""
+        if not self.flags["MASKED"]:
+            return
+        n_words = 2 * -(-self.P // 64)  # even, so that a block of 64 keys may read two
+        words = torch.empty(n_words, self.rows.count, dtype=torch.int32, device=self.q.device)
+        self.inputs["WORDS"], self.scalars["n_words"] = words, n_words
+        grid = (n_words, -(-self.rows.count // WORD_ROWS), 1)
+        self.launches.append(self.launch(words_kernel, grid, Tile(0, 0, 4, 1), BLOCK=WORD_ROWS))
 
     @property
     def empty(self) -> bool:
@@ -96,24 +134,42 @@ class Call:
         """Own keys of an average row."""
         return self.rows.own_keys // max(self.rows.count, 1) if self.rows.packed else self.rows.own_keys
 
-    def tile(self, tile: Tile, own_keys: bool = True) -> tuple[Tile, int, Tensor, Tensor]:
-        """A configured tile fitted to the call, the rows it may span, and the tiles it makes.
-
-        own_keys: whether tiles walk the own keys of their rows, too, one row after another.
-        """
-        most = self.lanes
-        if own_keys:
+    def tile(self, kernel: str) -> tuple[Tile, Tensor, Tensor, Tensor]:
+        """The tile for "forward", "dq" or "prefix" of this call, the tiles it makes, those of each prefix, and the keys
+        that each tile sees."""
+        tile, most = getattr(self.config, kernel), self.lanes
+        near = self.flags["WINDOW"] and self.flags["WINDOW_PREFIX"]
+        branch = not (self.flags["DROP"] or self.flags["KEPT"])  # full tiles are told from others
+        options = near or not self.flags["PLAIN"]
+        if options or (branch and kernel != "forward") or (kernel == "prefix" and self.may_skip(tile)):
+            tile = config.lighter(tile, kernel, self.D)
+        if kernel != "prefix":  # tiles walk the own keys of their rows, too, one row after another
             # all lanes wait while one row's keys are walked: limit the others' part to half of the useful work
             most = min(most, self.row_lanes + self.row_lanes * (self.P + self.row_keys) // (2 * max(self.row_keys, 1)))
         tile = config.fit(tile, most)
-        limit = tables.rows_per_tile(self.rows, self.group, tile.block_m)
-        key = (tile.block_m, limit)
-        if key not in self._tiles:
-            self._tiles[key] = tables.build_tiles(self.rows, self.group, *key)
-        return tile, limit, *self._tiles[key]
+        if tile.block_m not in self._tiles:
+            tiles, ranges = tables.build_tiles(self.rows, self.group, tile.block_m)
+            words, n_words, n_tiles = self.inputs["TILE_WORDS"], self.scalars["n_words"], tiles.shape[1]
+            if n_words:
+                words = torch.empty(2, n_words, n_tiles, dtype=torch.int32, device=self.q.device)
+                values = dict(TILES=tiles, TILE_WORDS=words, n_tiles=n_tiles, BLOCK=WORD_ROWS, BLOCK_W=WORD_BLOCK)
+                grid = (n_tiles, -(-n_words // WORD_BLOCK), 1)
+                self.launches.append(self.launch(tile_words_kernel, grid, Tile(0, 0, 4, 1), **values))
+            self._tiles[tile.block_m] = tiles, ranges, words
+        return tile, *self._tiles[tile.block_m]
+
+    def lane_grid(self, block: int) -> tuple[int, int, int]:
+        return -(-self.lanes // block), self.Hk, 1
+
+    def may_skip(self, tile: Tile) -> bool:
+        """Whether `prefix_kernel` looks for tiles that see none of its keys: rows so few that each leaves out much, so
+        long that tiles hold one or two of them, and a head dimension of one piece, which leaves registers for it."""
+        alone = self.row_lanes >= 2 * tile.block_m and self.rows.count <= FEW_ROWS
+        return self.flags["MASKED"] and alone and self.flags["D1"] == 0
 
     def own_block(self, tile: Tile) -> int:
-        return tile.block_n if self.row_keys >= config.ROW_KEYS_FOR_WIDE_BLOCKS else min(tile.block_n, 32)
+        wide = self.row_keys >= config.ROW_KEYS_FOR_WIDE_BLOCKS and self.D <= config.LARGEST_D_OF_WIDE_BLOCKS
+        return tile.block_n if wide else min(tile.block_n, 32)
 
     def key_splits(self, tile: Tile, tiles: Tensor) -> int:
         blocks = -(-self.P // tile.block_n)
@@ -162,18 +218,18 @@ def plan_forward(
         lse.fill_(-math.inf)
     if call.empty:
         return Plan((out, lse), [])
-    tile, limit, tiles, _ = call.tile(call.config.forward)
+    tile, tiles, _, words = call.tile("forward")
     splits = call.key_splits(tile, tiles)
     part = q.new_empty(splits * call.Hk * call.lanes * call.D if splits > 1 else 1, dtype=torch.float32)
     stats = q.new_empty(2 * splits * call.Hk * call.lanes if splits > 1 else 1, dtype=torch.float32)
     values = dict(
-        TILES=tiles, OUT=out, LSE=lse, PART=part, STATS=stats, n_tiles=tiles.shape[1], LIMIT=limit, SPLITS=splits,
+        TILES=tiles, TILE_WORDS=words, OUT=out, LSE=lse, PART=part, STATS=stats, n_tiles=tiles.shape[1], SPLITS=splits,
         OWN_N=call.own_block(tile), **strides("out", out, "bht"), **strides("lse", lse, "bh"),
     )  # fmt: skip
     launches = [call.launch(forward_kernel, (tiles.shape[1], call.Hk, splits), tile, **values)]
     if splits > 1:
-        launches.append(call.launch(merge_kernel, (tiles.shape[1], call.Hk, 1), tile, **values))
-    return Plan((out, lse), launches)
+        launches.append(call.launch(merge_kernel, call.lane_grid(MERGE_BLOCK), Tile(MERGE_BLOCK, 0, 4, 1), **values))
+    return Plan((out, lse), call.launches + launches)
 
 
 def plan_backward(
@@ -208,28 +264,27 @@ def plan_backward(
     call.scalars |= strides("dout", dout, "bht") | strides("out", out, "bht") | strides("lse", lse, "bh")
     call.scalars |= strides("dlse", lse if dlse is None else dlse, "bht")
     delta = Tile(DELTA_BLOCK, 0, 4, 1)
-    grid = (-(-call.lanes // DELTA_BLOCK), call.Hk, 1)
-    launches = [call.launch(delta_kernel, grid, delta, HAS_DLSE=dlse is not None)]
+    launches = [call.launch(delta_kernel, call.lane_grid(DELTA_BLOCK), delta, HAS_DLSE=dlse is not None)]
     if needs[0]:
         launches += _launch_dq(call, dq)
     if needs[1] or needs[2]:
         launches += _launch_own(call, dk, dv, needs)
     if any(needs[3:]) and call.P and call.G:
         launches += _launch_prefix(call, dprefix_k, dprefix_v, dbias, needs)
-    return Plan(outputs, launches)
+    return Plan(outputs, call.launches + launches)
 
 
 def _launch_dq(call: Call, dq: Tensor) -> list[Launch]:
-    tile, limit, tiles, _ = call.tile(call.config.dq)
+    tile, tiles, _, words = call.tile("dq")
     splits = call.key_splits(tile, tiles)
     part = dq.new_empty(splits * call.Hk * call.lanes * call.D if splits > 1 else 1, dtype=torch.float32)
     values = dict(
-        TILES=tiles, DQ=dq, PART=part, n_tiles=tiles.shape[1], LIMIT=limit, SPLITS=splits,
-        OWN_N=call.own_block(tile), **strides("dq", dq, "bht"),
+        TILES=tiles, TILE_WORDS=words, DQ=dq, PART=part, n_tiles=tiles.shape[1], SPLITS=splits,
+        OWN_N=min(tile.block_n, 32), **strides("dq", dq, "bht"),
     )  # fmt: skip
     launches = [call.launch(dq_kernel, (tiles.shape[1], call.Hk, splits), tile, **values)]
     if splits > 1:
-        launches.append(call.launch(dq_sum_kernel, (tiles.shape[1], call.Hk, 1), tile, **values))
+        launches.append(call.launch(dq_sum_kernel, call.lane_grid(MERGE_BLOCK), Tile(MERGE_BLOCK, 0, 4, 1), **values))
     return launches
 
 
@@ -245,7 +300,7 @@ def _launch_own(call: Call, dk: Tensor, dv: Tensor, needs: list[bool]) -> list[L
 
 
 def _launch_prefix(call: Call, dk: Tensor, dv: Tensor, dbias: Tensor, needs: list[bool]) -> list[Launch]:
-    tile, limit, tiles, ranges = call.tile(call.config.prefix, own_keys=False)
+    tile, tiles, ranges, words = call.tile("prefix")
     blocks = -(-call.P // tile.block_n)
     programs = blocks * call.Hk * call.G
     splits = config.split_count(programs, tiles.shape[1] // call.G, TILES_PER_SPLIT, call.target)
@@ -260,9 +315,9 @@ def _launch_prefix(call: Call, dk: Tensor, dv: Tensor, dbias: Tensor, needs: lis
     parts = [buffer(x, 1, size) if need and splits > 1 else x for x, need in zip((dk, dv), needs[3:5], strict=True)]
     part_bias = buffer(dbias, heads, call.P) if heads else dbias
     values = dict(
-        TILES=tiles, RANGES=ranges, DK=parts[0], DV=parts[1], DBIAS=part_bias, n_tiles=tiles.shape[1], LIMIT=limit,
+        TILES=tiles, RANGES=ranges, TILE_WORDS=words, DK=parts[0], DV=parts[1], DBIAS=part_bias, n_tiles=tiles.shape[1],
         SPLITS=splits, NEED_K=needs[3], NEED_V=needs[4], BIAS_HEADS=heads,
-        SKIP=call.problem.hidden is not None and call.row_lanes >= 2 * tile.block_m,  # tiles of one or two rows
+        SKIP=call.may_skip(tile),
         BIAS_WIDTH=1 << max(heads - 1, 0).bit_length(),
     )  # fmt: skip
     launches = [call.launch(prefix_kernel, (blocks, call.Hk, call.G * splits), tile, **values)]

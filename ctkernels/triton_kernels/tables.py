@@ -48,10 +48,6 @@ TILE_ROWS = 2
 TILE_LANE = 3  # first lane
 TILE_LANES = 4  # 0: nothing to do
 TILE_PREFIX_LEN = 5
-TILE_SKIP_START = 6  # context positions hidden from all rows of the tile
-TILE_SKIP_END = 7
-TILE_HULL_START = 8  # no row of the tile hides a position outside of this range
-TILE_HULL_END = 9
 
 # own blocks table, int32 [OWN_COLUMNS, blocks]
 OWN_ROW = 0  # -1: nothing to do
@@ -116,31 +112,10 @@ def build_rows(q: Tensor, k: Tensor, G: int, P: int, problem: Problem) -> Rows:
     return Rows(table.int(), slots.int(), B, G, slots_bound, T, uniform, packed)
 
 
-def rows_per_tile(rows: Rows, group: int, block_m: int) -> int:
-    """ROWS: how many rows a tile may span before it is cut; a power of two.
+def build_tiles(rows: Rows, group: int, block_m: int) -> tuple[Tensor, Tensor]:
+    """Cut the lanes into tiles of at most `block_m` lanes, each of one prefix.
 
-    Token dropout evaluates the random stream once per (row of the tile, key), so a small number is cheap; rows shorter
-    than the average must not cut too many tiles, hence the slack.
-    """
-    slots = rows.uniform or max(1, rows.slots_bound // max(rows.count, 1))
-    spanned = (block_m - 2) // (slots * group) + 2
-    if not rows.uniform:
-        spanned += spanned // 2
-    return 1 << (min(max(spanned, 2), block_m + 1) - 1).bit_length()
-
-
-def tile_bound(rows: Rows, group: int, block_m: int, limit: int) -> int:
-    """The largest number of tiles that `build_tiles` can make."""
-    tiles = -(-rows.slots_bound * group // block_m) + (rows.prefixes if rows.prefixes > 1 else 0)
-    if rows.uniform and (block_m - 2) // (rows.uniform * group) + 2 <= limit:
-        return tiles
-    return tiles + (rows.count + tiles) // limit
-
-
-def build_tiles(rows: Rows, group: int, block_m: int, limit: int) -> tuple[Tensor, Tensor]:
-    """Cut the lanes into tiles of at most `block_m` lanes and `limit` rows, each of one prefix.
-
-    Returns the tiles table int32 `[TILE_COLUMNS, tile_bound]` and, int32 `[2, G]`, the tiles of each prefix as a range.
+    Returns the tiles table int32 `[TILE_COLUMNS, bound]` and, int32 `[2, G]`, the tiles of each prefix as a range.
     """
     table, device = rows.table.long(), rows.table.device
     first, queries = table[ROW_FIRST], table[ROW_QUERIES]
@@ -150,7 +125,6 @@ def build_tiles(rows: Rows, group: int, block_m: int, limit: int) -> tuple[Tenso
     padded_first = torch.cat([first, ends[-1:]])
     run_start, run_end = padded_first[row_bounds] * group  # lanes of each prefix
 
-    # tiles of each prefix, then of each tile its cuts
     tiles = (run_end - run_start + block_m - 1) // block_m
     tile_ends = tiles.cumsum(0)
     bound = -(-rows.slots_bound * group // block_m) + (rows.prefixes if rows.prefixes > 1 else 0)
@@ -158,41 +132,13 @@ def build_tiles(rows: Rows, group: int, block_m: int, limit: int) -> tuple[Tenso
     run = torch.searchsorted(tile_ends, tile, right=True)
     real = run < runs.shape[0]
     run = run.clamp(max=runs.shape[0] - 1)
-    start = run_start[run] + (tile - (tile_ends - tiles)[run]) * block_m
-    end = torch.minimum(start + block_m, run_end[run])
-    start, end = torch.where(real, start, 0), torch.where(real, end, 0)
-    row = torch.searchsorted(ends, start // group, right=True).clamp(max=rows.count - 1)
-    last = torch.searchsorted(ends, (end - 1).clamp(min=0) // group, right=True).clamp(max=rows.count - 1)
-    cuts = torch.where(end > start, (last - row) // limit + 1, 0)
-    cut_ends = cuts.cumsum(0)
-
-    piece = torch.arange(tile_bound(rows, group, block_m, limit), device=device)
-    tile = torch.searchsorted(cut_ends, piece, right=True)
-    real = tile < bound
-    tile = tile.clamp(max=bound - 1)
-    row0 = (row[tile] + (piece - (cut_ends - cuts)[tile]) * limit).clamp(max=rows.count - 1)
-    row1 = torch.minimum(row0 + limit - 1, last[tile])
-    lane0 = torch.maximum(start[tile], first[row0] * group)
-    lane1 = torch.minimum(end[tile], ends[row1] * group)
-    lanes = torch.where(real, (lane1 - lane0).clamp(min=0), 0)
+    lane0 = run_start[run] + (tile - (tile_ends - tiles)[run]) * block_m
+    lanes = torch.where(real, torch.minimum(lane0 + block_m, run_end[run]) - lane0, 0)
+    lane0 = torch.where(real, lane0, 0)
+    row0 = torch.searchsorted(ends, lane0 // group, right=True).clamp(max=rows.count - 1)
+    last = torch.searchsorted(ends, (lane0 + lanes - 1).clamp(min=0) // group, right=True).clamp(max=rows.count - 1)
     prefix = torch.where(real, table[ROW_PREFIX][row0], runs.shape[0])
-
-    spans = (row0[:, None] + torch.arange(limit, device=device)).clamp(max=rows.count - 1)
-    spans = torch.minimum(spans, row1[:, None])  # [tiles, limit], the last row repeated
-    hide_start, hide_end = table[ROW_HIDE_START][spans], table[ROW_HIDE_END][spans]
-    hides = hide_start < hide_end
-    columns = (
-        prefix,
-        row0,
-        row1 - row0 + 1,
-        lane0,
-        lanes,
-        table[ROW_PREFIX_LEN][row0],
-        hide_start.amax(1),
-        hide_end.amin(1),
-        torch.where(hides, hide_start, INT32_MAX).amin(1),
-        torch.where(hides, hide_end, 0).amax(1),
-    )
+    columns = (prefix, row0, torch.where(real, last - row0 + 1, 0), lane0, lanes, table[ROW_PREFIX_LEN][row0])
     ranges = torch.stack([torch.searchsorted(prefix, runs, right=r) for r in (False, True)])
     return torch.stack(columns).int(), ranges.int()
 

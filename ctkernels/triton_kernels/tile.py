@@ -1,7 +1,4 @@
-"""What all Triton kernels share: the context rule, lanes of a tile, two-piece head dimensions, logits.
-
-The context rule is stated once here for Triton; `ctkernels/mask.py` and `csrc/mask.h` state it for Python and C++, and
-the tests hold them against each other bit for bit.
+"""What all Triton kernels share: lanes of a tile, two-piece head dimensions, logits. `mask.py` says who sees what.
 
 A tile of logits is [BLOCK_M lanes, BLOCK_N keys], or [BLOCK_N, BLOCK_M] in the kernels that own keys (KEYS_FIRST),
 whose products take it from registers. Logits are kept in units of log 2, so that exp2 needs no factor.
@@ -43,10 +40,6 @@ TILE_ROWS: tl.constexpr = tl.constexpr(tables.TILE_ROWS)
 TILE_LANE: tl.constexpr = tl.constexpr(tables.TILE_LANE)
 TILE_LANES: tl.constexpr = tl.constexpr(tables.TILE_LANES)
 TILE_PREFIX_LEN: tl.constexpr = tl.constexpr(tables.TILE_PREFIX_LEN)
-TILE_SKIP_START: tl.constexpr = tl.constexpr(tables.TILE_SKIP_START)
-TILE_SKIP_END: tl.constexpr = tl.constexpr(tables.TILE_SKIP_END)
-TILE_HULL_START: tl.constexpr = tl.constexpr(tables.TILE_HULL_START)
-TILE_HULL_END: tl.constexpr = tl.constexpr(tables.TILE_HULL_END)
 
 
 @triton.jit
@@ -79,6 +72,27 @@ def load_pieces(base, offset, mask, D: tl.constexpr, D0: tl.constexpr, D1: tl.co
 
 
 @triton.jit
+def finite(x):
+    """Zeros for NaN and infinities, so that a probability of 0 hides them."""
+    return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, 0.0)
+
+
+@triton.jit
+def only(good, x0, x1):
+    """x0 | x1 with zeros for the rows that are not good [rows]."""
+    return tl.where(good[:, None], x0, 0.0), tl.where(good[:, None], x1, 0.0)
+
+
+@triton.jit
+def all_finite(x0, x1, D1: tl.constexpr):
+    """Which rows [rows] of x0 | x1 hold nothing but finite numbers. Others must not meet p = 0 in a product."""
+    bad = tl.max((~(tl.abs(x0.to(tl.float32)) < float("inf"))).to(tl.int32), 1)
+    if D1 > 0:
+        bad |= tl.max((~(tl.abs(x1.to(tl.float32)) < float("inf"))).to(tl.int32), 1)
+    return bad == 0
+
+
+@triton.jit
 def store_pieces(base, offset, x0, x1, mask, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
     d0 = tl.arange(0, D0)
     at = base + offset[:, None]
@@ -108,84 +122,6 @@ def accumulate(acc0, acc1, p, x0, x1, D1: tl.constexpr, PRECISION: tl.constexpr)
 
 
 @triton.jit
-def kept_words(quad, row_id, seed_low, seed_high, drop_below):
-    """Token dropout of four positions at once: bits 0..3, set where position 4 * quad + bit of the row is kept."""
-    below = drop_below.to(tl.uint32, bitcast=True)
-    c0, c1 = tl.broadcast(quad.to(tl.uint32), row_id.to(tl.uint32, bitcast=True))
-    zero = tl.zeros_like(c0)
-    low, high = seed_low.to(tl.uint32, bitcast=True), seed_high.to(tl.uint32, bitcast=True)
-    w0, w1, w2, w3 = tl.philox_impl(c0, c1, zero, zero, low, high, 10)
-    bits = (w0 >= below).to(tl.int32) | ((w1 >= below).to(tl.int32) << 1)
-    return bits | ((w2 >= below).to(tl.int32) << 2) | ((w3 >= below).to(tl.int32) << 3)
-
-
-@triton.jit
-def low_bits(count):
-    """int64 with the lowest `count` bits set, count clamped to [0, 64]."""
-    one = tl.full(count.shape, 1, tl.int64)
-    short = (one << tl.minimum(tl.maximum(count, 0), 63).to(tl.int64)) - 1
-    return tl.where(count > 63, -1, short)
-
-
-@triton.jit
-def context_words(
-    row_id, hide_start, hide_end, keep, present, k0, prefix_len, length, drop_below, seed_low, seed_high,
-    DROP: tl.constexpr, KEPT: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Prefix keys k0 .. k0 + BLOCK_N - 1 that each row of a tile sees: bit j of an int64 per row.
-
-    One evaluation of the random stream serves four keys of a row, whatever the number of lanes the row has.
-    row_id, hide_start, hide_end, present [ROWS]; keep: pointers [ROWS] to the rows' patterns; k0: a multiple of 4.
-    """
-    words = tl.full(row_id.shape, -1, tl.int64)
-    if DROP:
-        quad = tl.arange(0, BLOCK_N // 4)
-        kept = kept_words((k0 // 4 + quad)[None, :], row_id[:, None], seed_low, seed_high, drop_below)
-        words = tl.sum(kept.to(tl.int64) << (4 * quad)[None, :].to(tl.int64), 1)  # disjoint bits
-    if KEPT:
-        n = tl.arange(0, BLOCK_N)
-        kept = tl.load(keep[:, None] + (k0 + n)[None, :], mask=(k0 + n < length)[None, :], other=1)
-        words = words & tl.sum((kept != 0).to(tl.int64) << n[None, :].to(tl.int64), 1)
-    words = words & (low_bits(hide_start - k0) | ~low_bits(hide_end - k0))
-    none = tl.zeros_like(row_id)
-    words = words | ~low_bits(length - k0 + none)  # keys from `length` on are not context
-    return tl.where(present, words & low_bits(prefix_len - k0 + none), 0)
-
-
-@triton.jit
-def seen_by_any(words, BLOCK_N: tl.constexpr):
-    """Keys that some row sees, bool [BLOCK_N]. Others are loaded as zeros: nothing in them must reach a product."""
-    n = tl.arange(0, BLOCK_N).to(tl.int64)
-    return tl.max(((words[:, None] >> n[None, :]) & 1).to(tl.int32), 0) != 0
-
-
-@triton.jit
-def seen_by_lanes(words, slot, KEYS_FIRST: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which lane sees which key, bool tile; slot [BLOCK_M] is the lane's row within the tile."""
-    word = tl.gather(words, slot, 0)  # [BLOCK_M]
-    n = across(tl.arange(0, BLOCK_N), KEYS_FIRST)
-    bits = along(word.to(tl.int32), KEYS_FIRST)
-    if BLOCK_N > 32:
-        bits = tl.where(n < 32, bits, along((word >> 32).to(tl.int32), KEYS_FIRST))
-    return ((bits >> (n & 31)) & 1) != 0
-
-
-@triton.jit
-def own_context(
-    c, row_id, hide_start, hide_end, keep, length, drop_below, seed_low, seed_high,
-    DROP: tl.constexpr, KEPT: tl.constexpr,
-):  # fmt: skip
-    """The context rule for positions c [BLOCK_N] of one row, bool [BLOCK_N]: contexts that reach into own keys."""
-    seen = (c < hide_start) | (c >= hide_end)
-    if DROP:
-        kept = kept_words(c // 4, row_id + tl.zeros_like(c), seed_low, seed_high, drop_below)
-        seen = seen & (((kept >> (c & 3)) & 1) != 0)
-    if KEPT:
-        seen = seen & (tl.load(keep + c, mask=c < length, other=1) != 0)
-    return seen | (c >= length)
-
-
-@triton.jit
 def tanh(x):
     """Within two units in the last place: a polynomial around zero, where 1 - 2 / (e^2x + 1) would cancel."""
     z = x * x
@@ -199,19 +135,37 @@ def tanh(x):
 
 
 @triton.jit
-def capped(s, factor, cap, SOFTCAP: tl.constexpr):
+def capped(s, factor, cap, SOFTCAP: tl.constexpr, PLAIN: tl.constexpr):
     """Logits in units of log 2 from products q k, and d logit / d (factor * product) up to the constant `cap`.
 
-    Without softcap, factor = scale * log2(e). With it, factor = scale / c and cap = c * log2(e).
+    Without softcap, factor = scale * log2(e). With it, factor = scale / c and cap = c * log2(e). PLAIN: nothing but
+    the factor makes logits out of products, and it is positive; `exponent` applies it, together with a subtraction.
     """
+    slope = 1.0
     if SOFTCAP:
         t = tanh(s * factor)
         s = t * cap
         slope = 1.0 - t * t
-    else:
+    elif not PLAIN:
         s = s * factor
-        slope = 1.0
     return s, slope
+
+
+@triton.jit
+def exponent(s, base, factor, PLAIN: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """logit - base of a tile, from what `capped` returned; base [BLOCK_M], all in units of log 2."""
+    if PLAIN:
+        return tl.fma(s, factor, -along(base, KEYS_FIRST))
+    return s - along(base, KEYS_FIRST)
+
+
+@triton.jit
+def probabilities(s, high, low, factor, PLAIN: tl.constexpr, PAIR: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """Probabilities of a tile, from what `capped` returned, and lse2 = high [BLOCK_M] (+ low, if it is a PAIR)."""
+    x = exponent(s, high, factor, PLAIN, KEYS_FIRST)
+    if PAIR:
+        x -= along(low, KEYS_FIRST)
+    return tl.exp2(x)
 
 
 @triton.jit
@@ -231,13 +185,27 @@ def lane_slots(lane, ok, SLOTS, n_slots, GROUP: tl.constexpr):
 
 
 @triton.jit
-def lane_spans(ROWS, n_rows, row, ok, HIDDEN: tl.constexpr):
-    """Hidden span of each lane's row, int32 [BLOCK_M]; row [BLOCK_M] is its index in the rows table."""
-    start, end = row, row  # empty
-    if HIDDEN:
-        start = tl.load(ROWS + ROW_HIDE_START * n_rows + row, mask=ok, other=0)
-        end = tl.load(ROWS + ROW_HIDE_END * n_rows + row, mask=ok, other=0)
-    return start, end
+def lane_block(ROWS, n_rows, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Lanes of a program that takes BLOCK_M of them whatever their tile, and which exist."""
+    used = tl.load(ROWS + ROW_FIRST * n_rows + n_rows - 1) + tl.load(ROWS + ROW_QUERIES * n_rows + n_rows - 1)
+    lane = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    return lane, lane < used * GROUP
+
+
+@triton.jit
+def result_lanes(TILES, n_tiles, tile, kv, SLOTS, n_slots, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Lane, whether it is one, batch index, head and token of each lane, to store results by: [BLOCK_M].
+
+    Read anew (`volatile`, or Triton would keep what it read before), because a kernel that carried them through its
+    loops in the layout of its stores would spill.
+    """
+    lane0 = tl.load(TILES + TILE_LANE * n_tiles + tile, volatile=True)
+    lane = lane0 + tl.arange(0, BLOCK_M)
+    ok = lane < lane0 + tile_value(TILES, n_tiles, tile, TILE_LANES)
+    at = SLOTS + lane // GROUP
+    batch = tl.load(at + SLOT_BATCH * n_slots, mask=ok, other=0)
+    token = tl.load(at + SLOT_TOKEN * n_slots, mask=ok, other=0)
+    return lane, ok, batch, kv * GROUP + lane % GROUP, token
 
 
 @triton.jit
@@ -247,27 +215,22 @@ def offsets(batch, head, token, stride_b, stride_h, stride_t):
 
 
 @triton.jit
-def tile_rows(ROWS, n_rows, row0, count, KEEP, length, LIMIT: tl.constexpr):
-    """row_id, hide_start, hide_end, pointers to the patterns of the rows of a tile, and whether it has so many rows."""
-    r = tl.arange(0, LIMIT)
-    at = ROWS + row0 + r
-    ok = r < count
-    row_id = tl.load(at + ROW_ID * n_rows, mask=ok, other=0)
-    hide_start = tl.load(at + ROW_HIDE_START * n_rows, mask=ok, other=0)
-    hide_end = tl.load(at + ROW_HIDE_END * n_rows, mask=ok, other=0)
-    index = tl.load(at + ROW_INDEX * n_rows, mask=ok, other=0)
-    return row_id, hide_start, hide_end, KEEP + index.to(tl.int64) * length, ok
-
-
-@triton.jit
 def split_lse(lse, alive):
     """lse in units of log 2 as the sum of two fp32 numbers, (inf, 0) for lanes that see nothing: there p = 0.
 
-    A single fp32 number would carry a rounding of the size of lse into every probability.
+    A single fp32 number would carry a rounding of the size of lse into every probability, which fp32 rows would notice.
     """
     high = lse * LOG2E_HIGH
     low = tl.fma(lse, LOG2E_HIGH, -high) + lse * LOG2E_LOW
     return tl.where(alive, high, float("inf")), tl.where(alive, low, 0.0)
+
+
+@triton.jit
+def hidden_from_all(ROWS, n_rows, row, ok):
+    """Range of context positions that all lanes' rows hide, empty if its end is not behind its start; row [BLOCK_M]."""
+    start = tl.load(ROWS + ROW_HIDE_START * n_rows + row, mask=ok, other=0)
+    end = tl.load(ROWS + ROW_HIDE_END * n_rows + row, mask=ok, other=INT_MAX)
+    return tl.max(start, 0), tl.min(end, 0)
 
 
 @triton.jit
@@ -312,13 +275,13 @@ def own_blocks(
 @triton.jit
 def prefix_logits(
     s, n, position, prefix_len, bias, slope2, ok, factor, cap,
-    SOFTCAP: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr, KEYS_FIRST: tl.constexpr,
+    SOFTCAP: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr, PLAIN: tl.constexpr, KEYS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Logits (units of log 2) of prefix keys n [BLOCK_N] from products q k, and the softcap's derivative.
 
     bias: pointers [BLOCK_M] to a lane's bias of prefix key 0; slope2: ALiBi slopes times log2(e).
     """
-    s, derivative = capped(s, factor, cap, SOFTCAP)
+    s, derivative = capped(s, factor, cap, SOFTCAP, PLAIN)
     if BIAS:
         here = along(ok, KEYS_FIRST) & across(n < prefix_len, KEYS_FIRST)
         s += tl.load(along(bias, KEYS_FIRST) + across(n, KEYS_FIRST), mask=here, other=0.0) * LOG2E
@@ -330,10 +293,11 @@ def prefix_logits(
 
 @triton.jit
 def own_logits(
-    s, t, position, slope2, factor, cap, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, KEYS_FIRST: tl.constexpr
-):
+    s, t, position, slope2, factor, cap,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, PLAIN: tl.constexpr, KEYS_FIRST: tl.constexpr,
+):  # fmt: skip
     """Logits (units of log 2) of own keys t [BLOCK_N], and the softcap's derivative."""
-    s, derivative = capped(s, factor, cap, SOFTCAP)
+    s, derivative = capped(s, factor, cap, SOFTCAP, PLAIN)
     if ALIBI:
         distance = along(position, KEYS_FIRST) - across(t, KEYS_FIRST)
         s -= along(slope2, KEYS_FIRST) * distance.to(tl.float32)
@@ -341,74 +305,13 @@ def own_logits(
 
 
 @triton.jit
-def prefix_masked(
-    s, words, slot, hide_start, hide_end, hull_start, hull_end, k0, position, highest, prefix_len, window,
-    WORDS: tl.constexpr, HIDDEN: tl.constexpr, NEAR: tl.constexpr, KEYS_FIRST: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Logits of prefix keys k0 .. k0 + BLOCK_N - 1 with -inf where a lane does not see a key.
-
-    From the rows' words (WORDS), or from the lanes' spans [BLOCK_M]; then a full tile, which has no hidden pair, is
-    returned as it is. No row hides anything outside of hull_start .. hull_end; highest: last position of the lanes.
-    """
-    if WORDS:
-        visible = seen_by_lanes(words, slot, KEYS_FIRST, BLOCK_N)
-        if NEAR:
-            key = across(k0 + tl.arange(0, BLOCK_N), KEYS_FIRST)
-            visible = visible & (along(prefix_len + position, KEYS_FIRST) - key < window)
-        s = tl.where(visible, s, -float("inf"))
-    else:
-        partial = k0 + BLOCK_N > prefix_len
-        if HIDDEN:
-            partial = partial | ((k0 < hull_end) & (k0 + BLOCK_N > hull_start))
-        if NEAR:
-            partial = partial | (prefix_len + highest - k0 >= window)
-        if partial:
-            key = across(k0 + tl.arange(0, BLOCK_N), KEYS_FIRST)
-            visible = key < prefix_len
-            if HIDDEN:
-                visible = visible & ((key < along(hide_start, KEYS_FIRST)) | (key >= along(hide_end, KEYS_FIRST)))
-            if NEAR:
-                visible = visible & (along(prefix_len + position, KEYS_FIRST) - key < window)
-            s = tl.where(visible, s, -float("inf"))
-    return s
-
-
-@triton.jit
-def own_visible(t, seen, position, mine, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, KEYS_FIRST: tl.constexpr):
-    """Which lane sees which own key t of one row, bool tile; seen [BLOCK_N], mine [BLOCK_M]: the lane's row is it."""
-    visible = along(mine, KEYS_FIRST) & across(seen, KEYS_FIRST)
-    distance = along(position, KEYS_FIRST) - across(t, KEYS_FIRST)
-    if CAUSAL:
-        visible = visible & (distance >= 0)
-    if WINDOW:
-        visible = visible & (distance < window)
-    return visible
-
-
-@triton.jit
-def own_seen(
-    ROWS, KEEP, n_rows, row, t, keys, P, length, drop_below, seed_low, seed_high,
-    OWN_CONTEXT: tl.constexpr, DROP: tl.constexpr, KEPT: tl.constexpr,
-):  # fmt: skip
-    """Own keys t [BLOCK_N] of a row that are valid and not hidden by a context that reaches into them."""
-    seen = t < keys
-    if OWN_CONTEXT:
-        row_id = tl.load(ROWS + ROW_ID * n_rows + row)
-        hide_start = tl.load(ROWS + ROW_HIDE_START * n_rows + row)
-        hide_end = tl.load(ROWS + ROW_HIDE_END * n_rows + row)
-        keep = KEEP + tl.load(ROWS + ROW_INDEX * n_rows + row).to(tl.int64) * length
-        seen = seen & own_context(
-            P + t, row_id, hide_start, hide_end, keep, length, drop_below, seed_low, seed_high, DROP, KEPT
-        )
-    return seen
-
-
-@triton.jit
-def lane_state(STATE, lane, ok, kv, n_kv, n_lanes):
-    """What `delta_kernel` left for the lanes: lse2 in two parts, delta, and whether the lane saw any key."""
+def lane_state(STATE, lane, ok, kv, n_kv, n_lanes, PAIR: tl.constexpr):
+    """What `delta_kernel` left for the lanes: lse2 (low only of a PAIR), delta, and whether the lane saw any key."""
     plane = n_kv.to(tl.int64) * n_lanes
     at = STATE + kv.to(tl.int64) * n_lanes + lane
     high = tl.load(at, mask=ok, other=float("inf"))
-    low = tl.load(at + plane, mask=ok, other=0.0)
-    delta = tl.load(at + 2 * plane, mask=ok, other=0.0)
+    delta = tl.load(at + plane, mask=ok, other=0.0)
+    low = 0.0
+    if PAIR:
+        low = tl.load(at + 2 * plane, mask=ok, other=0.0)
     return high, low, delta, high != float("inf")

@@ -71,13 +71,15 @@ def execute(call: Call, architecture: str, schedules: list[tuple[str, int]]) -> 
 @pytest.mark.parametrize("architecture, types", TRAINING)
 def test_training(architecture, types):
     _, launched = execute(training_call(types), architecture, SCHEDULES)
-    assert launched == KERNELS
+    assert [name for name in launched if name in KERNELS] == KERNELS
+    assert launched.count("round_kernel") == (2 if types == "bf16+fp32" else 0)  # forward and backward
+    assert launched.count("words_kernel") == 2 <= launched.count("tile_words_kernel")
 
 
 @pytest.mark.parametrize("architecture", EXECUTED if THOROUGH else ["sm_90"])
 def test_every_option(architecture):
     _, launched = execute(options_call(), architecture, SCHEDULES[:2])
-    assert launched[: len(KERNELS)] == KERNELS
+    assert set(KERNELS) <= set(launched)
 
 
 @pytest.mark.parametrize("architecture", EXECUTED if THOROUGH else ["sm_80"])
@@ -106,7 +108,9 @@ def test_the_checks_see_a_kernel_that_leaves_its_memory():
     sizes = problems.Sizes("small", (5, 17), H=2, Hk=1, P=40, D=64, dtype=torch.bfloat16, segments=2)
     inputs = problems.make(sizes)
     plan = plans.forward(inputs, ARCHITECTURES["sm_80"])
-    (launch,) = plan.launches
+    *before, launch = plan.launches
+    for earlier in before:
+        Emulator(ARCHITECTURES["sm_80"])(earlier)
     short = torch.empty(launch.args["LSE"].numel() - 1)
     with pytest.raises(ptxemu.KernelFault) as caught:
         Emulator(ARCHITECTURES["sm_80"])(replace(launch, args={**launch.args, "LSE": short}))

@@ -9,7 +9,8 @@ import triton.language as tl
 
 import ctkernels as ct
 from ctkernels import triton_backend
-from ctkernels.triton_kernels import Target, config, tile
+from ctkernels.problem import Problem
+from ctkernels.triton_kernels import Target, config, plan_forward, tables, tile
 from tests.op import oracle
 from tests.op.backends import Backend
 from tests.op.cases import cotangents_for, make_call, run
@@ -20,40 +21,64 @@ repair()
 TRITON = Backend("triton")
 
 
-@triton.jit
-def words_kernel(
-    OUT, IDS, START, END, PRESENT, k0, prefix_len, length, drop_below, seed_low, seed_high,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    r = tl.arange(0, ROWS)
-    keep = OUT + r
-    present = tl.load(PRESENT + r) != 0
-    words = tile.context_words(
-        tl.load(IDS + r), tl.load(START + r), tl.load(END + r), keep, present, k0, prefix_len, length, drop_below,
-        seed_low, seed_high, True, False, BLOCK_N,
+def words_of(mask: dict, lens: list[int], P: int, C: int) -> tuple[torch.Tensor, ...]:
+    """What the launches of a forward pass find: words of rows [words, B] and of tiles [2, words, tiles]; the tiles."""
+    B, H, D = len(lens), 2, 16
+    q, k, v = (torch.zeros(B, H, max(lens), D) for _ in range(3))
+    prefix = torch.zeros(1, H, P, D)
+    defaults = dict(hidden=None, row_ids=None, keep=None, drop_p=0.0, seed=0) | mask
+    problem = Problem(
+        alibi_slopes=None, cu_seqlens=None, seq_lens=torch.tensor(lens), prefix_index=None, prefix_lens=None,
+        context_length=C, scale=1.0, causal=True, window=0, window_prefix=True, softcap=0.0, backend="triton",
+        **defaults,
     )  # fmt: skip
-    tl.store(OUT + r, words)
+    launches = {launch.name: launch for launch in plan_forward(q, k, v, prefix, prefix, None, problem).launches}
+    for name in ("words_kernel", "tile_words_kernel"):
+        launches[name].run()
+    args = launches["tile_words_kernel"].args
+    return args["WORDS"], args["TILE_WORDS"], args["TILES"]
 
 
-@pytest.mark.parametrize("block_n", [16, 32, 64])
-@pytest.mark.parametrize("k0", [0, 64, 192])
-def test_words_are_the_context_rule(k0, block_n):
-    """Spans, dropout, the end of the context and of the prefix, and absent rows, bit for bit."""
-    P, C, seed, drop_p = 230, 215, 2**63 + 987654321, 0.37
-    ids = torch.tensor([0, 5, 2**32 - 1, 2**31])
-    hidden = torch.tensor([[0, 0], [3, 70], [60, 215], [200, 210]])
-    mask = dict(hidden=hidden, drop_p=drop_p, seed=seed, row_ids=ids)
-    expected = torch.zeros(4, 320, dtype=torch.bool)
-    expected[:, :C] = oracle.context_visible(4, C, **mask)
+def bits(words: torch.Tensor, n: int) -> torch.Tensor:
+    """int32 [words, ...] -> bool [n, ...], key by key."""
+    spread = (words[:, None] >> torch.arange(32).view(1, -1, *[1] * (words.dim() - 1))) & 1
+    return spread.flatten(0, 1)[:n].bool()
+
+
+KEEP = torch.rand(5, 215, generator=torch.Generator().manual_seed(3)) < 0.6
+HIDDEN = torch.tensor([[0, 0], [3, 70], [60, 215], [200, 210], [0, 100]])
+IDS = torch.tensor([0, 5, 2**32 - 1, 2**31, 7])
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        dict(hidden=HIDDEN),
+        dict(hidden=HIDDEN, drop_p=0.37, seed=2**63 + 987654321, row_ids=IDS),
+        dict(keep=KEEP, drop_p=0.1, seed=4),
+    ],
+)
+@pytest.mark.parametrize("C", [215, 230])
+def test_words_are_the_context_rule(mask, C):
+    """Spans, patterns, dropout, the end of the context and of the prefix, bit for bit; and what the rows of a tile see
+    together, to which a row without queries adds nothing."""
+    P, lens = 230, [30, 1, 0, 9, 20]
+    if "keep" in mask and C > 215:
+        mask = mask | dict(keep=torch.cat([KEEP, KEEP[:, :15]], 1))
+    rows, tiles, table = words_of(mask, lens, P, C)
+    expected = torch.zeros(5, 256, dtype=torch.bool)
+    expected[:, :C] = oracle.context_visible(5, C, **mask)
     expected[:, C:P] = True
-    expected[3] = False  # absent
-    out = torch.zeros(4, dtype=torch.int64)
-    bits = [w - 2**32 if w >= 2**31 else w for w in (int(drop_p * 2**32), seed & 0xFFFFFFFF, seed >> 32)]
-    present = torch.tensor([1, 1, 1, 0], dtype=torch.int32)
-    table = [x.int().contiguous() for x in (ids, *hidden.unbind(1))]
-    words_kernel[(1,)](out, *table, present, k0, P, C, *bits, ROWS=4, BLOCK_N=block_n)
-    got = ((out[:, None] >> torch.arange(block_n)) & 1).bool()
-    assert torch.equal(got, expected[:, k0 : k0 + block_n])
+    assert torch.equal(bits(rows, 256).T, expected)
+    shown = 0
+    for i in range(table.shape[1]):
+        first, count = table[tables.TILE_ROW, i], table[tables.TILE_ROWS, i]
+        members = [r for r in range(first, first + count) if lens[r]]
+        if members:
+            shown += 1
+            assert torch.equal(bits(tiles[0], 256)[:, i], expected[members].any(0))
+            assert torch.equal(bits(tiles[1], 256)[:, i], expected[members].all(0))
+    assert shown
 
 
 @triton.jit
@@ -107,8 +132,8 @@ def test_gradients_that_are_not_asked_for():
         assert torch.equal(grad, full["d" + name]), name
 
 
-def test_rows_of_very_different_lengths_are_cut_into_tiles():
-    """One long row beside many of a single token: more rows in a tile than the kernels take, so that it is cut."""
+def test_rows_of_very_different_lengths():
+    """One long row beside many of a single token, and empty ones between."""
     lens = [1] * 40 + [90] + [0] * 10 + [1] * 7
     mask = dict(hidden=torch.tensor([[b % 60, b % 60 + 9] for b in range(len(lens))]), drop_p=0.2, seed=3)
     call = make_call(lens=lens, P=70, H=2, Hk=2, D=16, types="fp32", mask=mask)
@@ -127,5 +152,6 @@ def test_config_covers_every_type_and_width():
     for arch in ("sm_80", "sm_86", "sm_90", "sm_120", "gfx942"):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for D in (1, 64, 80, 128, 129, 256):
-                for sizes in config.config_for(Target(arch, 1), D, dtype):
-                    assert sizes.block_n in (16, 32, 64), "a row's word has 64 bits"
+                for name, sizes in config.config_for(Target(arch, 1), D, dtype)._asdict().items():
+                    for one in (sizes, config.lighter(sizes, name, D)):
+                        assert one.block_n in (16, 32, 64), "two words of 32 keys"
