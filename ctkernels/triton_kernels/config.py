@@ -98,11 +98,10 @@ def lighter(tile: Tile, kernel: str, D: int) -> Tile:
     return tile._replace(block_n=max(16, tile.block_n // 2))
 
 
-def split_count(programs: int, pieces_of_work: int, least: int, target: Target) -> int:
+def split_count(programs: int, pieces_of_work: int, least: int, tile: Tile, target: Target) -> int:
     """Into how many ranges to cut work that has too few programs to fill the device, `least` pieces in each.
 
-    One program per multiprocessor is enough to stay whole: ranges cost partial results, and a second kernel."""
-    if programs >= target.multiprocessors:
-        return 1
-    wanted = -(-2 * target.multiprocessors // max(programs, 1))
-    return max(1, min(wanted, pieces_of_work // least, 32))
+    As many as still run at once: of 8 warps one program per multiprocessor, which its registers fill, of 4 two. More
+    would take turns, and ranges cost partial results and a second kernel."""
+    at_once = target.multiprocessors * max(1, 8 // tile.num_warps)
+    return max(1, min(at_once // max(programs, 1), pieces_of_work // least, 32))

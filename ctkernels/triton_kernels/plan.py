@@ -173,7 +173,7 @@ class Call:
 
     def key_splits(self, tile: Tile, tiles: Tensor) -> int:
         blocks = -(-self.P // tile.block_n)
-        return config.split_count(tiles.shape[1] * self.Hk, blocks, KEY_BLOCKS_PER_SPLIT, self.target)
+        return config.split_count(tiles.shape[1] * self.Hk, blocks, KEY_BLOCKS_PER_SPLIT, tile, self.target)
 
     def launch(self, kernel, grid: tuple[int, int, int], tile: Tile, **values) -> Launch:
         """A launch with the values that the kernel's parameters ask for, by name."""
@@ -303,7 +303,7 @@ def _launch_prefix(call: Call, dk: Tensor, dv: Tensor, dbias: Tensor, needs: lis
     tile, tiles, ranges, words = call.tile("prefix")
     blocks = -(-call.P // tile.block_n)
     programs = blocks * call.Hk * call.G
-    splits = config.split_count(programs, tiles.shape[1] // call.G, TILES_PER_SPLIT, call.target)
+    splits = config.split_count(programs, tiles.shape[1] // call.G, TILES_PER_SPLIT, tile, call.target)
     heads = 0
     if needs[5]:
         heads = 1 if dbias.shape[1] == 1 else call.group
