@@ -1,6 +1,6 @@
 """Demonstrations: reading them, refusing unusable ones by file and line, and turning them into tokens.
 
-Two layouts are read, both one JSON object per line with `input`, `output` and perhaps `options`:
+Two layouts are read, both one JSON object per line with `input`, `output` and perhaps `options` or `references`:
 
     load_jsonl("train.jsonl")
     load_metaicl("DIR", task="sick", seed=13, split="train")    # DIR/sick/sick_16_13_train.jsonl
@@ -41,6 +41,7 @@ class Demonstration:
         input: what the model reads; not blank.
         output: what it should answer; not blank.
         options: the answers to choose from, if the task is one of choice; they contain `output`; repeats are dropped.
+        references: further right answers, which BLEU takes into account beside `output`.
         source: where the pair comes from (`FILE:LINE`), for messages alone.
 
     Raises:
@@ -52,6 +53,7 @@ class Demonstration:
     output: str
     options: tuple[str, ...] | None = None
     source: str | None = field(default=None, compare=False)
+    references: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("input", "output"):
@@ -60,6 +62,9 @@ class Demonstration:
                 raise TypeError(f"{name} must be a string, got {_show(value)}")
             if not value.strip():
                 raise ValueError(f"{name} must not be blank, got {value!r}")
+        if not isinstance(self.references, (list, tuple)) or not all(isinstance(r, str) for r in self.references):
+            raise TypeError(f"references must be a list of strings, got {_show(self.references)}")
+        object.__setattr__(self, "references", tuple(self.references))
         if self.options is None:
             return
         if not isinstance(self.options, (list, tuple)):
@@ -78,7 +83,8 @@ class Demonstration:
 
 
 def parse_demonstration(record: Any, source: str) -> Demonstration:
-    """A demonstration from one decoded JSON value; fields besides `input`, `output`, `options` are ignored.
+    """A demonstration from one decoded JSON value with `input`, `output` and perhaps `options` and `references`; other
+    fields are ignored.
 
     Raises:
         DataError: anything that makes it unusable, prefixed with `source`.
@@ -91,7 +97,8 @@ def parse_demonstration(record: Any, source: str) -> Demonstration:
     options = record.get("options")
     try:
         # MetaICL writes "options": [] where a task has no choices
-        return Demonstration(record["input"], record["output"], None if options == [] else options, source)
+        options = None if options == [] else options
+        return Demonstration(record["input"], record["output"], options, source, record.get("references") or ())
     except (TypeError, ValueError) as error:
         raise DataError(f"{source}: {error}") from None
 

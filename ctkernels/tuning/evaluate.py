@@ -3,12 +3,9 @@
 All items read the one attached prefix; they are packed into batches by a token budget, and options that differ in
 their last token alone (one-token labels, say) share one run of their item.
 
-Definitions, as in MetaICL:
+Definitions, as in MetaICL (scores: see `metrics.py`):
 
     prediction   the option with the lowest mean cross-entropy (nats) of its tokens; the first of equals
-    accuracy     share of items whose prediction is their output
-    macro-F1     mean, over the labels that occur as outputs, of 2 * precision * recall / (precision + recall), 0 where
-                 both are 0; reported for classification, that is, if all items have the same set of options
     gold loss    mean over items of the mean cross-entropy of the output's tokens
 """
 
@@ -24,21 +21,19 @@ from torch import Tensor
 
 from ctkernels.tuning.batches import make_batch, split_by_tokens
 from ctkernels.tuning.data import DataError, Demonstration, PairEncoder, Row, TextFormat
+from ctkernels.tuning.metrics import Metric, accuracy, default_metric, score_predictions
 from ctkernels.tuning.prefix import KVPrefix
 from ctkernels.tuning.trainer import check_row_lengths, frozen, row_losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Metric = Literal["macro_f1", "accuracy", "exact_match"]
-
 
 @dataclass(frozen=True)
 class EvalResult:
     """Scores of one prefix on one test set.
 
-    metric: the score to report: "macro_f1" for classification, "accuracy" for other choices, "exact_match" for
-        generation.  score: its value.  accuracy: share of right predictions.  gold_loss: nats.
+    metric: the score to report.  score: its value.  accuracy: share of right predictions.  gold_loss: nats.
     predictions: one per item.  items: how many.
     """
 
@@ -57,6 +52,7 @@ def evaluate_prefix(
     prefix: KVPrefix,
     *,
     by: Literal["options", "generation"] | None = None,
+    metric: Metric | None = None,
     text_format: TextFormat | None = None,
     max_tokens: int = 4096,
     max_new_tokens: int = 32,
@@ -66,6 +62,7 @@ def evaluate_prefix(
 
     Args:
         by: "options" or "generation"; None takes options if every item has some.
+        metric: the score; None takes macro-F1 for classification, accuracy for other choices, exact match otherwise.
         text_format: how items become tokens; default: as the prefix's demonstrations did.
         max_tokens: most tokens of one batch.  max_new_tokens: longest generated answer.
 
@@ -92,27 +89,10 @@ def evaluate_prefix(
             gold = _gold_losses(model, encoder, items, prefix, max_tokens, backend)
             predictions = _generate(model, encoder, items, prefix, max_tokens, max_new_tokens, backend)
         encoder.report_cuts()
-    outputs = [item.output.strip() for item in items]
-    right = accuracy([p.strip() for p in predictions], outputs)
-    metric: Metric = "exact_match" if by == "generation" else "accuracy"
-    score = right
-    if by == "options" and len({frozenset(item.options or ()) for item in items}) == 1:
-        metric, score = "macro_f1", macro_f1([p.strip() for p in predictions], outputs)
+    metric = metric or default_metric(items, by)
+    score = score_predictions(metric, predictions, items)
+    right = accuracy([p.strip() for p in predictions], [item.output.strip() for item in items])
     return EvalResult(metric, score, right, sum(gold) / len(gold), len(items), predictions)
-
-
-def accuracy(predictions: Sequence[str], outputs: Sequence[str]) -> float:
-    """Share of predictions equal to their output."""
-    return sum(p == o for p, o in zip(predictions, outputs, strict=True)) / len(outputs)
-
-
-def macro_f1(predictions: Sequence[str], outputs: Sequence[str]) -> float:
-    """Unweighted mean F1 over the labels that occur in `outputs`."""
-    scores = []
-    for label in sorted(set(outputs)):
-        hits = sum(p == o == label for p, o in zip(predictions, outputs, strict=True))
-        scores.append(2 * hits / (predictions.count(label) + outputs.count(label)))
-    return sum(scores) / len(scores)
 
 
 def _option_losses(

@@ -5,8 +5,9 @@ import torch
 from torch.nn.functional import log_softmax
 
 from ctkernels.tuning.data import DataError, Demonstration, TextFormat, encode_context
-from ctkernels.tuning.evaluate import accuracy, evaluate_prefix, macro_f1
+from ctkernels.tuning.evaluate import evaluate_prefix
 from ctkernels.tuning.methods import get_method
+from ctkernels.tuning.metrics import accuracy, macro_f1
 from ctkernels.tuning.prefix import KVPrefix
 from ctkernels.tuning.trainer import tune
 from tests.tuning.tasks import DEMONSTRATIONS, SPACE, char_tokenizer, ids
