@@ -1,7 +1,7 @@
 """The command `ctkernels`: `tune`, `eval` and `env`.
 
-Exit status: 0 done; 1 the run failed (a full disk, a loss that is not finite); 2 wrong usage or unusable data, said in
-one line; 130 interrupted.
+Exit status: 0 done; 1 the run failed (a full disk, a loss that is not finite, cells of a sweep without a result); 2 wrong
+usage or unusable data, said in one line; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ctkernels.config import EvalConfig, ModelOptions, TuneConfig, UsageError, as_yaml, parse
+from ctkernels.config import EvalConfig, FailedRun, ModelOptions, TuneConfig, UsageError, as_yaml, parse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 HELP = """usage: ctkernels COMMAND [OPTIONS]
 
   tune   tune a prefix on the demonstrations of a task and save it
-  eval   evaluate zero-shot, ICL, ct-kv or saved prefixes on test items
+  eval   evaluate methods or saved prefixes on test items, or methods on all tasks of a suite (--suite)
   env    versions, CPU features, and which backends are available
 
 `ctkernels COMMAND --help` lists the options; `--config FILE` reads them from a YAML file."""
@@ -48,10 +48,11 @@ def run(argv: list[str]) -> int:
         with _plain_warnings():
             commands[name](rest)
     except KeyboardInterrupt:
-        return _complain("interrupted; `ctkernels tune --resume` continues from the last checkpoint", 130)
+        how = "`ctkernels tune --resume` continues from the last checkpoint"
+        return _complain(f"interrupted; {how if name == 'tune' else 'finished cells of a suite are kept'}", 130)
     except (ValueError, TypeError) as error:
         return _complain(error, 2)
-    except (OSError, ArithmeticError) as error:
+    except (OSError, ArithmeticError, FailedRun) as error:
         return _complain(error, 1)
     return 0
 
@@ -95,7 +96,11 @@ def tune_command(argv: list[str]) -> None:
 
 
 def eval_command(argv: list[str]) -> None:
-    """`ctkernels eval`: scores of methods and saved prefixes, as a table and JSON."""
+    """`ctkernels eval`: scores of methods and saved prefixes, as a table and JSON; with `--suite` a sweep."""
+    from ctkernels.tuning.sweep.command import sweep_command, wants_suite
+
+    if wants_suite(argv):
+        return sweep_command(argv)
     config = parse(EvalConfig, "ctkernels eval", argv)
     if not config.methods and not config.prefix:
         raise UsageError("give methods (such as zero-shot icl ct-kv) or prefix (saved folders), or both")

@@ -23,6 +23,10 @@ class UsageError(ValueError):
     """A wrong command line or configuration file; the message is one line."""
 
 
+class FailedRun(Exception):
+    """A run that could not do all it was asked for; the message is one line."""
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """Which model, and how it is run."""
@@ -128,7 +132,7 @@ class EvalConfig(TrainOptions, DataOptions, ModelOptions):
 
     Items with options are scored by option loss (macro-F1 or accuracy as in MetaICL), others by greedy generation and
     exact match. Prints a table; `--out FILE.json` also writes the scores with all predictions. `--config FILE` reads
-    settings from a YAML file; flags win.
+    settings from a YAML file; flags win. Many tasks and seeds at once: `ctkernels eval --suite SUITE --help`.
     """
 
     test: Path | None = None
@@ -147,7 +151,7 @@ class EvalConfig(TrainOptions, DataOptions, ModelOptions):
     """JSON file of the scores."""
 
 
-Config = TypeVar("Config", TuneConfig, EvalConfig)
+Config = TypeVar("Config", bound=ModelOptions)
 
 
 def parse(kind: type[Config], prog: str, argv: Sequence[str]) -> Config:
@@ -159,7 +163,7 @@ def parse(kind: type[Config], prog: str, argv: Sequence[str]) -> Config:
     """
     import tyro
 
-    file, flags = _take_config_flag(list(argv))
+    file, flags = take_config_flag(list(argv))
     arguments = (yaml_arguments(kind, file) if file else []) + flags
     complaint = io.StringIO()
     try:
@@ -177,8 +181,12 @@ def parse(kind: type[Config], prog: str, argv: Sequence[str]) -> Config:
     return config
 
 
-def yaml_arguments(kind: type, path: str) -> list[str]:
-    """The keys of a YAML file as command-line arguments, so that one parser types and checks both."""
+def read_yaml(path: str) -> dict[str, Any]:
+    """The names and values of a YAML file.
+
+    Raises:
+        UsageError: a file that cannot be read, or that is no mapping.
+    """
     import yaml
 
     try:
@@ -189,6 +197,12 @@ def yaml_arguments(kind: type, path: str) -> list[str]:
         raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path} must map names to values, got {type(values).__name__}")
+    return values
+
+
+def yaml_arguments(kind: type, path: str) -> list[str]:
+    """The keys of a YAML file as command-line arguments, so that one parser types and checks both."""
+    values = read_yaml(path)
     types = get_type_hints(kind)
     names = {f.name for f in fields(kind)}
     arguments: list[str] = []
@@ -208,7 +222,7 @@ def yaml_arguments(kind: type, path: str) -> list[str]:
     return arguments
 
 
-def as_yaml(config: TuneConfig | EvalConfig) -> str:
+def as_yaml(config: ModelOptions) -> str:
     """The configuration as a YAML file that `--config` accepts."""
     import yaml
 
@@ -220,7 +234,8 @@ def as_yaml(config: TuneConfig | EvalConfig) -> str:
     return yaml.safe_dump({name: plain(value) for name, value in asdict(config).items()}, sort_keys=False)
 
 
-def _take_config_flag(argv: list[str]) -> tuple[str | None, list[str]]:
+def take_config_flag(argv: list[str]) -> tuple[str | None, list[str]]:
+    """The file of `--config FILE`, if it is there, and the other arguments."""
     for i, arg in enumerate(argv):
         if arg.startswith("--config="):
             return arg.removeprefix("--config="), argv[:i] + argv[i + 1 :]
