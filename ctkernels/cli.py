@@ -1,7 +1,7 @@
 """The command `ctkernels`: `tune`, `eval` and `env`.
 
-Exit status: 0 done; 1 the run failed (a full disk, a loss that is not finite, cells of a sweep without a result); 2 wrong
-usage or unusable data, said in one line; 130 interrupted.
+Exit status: 0 done; 1 the run failed (a full disk, a loss that is not finite, cells of a sweep without a result);
+2 wrong usage or unusable data, said in one line; 130 interrupted.
 """
 
 from __future__ import annotations

@@ -134,17 +134,6 @@ def test_the_first_of_equal_options_wins(monkeypatch):
         assert evaluate_prefix(model, TOKENIZER, [item], prefix).predictions == [options[1]]
 
 
-def test_macro_f1_is_the_mean_over_the_labels_that_occur():
-    outputs = ["a", "a", "a", "b"]
-    # a: precision 2/2, recall 2/3, F1 0.8; b: precision 1/2, recall 1/1, F1 2/3
-    assert macro_f1(["a", "a", "b", "b"], outputs) == pytest.approx((0.8 + 2 / 3) / 2)
-    # c is predicted, but never right: it costs recall, and is no class of its own. a: 1/1, 1/3 -> 0.5; b: 0
-    assert macro_f1(["a", "c", "c", "c"], outputs) == pytest.approx((0.5 + 0) / 2)
-    # b is never predicted: F1 0. a: precision 3/4, recall 1
-    assert macro_f1(["a", "a", "a", "a"], outputs) == pytest.approx((6 / 7) / 2)
-    assert accuracy(["a", "c", "b", "b"], outputs) == 0.5
-
-
 def test_bad_items(model, prefix):
     with pytest.raises(DataError, match="evaluation needs test items, got none"):
         evaluate_prefix(model, TOKENIZER, [], prefix)

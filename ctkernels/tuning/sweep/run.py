@@ -127,7 +127,7 @@ def run_cell(
     cell: Cell,
     model_id: dict[str, str],
 ) -> CellResult:
-    """Tune and evaluate. Unusable data or settings, a loss that is not finite, or too little memory become the result."""
+    """Tune and evaluate; unusable data or settings, a loss that is not finite, too little memory become the result."""
     run: dict[str, Any] = {}
     try:
         task = sweep.load(cell.task, cell.seed)
