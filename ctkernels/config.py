@@ -10,12 +10,12 @@ import contextlib
 import difflib
 import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from ctkernels.tuning.data import Demonstration, TextFormat, load_jsonl, load_metaicl
-from ctkernels.tuning.methods import get_method
+from ctkernels.tuning.methods import PRESETS, get_method
 from ctkernels.tuning.settings import TrainSettings
 
 
@@ -77,49 +77,78 @@ class DataOptions:
         return load_metaicl(self.metaicl or "", self.task, self.task_seed, split, self.shots)
 
 
-@dataclass(frozen=True)
-class TrainOptions:
-    """Settings of the training loop; what is not given is the method's default."""
+class _TrainOptionsBase:
+    """Settings of the method; what is not given is the method's default."""
 
-    epochs: int | None = None
-    """Passes over all demonstrations, one optimiser step each."""
-    lr: float | None = None
-    """Peak learning rate; it falls to 0 along a cosine."""
-    drop_p: float | None = None
-    """Token dropout: how likely a row does not see a context token in an epoch."""
-    leave_one_out: bool | None = None
-    """Hide each row's own demonstration from it."""
-    learn_stop: bool | None = None
-    """Also train the delimiter after the answer, so that generation learns where to stop."""
-    clip_norm: float | None = None
-    """Largest gradient norm."""
-    seed: int | None = None
-    """Seed of token dropout; the same seed gives the same bits."""
-    layout: Literal["packed", "padded"] | None = None
-    """Rows back to back without padding, or as a right-padded batch."""
-    max_tokens: int | None = None
-    """Most tokens of one micro-batch."""
-    backend: str | None = None
-    """Backend of the attention op; default: the best available one (see `ctkernels env`)."""
+    preset: str | None
 
     def settings(self, method: str) -> TrainSettings:
-        """The settings of `method` with the given ones replaced."""
-        given = {f.name: getattr(self, f.name) for f in fields(TrainOptions)}
-        return get_method(method).settings(**{name: value for name, value in given.items() if value is not None})
+        """The settings of `method`, those of the preset and the given ones in their place. Raises ValueError."""
+        given = {name: getattr(self, name) for name in TRAIN_OPTIONS if getattr(self, name) is not None}
+        return get_method(method).settings(self.preset, **given)
+
+    def settings_of_each(self, methods: Sequence[str]) -> dict[str, TrainSettings]:
+        """The settings of several methods, each with the given ones that it reads.
+
+        Raises:
+            ValueError: a given setting that none of them reads.
+        """
+        given = {name: getattr(self, name) for name in TRAIN_OPTIONS if getattr(self, name) is not None}
+        for name in given:
+            if methods and not any(name in get_method(method).reads for method in methods):
+                raise ValueError(f"none of {', '.join(methods)} reads {name}")
+        return {
+            method: get_method(method).settings(
+                self.preset, **{name: value for name, value in given.items() if name in get_method(method).reads}
+            )
+            for method in methods
+        }
+
+
+def _train_options() -> type[_TrainOptionsBase]:
+    """A flag for every field of `TrainSettings`, with the help text of its docstring and no default of its own."""
+    import docstring_parser
+    import tyro
+
+    help_of = {p.arg_name: p.description for p in docstring_parser.parse(TrainSettings.__doc__ or "").params}
+    types = get_type_hints(TrainSettings)
+    options = [
+        (
+            f.name,
+            Annotated[types[f.name] | None, tyro.conf.arg(help=_sentence(help_of[f.name] or ""))],
+            field(default=None),
+        )
+        for f in fields(TrainSettings)
+    ]
+    preset = Annotated[str | None, tyro.conf.arg(help=f"The paper's settings for a benchmark: {', '.join(PRESETS)}.")]
+    return make_dataclass(
+        "TrainOptions", [*options, ("preset", preset, field(default=None))], bases=(_TrainOptionsBase,), frozen=True
+    )
+
+
+def _sentence(text: str) -> str:
+    return " ".join((text[:1].upper() + text[1:]).split())
+
+
+TRAIN_OPTIONS = tuple(f.name for f in fields(TrainSettings))
+TrainOptions = _train_options()
 
 
 @dataclass(frozen=True)
 class TuneConfig(TrainOptions, DataOptions, ModelOptions):
-    """Tune a prefix on the demonstrations of a task and save it.
+    """Adapt a model to the demonstrations of a task and save the adapter.
 
-    Writes OUT/prefix (the tuned prefix), OUT/history.json (loss, learning rate, gradient norm and seconds per epoch),
-    OUT/config.yaml (these settings) and OUT/checkpoint. `--config FILE` reads settings from a YAML file; flags win.
+    Writes OUT/prefix (the prefix, and what else the method made), OUT/history.json (loss, learning rate, gradient norm
+    and seconds per epoch), OUT/config.yaml (these settings) and OUT/checkpoint. `--config FILE` reads settings from a
+    YAML file; flags win.
     """
 
     out: Path | None = None
     """Folder of the results (required)."""
     method: str = "ct-kv"
-    """What to tune: a method of the table in ctkernels/tuning/methods."""
+    """What to do: a method of the table in ctkernels/tuning/methods."""
+    start_from: Path | None = None
+    """Folder of another task's adapter (OUT/prefix of its run) to start from."""
     checkpoint_every: int = 5
     """Replace the checkpoint after so many epochs."""
     resume: bool = False

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from ctkernels.tuning.batches import make_batch, split_by_tokens
 from ctkernels.tuning.data import DataError, Demonstration, PairEncoder, Row, TextFormat
+from ctkernels.tuning.forward import frozen, row_losses
+from ctkernels.tuning.limits import check_row_lengths
 from ctkernels.tuning.metrics import Metric, accuracy, default_metric, score_predictions
 from ctkernels.tuning.prefix import KVPrefix
-from ctkernels.tuning.trainer import check_row_lengths, frozen, row_losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,6 +55,7 @@ def evaluate_prefix(
     by: Literal["options", "generation"] | None = None,
     metric: Metric | None = None,
     text_format: TextFormat | None = None,
+    encoder: PairEncoder | None = None,
     max_tokens: int = 4096,
     max_new_tokens: int = 32,
     backend: str | None = None,
@@ -64,6 +66,7 @@ def evaluate_prefix(
         by: "options" or "generation"; None takes options if every item has some.
         metric: the score; None takes macro-F1 for classification, accuracy for other choices, exact match otherwise.
         text_format: how items become tokens; default: as the prefix's demonstrations did.
+        encoder: turns items into tokens, instead of a plain one for `text_format`.
         max_tokens: most tokens of one batch.  max_new_tokens: longest generated answer.
 
     Raises:
@@ -79,7 +82,7 @@ def evaluate_prefix(
         raise ValueError(f"by must be 'options' or 'generation', got {by!r}")
     if text_format is None:
         text_format = TextFormat(**prefix.metadata.settings.get("text_format", {}))
-    encoder = PairEncoder(tokenizer, text_format)
+    encoder = encoder or PairEncoder(tokenizer, text_format)
     with torch.no_grad(), frozen(model):
         if by == "options":
             losses = _option_losses(model, encoder, items, prefix, max_tokens, backend)
@@ -151,7 +154,7 @@ def _losses(
     model: PreTrainedModel, rows: Sequence[Row], prefix: KVPrefix, max_tokens: int, backend: str | None
 ) -> Tensor:
     """Mean loss of every answer of every row, in order."""
-    check_row_lengths(model, prefix.length, rows)
+    check_row_lengths(model, prefix.first_position, rows)
     losses = []
     with prefix.attach(model, backend=backend) as attachment:
         for group in split_by_tokens(rows, max_tokens):
@@ -173,7 +176,7 @@ def _generate(
     Prompts of equal length share a batch, so that no padding is needed.
     """
     prompts = [_prompt(encoder, prefix, item, max_new_tokens) for item in items]
-    check_row_lengths(model, prefix.length, [Row(p + (0,) * max_new_tokens, ((0,),)) for p in prompts])
+    check_row_lengths(model, prefix.first_position, [Row(p + (0,) * max_new_tokens, ((0,),)) for p in prompts])
     eos = encoder.tokenizer.eos_token_id
     stops = [encoder.delimiter] if eos is None else [eos, encoder.delimiter]
     texts = [""] * len(items)
@@ -196,9 +199,9 @@ def _generate(
 
 
 def _prompt(encoder: PairEncoder, prefix: KVPrefix, item: Demonstration, longest_answer: int) -> tuple[int, ...]:
-    """`_ x _` behind demonstrations, `x _` without any."""
-    after_demonstrations = len(prefix.segments) > 1
-    return ((encoder.delimiter,) if after_demonstrations else ()) + encoder.prompt(item, longest_answer)
+    """`_ x _` behind a prefix, as in training rows; `x _` behind nothing but BOS."""
+    behind_prefix = prefix.length > len(encoder.start)
+    return ((encoder.delimiter,) if behind_prefix else ()) + encoder.prompt(item, longest_answer)
 
 
 def _equal_lengths(prompts: Sequence[tuple[int, ...]], max_tokens: int) -> Iterator[list[int]]:

@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ctkernels.tuning.prefix import KVPrefix
+    from torch import nn
+
     from ctkernels.tuning.trainer import EpochRecord
 
 
 @contextlib.contextmanager
-def epoch_bar(epochs: int, enabled: bool | None = None) -> Iterator[Callable[[EpochRecord, KVPrefix], None]]:
+def epoch_bar(epochs: int, enabled: bool | None = None) -> Iterator[Callable[[EpochRecord, nn.Module], None]]:
     """Yield an `on_epoch` callback that moves a bar on stderr; `enabled=None` shows it if stderr is a terminal."""
     if not (sys.stderr.isatty() if enabled is None else enabled):
-        yield lambda record, prefix: None
+        yield lambda record, module: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -30,4 +31,4 @@ def epoch_bar(epochs: int, enabled: bool | None = None) -> Iterator[Callable[[Ep
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("tuning", total=epochs, loss="-")
-        yield lambda record, prefix: progress.update(task, completed=record.epoch, loss=f"{record.loss:.4f}")
+        yield lambda record, module: progress.update(task, completed=record.epoch, loss=f"{record.loss:.4f}")
