@@ -122,10 +122,12 @@ def make_sweep(config: SweepConfig) -> Sweep:
     specs = [MethodSpec.parse(word) for word in split_words(config.methods)]
     if not specs:
         raise UsageError("give methods, such as icl,prefix-tuning,ct-kv")
-    for spec in specs:
-        spec.settings(config.preset)
-    folder = suite.folder(config.data_dir)
     common = {"max_tokens": config.max_tokens, "backend": config.backend}
+    if config.epochs is not None:
+        common["epochs"] = config.epochs
+    for spec in specs:
+        spec.settings(config.preset, **common)  # refuses what cannot be used
+    folder = suite.folder(config.data_dir)
     return Sweep(
         suite=suite,
         folder=folder,
@@ -137,7 +139,7 @@ def make_sweep(config: SweepConfig) -> Sweep:
         limit=config.limit,
         options=SuiteOptions(config.shots, config.views),
         preset=config.preset,
-        common=common if config.epochs is None else {**common, "epochs": config.epochs},
+        common=common,
     )
 
 

@@ -15,7 +15,7 @@ import torch
 
 from ctkernels.tuning.checkpoint import model_fingerprint
 from ctkernels.tuning.data import DataError, Demonstration
-from ctkernels.tuning.evaluate import EvalResult, evaluate_prefix
+from ctkernels.tuning.evaluate import EvalResult
 from ctkernels.tuning.metrics import score_predictions
 from ctkernels.tuning.prefix import tokenizer_hash
 from ctkernels.tuning.settings import TrainSettings
@@ -172,11 +172,10 @@ def _fit_and_score(
         tuned = tune(model, tokenizer, train, cell.spec.name, settings, task.text_format)
         ready = time.perf_counter()
         scores.append(
-            evaluate_prefix(
+            tuned.adapter.evaluate(
                 model,
                 tokenizer,
                 turned,
-                tuned.prefix,
                 by=task.by,
                 metric=task.metric,
                 text_format=task.text_format,

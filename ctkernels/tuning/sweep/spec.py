@@ -18,7 +18,7 @@ class MethodSpec:
     """
 
     name: str
-    overrides: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
         return ":".join([self.name, *(f"{name}={_write(value)}" for name, value in self.overrides.items())])
