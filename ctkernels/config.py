@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_type_hints
 
 from ctkernels.tuning.data import Demonstration, TextFormat, load_jsonl, load_metaicl
-from ctkernels.tuning.methods import PRESETS, get_method
 from ctkernels.tuning.settings import TrainSettings
 
 
@@ -77,15 +77,18 @@ class DataOptions:
         return load_metaicl(self.metaicl or "", self.task, self.task_seed, split, self.shots)
 
 
-class _TrainOptionsBase:
+@dataclass(frozen=True)
+class Preset:
     """Settings of the method; what is not given is the method's default."""
 
-    preset: str | None
+    preset: str | None = None
+    """The paper's settings for a benchmark: nlp-lr, mmlu, bbh or arc."""
 
     def settings(self, method: str) -> TrainSettings:
         """The settings of `method`, those of the preset and the given ones in their place. Raises ValueError."""
-        given = {name: getattr(self, name) for name in TRAIN_OPTIONS if getattr(self, name) is not None}
-        return get_method(method).settings(self.preset, **given)
+        from ctkernels.tuning.methods import get_method
+
+        return get_method(method).settings(self.preset, **self._given())
 
     def settings_of_each(self, methods: Sequence[str]) -> dict[str, TrainSettings]:
         """The settings of several methods, each with the given ones that it reads.
@@ -93,45 +96,29 @@ class _TrainOptionsBase:
         Raises:
             ValueError: a given setting that none of them reads.
         """
-        given = {name: getattr(self, name) for name in TRAIN_OPTIONS if getattr(self, name) is not None}
-        for name in given:
-            if methods and not any(name in get_method(method).reads for method in methods):
-                raise ValueError(f"none of {', '.join(methods)} reads {name}")
+        from ctkernels.tuning.methods import get_method
+
+        given, table = self._given(), {name: get_method(name) for name in methods}
+        unread = [name for name in given if table and not any(name in method.reads for method in table.values())]
+        if unread:
+            raise UsageError(f"none of {', '.join(table)} reads {', '.join(unread)}")
         return {
-            method: get_method(method).settings(
-                self.preset, **{name: value for name, value in given.items() if name in get_method(method).reads}
-            )
-            for method in methods
+            name: method.settings(self.preset, **{key: given[key] for key in given if key in method.reads})
+            for name, method in table.items()
         }
 
-
-def _train_options() -> type[_TrainOptionsBase]:
-    """A flag for every field of `TrainSettings`, with the help text of its docstring and no default of its own."""
-    import docstring_parser
-    import tyro
-
-    help_of = {p.arg_name: p.description for p in docstring_parser.parse(TrainSettings.__doc__ or "").params}
-    types = get_type_hints(TrainSettings)
-    options = [
-        (
-            f.name,
-            Annotated[types[f.name] | None, tyro.conf.arg(help=_sentence(help_of[f.name] or ""))],
-            field(default=None),
-        )
-        for f in fields(TrainSettings)
-    ]
-    preset = Annotated[str | None, tyro.conf.arg(help=f"The paper's settings for a benchmark: {', '.join(PRESETS)}.")]
-    return make_dataclass(
-        "TrainOptions", [*options, ("preset", preset, field(default=None))], bases=(_TrainOptionsBase,), frozen=True
-    )
+    def _given(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(TrainSettings) if getattr(self, f.name) is not None}
 
 
-def _sentence(text: str) -> str:
-    return " ".join((text[:1].upper() + text[1:]).split())
-
-
-TRAIN_OPTIONS = tuple(f.name for f in fields(TrainSettings))
-TrainOptions = _train_options()
+# a flag for every setting, without a default of its own; help texts come from the docstring
+TrainOptions = make_dataclass(
+    "TrainOptions",
+    [(name, kind | None, field(default=None)) for name, kind in get_type_hints(TrainSettings).items()],
+    bases=(Preset,),
+    frozen=True,
+)
+TrainOptions.__doc__ = re.sub(r"(?m)^( {8}\w+: )(\w)", lambda m: m[1] + m[2].upper(), TrainSettings.__doc__ or "")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -53,7 +54,6 @@ class Lora:
             lora_dropout=0.0,
             bias="none",
             task_type="CAUSAL_LM",
-            base_model_name_or_path=model.name_or_path,
         )
 
     @contextmanager
@@ -70,7 +70,9 @@ class Lora:
         flags = [(p, p.requires_grad) for p in model.parameters()]
         wrapped = None
         try:
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+                # peft 0.21 still asks for a name that transformers is about to rename
+                warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
                 torch.manual_seed(self.seed)
                 wrapped = peft.get_peft_model(model, self.config(model))
             if self.tensors:

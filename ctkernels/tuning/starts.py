@@ -40,24 +40,21 @@ def demonstrations_prefix(run: Run) -> KVPrefix:
     """The prefix that ct-kv starts from: `run.settings.start` says how the demonstrations are encoded."""
     decoder, start = find_decoder(run.model), run.settings.start
     base = None if run.start_from is None else run.start_from.prefix
+    base_length, base_end = (0, 0) if base is None else (base.length, base.first_position)
     bos = len(run.start_tokens)
-    lead = list(run.start_tokens if base is None else ()) + random_ids(run, run.settings.front_tokens)
+    lead = torch.tensor([*(run.start_tokens if base is None else ()), *random_ids(run, run.settings.front_tokens)])
+    lead = lead.long()  # an empty list has no integers
     body, segments = run.context.input_ids[bos:], run.context.segments - bos
-    check_context_length(run.model, (0 if base is None else base.first_position) + len(lead) + len(body))
+    before, end = base_length + len(lead), base_end + len(lead) + len(body)
+    check_context_length(run.model, end)
+    run.check_rows(end, run.rows)
     if start == "context":
-        tokens = torch.cat((torch.tensor(lead, dtype=torch.long), body))
-        encoded = encode_tokens(run.model, tokens, behind=base)
-        first = (0 if base is None else base.first_position) + len(tokens)
-        before = (0 if base is None else base.length) + len(lead)
-        return _joined(run, base, encoded, segments + before, first)
-    check_fixed_rotation(decoder, f"start={start!r}")
-    front = _joined(
-        run,
-        base,
-        encode_tokens(run.model, torch.tensor(lead, dtype=torch.long), behind=base),
-        torch.tensor([(0 if base is None else base.length) + len(lead)]),
-        (0 if base is None else base.first_position) + len(lead),
-    )
+        encoded = encode_tokens(run.model, torch.cat((lead, body)), behind=base)
+        return _joined(run, base, encoded, segments + before, end)
+    if start in ("permuted", "pooled"):
+        check_fixed_rotation(decoder, f"start={start!r}")
+    encoded = encode_tokens(run.model, lead, behind=base)
+    front = _joined(run, base, encoded, torch.tensor([before]), base_end + len(lead))
     if start == "separate":
         encoded = _separate(run, front, body, segments)
     elif start == "permuted":
@@ -68,21 +65,22 @@ def demonstrations_prefix(run: Run) -> KVPrefix:
             encoded, segments = _pooled(decoder, encoded, segments, front.first_position, run.settings.pool)
         else:
             encoded, segments = _labels(encoded, segments, run.context.kinds[bos:])
-    first = front.first_position + len(body)
     if decoder.family.positions == ALIBI:  # distances count keys, so that a compressed prefix ends earlier
-        first = front.length + encoded[0][0].shape[1]
-    return _joined(run, front, encoded, segments + front.length, first)
+        end = front.length + encoded[0][0].shape[1]
+    return _joined(run, front, encoded, segments + before, end)
 
 
 def tokens_prefix(run: Run) -> KVPrefix:
     """The prefix that prefix tuning starts from: `prompt_tokens` tokens behind BOS, or another task's prefix."""
     if run.start_from is not None:
         other = run.start_from.prefix
+        run.check_rows(other.first_position, run.rows)
         return KVPrefix(
             list(other.keys), list(other.values), other.segments[:1] * 0, other.first_position, metadata(run)
         )
     ids = [*run.start_tokens, *_prompt_ids(run)]
     check_context_length(run.model, len(ids))
+    run.check_rows(len(ids), run.rows)
     prefix = _joined(run, None, encode_tokens(run.model, torch.tensor(ids)), torch.tensor([len(ids)]), len(ids))
     if run.settings.start == "normal":
         generator = torch.Generator().manual_seed(run.settings.seed)

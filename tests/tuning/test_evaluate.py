@@ -101,7 +101,7 @@ def test_generation_stops_at_the_delimiter_and_counts_exact_matches():
     """A model trained to copy the one demonstration's answer, and to stop behind it."""
     model = make_model("llama", torch.float32)
     items = [Demonstration("ab", "cold"), Demonstration("ba", "ok")]
-    settings = get_method("ct-kv").settings(epochs=60, lr=0.1, drop_p=0.0, leave_one_out=False, learn_stop=True)
+    settings = get_method("ct-kv").settings(epochs=60, lr=0.1, drop_p=0.0, leave_one_out="none", learn_stop=True)
     prefix = tune(model, TOKENIZER, items, settings=settings).prefix
     result = evaluate_prefix(model, TOKENIZER, items, prefix, max_new_tokens=12)
     assert (result.predictions, result.accuracy) == (["cold", "ok"], 1.0)

@@ -21,7 +21,6 @@ DEFAULTS = MappingProxyType({"lr": 3e-3, "epochs": 25, "drop_p": 0.05, "leave_on
 def tuned_prefix(run: Run) -> KVPrefix:
     """The demonstrations' prefix, trained under the model's weights as they are now."""
     prefix = demonstrations_prefix(run)
-    run.check_rows(prefix.first_position, run.rows)
     learner = PrefixLearner(run.model, prefix, run.rows, run.settings)
     run.train(learner)
     return learner.result()

@@ -14,7 +14,6 @@ from ctkernels.tuning.starts import tokens_prefix
 
 def fit(run: Run) -> Adapter:
     prefix = tokens_prefix(run)
-    run.check_rows(prefix.first_position, run.rows)
     learner = PrefixLearner(run.model, prefix, run.rows, run.settings)
     run.train(learner)
     return Adapter(learner.result())
