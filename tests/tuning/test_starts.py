@@ -73,7 +73,7 @@ def test_separate_segments_know_nothing_of_their_neighbours(model):
     changed = start(model, other, start="separate")
     within = start(model, other, start="context")
     context = start(model, start="context")
-    a, b = CONTEXT.segments[1:3]
+    a, b = CONTEXT.segments[1:3].tolist()
     for kind in ("keys", "values"):
         for layer in range(3):
             x, y = getattr(prefix, kind)[layer], getattr(changed, kind)[layer]
