@@ -63,15 +63,17 @@ def test_draw_is_disjoint_complete_and_fixed_by_the_seed():
 def test_nlp_lr(tmp_path):
     (tmp_path / "warmth").mkdir()
     for split, items in (("train", DEMONSTRATIONS), ("dev", DEMONSTRATIONS[:2]), ("test", DEMONSTRATIONS[::-1])):
-        write_jsonl(tmp_path / "warmth" / f"warmth_5_21_{split}.jsonl", items)
+        write_jsonl(tmp_path / "warmth" / f"warmth_16_21_{split}.jsonl", items)
     (tmp_path / "notes").mkdir()
     assert SUITES["nlp_lr"].list_tasks(tmp_path) == ["warmth"]
-    task = load("nlp_lr", tmp_path, "warmth", 21, SuiteOptions(shots=5))
+    task = load("nlp_lr", tmp_path, "warmth", 21)
     assert task.train == tuple(DEMONSTRATIONS) and task.test == task.train[::-1]
     assert task.items("validation") == task.train[:2]
     assert not task.generates
-    with pytest.raises(DataError, match=r"no file warmth_16_21_train\.jsonl; files there: warmth_5_21_dev"):
-        load("nlp_lr", tmp_path, "warmth", 21)
+    few = load("nlp_lr", tmp_path, "warmth", 21, SuiteOptions(shots=2))
+    assert len(few.train) == 2 and set(few.train) < set(task.train) and few.test == task.test
+    with pytest.raises(DataError, match=r"no file warmth_32_21_train\.jsonl; files there: warmth_16_21_dev"):
+        load("nlp_lr", tmp_path, "warmth", 21, SuiteOptions(shots=32))
 
 
 def bbh_file(folder, name, examples):

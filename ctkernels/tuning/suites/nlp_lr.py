@@ -2,7 +2,8 @@
 
     FOLDER/TASK/TASK_16_SEED_{train,dev,test}.jsonl        fields input, output, options
 
-A seed names the demonstrations. The score is macro-F1 where all items share their options, accuracy otherwise.
+A seed names the demonstrations; fewer shots than 16 are drawn from them, more are read from files of that number
+(`TASK_32_SEED_...`). The score is macro-F1 where all items share their options, accuracy otherwise.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ctkernels.tuning.data import load_metaicl
-from ctkernels.tuning.suites.base import Suite, SuiteOptions, Task
+from ctkernels.tuning.suites.base import Suite, SuiteOptions, Task, draw
 
 SHOTS = 16
 
@@ -20,8 +21,11 @@ def list_tasks(folder: Path) -> list[str]:
 
 
 def load_task(folder: Path, name: str, seed: int, options: SuiteOptions) -> Task:
-    splits = [load_metaicl(folder, name, seed, split, options.shots or SHOTS) for split in ("train", "dev", "test")]
+    shots = options.shots or SHOTS
+    splits = [load_metaicl(folder, name, seed, split, max(shots, SHOTS)) for split in ("train", "dev", "test")]
     train, validation, test = map(tuple, splits)
+    if shots < SHOTS:
+        (train, _) = draw(train, seed, shots)
     return Task(name, train, validation, test)
 
 

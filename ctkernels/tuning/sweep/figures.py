@@ -46,17 +46,18 @@ def plot_time(summaries: Sequence[Summary], path: Path) -> Path:
 
 
 def plot_bars(variants: Mapping[str, Sequence[Summary]], path: Path) -> Path:
-    """Score of each variant of each method, with the spread over seeds."""
+    """Score of each variant of each method, with the spread over seeds; labels name the settings that differ."""
 
     def draw(axes: Axes) -> None:
         place = 0
         labels = []
         for name, group in variants.items():
+            shared = set.intersection(*(set(s.method.split(":")) for s in group))
             for s in group:
                 axes.bar(place, 100 * s.score, yerr=None if s.spread is None else 100 * s.spread, capsize=3)
                 axes.annotate(f"{100 * s.score:.1f}", (place, 100 * s.score), ha="center", va="bottom")
-                settings = s.method.removeprefix(name).strip(":").split(":")
-                labels.append((place, "\n".join([name, *filter(None, settings)])))
+                own = [setting for setting in s.method.split(":") if setting not in shared]
+                labels.append((place, "\n".join(filter(None, [name, *own]))))
                 place += 1
             place += 1  # a gap between methods
         axes.set_xticks([place for place, _ in labels], [label for _, label in labels], fontsize=8)

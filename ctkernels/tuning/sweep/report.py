@@ -71,10 +71,10 @@ class Report:
 
     def markdown(self) -> str:
         """The tables; scores in percent."""
-        parts = [f"# {self.title}", self._overview()]
+        parts = [f"# {self.title}", self.overview()]
         if self.comparisons:
-            parts.append(self._pairs())
-        parts.append(self._by_task())
+            parts.append(self.pairs())
+        parts.append(self.by_task())
         if self.failures:
             parts.append("## Cells without a result\n\n" + "\n".join(f"- {line}" for line in self.failures))
         return "\n\n".join(parts) + "\n"
@@ -84,7 +84,8 @@ class Report:
         atomic_write_bytes(out / "report.md", self.markdown().encode())
         atomic_write_json(out / "report.json", asdict(self))
 
-    def _overview(self) -> str:
+    def overview(self) -> str:
+        """The table of the methods, and what its columns mean."""
         lines = [
             "| method | score | accuracy | gold loss | tuning, s per task | cells |",
             "| --- | --- | --- | --- | --- | --- |",
@@ -103,7 +104,8 @@ class Report:
             notes.append(f"Left out, since a method lacks a result: {', '.join(self.left_out)}.")
         return "\n\n".join(["\n".join(lines), *notes])
 
-    def _pairs(self) -> str:
+    def pairs(self) -> str:
+        """The table of paired differences."""
         lines = [
             "| a | b | a - b | a above / below b | p | p, Holm | p over tasks |",
             "| --- | --- | --- | --- | --- | --- | --- |",
@@ -119,7 +121,8 @@ class Report:
         )
         return "\n\n".join(["## Paired differences", "\n".join(lines), note])
 
-    def _by_task(self) -> str:
+    def by_task(self) -> str:
+        """The table of scores by task."""
         methods = list(self.scores)
         lines = [f"| task | {' | '.join(methods)} |", "| --- |" + " --- |" * len(methods)]
         for task in dict.fromkeys(task for scores in self.scores.values() for task in scores):

@@ -105,7 +105,9 @@ def run_sweep(
     for cell in cells:
         _check_finished(sweep, cell, model_id)
     workers.wait()  # until every process has looked at the finished cells, so that all agree on them
-    while (number := workers.take()) < len(cells):
+    for number in workers.numbers():
+        if number >= len(cells):
+            break
         cell = cells[number]
         path = cell.path(sweep.out)
         saved = read_cell(path)

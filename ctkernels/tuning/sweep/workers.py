@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from itertools import count
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,7 @@ class Workers:
 
     def __init__(self) -> None:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self._taken = 0
+        self._sequences = 0
         self._store: dist.Store | None = None
         if self.size > 1:
             store, self.rank, self.size = next(iter(dist.rendezvous("env://")))
@@ -35,12 +36,16 @@ class Workers:
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             self._store = dist.PrefixStore(f"cells{attempt}", store)
 
-    def take(self) -> int:
-        """The next number, 0, 1, 2, ..., that no process has taken."""
-        if self._store is not None:
-            return self._store.add("taken", 1) - 1
-        self._taken += 1
-        return self._taken - 1
+    def numbers(self) -> Iterator[int]:
+        """0, 1, 2, ... without end, each number for one of the processes alone.
+
+        A call begins a new sequence; all processes have to make the same calls.
+        """
+        self._sequences += 1
+        if self._store is None:
+            yield from count()
+        while True:
+            yield self._store.add(f"taken{self._sequences}", 1) - 1
 
     def wait(self, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Return when all processes have come here, calling `meanwhile` every now and then."""
