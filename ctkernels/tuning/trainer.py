@@ -182,13 +182,11 @@ def train_learner(
         store = Checkpoint(folder, identity | _identity(model, learner, rows, settings))
         if store.exists() and not resume:
             raise ValueError(f"checkpoint_dir already holds {store.path}; resume from it, or choose another folder")
-        if store.exists():
-            history = [EpochRecord(**record) for record in store.load(parameters, optimizer)]
-
     with frozen(model, but=parameters.values()), learner.attached(settings.backend):
-        learner.before_training(
-            [make_batch(rows, [i], settings.layout, learner.lead).to(model.device) for i in range(len(rows))]
-        )
+        singly = (make_batch(rows, [i], settings.layout, learner.lead).to(model.device) for i in range(len(rows)))
+        learner.before_training(singly)  # before a checkpoint replaces the start
+        if store is not None and store.exists():
+            history = [EpochRecord(**record) for record in store.load(parameters, optimizer)]
         for epoch in range(len(history), settings.epochs):
             record = _train_epoch(model, learner, settings, epoch, parameters, optimizer)
             record = replace(record, stage=stage)

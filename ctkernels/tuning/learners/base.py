@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
@@ -42,8 +42,8 @@ class Learner(ABC):
         """A term of the loss that does not depend on rows, or None."""
         return None
 
-    def before_training(self, rows: Sequence[Batch]) -> None:  # noqa: B027 (most learners have nothing to do)
-        """Called once with the rows of the first epoch, one batch each, before the first step; attached."""
+    def before_training(self, rows: Iterable[Batch]) -> None:  # noqa: B027 (most learners have nothing to do)
+        """Called once at the start, attached, with the rows of the first epoch, one batch each."""
 
     def before_step(self) -> None:  # noqa: B027
         """Called with the gradients of a step, before they are clipped."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -75,7 +75,7 @@ class PrefixLearner(Learner):
     def identity(self) -> object:
         return self.prefix.segments.tolist(), self.prefix.first_position
 
-    def before_training(self, rows: Sequence[Batch]) -> None:
+    def before_training(self, rows: Iterable[Batch]) -> None:
         """Fisher weights, where asked for: mean over rows of the squared gradient of the row's loss, all of it visible
         but what leave-one-out hides; scaled to mean 1."""
         if not (self.settings.pull and self.settings.fisher):
