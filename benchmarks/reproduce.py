@@ -223,6 +223,15 @@ def markdown(
     return "\n\n".join(parts) + "\n"
 
 
+def summary(
+    record: dict[str, Any], methods: Report, ablation: Report, points: Sequence[reproduce_scaling.Point]
+) -> str:
+    """The three tables for a page of documentation."""
+    where = f"{record['model']}, {record['shots']} demonstrations; {harness.machine_line(record['machine'])}"
+    tables = (methods.overview(), ablation.overview(), reproduce_scaling.markdown(points))
+    return "\n\n".join([f"`{record['command']}`, commit {record['commit']}: {where}", *tables])
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="directory or hub id")
@@ -232,6 +241,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--full", action="store_true", help="16 demonstrations, all tasks, two seeds")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "reproduce", help="folder of the cells")
     parser.add_argument("--results", type=Path, help="folder of the report and figures (default: OUT)")
+    parser.add_argument("--docs", type=Path, help="also replace the tables between the markers of this page")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args(argv)
@@ -243,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
     machine = harness.describe_machine(args.device)
     workers = Workers()
     model, tokenizer = load_model(ModelOptions(args.model, args.dtype, workers.device(args.device)))
-    out = args.out / ("full" if args.full else "quick")
+    out = args.out / ("full" if args.full else "quick") / Path(args.model).name
     results = args.results or out
     setting = Setting(workers, model, tokenizer, suite.name, folder, tasks, out, plan)
 
@@ -273,6 +283,8 @@ def main(argv: list[str] | None = None) -> None:
     plot_time(main_report.summaries, results / "reproduce_time.png")
     plot_bars({"": ablation.summaries}, results / "reproduce_ablation.png")
     reproduce_scaling.plot(points, results / "reproduce_scaling.png")
+    if args.docs:
+        harness.replace_between_markers(args.docs, "reproduce", summary(record, main_report, ablation, points))
     print(text)
 
 

@@ -42,7 +42,7 @@ class Point:
 
 def measure(setting: Setting, specs: Mapping[str, MethodSpec]) -> list[Point]:
     """All points; those that lie in OUT/scaling already are kept."""
-    pool = demonstrations(setting)
+    pool, folder = demonstrations(setting), setting.out / "scaling" / setting.tasks[0]
     points = []
     for name, spec in specs.items():
         last: Point | None = None
@@ -50,8 +50,8 @@ def measure(setting: Setting, specs: Mapping[str, MethodSpec]) -> list[Point]:
             expected = GROWTH * last.seconds if last else 0.0
             if k > len(pool) or expected > setting.plan.most_seconds:
                 break
-            last = _kept(setting.out / "scaling" / f"{name}_{k}.json") or _point(setting, spec, pool[:k], expected)
-            atomic_write_json(setting.out / "scaling" / f"{name}_{k}.json", asdict(last))
+            last = _kept(folder / f"{name}_{k}.json") or _point(setting, spec, pool[:k], expected)
+            atomic_write_json(folder / f"{name}_{k}.json", asdict(last))
             points.append(last)
     return points
 

@@ -52,14 +52,16 @@ def test_a_run_that_was_stopped_ends_with_the_same_numbers(arguments, tmp_path, 
     monkeypatch.setattr(run, "tune", stopped)
     with pytest.raises(KeyboardInterrupt):
         reproduce.main(arguments)
-    reproduce.main(arguments)
+    docs = tmp_path / "docs.md"
+    docs.write_text("before\n<!-- reproduce -->\n<!-- /reproduce -->\n")
+    reproduce.main([*arguments, "--docs", str(docs)])
     methods = list(TINY.lengths)
     # two candidates each, then the test: all methods and three more variants of ct-kv; only the 15th ran twice
     assert len(calls) == 2 * len(methods) + len(methods) + 2 + 3 + 1
     first = numbers(tmp_path / "results")
     monkeypatch.setattr(run, "tune", tune)
     reproduce.main([*arguments[:2], "--out", f"{tmp_path}/other"])
-    assert numbers(tmp_path / "other" / "quick") == first
+    assert numbers(tmp_path / "other" / "quick" / "model") == first
 
     assert [s["method"] for s in first["methods"]["summaries"]] == ["zero-shot", "icl", *methods]
     assert [s["method"] for s in first["ablation"]["summaries"]] == list(reproduce.MASKS)
@@ -70,7 +72,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_numbers(arguments, tmp_path, 
         assert len(tried) == 2 and chosen["gold_loss"] == min(c["gold_loss"] for c in tried)
     # settings are chosen on other items and demonstrations than those that are tested
     tuning, tested = (
-        json.loads(next((tmp_path / "out" / "quick" / part).glob("cells/*/ct-kv*/*.json")).read_text())
+        json.loads(next((tmp_path / "out" / "quick" / "model" / part).glob("cells/*/ct-kv*/*.json")).read_text())
         for part in ("tuning", "test")
     )
     assert (tuning["seed"], tuning["items"], tested["seed"], tested["items"]) == (100, 4, 13, 4)
@@ -79,6 +81,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_numbers(arguments, tmp_path, 
     assert text in capsys.readouterr().out
     for title in ("## Methods", "## Ablation of CT-KV", "## Time per epoch", "## How the settings were chosen"):
         assert title in text
+    assert docs.read_text().count("| ct-kv |") == 1 and "| token dropout alone |" in docs.read_text()
     for name in ("time", "ablation", "scaling"):
         assert (tmp_path / "results" / f"reproduce_{name}.png").read_bytes().startswith(b"\x89PNG")
 
