@@ -52,7 +52,7 @@ def run(argv: list[str]) -> int:
         return _complain(f"interrupted; {how if name == 'tune' else 'finished cells of a suite are kept'}", 130)
     except (ValueError, TypeError) as error:
         return _complain(error, 2)
-    except (OSError, ArithmeticError, FailedRun) as error:
+    except (OSError, ArithmeticError, FailedRun, ImportError) as error:
         return _complain(error, 1)
     return 0
 

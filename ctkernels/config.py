@@ -133,7 +133,7 @@ class TuneConfig(TrainOptions, DataOptions, ModelOptions):
     out: Path | None = None
     """Folder of the results (required)."""
     method: str = "ct-kv"
-    """What to do: a method of the table in ctkernels/tuning/methods."""
+    """zero-shot, icl, prompt-tuning, prefix-tuning, ipt, ct-prompt, ct-kv, ttt, ttt+ct-kv, deep-thinking or cpt."""
     start_from: Path | None = None
     """Folder of another task's adapter (OUT/prefix of its run) to start from."""
     checkpoint_every: int = 5
@@ -154,7 +154,7 @@ class EvalConfig(TrainOptions, DataOptions, ModelOptions):
     test: Path | None = None
     """JSONL of the test items."""
     methods: tuple[str, ...] = ()
-    """Methods to run and evaluate: zero-shot, icl, ct-kv; those with demonstrations need them (train or metaicl)."""
+    """Methods to run and evaluate (see `ctkernels tune --help`); all but zero-shot need demonstrations."""
     prefix: tuple[Path, ...] = ()
     """Folders of saved prefixes to evaluate, with the text format they were tuned with."""
     by: Literal["options", "generation"] | None = None

@@ -23,7 +23,7 @@ def epoch_bar(epochs: int, enabled: bool | None = None) -> Iterator[Callable[[Ep
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("tuning"),
+        TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]}"),
@@ -31,4 +31,10 @@ def epoch_bar(epochs: int, enabled: bool | None = None) -> Iterator[Callable[[Ep
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("tuning", total=epochs, loss="-")
-        yield lambda record, module: progress.update(task, completed=record.epoch, loss=f"{record.loss:.4f}")
+
+        def on_epoch(record: EpochRecord, module: nn.Module) -> None:
+            # a stage before the last one has epochs of its own number
+            shown = {"description": record.stage or "tuning", "total": None if record.stage else epochs}
+            progress.update(task, completed=record.epoch, loss=f"{record.loss:.4f}", **shown)
+
+        yield on_epoch
