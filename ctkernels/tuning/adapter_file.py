@@ -22,11 +22,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ctkernels.tuning import prefix_file
 from ctkernels.tuning.adapter import Adapter
 from ctkernels.tuning.data import Demonstration
 from ctkernels.tuning.hf_models import find_decoder
 from ctkernels.tuning.lora import Lora
-from ctkernels.tuning.prefix import KVPrefix
 from ctkernels.tuning.prefix_file import DESCRIPTION, PrefixFileError
 from ctkernels.tuning.prompt import SoftPrompt
 from ctkernels.tuning.storage import atomic_file, atomic_write_json
@@ -75,7 +75,7 @@ def load(
     """Read and verify an adapter. See `Adapter.from_pretrained`."""
     directory = Path(directory)
     path = directory / NAME
-    prefix = KVPrefix.from_pretrained(directory, model, tokenizer)
+    prefix = prefix_file.load(directory, model, tokenizer)
     if not path.is_file():
         return Adapter(prefix)
     try:

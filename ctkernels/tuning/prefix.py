@@ -12,9 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -232,12 +234,20 @@ class KVPrefix(nn.Module):
     ) -> KVPrefix:
         """Read a prefix. With `model` and `tokenizer` it is checked against them, and put on the model's device.
 
+        Warns where the folder also holds an update of the weights, which `Adapter.from_pretrained` reads.
+
         Raises:
             PrefixFileError: missing, damaged, foreign or too new files, or a prefix for another model or tokenizer.
         """
         from ctkernels.tuning.prefix_file import load
 
-        return load(directory, model, tokenizer)
+        prefix = load(directory, model, tokenizer)
+        if any(Path(directory).glob("lora-*")):
+            warnings.warn(
+                f"{directory}: the prefix belongs to a LoRA update beside it; Adapter.from_pretrained reads both",
+                stacklevel=2,
+            )
+        return prefix
 
 
 def _trainable(x: Tensor) -> Tensor:

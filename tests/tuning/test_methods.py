@@ -240,6 +240,13 @@ def test_weights_matter_to_the_scores():
     assert abs(adapter.evaluate(model, TOKENIZER, ITEMS).gold_loss - without) > 1e-3
 
 
+def test_a_prefix_read_without_its_weights_is_warned_about(tmp_path):
+    model = make_model("llama", torch.float32)
+    run("ttt", model).adapter.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="belongs to a LoRA update"):
+        KVPrefix.from_pretrained(tmp_path, model)
+
+
 def test_damaged_adapters_are_refused(tmp_path):
     model = make_model("llama", torch.float32)
     run("ttt", model).adapter.save_pretrained(tmp_path)
