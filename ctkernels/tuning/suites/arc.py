@@ -37,6 +37,7 @@ def load_task(folder: Path | None, name: str, seed: int, options: SuiteOptions) 
     train = train[: options.shots]
     views = [_view(name, train, test, turn, back) for turn, back in TURNS[options.views]]
     first = views[0]
+    # an answer may be larger than those that are shown, but what goes on for much longer is no answer
     tokens = min(ANSWER_TOKENS, 3 * max(len(item.output) for item in first.train) + 64)
     return Task(
         name,

@@ -96,9 +96,9 @@ class Report:
             lines.append(f"| {s.method} | {numbers} | {s.finished}/{self.planned} |")
         seeds = ", ".join(map(str, self.seeds))
         notes = [
-            f"Mean over {len(self.tasks)} tasks and the seeds {seeds}, in percent; ± is the standard deviation over "
-            "seeds. Score: macro-F1 for classification, BLEU or exact match for generation, accuracy otherwise. "
-            "Gold loss: cross-entropy of the correct answer, nats per token."
+            f"Means over tasks ({len(self.tasks)}) and seeds ({seeds}), ± the standard deviation over seeds. Score in "
+            "percent: macro-F1 for classification, BLEU or exact match for generation, accuracy otherwise. Gold loss: "
+            "cross-entropy of the correct answer, nats per token."
         ]
         if self.left_out:
             notes.append(f"Left out, since a method lacks a result: {', '.join(self.left_out)}.")
@@ -116,8 +116,8 @@ class Report:
             lines.append(f"| {c.a} | {c.b} | {100 * c.difference:+.1f} | {counts} | {p_values} |")
         note = (
             "Two-sided sign-flip permutation test on the differences of the scores, paired over tasks and seeds; Holm "
-            f"corrects for {len(self.comparisons)} comparisons. The last column tests the means of the "
-            f"{len(self.tasks)} tasks instead, since seeds of a task share its test items."
+            f"corrects for the number of comparisons ({len(self.comparisons)}). The last column tests the means of the "
+            f"tasks ({len(self.tasks)}) instead, since seeds of a task share its test items."
         )
         return "\n\n".join(["## Paired differences", "\n".join(lines), note])
 
