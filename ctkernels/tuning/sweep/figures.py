@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import groupby
+from itertools import cycle, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,12 +35,14 @@ def plot_time(summaries: Sequence[Summary], path: Path) -> Path:
     """Score (percent, with the spread over seeds) against the time of tuning, a point per method."""
 
     def draw(axes: Axes) -> None:
-        for s in summaries:
-            axes.errorbar(s.seconds, 100 * s.score, None if s.spread is None else 100 * s.spread, fmt="o", capsize=3)
-            axes.annotate(s.method, (s.seconds, 100 * s.score), xytext=(6, 4), textcoords="offset points")
-        axes.set_xscale("symlog", linthresh=1)
-        axes.set(xlabel="tuning, seconds per task", ylabel="score, percent", xlim=(0, None))
+        for s, marker in zip(summaries, cycle("os^vDP*X<>"), strict=False):
+            spread = None if s.spread is None else 100 * s.spread
+            label = f"{s.method}, {100 * s.score:.1f}"
+            axes.errorbar(s.seconds, 100 * s.score, spread, fmt=marker, markersize=8, capsize=3, label=label)
+        axes.set_xscale("symlog", linthresh=1)  # zero-shot takes no time
+        axes.set(xlabel="tuning, seconds per task", ylabel="score, percent", xlim=(-0.1, None))
         axes.grid(alpha=0.3)
+        axes.figure.legend(loc="outside right upper")
 
     return _save(draw, path)
 
@@ -49,20 +51,19 @@ def plot_bars(variants: Mapping[str, Sequence[Summary]], path: Path) -> Path:
     """Score of each variant of each method, with the spread over seeds; labels name the settings that differ."""
 
     def draw(axes: Axes) -> None:
-        place = 0
-        labels = []
+        place, labels, colors = 0, [], {name: number for number, name in enumerate(variants)}
         for name, group in variants.items():
             shared = set.intersection(*(set(s.method.split(":")) for s in group))
             for s in group:
-                axes.bar(place, 100 * s.score, yerr=None if s.spread is None else 100 * s.spread, capsize=3)
-                axes.annotate(f"{100 * s.score:.1f}", (place, 100 * s.score), ha="center", va="bottom")
+                height, spread = 100 * s.score, None if s.spread is None else 100 * s.spread
+                axes.bar(place, height, yerr=spread, capsize=3, color=f"C{colors[name]}")
+                axes.annotate(f"{height:.1f}", (place, 0), (0, 4), textcoords="offset points", ha="center", color="w")
                 own = [setting for setting in s.method.split(":") if setting not in shared]
                 labels.append((place, "\n".join(filter(None, [name, *own]))))
                 place += 1
             place += 1  # a gap between methods
         axes.set_xticks([place for place, _ in labels], [label for _, label in labels], fontsize=8)
-        low = min(100 * (s.score - (s.spread or 0)) for group in variants.values() for s in group)
-        axes.set(ylabel="score, percent", ylim=(max(0, low - 5), None))
+        axes.set(ylabel="score, percent", ylim=(0, None))
 
     return _save(draw, path)
 
