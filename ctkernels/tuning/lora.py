@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,10 +13,11 @@ from torch import Tensor, nn
 from ctkernels.tuning.hf_models import find_decoder
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
+    from peft import LoraConfig, LoraModel
     from transformers import PreTrainedModel
 
 GROUPED = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ADAPTER = "default"  # peft's name of a model's only adapter
 FUSED = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 # class with the language model head -> the modules that test-time training updates
 TARGETS: Mapping[str, tuple[str, ...]] = {
@@ -33,7 +33,8 @@ TARGETS: Mapping[str, tuple[str, ...]] = {
 class Lora:
     """A LoRA update: weight += alpha / rank * B A in every module named in `targets`.
 
-    tensors: A and B by peft's names, empty before training (A is then drawn from `seed`, B is zero).
+    tensors: A and B by the names of peft's files, fp32 (fp64 for an fp64 model); empty before training, when A is
+        drawn from `seed` and B is zero.
     """
 
     rank: int
@@ -57,7 +58,7 @@ class Lora:
         )
 
     @contextmanager
-    def injected(self, model: PreTrainedModel) -> Iterator[PeftModel]:
+    def injected(self, model: PreTrainedModel) -> Iterator[LoraModel]:
         """Within the block the model computes with the update, whose A and B can be trained; then it is as it was.
 
         Raises:
@@ -70,13 +71,12 @@ class Lora:
         flags = [(p, p.requires_grad) for p in model.parameters()]
         wrapped = None
         try:
-            with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-                # peft 0.21 still asks for a name that transformers is about to rename
-                warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.seed)
-                wrapped = peft.get_peft_model(model, self.config(model))
-            if self.tensors:
-                peft.set_peft_model_state_dict(wrapped, self.tensors)
+                wrapped = peft.LoraModel(model, {ADAPTER: self.config(model)}, ADAPTER)
+            for name, parameter in lora_parameters(wrapped).items():
+                wide = parameter.data if parameter.dtype == torch.float64 else parameter.data.float()
+                parameter.data = self.tensors[name].to(wide, copy=True) if self.tensors else wide
             yield wrapped
         finally:
             if wrapped is not None:
@@ -97,12 +97,18 @@ class Lora:
             for parameter, data in before:
                 parameter.data = data
 
-    def capture(self, wrapped: PeftModel) -> None:
+    def capture(self, wrapped: LoraModel) -> None:
         """Take over A and B from an injected model."""
-        from peft import get_peft_model_state_dict
+        self.tensors = {name: p.detach().clone() for name, p in lora_parameters(wrapped).items()}
 
-        state: dict[str, Any] = get_peft_model_state_dict(wrapped)
-        self.tensors = {name: tensor.detach().clone() for name, tensor in state.items()}
+
+def lora_parameters(wrapped: LoraModel) -> dict[str, nn.Parameter]:
+    """A and B of an injected model, by the names they have in peft's files."""
+    return {
+        f"base_model.{name}".replace(f".{ADAPTER}.", "."): p
+        for name, p in wrapped.named_parameters()
+        if ".lora_" in name
+    }
 
 
 def lora_targets(model: nn.Module, names: tuple[str, ...] = ()) -> tuple[str, ...]:

@@ -165,6 +165,27 @@ def test_every_method_leaves_the_model_as_it_was(name):
     assert [m.training for m in model.modules()] == training and set(vars(model)) == attributes
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("name", ["ct-prompt", "ttt", "ttt+ct-kv"])
+def test_activation_checkpointing_changes_nothing(name, use_reentrant):
+    """Would catch: a graph cut at the first checkpoint, hooks that are left on the model."""
+    expected = run(name, make_model("llama"))
+    model = make_model("llama")
+    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    hooks = [len(m._forward_hooks) for m in model.modules()]
+    result = run(name, model)
+    assert [r.loss for r in result.history] == pytest.approx([r.loss for r in expected.history], abs=1e-12)
+    assert result.history[-1].loss != result.history[0].loss
+    assert [len(m._forward_hooks) for m in model.modules()] == hooks
+
+
+def test_an_update_of_a_low_precision_model_is_trained_in_full_precision():
+    model = make_model("llama", torch.bfloat16)
+    result = run("ttt+ct-kv", model, options={"lr": 1e-6})
+    assert {x.dtype for x in result.adapter.lora.tensors.values()} == {torch.float32}
+    assert result.adapter.evaluate(model, TOKENIZER, ITEMS).items == 2
+
+
 @pytest.mark.parametrize("name", TRAINING)
 def test_every_method_learns_its_demonstrations(name):
     model = make_model("llama", torch.float32)

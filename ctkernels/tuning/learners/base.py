@@ -24,7 +24,7 @@ class Learner(ABC):
 
     @abstractmethod
     def rows(self, epoch: int) -> Sequence[Row]:
-        """The rows of an epoch, of the same number in each; the same object where they do not change."""
+        """The rows of an epoch, of the same number in each."""
 
     @abstractmethod
     def attached(self, backend: str | None) -> AbstractContextManager[object]:

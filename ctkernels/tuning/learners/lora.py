@@ -15,10 +15,11 @@ from ctkernels.tuning.forward import row_losses
 from ctkernels.tuning.hf import Attachment
 from ctkernels.tuning.learners.base import Learner
 from ctkernels.tuning.learners.prompt import empty_prefix
+from ctkernels.tuning.lora import lora_parameters
 from ctkernels.tuning.settings import TrainSettings
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import LoraModel
     from transformers import PreTrainedModel
 
 
@@ -31,7 +32,7 @@ class LoraLearner(Learner):
     def __init__(
         self,
         model: PreTrainedModel,
-        wrapped: PeftModel,
+        wrapped: LoraModel,
         encoder: PairEncoder,
         demonstrations: Sequence[Demonstration],
         settings: TrainSettings,
@@ -65,7 +66,7 @@ class LoraLearner(Learner):
         return row_losses(self.model, self._attachment, batch)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.module.named_parameters() if ".lora_" in name}
+        return lora_parameters(self.module)
 
     def _row(self, order: Sequence[int]) -> Row:
         """`x _ y _ x _ y ...` in that order; the labels are all answers, or the last one."""
