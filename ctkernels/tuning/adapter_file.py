@@ -53,7 +53,8 @@ def save(adapter: Adapter, directory: str | os.PathLike) -> None:
         _write_lora(directory / description["lora"], adapter.lora, adapter.prefix.metadata.model_id)
     if adapter.pool:
         description["pool"] = [
-            {"input": d.input, "output": d.output, "options": d.options, "source": d.source} for d in adapter.pool
+            {"input": d.input, "output": d.output, "options": d.options, "source": d.source, "references": d.references}
+            for d in adapter.pool
         ]
     adapter.prefix.save_pretrained(directory)
     if len(description) > 2:
@@ -103,7 +104,8 @@ def load(
         if "lora" in description:
             lora = _read_lora(directory / Path(description["lora"]).name, device)
         pool = tuple(
-            Demonstration(d["input"], d["output"], d["options"], d["source"]) for d in description.get("pool", ())
+            Demonstration(d["input"], d["output"], d["options"], d["source"], d["references"])
+            for d in description.get("pool", ())
         )
     except (KeyError, TypeError, ValueError) as error:
         raise PrefixFileError(f"{path}: damaged: {type(error).__name__}: {error}") from error

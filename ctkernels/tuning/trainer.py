@@ -115,7 +115,7 @@ def tune(
     settings = settings or how.settings()
     how.check(settings)
     require_demonstrations(how, len(demonstrations), settings)
-    require_transferable(how, start_from)
+    require_transferable(how, start_from, model)
     if settings.backend is not None:
         dispatch.choose(settings.backend, model.device)  # refuses an unusable one before the model runs
     if checkpoint_every < 1:

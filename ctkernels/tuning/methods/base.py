@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from ctkernels.tuning.data import DataError, Demonstration, EncodedContext, Row, TextFormat, encode_context, encode_rows
+from ctkernels.tuning.hf_models import config_hash, find_decoder
 from ctkernels.tuning.limits import check_context_length, check_row_lengths
 from ctkernels.tuning.methods.presets import PRESETS
 from ctkernels.tuning.settings import TrainSettings
@@ -136,10 +137,16 @@ class Method:
         return PRESETS[preset].get(self.name, {})
 
 
-def require_transferable(method: Method, adapter: Adapter | None) -> None:
-    """Refuse an adapter that the method cannot start from. Raises ValueError."""
+def require_transferable(method: Method, adapter: Adapter | None, model: PreTrainedModel) -> None:
+    """Refuse an adapter that the method cannot start from, or of another model. Raises ValueError."""
     if adapter is None:
         return
+    made_for, decoder = adapter.prefix.metadata, find_decoder(model)
+    if made_for.config_hash != config_hash(decoder.config):
+        raise ValueError(
+            f"start_from was made for {made_for.model_class} {made_for.model_id!r}, whose configuration differs from "
+            f"this {type(decoder.model).__name__} {decoder.model.name_or_path!r}"
+        )
     if method.transfers == "nothing":
         raise ValueError(f"start_from must be None for {method.name}, which starts from nothing but its own task")
     if method.transfers == "prefix" and adapter.lora is not None:

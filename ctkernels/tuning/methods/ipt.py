@@ -1,6 +1,6 @@
 """Instruction prompt tuning: a soft prompt, then demonstrations in words, then the input.
 
-Sun, Liu, Iyyer, Zettlemoyer and others: "How Does In-Context Learning Help Prompt Tuning?", arXiv 2302.11521.
+Sun, Liu, Iter, Zhu, Iyyer: "How Does In-Context Learning Help Prompt Tuning?", arXiv 2302.11521.
 """
 
 from ctkernels.tuning.adapter import Adapter
