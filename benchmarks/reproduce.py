@@ -49,11 +49,12 @@ MASKS = {  # of CT-KV: what is hidden from a row, and how many of the other toke
     "token dropout alone": "leave_one_out=none:drop_p=0.05",
     "neither": "leave_one_out=none:drop_p=0",
 }
-# each method's own range: soft prompts want larger steps than keys and values, weights smaller ones
+# each method's own range: what starts from random tokens has further to go than what starts from demonstrations, and
+# weights want smaller steps than either
 RATES = {
-    "prompt-tuning": ("lr=3e-3", "lr=1e-2", "lr=3e-2"),
-    "prefix-tuning": ("lr=1e-3", "lr=3e-3", "lr=1e-2"),
-    "ct-prompt": ("lr=3e-4", "lr=1e-3", "lr=3e-3"),
+    "prompt-tuning": ("lr=1e-2", "lr=3e-2", "lr=1e-1"),
+    "prefix-tuning": ("lr=3e-3", "lr=1e-2", "lr=3e-2"),
+    "ct-prompt": ("lr=1e-3", "lr=3e-3", "lr=1e-2"),
     "ct-kv": ("lr=1e-3", "lr=3e-3", "lr=1e-2"),
     "ttt": ("lr=1e-4", "lr=3e-4", "lr=1e-3"),
     "ttt+ct-kv": ("ttt_lr=1e-4:lr=1e-3", "ttt_lr=1e-4:lr=3e-3", "ttt_lr=3e-4:lr=1e-3"),

@@ -159,10 +159,14 @@ def test_a_killed_sweep_gives_the_same_report_when_it_is_run_again(files, folder
     argv = [sys.executable, "-c", KILLED, *command(files, folder, tmp_path / "out")]
     killed = subprocess.run(argv, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert len(list((tmp_path / "out" / "cells").glob("*/*/*.json"))) == 3
+    finished = list((tmp_path / "out" / "cells").glob("*/*/*.json"))
+    assert len(finished) == 3
+    leftover = finished[0].with_name(".13.json.0123.tmp")  # as if it had been killed while it wrote
+    leftover.write_text("{")
     capsys.readouterr()
     assert cli.run(command(files, folder, tmp_path / "out")) == 0
     assert "3 of 8 cells are there already" in capsys.readouterr().err
+    assert not leftover.exists()
     assert comparable(tmp_path / "out") == comparable(tmp_path / "whole")
 
 

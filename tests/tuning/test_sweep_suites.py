@@ -88,6 +88,9 @@ def test_jsonl_by_its_own_options(files, tmp_path):
     results = evaluate(files, tmp_path / "out", *asked)
     assert [(r.metric, r.items, r.seed) for r in results] == [("macro_f1", 5, 13), ("macro_f1", 5, 21)]
     assert results[0].gold_loss != results[1].gold_loss  # other draws
+    other = evaluate(files, tmp_path / "other", *asked, "--delimiter", "?", "--bos", "True")
+    assert {(r.run["text_format"]["delimiter"], r.run["text_format"]["bos"]) for r in other} == {("?", True)}
+    assert other[0].gold_loss != results[0].gold_loss
 
 
 def test_the_live_table(tmp_path, monkeypatch):

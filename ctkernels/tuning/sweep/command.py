@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ctkernels.config import FailedRun, ModelOptions, UsageError, as_yaml, parse, read_yaml, take_config_flag
 from ctkernels.tuning.suites import SuiteOptions, get_suite
@@ -45,6 +45,10 @@ class SweepConfig(ModelOptions):
     """Demonstrations of each task; default: the suite's own number."""
     views: Literal[1, 2, 4, 8] = 1
     """Geometric views of each task that vote (arc)."""
+    delimiter: str | None = None
+    """Text between input and output and between demonstrations, exactly one token; default: the suite's own."""
+    bos: bool | None = None
+    """Start with the BOS token; default: as the tokenizer does."""
     preset: str | None = None
     """The paper's settings for a benchmark: nlp-lr, mmlu, bbh or arc; default: each method's own."""
     epochs: int | None = None
@@ -122,12 +126,15 @@ def make_sweep(config: SweepConfig) -> Sweep:
     specs = [MethodSpec.parse(word) for word in split_words(config.methods)]
     if not specs:
         raise UsageError("give methods, such as icl,prefix-tuning,ct-kv")
-    common = {"max_tokens": config.max_tokens, "backend": config.backend}
+    common: dict[str, Any] = {"max_tokens": config.max_tokens, "backend": config.backend}
     if config.epochs is not None:
         common["epochs"] = config.epochs
     for spec in specs:
         spec.settings(config.preset, **common)  # refuses what cannot be used
     folder = suite.folder(config.data_dir)
+    text_format: dict[str, Any] = {"bos": config.bos}
+    if config.delimiter is not None:
+        text_format["delimiter"] = config.delimiter
     return Sweep(
         suite=suite,
         folder=folder,
@@ -140,6 +147,7 @@ def make_sweep(config: SweepConfig) -> Sweep:
         options=SuiteOptions(config.shots, config.views),
         preset=config.preset,
         common=common,
+        text_format=text_format,
     )
 
 

@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -37,6 +37,7 @@ class Sweep:
     folder: of the suite's files, None if they come with a package.  split: which items are scored.
     limit: score only the first so many items of each task.  preset: name of settings by benchmark, see `methods`.
     common: settings of all methods, below those of a `MethodSpec`.
+    text_format: fields of `TextFormat` instead of those of the suite.
     """
 
     suite: Suite
@@ -50,6 +51,7 @@ class Sweep:
     options: SuiteOptions = field(default_factory=SuiteOptions)
     preset: str | None = None
     common: dict[str, Any] = field(default_factory=dict)
+    text_format: dict[str, Any] = field(default_factory=dict)
 
     def cells(self) -> list[Cell]:
         """All cells; seeds outermost, so that early results cover all tasks and methods."""
@@ -61,7 +63,8 @@ class Sweep:
         Raises:
             DataError: a file that is missing or holds an unusable line.
         """
-        return _load(self.suite, self.folder, task, seed, self.options)
+        loaded = _load(self.suite, self.folder, task, seed, self.options)
+        return replace(loaded, text_format=replace(loaded.text_format, **self.text_format))
 
     def items(self, task: Task) -> tuple[Demonstration, ...]:
         """The items that are scored."""
@@ -104,6 +107,8 @@ def run_sweep(
     model_id = {"model": model_fingerprint(model), "tokenizer": tokenizer_hash(tokenizer)}
     for cell in cells:
         _check_finished(sweep, cell, model_id)
+    for leftover in sweep.out.glob("cells/*/*/.*.tmp"):  # of a process that was killed while it wrote
+        leftover.unlink(missing_ok=True)
     workers.wait()  # until every process has looked at the finished cells, so that all agree on them
     for number in workers.numbers():
         if number >= len(cells):
