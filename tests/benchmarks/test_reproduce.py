@@ -93,6 +93,12 @@ def test_every_method_gets_the_same_number_of_candidates():
     assert reproduce.TUNING_SEED not in reproduce.FULL.seeds
 
 
+def test_the_tuning_seed_is_not_tested(capsys):
+    with pytest.raises(SystemExit):
+        reproduce.main(["--model", "/no/such", "--seeds", "13", "100"])
+    assert "the demonstrations of 100 choose the settings and are not tested" in capsys.readouterr().err
+
+
 def test_the_ablation_has_all_four_masks():
     spec = reproduce.QUICK.candidates("ct-kv")[0]
     masks = {label: reproduce._masked(spec, mask) for label, mask in reproduce.MASKS.items()}
