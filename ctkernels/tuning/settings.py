@@ -128,6 +128,10 @@ class TrainSettings:
         require(0 < self.eta <= 1, "eta", "in (0, 1]")
         require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "positive, or None")
         require(0 <= self.seed <= MAX_SEED, "seed", f"in [0, {MAX_SEED}]")
+        if self.rank is not None and self.hidden is not None:
+            raise ValueError("rank and hidden exclude each other: both write the prefix; set one of them to None")
+        if self.fisher and not self.pull:
+            raise ValueError("fisher weighs the pull towards the start, which is 0; set pull, too")
         choices = {"layout": Layout, "leave_one_out": Hide, "start": Start, "trained": Trained}
         for name, kind in (choices | {"demonstrate": Demonstrate, "answers": Answers}).items():
             *others, last = get_args(kind)

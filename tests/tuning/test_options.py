@@ -89,9 +89,11 @@ def test_rank_of_the_update(model, start):
     assert torch.linalg.matrix_rank(full, rtol=1e-9) > 2
 
 
-def test_rank_and_network_exclude_each_other(model):
+def test_options_that_make_no_sense_together():
     with pytest.raises(ValueError, match="rank and hidden exclude each other"):
-        tuned(model, rank=2, hidden=8)
+        get_method("ct-kv").settings(rank=2, hidden=8)
+    with pytest.raises(ValueError, match="fisher weighs the pull towards the start, which is 0"):
+        get_method("ct-kv").settings(fisher=True)
 
 
 def distance(result: TuneResult, start: TuneResult) -> float:

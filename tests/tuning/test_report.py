@@ -115,8 +115,8 @@ def test_figures(tmp_path):
 
 
 def test_a_method_with_settings_is_one_word():
-    spec = MethodSpec.parse("ct-kv:lr=1e-3:leave_one_out=none:rank=none:fisher=true")
-    assert spec.overrides == {"lr": 1e-3, "leave_one_out": "none", "rank": None, "fisher": True}
+    spec = MethodSpec.parse("ct-kv:lr=1e-3:leave_one_out=none:rank=none:pull=0.5:fisher=true")
+    assert spec.overrides == {"lr": 1e-3, "leave_one_out": "none", "rank": None, "pull": 0.5, "fisher": True}
     settings = spec.settings(seed=5, lr=0.5)
     assert (settings.lr, settings.seed, settings.leave_one_out) == (1e-3, 5, "none")
     assert MethodSpec.parse(str(spec)) == spec

@@ -13,6 +13,7 @@ from ctkernels.tuning.batches import Batch
 from ctkernels.tuning.data import Row
 from ctkernels.tuning.forward import row_losses
 from ctkernels.tuning.hf import Attachment
+from ctkernels.tuning.hf_models import find_decoder
 from ctkernels.tuning.learners.base import Learner
 from ctkernels.tuning.masks import context_mask
 from ctkernels.tuning.prefix import KVPrefix
@@ -34,10 +35,6 @@ class PrefixLearner(Learner):
     def __init__(self, model: PreTrainedModel, prefix: KVPrefix, rows: Sequence[Row], settings: TrainSettings) -> None:
         self.model, self.prefix, self.settings, self._rows = model, prefix, settings, rows
         layers = len(prefix.keys)
-        if (settings.top_layers or 0) > layers:
-            raise ValueError(f"top_layers must be at most the model's {layers} layers, got {settings.top_layers}")
-        if settings.rank is not None and settings.hidden is not None:
-            raise ValueError("rank and hidden exclude each other: both write the prefix; set one of them to None")
         if settings.frozen_tokens >= max(prefix.length, 1):
             raise ValueError(
                 f"frozen_tokens must be less than the prefix's {prefix.length} tokens, got {settings.frozen_tokens}"
@@ -59,6 +56,13 @@ class PrefixLearner(Learner):
         self._trained = [key for key, flag in trained.items() if flag]
         self._start = [x.detach().clone() for x in self._tensors()] if settings.pull else []
         self._weights: list[Tensor | None] = [None] * len(self._start)
+
+    @staticmethod
+    def check(model: PreTrainedModel, settings: TrainSettings) -> None:
+        """Refuse settings that the model cannot have, before anything is encoded. Raises ValueError."""
+        layers = len(find_decoder(model).layers)
+        if (settings.top_layers or 0) > layers:
+            raise ValueError(f"top_layers must be at most the model's {layers} layers, got {settings.top_layers}")
 
     def rows(self, epoch: int) -> Sequence[Row]:
         return self._rows

@@ -117,7 +117,7 @@ class Method:
 
     @property
     def reads(self) -> frozenset[str]:
-        """Names of the `TrainSettings` fields that make a difference."""
+        """Names of the `TrainSettings` fields it takes."""
         return LOOP | self.options
 
     def check(self, settings: TrainSettings) -> None:

@@ -20,6 +20,7 @@ DEFAULTS = MappingProxyType({"lr": 3e-3, "epochs": 25, "drop_p": 0.05, "leave_on
 
 def tuned_prefix(run: Run) -> KVPrefix:
     """The demonstrations' prefix, trained under the model's weights as they are now."""
+    PrefixLearner.check(run.model, run.settings)
     prefix = demonstrations_prefix(run)
     learner = PrefixLearner(run.model, prefix, run.rows, run.settings)
     run.train(learner)

@@ -13,6 +13,7 @@ from ctkernels.tuning.starts import tokens_prefix
 
 
 def fit(run: Run) -> Adapter:
+    PrefixLearner.check(run.model, run.settings)
     prefix = tokens_prefix(run)
     learner = PrefixLearner(run.model, prefix, run.rows, run.settings)
     run.train(learner)
