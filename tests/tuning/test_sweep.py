@@ -278,7 +278,7 @@ def test_views_are_tuned_turned_back_and_counted(monkeypatch, tmp_path):
         View(tuple(pairs), (), tuple(pairs), lambda text: None if text == "??" else text),
     )
     task = Task("t", tuple(pairs), (), tuple(pairs), by="generation", views=views)
-    answers = [["ab", "zz"], ["AB", "CD"], ["no", "??"]]
+    answers = [["no", "zz"], ["AB", "CD"], ["ab", "??"]]
     seen = []
 
     def fake_tune(model, tokenizer, train, name, settings, text_format):
@@ -293,7 +293,7 @@ def test_views_are_tuned_turned_back_and_counted(monkeypatch, tmp_path):
     result = run.run_cell(None, None, sweep, sweep.cells()[0], {})
     assert [train for train, _ in seen] == [tuple(pairs), capitals, tuple(pairs)]
     assert all(learn_stop for _, learn_stop in seen)  # answers are generated
-    assert result.predictions == ["ab", "zz"]  # two votes to one; one to one, and the first view wins
+    assert result.predictions == ["ab", "zz"]  # two votes to one, once turned back; one to one, and the first view wins
     assert (result.score, result.gold_loss, result.run["views"]) == (0.5, 2.5, 3)
 
 
