@@ -80,8 +80,7 @@ class Lora:
             yield wrapped
         finally:
             if wrapped is not None:
-                wrapped.unload()
-            vars(model).pop("peft_config", None)
+                wrapped.unload()  # takes off what merging has left, too
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
 
