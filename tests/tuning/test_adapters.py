@@ -61,6 +61,7 @@ def test_damaged_adapters_are_refused(tmp_path):
         Adapter.from_pretrained(tmp_path, model)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # of peft itself
 def test_peft_reads_the_saved_update(tmp_path):
     from peft import PeftModel
 
