@@ -47,10 +47,18 @@ def test_kinds_say_what_each_token_is():
     assert len(CONTEXT.kinds) == P
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma3", "qwen3"])
-def test_rotation_is_taken_off_and_put_on(name):
-    """Would catch: a wrong half, a wrong sign, rotating dimensions that a model leaves alone, one rotation for all."""
-    model = make_model(name)
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("llama", {}), ("gpt_neox", {}), ("gemma3", {}), ("qwen3", {}), ("llama", {"rope_parameters": YARN})],
+    ids=["llama", "gpt_neox", "gemma3", "qwen3", "yarn"],
+)
+def test_rotation_is_taken_off_and_put_on(name, changes):
+    """Would catch: a wrong half, a wrong sign, rotating dimensions that a model leaves alone, one rotation for all
+    layers, a scale (of YaRN) that is put on twice."""
+    model = make_model(name, **changes)
     decoder = find_decoder(model)
     # a token at positions 0 and 5 has, in the first layer, one key and two rotations
     one, _ = encode_tokens(model, torch.tensor([7, 9, 11]), behind=None)
