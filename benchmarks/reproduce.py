@@ -57,7 +57,7 @@ RATES = {
     "ct-prompt": ("lr=1e-3", "lr=3e-3", "lr=1e-2"),
     "ct-kv": ("lr=1e-3", "lr=3e-3", "lr=1e-2"),
     "ttt": ("lr=1e-4", "lr=3e-4", "lr=1e-3"),
-    "ttt+ct-kv": ("ttt_lr=1e-4:lr=1e-3", "ttt_lr=1e-4:lr=3e-3", "ttt_lr=3e-4:lr=1e-3"),
+    "ttt+ct-kv": ("ttt_lr=1e-4:lr=3e-3", "ttt_lr=3e-4:lr=3e-3", "ttt_lr=1e-3:lr=3e-3"),
 }
 UNTRAINED = ("zero-shot", "icl")
 
