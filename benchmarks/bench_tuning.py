@@ -35,7 +35,6 @@ from ctkernels.tuning import (
     TrainSettings,
     encode_context,
     encode_rows,
-    evaluate_prefix,
     load_jsonl,
     tune,
 )
@@ -180,7 +179,7 @@ def time_method(
 ) -> dict[str, Any]:
     """Seconds per training epoch, if the method trains, and per test item of an evaluation."""
     result = tune(model, tokenizer, pairs, name, get_method(name).settings(epochs=rounds))
-    times = [harness.timed(lambda: evaluate_prefix(model, tokenizer, items, result.prefix), "cpu")[1] for _ in range(3)]
+    times = [harness.timed(lambda: result.adapter.evaluate(model, tokenizer, items), "cpu")[1] for _ in range(3)]
     return {
         "method": name,
         "epoch": Spread.of([record.seconds for record in result.history]) if result.history else None,

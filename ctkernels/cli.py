@@ -1,7 +1,7 @@
 """The command `ctkernels`: `tune`, `eval` and `env`.
 
-Exit status: 0 done; 1 the run failed (a full disk, a loss that is not finite); 2 wrong usage or unusable data, said in
-one line; 130 interrupted.
+Exit status: 0 done; 1 the run failed (a full disk, a loss that is not finite, cells of a sweep without a result);
+2 wrong usage or unusable data, said in one line; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ctkernels.config import EvalConfig, ModelOptions, TuneConfig, UsageError, as_yaml, parse
+from ctkernels.config import EvalConfig, FailedRun, ModelOptions, TuneConfig, UsageError, as_yaml, parse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HELP = """usage: ctkernels COMMAND [OPTIONS]
 
-  tune   tune a prefix on the demonstrations of a task and save it
-  eval   evaluate zero-shot, ICL, ct-kv or saved prefixes on test items
+  tune   adapt a model to the demonstrations of a task and save the adapter
+  eval   evaluate methods or saved prefixes on test items, or methods on all tasks of a suite (--suite)
   env    versions, CPU features, and which backends are available
 
 `ctkernels COMMAND --help` lists the options; `--config FILE` reads them from a YAML file."""
@@ -48,10 +48,11 @@ def run(argv: list[str]) -> int:
         with _plain_warnings():
             commands[name](rest)
     except KeyboardInterrupt:
-        return _complain("interrupted; `ctkernels tune --resume` continues from the last checkpoint", 130)
+        how = "`ctkernels tune --resume` continues from the last checkpoint"
+        return _complain(f"interrupted; {how if name == 'tune' else 'finished cells of a suite are kept'}", 130)
     except (ValueError, TypeError) as error:
         return _complain(error, 2)
-    except (OSError, ArithmeticError) as error:
+    except (OSError, ArithmeticError, FailedRun, ImportError) as error:
         return _complain(error, 1)
     return 0
 
@@ -67,10 +68,12 @@ def tune_command(argv: list[str]) -> None:
         raise UsageError(f"{config.out} already holds a run; add --resume to continue it, or choose another --out")
     model, tokenizer = load_model(config)
 
+    from ctkernels.tuning.adapter import Adapter
     from ctkernels.tuning.progress import epoch_bar
     from ctkernels.tuning.storage import atomic_write_bytes, atomic_write_json
     from ctkernels.tuning.trainer import tune
 
+    start_from = None if config.start_from is None else Adapter.from_pretrained(config.start_from, model, tokenizer)
     atomic_write_bytes(config.out / "config.yaml", as_yaml(config).encode())
     with epoch_bar(settings.epochs) as on_epoch:
         result = tune(
@@ -80,55 +83,60 @@ def tune_command(argv: list[str]) -> None:
             config.method,
             settings,
             config.text_format(),
+            start_from=start_from,
             checkpoint_dir=config.out / "checkpoint",
             checkpoint_every=config.checkpoint_every,
             resume=config.resume,
             on_epoch=on_epoch,
         )
-    result.prefix.save_pretrained(config.out / "prefix")
+    result.adapter.save_pretrained(config.out / "prefix")
     atomic_write_json(config.out / "history.json", [asdict(record) for record in result.history])
     if result.history:
         first, last = result.history[0], result.history[-1]
         seconds = sum(record.seconds for record in result.history)
-        print(f"loss {first.loss:.4f} -> {last.loss:.4f} in {last.epoch} epochs, {seconds:.1f} s")
-    print(f"saved {config.out / 'prefix'}: {result.prefix.length} tokens")
+        print(f"loss {first.loss:.4f} -> {last.loss:.4f} in {len(result.history)} epochs, {seconds:.1f} s")
+    extra = " and a LoRA update of the weights" if result.adapter.lora else ""
+    print(f"saved {config.out / 'prefix'}: {result.prefix.length} tokens{extra}")
 
 
 def eval_command(argv: list[str]) -> None:
-    """`ctkernels eval`: scores of methods and saved prefixes, as a table and JSON."""
+    """`ctkernels eval`: scores of methods and saved prefixes, as a table and JSON; with `--suite` a sweep."""
+    from ctkernels.tuning.sweep.command import sweep_command, wants_suite
+
+    if wants_suite(argv):
+        return sweep_command(argv)
     config = parse(EvalConfig, "ctkernels eval", argv)
     if not config.methods and not config.prefix:
         raise UsageError("give methods (such as zero-shot icl ct-kv) or prefix (saved folders), or both")
-    settings = {name: config.settings(name) for name in config.methods}
+    settings = config.settings_of_each(config.methods)
     items = config.load("test", config.test)[: config.limit]
     needs_train = any(name != "zero-shot" for name in config.methods)
     demonstrations = config.load("train", config.train) if needs_train else []
     model, tokenizer = load_model(config)
 
-    from ctkernels.tuning.evaluate import evaluate_prefix
-    from ctkernels.tuning.prefix import KVPrefix
+    from ctkernels.tuning.adapter import Adapter
     from ctkernels.tuning.progress import epoch_bar
+    from ctkernels.tuning.settings import TrainSettings
     from ctkernels.tuning.trainer import tune
 
     results = []
     for name in [*config.methods, *config.prefix]:
         started = time.perf_counter()
         if isinstance(name, Path):
-            prefix = KVPrefix.from_pretrained(name, model, tokenizer)
+            adapter = Adapter.from_pretrained(name, model, tokenizer)
         else:
             with epoch_bar(settings[name].epochs) as on_epoch:
                 tuned = tune(
                     model, tokenizer, demonstrations, name, settings[name], config.text_format(), on_epoch=on_epoch
                 )
-            prefix = tuned.prefix
+            adapter = tuned.adapter
         ready = time.perf_counter()
-        scores = evaluate_prefix(
+        scores = adapter.evaluate(
             model,
             tokenizer,
             items,
-            prefix,
             by=config.by,
-            max_tokens=config.settings("ct-kv").max_tokens,
+            max_tokens=config.max_tokens or TrainSettings().max_tokens,
             max_new_tokens=config.max_new_tokens,
             backend=config.backend,
         )

@@ -9,18 +9,22 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
 from ctkernels.tuning.data import Demonstration, TextFormat, load_jsonl, load_metaicl
-from ctkernels.tuning.methods import get_method
 from ctkernels.tuning.settings import TrainSettings
 
 
 class UsageError(ValueError):
     """A wrong command line or configuration file; the message is one line."""
+
+
+class FailedRun(Exception):
+    """A run that could not do all it was asked for; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -74,48 +78,64 @@ class DataOptions:
 
 
 @dataclass(frozen=True)
-class TrainOptions:
-    """Settings of the training loop; what is not given is the method's default."""
+class Preset:
+    """Settings of the method; what is not given is the method's default."""
 
-    epochs: int | None = None
-    """Passes over all demonstrations, one optimiser step each."""
-    lr: float | None = None
-    """Peak learning rate; it falls to 0 along a cosine."""
-    drop_p: float | None = None
-    """Token dropout: how likely a row does not see a context token in an epoch."""
-    leave_one_out: bool | None = None
-    """Hide each row's own demonstration from it."""
-    learn_stop: bool | None = None
-    """Also train the delimiter after the answer, so that generation learns where to stop."""
-    clip_norm: float | None = None
-    """Largest gradient norm."""
-    seed: int | None = None
-    """Seed of token dropout; the same seed gives the same bits."""
-    layout: Literal["packed", "padded"] | None = None
-    """Rows back to back without padding, or as a right-padded batch."""
-    max_tokens: int | None = None
-    """Most tokens of one micro-batch."""
-    backend: str | None = None
-    """Backend of the attention op; default: the best available one (see `ctkernels env`)."""
+    preset: str | None = None
+    """The paper's settings for a benchmark: nlp-lr, mmlu, bbh or arc."""
 
     def settings(self, method: str) -> TrainSettings:
-        """The settings of `method` with the given ones replaced."""
-        given = {f.name: getattr(self, f.name) for f in fields(TrainOptions)}
-        return get_method(method).settings(**{name: value for name, value in given.items() if value is not None})
+        """The settings of `method`, those of the preset and the given ones in their place. Raises ValueError."""
+        from ctkernels.tuning.methods import get_method
+
+        return get_method(method).settings(self.preset, **self._given())
+
+    def settings_of_each(self, methods: Sequence[str]) -> dict[str, TrainSettings]:
+        """The settings of several methods, each with the given ones that it reads.
+
+        Raises:
+            ValueError: a given setting that none of them reads.
+        """
+        from ctkernels.tuning.methods import get_method
+
+        given, table = self._given(), {name: get_method(name) for name in methods}
+        unread = [name for name in given if table and not any(name in method.reads for method in table.values())]
+        if unread:
+            raise UsageError(f"none of {', '.join(table)} reads {', '.join(unread)}")
+        return {
+            name: method.settings(self.preset, **{key: given[key] for key in given if key in method.reads})
+            for name, method in table.items()
+        }
+
+    def _given(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(TrainSettings) if getattr(self, f.name) is not None}
+
+
+# a flag for every setting, without a default of its own; help texts come from the docstring
+TrainOptions = make_dataclass(
+    "TrainOptions",
+    [(name, kind | None, field(default=None)) for name, kind in get_type_hints(TrainSettings).items()],
+    bases=(Preset,),
+    frozen=True,
+)
+TrainOptions.__doc__ = re.sub(r"(?m)^( {8}\w+: )(\w)", lambda m: m[1] + m[2].upper(), TrainSettings.__doc__ or "")
 
 
 @dataclass(frozen=True)
 class TuneConfig(TrainOptions, DataOptions, ModelOptions):
-    """Tune a prefix on the demonstrations of a task and save it.
+    """Adapt a model to the demonstrations of a task and save the adapter.
 
-    Writes OUT/prefix (the tuned prefix), OUT/history.json (loss, learning rate, gradient norm and seconds per epoch),
-    OUT/config.yaml (these settings) and OUT/checkpoint. `--config FILE` reads settings from a YAML file; flags win.
+    Writes OUT/prefix (the prefix, and what else the method made), OUT/history.json (loss, learning rate, gradient norm
+    and seconds per epoch), OUT/config.yaml (these settings) and OUT/checkpoint. `--config FILE` reads settings from a
+    YAML file; flags win.
     """
 
     out: Path | None = None
     """Folder of the results (required)."""
     method: str = "ct-kv"
-    """What to tune: a method of the table in ctkernels/tuning/methods."""
+    """zero-shot, icl, prompt-tuning, prefix-tuning, ipt, ct-prompt, ct-kv, ttt, ttt+ct-kv, deep-thinking or cpt."""
+    start_from: Path | None = None
+    """Folder of another task's adapter (OUT/prefix of its run) to start from."""
     checkpoint_every: int = 5
     """Replace the checkpoint after so many epochs."""
     resume: bool = False
@@ -128,13 +148,13 @@ class EvalConfig(TrainOptions, DataOptions, ModelOptions):
 
     Items with options are scored by option loss (macro-F1 or accuracy as in MetaICL), others by greedy generation and
     exact match. Prints a table; `--out FILE.json` also writes the scores with all predictions. `--config FILE` reads
-    settings from a YAML file; flags win.
+    settings from a YAML file; flags win. Many tasks and seeds at once: `ctkernels eval --suite SUITE --help`.
     """
 
     test: Path | None = None
     """JSONL of the test items."""
     methods: tuple[str, ...] = ()
-    """Methods to run and evaluate: zero-shot, icl, ct-kv; those with demonstrations need them (train or metaicl)."""
+    """Methods to run and evaluate (see `ctkernels tune --help`); all but zero-shot need demonstrations."""
     prefix: tuple[Path, ...] = ()
     """Folders of saved prefixes to evaluate, with the text format they were tuned with."""
     by: Literal["options", "generation"] | None = None
@@ -147,7 +167,7 @@ class EvalConfig(TrainOptions, DataOptions, ModelOptions):
     """JSON file of the scores."""
 
 
-Config = TypeVar("Config", TuneConfig, EvalConfig)
+Config = TypeVar("Config", bound=ModelOptions)
 
 
 def parse(kind: type[Config], prog: str, argv: Sequence[str]) -> Config:
@@ -159,7 +179,7 @@ def parse(kind: type[Config], prog: str, argv: Sequence[str]) -> Config:
     """
     import tyro
 
-    file, flags = _take_config_flag(list(argv))
+    file, flags = take_config_flag(list(argv))
     arguments = (yaml_arguments(kind, file) if file else []) + flags
     complaint = io.StringIO()
     try:
@@ -177,8 +197,12 @@ def parse(kind: type[Config], prog: str, argv: Sequence[str]) -> Config:
     return config
 
 
-def yaml_arguments(kind: type, path: str) -> list[str]:
-    """The keys of a YAML file as command-line arguments, so that one parser types and checks both."""
+def read_yaml(path: str) -> dict[str, Any]:
+    """The names and values of a YAML file.
+
+    Raises:
+        UsageError: a file that cannot be read, or that is no mapping.
+    """
     import yaml
 
     try:
@@ -189,6 +213,12 @@ def yaml_arguments(kind: type, path: str) -> list[str]:
         raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path} must map names to values, got {type(values).__name__}")
+    return values
+
+
+def yaml_arguments(kind: type, path: str) -> list[str]:
+    """The keys of a YAML file as command-line arguments, so that one parser types and checks both."""
+    values = read_yaml(path)
     types = get_type_hints(kind)
     names = {f.name for f in fields(kind)}
     arguments: list[str] = []
@@ -208,7 +238,7 @@ def yaml_arguments(kind: type, path: str) -> list[str]:
     return arguments
 
 
-def as_yaml(config: TuneConfig | EvalConfig) -> str:
+def as_yaml(config: ModelOptions) -> str:
     """The configuration as a YAML file that `--config` accepts."""
     import yaml
 
@@ -220,7 +250,8 @@ def as_yaml(config: TuneConfig | EvalConfig) -> str:
     return yaml.safe_dump({name: plain(value) for name, value in asdict(config).items()}, sort_keys=False)
 
 
-def _take_config_flag(argv: list[str]) -> tuple[str | None, list[str]]:
+def take_config_flag(argv: list[str]) -> tuple[str | None, list[str]]:
+    """The file of `--config FILE`, if it is there, and the other arguments."""
     for i, arg in enumerate(argv):
         if arg.startswith("--config="):
             return arg.removeprefix("--config="), argv[:i] + argv[i + 1 :]

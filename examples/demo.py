@@ -208,8 +208,8 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     results, curve = [], {}
-    settings = get_method("ct-kv").settings(epochs=args.epochs)
     for name in METHODS:
+        settings = get_method(name).settings(epochs=args.epochs)
         row, prefix, snapshots = run_method(name, model, tokenizer, train, test, settings)
         results.append(row)
         for epoch, snapshot in snapshots.items():

@@ -9,12 +9,14 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "adapter": ("Adapter",),
     "data": ("DataError", "Demonstration", "TextFormat", "encode_context", "encode_rows", "load_jsonl", "load_metaicl"),
     "evaluate": ("EvalResult", "evaluate_prefix"),
-    "methods": ("METHODS", "Method", "get_method"),
+    "methods": ("METHODS", "PRESETS", "Method", "get_method"),
     "prefix": ("KVPrefix",),
+    "prompt": ("SoftPrompt",),
     "settings": ("TrainSettings",),
-    "trainer": ("EpochRecord", "TrainingError", "TuneResult", "train_prefix", "tune"),
+    "trainer": ("EpochRecord", "TrainingError", "TuneResult", "tune"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

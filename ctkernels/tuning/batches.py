@@ -5,6 +5,8 @@ Three rows in the two layouts (`.` is padding):
     packed   input_ids [1, N]   a0 a1 a2 a3 b0 b1 c0 c1 c2      padded   input_ids [B, S]   a0 a1 a2 a3
              cu_seqlens [B+1]   0           4     6        9                                b0 b1 .  .
                                                                                             c0 c1 c2 .
+
+With a `lead` every row starts with that many positions for a soft prompt, whose embeddings are filled in later.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ class Batch:
     logit_positions: int64 [U], where along dim 1 logits are wanted (the model's `logits_to_keep`).
     label_index: int64 [M], which of the kept logits, seen as [-1, V], predicts a label.  labels: int64 [M].
     answer_sizes: number of labels of each answer, in order; they sum to M.
+    lead: number of soft prompt positions at the start of each row; their input_ids mean nothing.
     """
 
     input_ids: Tensor
@@ -44,6 +47,16 @@ class Batch:
     label_index: Tensor
     labels: Tensor
     answer_sizes: tuple[int, ...]
+    lead: int = 0
+
+    def with_prompt(self, embedded: Tensor, prompt: Tensor) -> Tensor:
+        """The embeddings of `input_ids`, `[1, N, E]` or `[B, S, E]`, with `prompt` `[lead, E]` in front of each row."""
+        if self.cu_seqlens is None:
+            return torch.cat((prompt.expand(len(embedded), -1, -1), embedded[:, self.lead :]), dim=1)
+        starts = self.cu_seqlens[:-1].long()
+        where = (starts[:, None] + torch.arange(self.lead, device=starts.device)).flatten()
+        prompts = prompt.expand(len(starts), -1, -1).flatten(0, 1)
+        return embedded[0].index_copy(0, where, prompts)[None]
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -51,8 +64,9 @@ class Batch:
         return Batch(**moved)
 
 
-def split_by_tokens(rows: Sequence[Row], max_tokens: int, layout: Layout = "packed") -> list[list[int]]:
-    """Indices of the rows of each batch, in order, so that a batch runs at most `max_tokens` tokens, padding included.
+def split_by_tokens(rows: Sequence[Row], max_tokens: int, layout: Layout = "packed", lead: int = 0) -> list[list[int]]:
+    """Indices of the rows of each batch, in order, so that a batch runs at most `max_tokens` tokens, padding and a soft
+    prompt of `lead` tokens in front of each row included.
 
     A row longer than `max_tokens` gets a batch of its own.
     """
@@ -61,7 +75,7 @@ def split_by_tokens(rows: Sequence[Row], max_tokens: int, layout: Layout = "pack
     groups: list[list[int]] = []
     total = longest = 0
     for i, row in enumerate(rows):
-        size = len(row.tokens)
+        size = lead + len(row.tokens)
         longest, total = max(longest, size), total + size
         cost = total if layout == "packed" else longest * (len(groups[-1]) + 1 if groups else 1)
         if not groups or cost > max_tokens:
@@ -71,12 +85,12 @@ def split_by_tokens(rows: Sequence[Row], max_tokens: int, layout: Layout = "pack
     return groups
 
 
-def make_batch(rows: Sequence[Row], indices: Sequence[int], layout: Layout = "packed") -> Batch:
-    """A batch of `rows[i] for i in indices`, on the CPU."""
+def make_batch(rows: Sequence[Row], indices: Sequence[int], layout: Layout = "packed", lead: int = 0) -> Batch:
+    """A batch of `rows[i] for i in indices` with room for a soft prompt of `lead` tokens before each, on the CPU."""
     picked = [rows[i] for i in indices]
-    sizes = [len(row.tokens) for row in picked]
+    sizes = [lead + len(row.tokens) for row in picked]
     positions = [torch.arange(size) for size in sizes]
-    tokens = [torch.tensor(row.tokens, dtype=torch.long) for row in picked]
+    tokens = [torch.tensor((0,) * lead + row.tokens, dtype=torch.long) for row in picked]
     cu_seqlens = attention_mask = None
     if layout == "packed":
         cu_seqlens = torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
@@ -90,10 +104,9 @@ def make_batch(rows: Sequence[Row], indices: Sequence[int], layout: Layout = "pa
 
     labels, where, answer_sizes = [], [], []  # where: (row, position along dim 1) of each label's logits
     for b, row in enumerate(picked):
-        for answer in row.answers:
-            first = starts[b] + row.first_label
+        for number, answer in enumerate(row.answers):
             labels += answer
-            where += [(b, first + t) for t in range(len(answer))]
+            where += [(b, starts[b] + lead + t) for t in row.label_positions(number)]
             answer_sizes.append(len(answer))
     kept = sorted({position for _, position in where})
     index = {position: u for u, position in enumerate(kept)}
@@ -109,6 +122,7 @@ def make_batch(rows: Sequence[Row], indices: Sequence[int], layout: Layout = "pa
         label_index=torch.tensor([b * stride + index[position] for b, position in where], dtype=torch.long),
         labels=torch.tensor(labels, dtype=torch.long),
         answer_sizes=tuple(answer_sizes),
+        lead=lead,
     )
 
 

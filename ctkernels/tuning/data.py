@@ -1,6 +1,6 @@
 """Demonstrations: reading them, refusing unusable ones by file and line, and turning them into tokens.
 
-Two layouts are read, both one JSON object per line with `input`, `output` and perhaps `options`:
+Two layouts are read, both one JSON object per line with `input`, `output` and perhaps `options` or `references`:
 
     load_jsonl("train.jsonl")
     load_metaicl("DIR", task="sick", seed=13, split="train")    # DIR/sick/sick_16_13_train.jsonl
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 METAICL_SPLITS = ("train", "dev", "test")
+SPECIAL, DELIMITER, INPUT, OUTPUT = range(4)  # kinds of context tokens
 
 
 class DataError(ValueError):
@@ -41,6 +42,7 @@ class Demonstration:
         input: what the model reads; not blank.
         output: what it should answer; not blank.
         options: the answers to choose from, if the task is one of choice; they contain `output`; repeats are dropped.
+        references: further right answers, which BLEU takes into account beside `output`.
         source: where the pair comes from (`FILE:LINE`), for messages alone.
 
     Raises:
@@ -52,6 +54,7 @@ class Demonstration:
     output: str
     options: tuple[str, ...] | None = None
     source: str | None = field(default=None, compare=False)
+    references: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("input", "output"):
@@ -60,6 +63,9 @@ class Demonstration:
                 raise TypeError(f"{name} must be a string, got {_show(value)}")
             if not value.strip():
                 raise ValueError(f"{name} must not be blank, got {value!r}")
+        if not isinstance(self.references, (list, tuple)) or not all(isinstance(r, str) for r in self.references):
+            raise TypeError(f"references must be a list of strings, got {_show(self.references)}")
+        object.__setattr__(self, "references", tuple(self.references))
         if self.options is None:
             return
         if not isinstance(self.options, (list, tuple)):
@@ -78,7 +84,8 @@ class Demonstration:
 
 
 def parse_demonstration(record: Any, source: str) -> Demonstration:
-    """A demonstration from one decoded JSON value; fields besides `input`, `output`, `options` are ignored.
+    """A demonstration from one decoded JSON value with `input`, `output` and perhaps `options` and `references`; other
+    fields are ignored.
 
     Raises:
         DataError: anything that makes it unusable, prefixed with `source`.
@@ -91,7 +98,8 @@ def parse_demonstration(record: Any, source: str) -> Demonstration:
     options = record.get("options")
     try:
         # MetaICL writes "options": [] where a task has no choices
-        return Demonstration(record["input"], record["output"], None if options == [] else options, source)
+        options = None if options == [] else options
+        return Demonstration(record["input"], record["output"], options, source, record.get("references") or ())
     except (TypeError, ValueError) as error:
         raise DataError(f"{source}: {error}") from None
 
@@ -167,10 +175,12 @@ class EncodedContext:
 
     input_ids: int64 [P].  segments: int64 [K+1]; demonstration i is `input_ids[segments[i]:segments[i + 1]]`, its
     leading delimiter included. A BOS token comes before the first segment, so that no row hides it.
+    kinds: int64 [P], what each token is: SPECIAL, DELIMITER, INPUT or OUTPUT.
     """
 
     input_ids: Tensor
     segments: Tensor
+    kinds: Tensor
 
 
 @dataclass(frozen=True)
@@ -180,17 +190,26 @@ class Row:
     tokens: what the model is fed: the prompt and the answer without its last token (which predicts nothing).
     answers: token lists that share all but their last token, hence one run scores all of them.
     held_out: the demonstration this row must not see, or -1.  source: for messages.
+    predicted_at: for each token of an answer the index of the token whose logits predict it; None if the answers end
+        the row. Several demonstrations' answers in one sequence count as one answer whose tokens lie apart.
     """
 
     tokens: tuple[int, ...]
     answers: tuple[tuple[int, ...], ...]
     held_out: int = -1
     source: str | None = None
+    predicted_at: tuple[int, ...] | None = None
 
     @property
     def first_label(self) -> int:
         """Index of the token whose logits predict the first answer token."""
         return len(self.tokens) - len(self.answers[0])
+
+    def label_positions(self, answer: int) -> tuple[int, ...]:
+        """Index of the token whose logits predict each token of an answer."""
+        if self.predicted_at is not None:
+            return self.predicted_at
+        return tuple(range(self.first_label, self.first_label + len(self.answers[answer])))
 
 
 class PairEncoder:
@@ -272,15 +291,19 @@ def encode_context(
         ValueError: a delimiter that is not one token.
     """
     encoder = PairEncoder(tokenizer, text_format)
-    tokens = list(encoder.start)
+    tokens, kinds = list(encoder.start), [SPECIAL] * len(encoder.start)
     segments = [len(tokens)]
     for i, demonstration in enumerate(demonstrations):
         answer = encoder.answer(demonstration, demonstration.output)
-        tokens += (encoder.delimiter,) if i > 0 else ()
-        tokens += encoder.prompt(demonstration, len(answer)) + answer
+        prompt = encoder.prompt(demonstration, len(answer))
+        lead = (encoder.delimiter,) if i > 0 else ()
+        tokens += lead + prompt + answer
+        kinds += [DELIMITER] * len(lead) + [INPUT] * (len(prompt) - 1) + [DELIMITER] + [OUTPUT] * len(answer)
         segments.append(len(tokens))
     encoder.report_cuts()
-    return EncodedContext(torch.tensor(tokens, dtype=torch.long), torch.tensor(segments))
+    return EncodedContext(
+        torch.tensor(tokens, dtype=torch.long), torch.tensor(segments), torch.tensor(kinds, dtype=torch.long)
+    )
 
 
 def encode_rows(
@@ -288,15 +311,17 @@ def encode_rows(
     demonstrations: Sequence[Demonstration],
     text_format: TextFormat | None = None,
     learn_stop: bool = False,
+    encoder: PairEncoder | None = None,
 ) -> list[Row]:
     """Training rows, one per demonstration: `_ x _ y`, with y as labels.
 
     `learn_stop` makes the delimiter after the answer a label, too, so that generation learns where to stop.
+    `encoder` is one that writes more before an input than the input itself.
 
     Raises:
         as `encode_context`.
     """
-    encoder = PairEncoder(tokenizer, text_format)
+    encoder = encoder or PairEncoder(tokenizer, text_format)
     rows = []
     for i, demonstration in enumerate(demonstrations):
         answer = encoder.answer(demonstration, demonstration.output)

@@ -3,12 +3,9 @@
 All items read the one attached prefix; they are packed into batches by a token budget, and options that differ in
 their last token alone (one-token labels, say) share one run of their item.
 
-Definitions, as in MetaICL:
+Definitions, as in MetaICL (scores: see `metrics.py`):
 
     prediction   the option with the lowest mean cross-entropy (nats) of its tokens; the first of equals
-    accuracy     share of items whose prediction is their output
-    macro-F1     mean, over the labels that occur as outputs, of 2 * precision * recall / (precision + recall), 0 where
-                 both are 0; reported for classification, that is, if all items have the same set of options
     gold loss    mean over items of the mean cross-entropy of the output's tokens
 """
 
@@ -24,21 +21,20 @@ from torch import Tensor
 
 from ctkernels.tuning.batches import make_batch, split_by_tokens
 from ctkernels.tuning.data import DataError, Demonstration, PairEncoder, Row, TextFormat
+from ctkernels.tuning.forward import frozen, row_losses
+from ctkernels.tuning.limits import check_row_lengths
+from ctkernels.tuning.metrics import Metric, accuracy, default_metric, score_predictions
 from ctkernels.tuning.prefix import KVPrefix
-from ctkernels.tuning.trainer import check_row_lengths, frozen, row_losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Metric = Literal["macro_f1", "accuracy", "exact_match"]
 
 
 @dataclass(frozen=True)
 class EvalResult:
     """Scores of one prefix on one test set.
 
-    metric: the score to report: "macro_f1" for classification, "accuracy" for other choices, "exact_match" for
-        generation.  score: its value.  accuracy: share of right predictions.  gold_loss: nats.
+    metric: the score to report.  score: its value.  accuracy: share of right predictions.  gold_loss: nats.
     predictions: one per item.  items: how many.
     """
 
@@ -57,7 +53,9 @@ def evaluate_prefix(
     prefix: KVPrefix,
     *,
     by: Literal["options", "generation"] | None = None,
+    metric: Metric | None = None,
     text_format: TextFormat | None = None,
+    encoder: PairEncoder | None = None,
     max_tokens: int = 4096,
     max_new_tokens: int = 32,
     backend: str | None = None,
@@ -66,7 +64,9 @@ def evaluate_prefix(
 
     Args:
         by: "options" or "generation"; None takes options if every item has some.
+        metric: the score; None takes macro-F1 for classification, accuracy for other choices, exact match otherwise.
         text_format: how items become tokens; default: as the prefix's demonstrations did.
+        encoder: turns items into tokens, instead of a plain one for `text_format`.
         max_tokens: most tokens of one batch.  max_new_tokens: longest generated answer.
 
     Raises:
@@ -82,7 +82,7 @@ def evaluate_prefix(
         raise ValueError(f"by must be 'options' or 'generation', got {by!r}")
     if text_format is None:
         text_format = TextFormat(**prefix.metadata.settings.get("text_format", {}))
-    encoder = PairEncoder(tokenizer, text_format)
+    encoder = encoder or PairEncoder(tokenizer, text_format)
     with torch.no_grad(), frozen(model):
         if by == "options":
             losses = _option_losses(model, encoder, items, prefix, max_tokens, backend)
@@ -92,27 +92,10 @@ def evaluate_prefix(
             gold = _gold_losses(model, encoder, items, prefix, max_tokens, backend)
             predictions = _generate(model, encoder, items, prefix, max_tokens, max_new_tokens, backend)
         encoder.report_cuts()
-    outputs = [item.output.strip() for item in items]
-    right = accuracy([p.strip() for p in predictions], outputs)
-    metric: Metric = "exact_match" if by == "generation" else "accuracy"
-    score = right
-    if by == "options" and len({frozenset(item.options or ()) for item in items}) == 1:
-        metric, score = "macro_f1", macro_f1([p.strip() for p in predictions], outputs)
+    metric = metric or default_metric(items, by)
+    score = score_predictions(metric, predictions, items)
+    right = accuracy([p.strip() for p in predictions], [item.output.strip() for item in items])
     return EvalResult(metric, score, right, sum(gold) / len(gold), len(items), predictions)
-
-
-def accuracy(predictions: Sequence[str], outputs: Sequence[str]) -> float:
-    """Share of predictions equal to their output."""
-    return sum(p == o for p, o in zip(predictions, outputs, strict=True)) / len(outputs)
-
-
-def macro_f1(predictions: Sequence[str], outputs: Sequence[str]) -> float:
-    """Unweighted mean F1 over the labels that occur in `outputs`."""
-    scores = []
-    for label in sorted(set(outputs)):
-        hits = sum(p == o == label for p, o in zip(predictions, outputs, strict=True))
-        scores.append(2 * hits / (predictions.count(label) + outputs.count(label)))
-    return sum(scores) / len(scores)
 
 
 def _option_losses(
@@ -171,7 +154,7 @@ def _losses(
     model: PreTrainedModel, rows: Sequence[Row], prefix: KVPrefix, max_tokens: int, backend: str | None
 ) -> Tensor:
     """Mean loss of every answer of every row, in order."""
-    check_row_lengths(model, prefix.length, rows)
+    check_row_lengths(model, prefix.first_position, rows)
     losses = []
     with prefix.attach(model, backend=backend) as attachment:
         for group in split_by_tokens(rows, max_tokens):
@@ -193,7 +176,7 @@ def _generate(
     Prompts of equal length share a batch, so that no padding is needed.
     """
     prompts = [_prompt(encoder, prefix, item, max_new_tokens) for item in items]
-    check_row_lengths(model, prefix.length, [Row(p + (0,) * max_new_tokens, ((0,),)) for p in prompts])
+    check_row_lengths(model, prefix.first_position, [Row(p + (0,) * max_new_tokens, ((0,),)) for p in prompts])
     eos = encoder.tokenizer.eos_token_id
     stops = [encoder.delimiter] if eos is None else [eos, encoder.delimiter]
     texts = [""] * len(items)
@@ -216,9 +199,9 @@ def _generate(
 
 
 def _prompt(encoder: PairEncoder, prefix: KVPrefix, item: Demonstration, longest_answer: int) -> tuple[int, ...]:
-    """`_ x _` behind demonstrations, `x _` without any."""
-    after_demonstrations = len(prefix.segments) > 1
-    return ((encoder.delimiter,) if after_demonstrations else ()) + encoder.prompt(item, longest_answer)
+    """`_ x _` behind a prefix, as in training rows; `x _` behind nothing but BOS."""
+    behind_prefix = prefix.length > len(encoder.start)
+    return ((encoder.delimiter,) if behind_prefix else ()) + encoder.prompt(item, longest_answer)
 
 
 def _equal_lengths(prompts: Sequence[tuple[int, ...]], max_tokens: int) -> Iterator[list[int]]:

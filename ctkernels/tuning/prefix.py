@@ -12,20 +12,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ctkernels import ContextMask
+from ctkernels.tuning.encode import encode_tokens
 from ctkernels.tuning.hf import Attachment
-from ctkernels.tuning.hf_attention import ATTACHED
-from ctkernels.tuning.hf_models import Decoder, config_hash, find_decoder
+from ctkernels.tuning.hf_models import config_hash, find_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -167,7 +168,7 @@ class KVPrefix(nn.Module):
                 f"{type(decoder.model).__name__} (max_position_embeddings); use fewer or shorter ones"
             )
         _check_segments(torch.as_tensor(segments), length)
-        keys, values = _encode(decoder, input_ids)
+        keys, values = encode_tokens(model, input_ids)
         return cls(keys, values, segments, length, PrefixMetadata.of(model, tokenizer, method, settings))
 
     @classmethod
@@ -233,54 +234,24 @@ class KVPrefix(nn.Module):
     ) -> KVPrefix:
         """Read a prefix. With `model` and `tokenizer` it is checked against them, and put on the model's device.
 
+        Warns where the folder also holds an update of the weights, which `Adapter.from_pretrained` reads.
+
         Raises:
             PrefixFileError: missing, damaged, foreign or too new files, or a prefix for another model or tokenizer.
         """
         from ctkernels.tuning.prefix_file import load
 
-        return load(directory, model, tokenizer)
-
-
-def _encode(decoder: Decoder, input_ids: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Keys and values of every layer, `[Hk, P, D]`, for a context."""
-    if any(hasattr(attention, ATTACHED) for attention in decoder.attentions):
-        raise ValueError(
-            f"this {type(decoder.model).__name__} has a prefix attached; leave that block to encode another"
-        )
-    dtype = decoder.prefix_dtype
-    if input_ids.shape[0] == 0:
-        empty = [torch.empty(decoder.kv_heads, 0, decoder.head_dim, dtype=dtype, device=a) for a in _devices(decoder)]
-        return empty, [x.clone() for x in empty]
-    tokens = input_ids.to(decoder.device)[None]
-    # without a config every layer of the cache keeps all positions; with one, windowed layers would lose the early ones
-    cache = DynamicCache()
-    with torch.no_grad(), _eval_mode(decoder.model):
-        decoder.base(tokens, attention_mask=torch.ones_like(tokens), past_key_values=cache, use_cache=True)
-    # a copy of its own: the cache may share memory between layers or with the model
-    return (
-        [layer.keys[0].to(dtype, copy=True).contiguous() for layer in cache.layers],
-        [layer.values[0].to(dtype, copy=True).contiguous() for layer in cache.layers],
-    )
+        prefix = load(directory, model, tokenizer)
+        if any(Path(directory).glob("lora-*")):
+            warnings.warn(
+                f"{directory}: the prefix belongs to a LoRA update beside it; Adapter.from_pretrained reads both",
+                stacklevel=2,
+            )
+        return prefix
 
 
 def _trainable(x: Tensor) -> Tensor:
     return x.clone() if x.is_inference() else x.detach()
-
-
-def _devices(decoder: Decoder) -> list[torch.device]:
-    return [next(attention.parameters()).device for attention in decoder.attentions]
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off and checkpointing (which drops caches) asleep; afterwards each module is as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _check_layers(keys: list[Tensor], values: list[Tensor]) -> None:

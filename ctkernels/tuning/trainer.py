@@ -1,35 +1,38 @@
-"""The one training loop: rows against a trainable prefix, one optimiser step per epoch.
+"""The one training loop, whatever is trained:
 
     for each epoch:
-        lr    <- cosine from settings.lr to 0, no warm-up
-        seed  <- (settings.seed, epoch)                            token dropout, drawn once per (row, token)
-        loss  <- mean over rows of the mean cross-entropy (nats) of the row's answer tokens
-        step  <- AdamW(betas 0.9/0.999, no decay) on the gradient of all rows, its norm clipped
+        rows  <- of the learner; seed <- (settings.seed, epoch)     token dropout, drawn once per (row, token)
+        for each step: all rows, or `batch_rows` of them in a new random order
+            lr    <- cosine from settings.lr to 0 over all steps, no warm-up
+            loss  <- mean over the step's rows of the mean cross-entropy (nats) of the row's answer tokens
+            step  <- AdamW(betas 0.9/0.999, no decay) on the gradient of all of them (and of the learner's penalty),
+                     its norm clipped
 
 Rows run packed back to back (or right-padded) in micro-batches of at most `max_tokens` tokens; each contributes
-`sum of its rows' means / number of all rows`, so that loss and gradient do not depend on how the rows are split.
+`sum of its rows' means / number of the step's rows`, so that loss and gradient do not depend on how they are split.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctkernels import dispatch
-from ctkernels.tuning.batches import Batch, answer_losses, make_batch, split_by_tokens
+from ctkernels.tuning.adapter import Adapter
+from ctkernels.tuning.batches import make_batch, split_by_tokens
 from ctkernels.tuning.checkpoint import Checkpoint, fingerprint, model_fingerprint
-from ctkernels.tuning.data import DataError, Demonstration, Row, TextFormat, encode_context, encode_rows
-from ctkernels.tuning.hf import Attachment
-from ctkernels.tuning.hf_models import find_decoder
-from ctkernels.tuning.methods import Method, get_method
+from ctkernels.tuning.data import DataError, Demonstration, Row, TextFormat
+from ctkernels.tuning.forward import frozen
+from ctkernels.tuning.learners import Learner
+from ctkernels.tuning.methods import Run, get_method
+from ctkernels.tuning.methods.base import require_demonstrations, require_transferable
 from ctkernels.tuning.prefix import KVPrefix
 from ctkernels.tuning.settings import TrainSettings
 
@@ -43,22 +46,32 @@ class TrainingError(ArithmeticError):
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """One epoch: its number from 1, the loss before the step, the learning rate, the gradient norm before clipping,
-    and the time in seconds."""
+    """One epoch: its number from 1, the mean loss of its rows before their steps (without penalty), the learning rate
+    of its first step, the gradient norm before clipping (mean over steps), and the time in seconds. `stage` names one
+    of several loops of a run, "" the last."""
 
     epoch: int
     loss: float
     lr: float
     grad_norm: float
     seconds: float
+    stage: str = ""
+
+
+OnEpoch = Callable[[EpochRecord, nn.Module], None]
 
 
 @dataclass(frozen=True)
 class TuneResult:
-    """A prefix and how it came to be (`history` is empty for methods that train nothing)."""
+    """An adapter and how it came to be (`history` is empty for methods that train nothing)."""
 
-    prefix: KVPrefix
+    adapter: Adapter
     history: list[EpochRecord]
+
+    @property
+    def prefix(self) -> KVPrefix:
+        """The adapter's prefix. For methods that also change weights, use the adapter."""
+        return self.adapter.prefix
 
 
 def tune(
@@ -69,12 +82,13 @@ def tune(
     settings: TrainSettings | None = None,
     text_format: TextFormat | None = None,
     *,
+    start_from: Adapter | None = None,
     checkpoint_dir: str | Path | None = None,
     checkpoint_every: int = 5,
     resume: bool = False,
-    on_epoch: Callable[[EpochRecord, KVPrefix], None] | None = None,
+    on_epoch: OnEpoch | None = None,
 ) -> TuneResult:
-    """Adapt a frozen model to a task: the prefix of `method` for these demonstrations, trained if the method trains.
+    """Adapt a frozen model to a task: the adapter of `method` for these demonstrations, trained if the method trains.
 
     Args:
         model: a supported causal language model; its weights and its mode are left as they were.
@@ -83,183 +97,179 @@ def tune(
         method: a name of `methods.METHODS`.
         settings: default: those of the method.
         text_format: how pairs become tokens.
+        start_from: another task's adapter of the same model to start from: methods that start from demonstrations
+            put its prefix or prompt in front of them, others take it in place of their own; ttt takes its LoRA.
         checkpoint_dir, checkpoint_every: where to keep a checkpoint, and after how many epochs to replace it.
         resume: continue from the checkpoint, if there is one; the run ends with the same bits as if never stopped.
-        on_epoch: called with the record and the prefix after every epoch, before its checkpoint.
+        on_epoch: called with the record and what is trained after every epoch, before its checkpoint.
 
     Raises:
         DataError: too few demonstrations, or more tokens than the model takes.
-        ValueError: an unknown method; an unknown or unavailable backend.
+        ValueError: an unknown method; settings that it does not read; an adapter it cannot start from; an unknown or
+            unavailable backend.
         TypeError: a model class that is not supported.
         CheckpointError: `resume` with other settings, data or model than the checkpoint's.
         TrainingError: the loss is not finite.
     """
     how = get_method(method)
     settings = settings or how.settings()
+    how.check(settings)
+    require_demonstrations(how, len(demonstrations), settings)
+    require_transferable(how, start_from, model)
     if settings.backend is not None:
         dispatch.choose(settings.backend, model.device)  # refuses an unusable one before the model runs
-    if how.starts_from == "context" and not demonstrations:
-        raise DataError(f"{method} needs demonstrations, got none")
-    used = demonstrations if how.starts_from == "context" else ()
-    context = encode_context(tokenizer, used, text_format)
-    rows: list[Row] = []
-    if how.trains != "nothing":
-        rows = encode_rows(tokenizer, demonstrations, text_format, settings.learn_stop)
-        _require_two(rows, settings)
-    check_context_length(model, len(context.input_ids))
-    check_row_lengths(model, len(context.input_ids), rows)
-    recorded = {"text_format": asdict(text_format or TextFormat())} | (asdict(settings) if rows else {})
-    prefix = KVPrefix.from_tokens(model, context.input_ids, context.segments, tokenizer, method, recorded)
-    if not rows:
-        return TuneResult(prefix, [])
-    history = train_prefix(
-        model,
-        prefix,
-        rows,
-        how,
-        settings,
-        checkpoint_dir=checkpoint_dir,
-        checkpoint_every=checkpoint_every,
-        resume=resume,
-        on_epoch=on_epoch,
-    )
-    return TuneResult(prefix, history)
-
-
-def train_prefix(
-    model: PreTrainedModel,
-    prefix: KVPrefix,
-    rows: Sequence[Row],
-    method: Method,
-    settings: TrainSettings,
-    *,
-    checkpoint_dir: str | Path | None = None,
-    checkpoint_every: int = 5,
-    resume: bool = False,
-    on_epoch: Callable[[EpochRecord, KVPrefix], None] | None = None,
-) -> list[EpochRecord]:
-    """Train `prefix` in place on `rows`; arguments and errors as in `tune`."""
-    _require_two(rows, settings)
     if checkpoint_every < 1:
         raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
-    parameters = {name: p for name, p in prefix.named_parameters() if p.requires_grad}
+    history: list[EpochRecord] = []
+    origin = None if start_from is None else _adapter_fingerprint(start_from)
+
+    def train(learner: Learner, stage_settings: TrainSettings | None = None, stage: str = "") -> None:
+        checkpoint = None
+        if checkpoint_dir is not None:
+            identity = {"method": method, "stage": stage, "start_from": origin}
+            checkpoint = (Path(checkpoint_dir) / stage, identity)
+        history.extend(
+            train_learner(
+                model,
+                learner,
+                stage_settings or settings,
+                stage=stage,
+                checkpoint=checkpoint,
+                checkpoint_every=checkpoint_every,
+                resume=resume,
+                on_epoch=on_epoch,
+            )
+        )
+
+    run = Run(
+        model=model,
+        tokenizer=tokenizer,
+        demonstrations=tuple(demonstrations),
+        method=method,
+        reads=how.reads,
+        settings=settings,
+        text_format=text_format or TextFormat(),
+        start_from=start_from,
+        train=train,
+    )
+    return TuneResult(how.fit(run), history)
+
+
+def train_learner(
+    model: PreTrainedModel,
+    learner: Learner,
+    settings: TrainSettings,
+    *,
+    stage: str = "",
+    checkpoint: tuple[Path, dict] | None = None,
+    checkpoint_every: int = 5,
+    resume: bool = False,
+    on_epoch: OnEpoch | None = None,
+) -> list[EpochRecord]:
+    """Train `learner` in place; arguments and errors as in `tune`.
+
+    checkpoint: its folder, and what the run depends on besides settings, rows and model, by name.
+    """
+    rows = learner.rows(0)
+    if not rows:
+        raise DataError("training needs demonstrations, got none")
+    parameters = learner.parameters()
     optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, betas=(0.9, 0.999), weight_decay=0.0)
     history: list[EpochRecord] = []
-    checkpoint = None
-    if checkpoint_dir is not None:
-        checkpoint = Checkpoint(checkpoint_dir, _run_identity(model, prefix, rows, method, settings))
-        if checkpoint.exists() and not resume:
-            raise ValueError(
-                f"checkpoint_dir already holds {checkpoint.path}; resume from it, or choose another folder"
-            )
-        if checkpoint.exists():
-            history = [EpochRecord(**record) for record in checkpoint.load(parameters, optimizer)]
-
-    groups = split_by_tokens(rows, settings.max_tokens, settings.layout)
-    batches = [make_batch(rows, group, settings.layout).to(model.device) for group in groups]
-    with frozen(model), prefix.attach(model, backend=settings.backend) as attachment:
+    store = None
+    if checkpoint is not None:
+        folder, identity = checkpoint
+        store = Checkpoint(folder, identity | _identity(model, learner, rows, settings))
+        if store.exists() and not resume:
+            raise ValueError(f"checkpoint_dir already holds {store.path}; resume from it, or choose another folder")
+    with frozen(model, but=parameters.values()), learner.attached(settings.backend):
+        singly = (make_batch(rows, [i], settings.layout, learner.lead).to(model.device) for i in range(len(rows)))
+        learner.before_training(singly)  # before a checkpoint replaces the start
+        if store is not None and store.exists():
+            history = [EpochRecord(**record) for record in store.load(parameters, optimizer)]
         for epoch in range(len(history), settings.epochs):
-            started = time.perf_counter()
-            lr = 0.5 * settings.lr * (1 + math.cos(math.pi * epoch / settings.epochs))
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.zero_grad()
-            total = torch.zeros((), dtype=torch.float64, device=model.device)
-            for batch in batches:
-                attachment.mask = method.mask(settings, prefix.segments, batch, settings.dropout_seed(epoch))
-                losses = row_losses(model, attachment, batch)
-                (losses.sum() / len(rows)).backward()
-                total += losses.detach().double().sum()
-            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip_norm or math.inf)
-            loss = total.item() / len(rows)
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise TrainingError(
-                    f"epoch {epoch + 1}: the loss is {loss} and the gradient norm {float(norm)}; "
-                    f"try a smaller lr than {settings.lr}, or a wider dtype than {model.dtype}"
-                )
-            optimizer.step()
-            record = EpochRecord(epoch + 1, loss, lr, float(norm), time.perf_counter() - started)
+            record = _train_epoch(model, learner, settings, epoch, parameters, optimizer)
+            record = replace(record, stage=stage)
             history.append(record)
             if on_epoch is not None:
-                on_epoch(record, prefix)
-            if checkpoint is not None and (record.epoch % checkpoint_every == 0 or record.epoch == settings.epochs):
-                checkpoint.save(parameters, optimizer, [asdict(r) for r in history])
+                on_epoch(record, learner.module)
+            if store is not None and (record.epoch % checkpoint_every == 0 or record.epoch == settings.epochs):
+                store.save(parameters, optimizer, [asdict(r) for r in history])
     optimizer.zero_grad()
     return history
 
 
-def row_losses(model: PreTrainedModel, attachment: Attachment, batch: Batch) -> Tensor:
-    """Mean cross-entropy in nats of every answer of a batch, with a prefix attached; logits only where a label is."""
-    attachment.cu_seqlens = batch.cu_seqlens
-    logits = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        logits_to_keep=batch.logit_positions,
-        use_cache=False,
-    ).logits
-    return answer_losses(logits, batch)
-
-
-@contextlib.contextmanager
-def frozen(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block no weight takes a gradient and no dropout is active; afterwards all is as it was.
-
-    Modules under gradient checkpointing stay in training mode, since transformers checkpoints nothing outside of it.
-    """
-    needs_grad = [(p, p.requires_grad) for p in model.parameters()]
-    training = [(module, module.training) for module in model.modules()]
-    try:
-        model.requires_grad_(False).eval()
-        for module, _ in training:
-            module.training = bool(getattr(module, "gradient_checkpointing", False))
-        yield
-    finally:
-        for parameter, flag in needs_grad:
-            parameter.requires_grad_(flag)
-        for module, flag in training:
-            module.training = flag
-
-
-def check_context_length(model: PreTrainedModel, length: int) -> None:
-    """Refuse a context of `length` tokens that is longer than the model's. Raises DataError."""
-    limit = find_decoder(model).context_limit
-    if limit is not None and length > limit:
-        raise DataError(
-            f"the demonstrations have {length} tokens, more than the model's context of {limit}; "
-            "use fewer of them, or a smaller max_pair_tokens"
-        )
-
-
-def check_row_lengths(model: PreTrainedModel, length: int, rows: Sequence[Row]) -> None:
-    """Refuse a row that does not fit into the model's context behind a prefix of `length` tokens. Raises DataError."""
-    limit = find_decoder(model).context_limit
-    for row in rows:
-        if limit is not None and length + len(row.tokens) > limit:
-            raise DataError(
-                f"{f'{row.source}: ' if row.source else ''}a row of {len(row.tokens)} tokens behind a prefix of "
-                f"{length} exceeds the model's context of {limit}; use fewer demonstrations, or a smaller "
-                "max_pair_tokens"
+def _train_epoch(
+    model: PreTrainedModel,
+    learner: Learner,
+    settings: TrainSettings,
+    epoch: int,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> EpochRecord:
+    started = time.perf_counter()
+    rows = learner.rows(epoch)
+    steps = _steps(len(rows), settings, epoch)
+    first_lr, total, norms = 0.0, torch.zeros((), dtype=torch.float64, device=model.device), []
+    for number, step in enumerate(steps):
+        progress = (epoch * len(steps) + number) / (settings.epochs * len(steps))
+        lr = 0.5 * settings.lr * (1 + math.cos(math.pi * progress))
+        first_lr = lr if number == 0 else first_lr
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad()
+        total += _accumulate(model, learner, settings, epoch, rows, step)
+        penalty = learner.penalty()
+        if penalty is not None:
+            penalty.backward()
+        learner.before_step()
+        norms.append(torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip_norm or math.inf))
+        if not torch.isfinite(norms[-1]) or not torch.isfinite(total):
+            raise TrainingError(
+                f"epoch {epoch + 1}: the loss is {total.item() / len(rows)} and the gradient norm {float(norms[-1])}; "
+                f"try a smaller lr than {settings.lr}, or a wider dtype than {model.dtype}"
             )
+        optimizer.step()
+        learner.after_step()
+    norm = float(torch.stack(norms).mean())
+    return EpochRecord(epoch + 1, total.item() / len(rows), first_lr, norm, time.perf_counter() - started)
 
 
-def _require_two(rows: Sequence[Row], settings: TrainSettings) -> None:
-    if not rows:
-        raise DataError("training needs demonstrations, got none")
-    if settings.leave_one_out and len(rows) < 2:
-        raise DataError(
-            "leave-one-out needs at least two demonstrations, got 1: its row would see nothing of the context; "
-            "add demonstrations, or set leave_one_out=False"
-        )
+def _accumulate(
+    model: PreTrainedModel, learner: Learner, settings: TrainSettings, epoch: int, rows: Sequence[Row], step: list[int]
+) -> Tensor:
+    """Add the gradient of the mean loss of a step's rows; returns the sum of their losses."""
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
+    picked = [rows[i] for i in step]
+    for group in split_by_tokens(picked, settings.max_tokens, settings.layout, learner.lead):
+        batch = make_batch(rows, [step[i] for i in group], settings.layout, learner.lead).to(model.device)
+        losses = learner.losses(batch, settings.dropout_seed(epoch))
+        (losses.sum() / len(step)).backward()
+        total += losses.detach().double().sum()
+    return total
 
 
-def _run_identity(
-    model: PreTrainedModel, prefix: KVPrefix, rows: Sequence[Row], method: Method, settings: TrainSettings
-) -> dict:
+def _steps(count: int, settings: TrainSettings, epoch: int) -> list[list[int]]:
+    """Indices of the rows of each optimiser step of an epoch."""
+    if settings.batch_rows is None or settings.batch_rows >= count:
+        return [list(range(count))]
+    generator = torch.Generator().manual_seed(settings.dropout_seed(epoch))
+    order = torch.randperm(count, generator=generator).tolist()
+    return [order[i : i + settings.batch_rows] for i in range(0, count, settings.batch_rows)]
+
+
+def _identity(model: PreTrainedModel, learner: Learner, rows: Sequence[Row], settings: TrainSettings) -> dict:
     """What the bits of a run depend on, by name."""
+    tokens = [(r.tokens, r.answers, r.held_out, r.predicted_at) for r in rows]
     return {
-        "method": method.name,
         **asdict(settings),
-        "demonstrations": fingerprint((prefix.segments.tolist(), [(r.tokens, r.answers, r.held_out) for r in rows])),
+        "demonstrations": fingerprint((learner.identity(), tokens)),
         "model": model_fingerprint(model),
     }
+
+
+def _adapter_fingerprint(adapter: Adapter) -> str:
+    parts = [model_fingerprint(module) for module in (adapter.prefix, adapter.prompt) if module is not None]
+    weights = {} if adapter.lora is None else adapter.lora.tensors
+    parts += [(name, tensor.flatten()[:16].tolist()) for name, tensor in weights.items()]
+    return fingerprint(parts)

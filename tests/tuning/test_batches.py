@@ -39,6 +39,28 @@ def test_padded_batch():
     assert batch.label_index.tolist() == [0, 3, 4, 5]  # row 0 at its position 0, row 1 at 0, 1, 2
 
 
+def test_room_for_a_soft_prompt():
+    packed, padded = (make_batch(ROWS, [0, 2], layout, lead=2) for layout in ("packed", "padded"))
+    assert packed.cu_seqlens.tolist() == [0, 5, 10] and packed.position_ids.tolist() == [[0, 1, 2, 3, 4] * 2]
+    assert packed.logit_positions.tolist() == [4, 8, 9] and padded.logit_positions.tolist() == [3, 4]
+    prompt, tokens = torch.tensor([[-1.0], [-2.0]]), [[5, 6, 7], [13, 14, 15]]
+    for batch in (packed, padded):
+        filled = batch.with_prompt(batch.input_ids[..., None].float(), prompt)
+        assert filled.shape == (*batch.input_ids.shape, 1)
+        assert filled.view(2, 5).tolist() == [[-1, -2, *row] for row in tokens]
+
+
+def test_answers_that_lie_apart():
+    """Two answers of an in-context sequence are one answer of the row: their tokens' mean, not the mean of means."""
+    row = Row((5, 6, 7, 8, 9, 10), ((7, 8, 11),), predicted_at=(1, 2, 5))
+    batch = make_batch([ROWS[0], row], [0, 1])
+    assert batch.logit_positions.tolist() == [2, 4, 5, 8] and batch.answer_sizes == (1, 3)
+    logits = torch.randn(1, 9, 20, dtype=torch.float64)
+    losses = answer_losses(logits[:, batch.logit_positions], batch)
+    expected = cross_entropy(logits[0, [4, 5, 8]], torch.tensor([7, 8, 11]))
+    torch.testing.assert_close(losses[1], expected)
+
+
 def test_answers_that_share_tokens_share_logits():
     batch = make_batch(SHARED, [0, 1])
     assert batch.logit_positions.tolist() == [1, 2, 4]
@@ -74,14 +96,15 @@ def test_low_precision_logits_are_reduced_in_fp32():
     sizes=st.lists(st.integers(1, 9), max_size=12),
     budget=st.integers(1, 25),
     layout=st.sampled_from(["packed", "padded"]),
+    lead=st.sampled_from([0, 4]),
 )
-def test_split_by_tokens(sizes, budget, layout):
+def test_split_by_tokens(sizes, budget, layout, lead):
     rows = [Row((0,) * size, ((0,),)) for size in sizes]
-    groups = split_by_tokens(rows, budget, layout)
+    groups = split_by_tokens(rows, budget, layout, lead)
     assert [i for group in groups for i in group] == list(range(len(sizes)))
 
     def cost(group):
-        picked = [sizes[i] for i in group]
+        picked = [lead + sizes[i] for i in group]
         return sum(picked) if layout == "packed" else max(picked) * len(picked)
 
     assert all(cost(group) <= budget or len(group) == 1 for group in groups)

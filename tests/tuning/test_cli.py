@@ -19,17 +19,6 @@ from tests.tuning.tasks import DEMONSTRATIONS, char_tokenizer, write_jsonl
 from tests.tuning.tiny_models import make_model
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """A saved model with its tokenizer, and a task."""
-    folder = tmp_path_factory.mktemp("cli")
-    make_model("llama", torch.float32).save_pretrained(folder / "model")
-    char_tokenizer().save_pretrained(folder / "model")
-    write_jsonl(folder / "train.jsonl", DEMONSTRATIONS)
-    write_jsonl(folder / "test.jsonl", DEMONSTRATIONS[::-1])
-    return folder
-
-
 def tune_arguments(files, out, *more):
     return ["tune", "--model", f"{files}/model", "--train", f"{files}/train.jsonl", "--out", str(out), *more]
 
@@ -205,14 +194,14 @@ def test_wrong_yaml(capsys, tmp_path, text, message):
 
 def test_flags_win_over_the_file(tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text("lr: 3e-3\nepochs: 7\nresume: true\nleave_one_out: false\nout: runs/x\nseed:\ntask:\n")
+    path.write_text("lr: 3e-3\nepochs: 7\nresume: true\nleave_one_out: suffix\nout: runs/x\nseed:\ntask:\n")
     config = parse(TuneConfig, "ctkernels tune", ["--epochs", "3", "--config", str(path), "--no-resume"])
     # 3e-3 is a string to YAML, and a number here
     assert (config.lr, config.epochs, config.resume, config.leave_one_out, config.seed) == (
         0.003,
         3,
         False,
-        False,
+        "suffix",
         None,
     )
     assert (str(config.out), config.task) == ("runs/x", "")
@@ -229,7 +218,7 @@ def test_configuration_survives_yaml(tmp_path, kind):
 
 
 def test_every_training_setting_is_an_option():
-    assert [f.name for f in fields(TrainOptions)] == [f.name for f in fields(TrainSettings)]
+    assert [f.name for f in fields(TrainOptions)] == ["preset", *(f.name for f in fields(TrainSettings))]
     with pytest.raises(UsageError):
         parse(EvalConfig, "x", ["--checkpoint-every", "3"])  # tune's alone
 

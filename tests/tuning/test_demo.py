@@ -48,9 +48,10 @@ def test_a_loop_that_disagrees_fails_the_demo(monkeypatch, tmp_path):
 
 
 def test_the_shipped_task_is_balanced_and_its_test_items_are_unseen():
-    train, test = load_jsonl(TASK / "train.jsonl"), load_jsonl(TASK / "test.jsonl")
+    train, dev, test = (load_jsonl(TASK / f"{split}.jsonl") for split in ("train", "dev", "test"))
     labels = ("account", "delivery", "payment", "product")
     assert Counter(d.output for d in train) == dict.fromkeys(labels, 4)
+    assert Counter(d.output for d in dev) == dict.fromkeys(labels, 4)
     assert Counter(d.output for d in test) == dict.fromkeys(labels, 25)
-    assert {d.options for d in train + test} == {labels}
-    assert len({d.input for d in train + test}) == 116
+    assert {d.options for d in train + dev + test} == {labels}
+    assert len({d.input for d in train + dev + test}) == 132

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,8 +112,8 @@ def test_a_checkpoint_is_not_overwritten_unasked(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"settings": get_method("ct-kv").settings(**{**vars(SETTINGS), "lr": 0.02})}, "lr was 0.01 and is now 0.02"),
-        ({"settings": get_method("ct-kv").settings(**{**vars(SETTINGS), "epochs": 9})}, "epochs was 7 and is now 9"),
+        ({"settings": replace(SETTINGS, lr=0.02)}, "lr was 0.01 and is now 0.02"),
+        ({"settings": replace(SETTINGS, epochs=9)}, "epochs was 7 and is now 9"),
         ({"demonstrations": DEMONSTRATIONS[::-1]}, "demonstrations was '[0-9a-f]{16}' and is now"),
         ({"model": make_model("llama", torch.float32, seed=1)}, "model was '[0-9a-f]{16}' and is now"),
     ],

@@ -4,12 +4,34 @@ from __future__ import annotations
 
 import difflib
 
-from ctkernels.tuning.methods.base import Method
+from ctkernels.tuning.methods.base import Method, Run
+from ctkernels.tuning.methods.cpt import CPT
 from ctkernels.tuning.methods.ct_kv import CT_KV
+from ctkernels.tuning.methods.ct_prompt import CT_PROMPT
+from ctkernels.tuning.methods.deep_thinking import DEEP_THINKING
 from ctkernels.tuning.methods.icl import ICL
+from ctkernels.tuning.methods.ipt import IPT
+from ctkernels.tuning.methods.prefix_tuning import PREFIX_TUNING
+from ctkernels.tuning.methods.presets import PRESETS
+from ctkernels.tuning.methods.prompt_tuning import PROMPT_TUNING
+from ctkernels.tuning.methods.ttt import TTT
+from ctkernels.tuning.methods.ttt_ct_kv import TTT_CT_KV
 from ctkernels.tuning.methods.zero_shot import ZERO_SHOT
 
-METHODS: dict[str, Method] = {method.name: method for method in (ZERO_SHOT, ICL, CT_KV)}
+TABLE = (
+    ZERO_SHOT,
+    ICL,
+    PROMPT_TUNING,
+    PREFIX_TUNING,
+    IPT,
+    CT_PROMPT,
+    CT_KV,
+    TTT,
+    TTT_CT_KV,
+    DEEP_THINKING,
+    CPT,
+)
+METHODS: dict[str, Method] = {method.name: method for method in TABLE}
 
 
 def get_method(name: str) -> Method:
@@ -25,4 +47,4 @@ def get_method(name: str) -> Method:
     return METHODS[name]
 
 
-__all__ = ["METHODS", "Method", "get_method"]
+__all__ = ["METHODS", "PRESETS", "Method", "Run", "get_method"]

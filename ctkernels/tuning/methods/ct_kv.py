@@ -6,26 +6,38 @@ reads the prefix minus its own segment (leave-one-out) and minus a random set of
 
 from types import MappingProxyType
 
-from torch import Tensor
+from ctkernels.tuning.adapter import Adapter
+from ctkernels.tuning.learners import PrefixLearner
+from ctkernels.tuning.methods.base import DROPOUT, LEAVE_ONE_OUT, Method, Run
+from ctkernels.tuning.prefix import KVPrefix
+from ctkernels.tuning.starts import demonstrations_prefix
 
-from ctkernels.mask import ContextMask
-from ctkernels.tuning.batches import Batch
-from ctkernels.tuning.methods.base import Method
-from ctkernels.tuning.settings import TrainSettings
+OPTIONS = DROPOUT | LEAVE_ONE_OUT | {"start", "permutations", "pool", "front_tokens"}
+PREFIX_OPTIONS = frozenset({"trained", "top_layers", "frozen_tokens", "pull", "fisher", "rank", "hidden"})
+STARTS = ("context", "separate", "permuted", "pooled", "labels")
+DEFAULTS = MappingProxyType({"lr": 3e-3, "epochs": 25, "drop_p": 0.05, "leave_one_out": "self"})
 
 
-def leave_one_out(settings: TrainSettings, segments: Tensor, batch: Batch, seed: int) -> ContextMask:
-    """Hide each row's own demonstration, if the settings say so, and drop tokens."""
-    if settings.leave_one_out:
-        return ContextMask.leave_one_out(segments, batch.held_out, settings.drop_p, seed, batch.row_ids)
-    return ContextMask(drop_p=settings.drop_p, seed=seed, row_ids=batch.row_ids)
+def tuned_prefix(run: Run) -> KVPrefix:
+    """The demonstrations' prefix, trained under the model's weights as they are now."""
+    PrefixLearner.check(run.model, run.settings)
+    prefix = demonstrations_prefix(run)
+    learner = PrefixLearner(run.model, prefix, run.rows, run.settings)
+    run.train(learner)
+    return learner.result()
+
+
+def fit(run: Run) -> Adapter:
+    return Adapter(tuned_prefix(run))
 
 
 CT_KV = Method(
     name="ct-kv",
     summary="the demonstrations' KV cache, tuned with leave-one-out and token dropout",
+    fit=fit,
     trains="prefix",
-    starts_from="context",
-    mask=leave_one_out,
-    defaults=MappingProxyType({"lr": 3e-3, "epochs": 25, "drop_p": 0.05, "leave_one_out": True}),
+    transfers="prefix",
+    options=OPTIONS | PREFIX_OPTIONS,
+    starts=STARTS,
+    defaults=DEFAULTS,
 )

@@ -1,5 +1,18 @@
 """In-context learning: the demonstrations' KV cache as it is."""
 
-from ctkernels.tuning.methods.base import Method
+from ctkernels.tuning.adapter import Adapter
+from ctkernels.tuning.methods.base import Method, Run
+from ctkernels.tuning.prefix import KVPrefix
 
-ICL = Method(name="icl", summary="the demonstrations in context, untrained", trains="nothing", starts_from="context")
+
+def context_prefix(run: Run) -> KVPrefix:
+    """The keys and values of the demonstrations under the model's weights as they are now."""
+    context = run.context
+    return KVPrefix.from_tokens(run.model, context.input_ids, context.segments, run.tokenizer, run.method, run.recorded)
+
+
+def fit(run: Run) -> Adapter:
+    return Adapter(context_prefix(run))
+
+
+ICL = Method(name="icl", summary="the demonstrations in context, untrained", fit=fit)

@@ -1,7 +1,16 @@
 """The model alone: no demonstrations, no training."""
 
-from ctkernels.tuning.methods.base import Method
+import torch
 
-ZERO_SHOT = Method(
-    name="zero-shot", summary="the model alone, without demonstrations", trains="nothing", starts_from="nothing"
-)
+from ctkernels.tuning.adapter import Adapter
+from ctkernels.tuning.methods.base import Method, Run
+from ctkernels.tuning.prefix import KVPrefix
+
+
+def fit(run: Run) -> Adapter:
+    start = torch.tensor(run.start_tokens, dtype=torch.long)
+    segments = torch.tensor([len(start)])
+    return Adapter(KVPrefix.from_tokens(run.model, start, segments, run.tokenizer, run.method, run.recorded))
+
+
+ZERO_SHOT = Method(name="zero-shot", summary="the model alone, without demonstrations", fit=fit, needs_demonstrations=0)

@@ -1,0 +1,51 @@
+"""CT-Prompt: the embeddings of the demonstrations as a soft prompt, trained on the demonstrations themselves.
+
+Lu, Teehan, Yang, Ren: "Context Tuning for In-Context Optimization", arXiv 2507.04221. A row is the whole prompt and one
+demonstration; the segment of that demonstration is hidden from every query of the row, those of the prompt included.
+"""
+
+from types import MappingProxyType
+
+import torch
+
+from ctkernels.tuning.adapter import Adapter
+from ctkernels.tuning.learners import PromptLearner
+from ctkernels.tuning.limits import check_context_length
+from ctkernels.tuning.methods.base import DROPOUT, LEAVE_ONE_OUT, Method, Run
+from ctkernels.tuning.prompt import SoftPrompt
+from ctkernels.tuning.starts import metadata
+
+
+def context_prompt(run: Run) -> SoftPrompt:
+    """The embeddings of the demonstrations, behind another task's prompt if the run starts from one."""
+    own = SoftPrompt.from_tokens(run.model, run.context.input_ids, run.context.segments)
+    if run.start_from is None:
+        return own
+    front, bos = run.start_from.prompt.embeddings.detach(), len(run.start_tokens)
+    embeddings = torch.cat((front, own.embeddings.detach()[bos:]))
+    return SoftPrompt(embeddings, own.segments + len(front) - bos)
+
+
+def tuned(run: Run, prompt: SoftPrompt, radii: torch.Tensor | None = None) -> Adapter:
+    """The adapter of a prompt trained on the demonstrations' rows."""
+    check_context_length(run.model, prompt.length)
+    run.check_rows(prompt.length, run.rows)
+    learner = PromptLearner(run.model, prompt, run.rows, run.settings, radii)
+    run.train(learner)
+    prompt = learner.result()
+    return Adapter(prompt.to_prefix(run.model, metadata(run)), prompt)
+
+
+def fit(run: Run) -> Adapter:
+    return tuned(run, context_prompt(run))
+
+
+CT_PROMPT = Method(
+    name="ct-prompt",
+    summary="the demonstrations' embeddings as a soft prompt, tuned with leave-one-out and token dropout",
+    fit=fit,
+    trains="prompt",
+    transfers="prompt",
+    options=DROPOUT | LEAVE_ONE_OUT | {"hidden"},
+    defaults=MappingProxyType({"lr": 1e-3, "epochs": 25, "batch_rows": 4, "drop_p": 0.05, "leave_one_out": "self"}),
+)

@@ -1,0 +1,34 @@
+"""Deep-Thinking: the demonstrations' KV cache, refined by forward passes alone.
+
+Yang and others: "Iterative Forward Tuning Boosts In-Context Learning in Language Models", arXiv 2305.13016. In each
+round the demonstrations are encoded again, at the same positions, reading the cache of the round before in front of
+their own keys; the cache then moves towards the result:  KV <- eta * KV_new + (1 - eta) * KV.
+"""
+
+from types import MappingProxyType
+
+import torch
+
+from ctkernels.tuning.adapter import Adapter
+from ctkernels.tuning.encode import encode_tokens
+from ctkernels.tuning.methods.base import Method, Run
+from ctkernels.tuning.methods.icl import context_prefix
+
+
+@torch.no_grad()
+def fit(run: Run) -> Adapter:
+    prefix = context_prefix(run)
+    for _ in range(run.settings.rounds):
+        keys, values = encode_tokens(run.model, run.context.input_ids, behind=prefix, position=0)
+        for old, new in zip([*prefix.keys, *prefix.values], [*keys, *values], strict=True):
+            old.lerp_(new, run.settings.eta)
+    return Adapter(prefix)
+
+
+DEEP_THINKING = Method(
+    name="deep-thinking",
+    summary="the demonstrations' KV cache, refined by forward passes alone",
+    fit=fit,
+    options=frozenset({"rounds", "eta"}),
+    defaults=MappingProxyType({"rounds": 5, "eta": 0.1}),
+)

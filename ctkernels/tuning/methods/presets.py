@@ -1,0 +1,40 @@
+"""The paper's settings by benchmark, for the models it used (Lu, Teehan, Yang, Ren: arXiv 2507.04221).
+
+nlp-lr: GPT-2 Large, 16 demonstrations.  mmlu: Llama-3.2-1B-Instruct, 16.  bbh: the same model, 10.  arc: Llama-3.2-1B
+tuned on re-arc, about 3. Other models want other learning rates: tune them on held-out rows.
+"""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import Any
+
+
+def _preset(
+    ct_kv: tuple[float, int, float],
+    ct_prompt: tuple[float, int, float],
+    prefix: tuple[float, int],
+    ttt: tuple[float, int],
+    ct_kv_after_ttt: int,
+) -> MappingProxyType[str, dict[str, Any]]:
+    """(lr, epochs, token dropout) of each method, and the epochs of ct-kv after ttt."""
+    kv = {"lr": ct_kv[0], "drop_p": ct_kv[2]}
+    return MappingProxyType(
+        {
+            "ct-kv": {**kv, "epochs": ct_kv[1]},
+            "ct-prompt": {"lr": ct_prompt[0], "epochs": ct_prompt[1], "drop_p": ct_prompt[2]},
+            "prefix-tuning": {"lr": prefix[0], "epochs": prefix[1], "prompt_tokens": 32},
+            "ttt": {"lr": ttt[0], "epochs": ttt[1]},
+            "ttt+ct-kv": {**kv, "epochs": ct_kv_after_ttt, "ttt_lr": ttt[0], "ttt_epochs": ttt[1]},
+        }
+    )
+
+
+PRESETS = MappingProxyType(
+    {
+        "nlp-lr": _preset((1e-3, 250, 0.05), (1e-3, 250, 0.05), (3e-3, 250), (1e-4, 250), 30),
+        "mmlu": _preset((1e-3, 20, 0.1), (3e-4, 20, 0.0), (1e-3, 20), (1e-4, 20), 10),
+        "bbh": _preset((1e-3, 16, 0.1), (3e-4, 12, 0.0), (3e-4, 16), (1e-4, 8), 8),
+        "arc": _preset((3e-3, 200, 0.1), (1e-3, 150, 0.1), (3e-3, 150), (1e-4, 200), 50),
+    }
+)

@@ -1,0 +1,49 @@
+"""Prompt tuning: embeddings of a few tokens in front of every row.
+
+Lester, Al-Rfou, Constant: "The Power of Scale for Parameter-Efficient Prompt Tuning", arXiv 2104.08691.
+"""
+
+from collections.abc import Sequence
+from types import MappingProxyType
+
+import torch
+
+from ctkernels.tuning.adapter import Adapter
+from ctkernels.tuning.data import Demonstration, Row
+from ctkernels.tuning.learners import PromptLearner
+from ctkernels.tuning.limits import check_context_length
+from ctkernels.tuning.methods.base import DROPOUT, Method, Run
+from ctkernels.tuning.prompt import SoftPrompt
+from ctkernels.tuning.starts import metadata, prompt_embeddings
+
+OPTIONS = DROPOUT | {"start", "prompt_tokens", "hidden"}
+STARTS = ("vocabulary", "first-ids", "uniform")
+DEFAULTS = MappingProxyType({"lr": 3e-3, "epochs": 25, "batch_rows": 4, "start": "vocabulary"})
+
+
+def fit_prompt(run: Run, rows: Sequence[Row], pool: tuple[Demonstration, ...] = ()) -> Adapter:
+    """A soft prompt without demonstrations of its own, trained on `rows`."""
+    embeddings = prompt_embeddings(run) if run.start_from is None else run.start_from.prompt.embeddings
+    check_context_length(run.model, len(embeddings))
+    run.check_rows(len(embeddings), rows)
+    prompt = SoftPrompt(embeddings, torch.tensor([len(embeddings)]))
+    learner = PromptLearner(run.model, prompt, rows, run.settings)
+    run.train(learner)
+    prompt = learner.result()
+    return Adapter(prompt.to_prefix(run.model, metadata(run)), prompt, pool=pool)
+
+
+def fit(run: Run) -> Adapter:
+    return fit_prompt(run, run.rows)
+
+
+PROMPT_TUNING = Method(
+    name="prompt-tuning",
+    summary="embeddings of a few tokens in front of every row",
+    fit=fit,
+    trains="prompt",
+    transfers="prompt",
+    options=OPTIONS,
+    starts=STARTS,
+    defaults=DEFAULTS,
+)

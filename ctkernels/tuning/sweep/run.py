@@ -1,0 +1,247 @@
+"""Running the cells of a sweep: finished ones are kept, the others computed, a failed one does not stop the rest."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from ctkernels.tuning.checkpoint import model_fingerprint
+from ctkernels.tuning.data import DataError, Demonstration
+from ctkernels.tuning.evaluate import EvalResult
+from ctkernels.tuning.metrics import score_predictions
+from ctkernels.tuning.prefix import tokenizer_hash
+from ctkernels.tuning.settings import TrainSettings
+from ctkernels.tuning.suites import Suite, SuiteOptions, Task
+from ctkernels.tuning.suites.base import Split
+from ctkernels.tuning.sweep.cells import Cell, CellResult, read_cell, refuse_other_run
+from ctkernels.tuning.sweep.spec import MethodSpec
+from ctkernels.tuning.sweep.workers import Workers
+from ctkernels.tuning.trainer import tune
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is asked for: every method on every task with every seed.
+
+    folder: of the suite's files, None if they come with a package.  split: which items are scored.
+    limit: score only the first so many items of each task.  preset: name of settings by benchmark, see `methods`.
+    common: settings of all methods, below those of a `MethodSpec`.
+    text_format: fields of `TextFormat` instead of those of the suite.
+    """
+
+    suite: Suite
+    folder: Path | None
+    tasks: Sequence[str]
+    specs: Sequence[MethodSpec]
+    seeds: Sequence[int]
+    out: Path
+    split: Split = "test"
+    limit: int | None = None
+    options: SuiteOptions = field(default_factory=SuiteOptions)
+    preset: str | None = None
+    common: dict[str, Any] = field(default_factory=dict)
+    text_format: dict[str, Any] = field(default_factory=dict)
+
+    def cells(self) -> list[Cell]:
+        """All cells; seeds outermost, so that early results cover all tasks and methods."""
+        return [Cell(task, spec, seed) for seed in self.seeds for task in self.tasks for spec in self.specs]
+
+    def load(self, task: str, seed: int) -> Task:
+        """A task; the last few are remembered.
+
+        Raises:
+            DataError: a file that is missing or holds an unusable line.
+        """
+        loaded = _load(self.suite, self.folder, task, seed, self.options)
+        return replace(loaded, text_format=replace(loaded.text_format, **self.text_format))
+
+    def items(self, task: Task) -> tuple[Demonstration, ...]:
+        """The items that are scored."""
+        return task.items(self.split)[: self.limit]
+
+    def settings(self, cell: Cell, task: Task) -> TrainSettings:
+        """The settings of a cell. Where answers are generated, methods that train learn where to stop, too."""
+        others = {**self.common, "seed": cell.seed}
+        if task.generates and cell.spec.method.trains != "nothing":
+            others["learn_stop"] = True
+        return cell.spec.settings(self.preset, **others)
+
+
+class Observer(Protocol):
+    """Who wants to know how the sweep goes."""
+
+    def started(self, cell: Cell) -> None:
+        """A cell of this process begins."""
+
+    def finished(self, cell: Cell, result: CellResult) -> None:
+        """A cell of this process ended, perhaps in an error."""
+
+    def refresh(self) -> None:
+        """Nothing happens here, other processes go on."""
+
+
+def run_sweep(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sweep: Sweep,
+    workers: Workers,
+    observer: Observer,
+) -> list[CellResult]:
+    """Compute what is missing; returns the results of all cells, in order, once every process is done.
+
+    Raises:
+        SweepError: a finished cell belongs to another sweep, or its file is damaged; found before anything is computed.
+    """
+    cells = sweep.cells()
+    model_id = {"model": model_fingerprint(model), "tokenizer": tokenizer_hash(tokenizer)}
+    for cell in cells:
+        _check_finished(sweep, cell, model_id)
+    for leftover in sweep.out.glob("cells/*/*/.*.tmp"):  # of a process that was killed while it wrote
+        leftover.unlink(missing_ok=True)
+    workers.wait()  # until every process has looked at the finished cells, so that all agree on them
+    for number in workers.numbers():
+        if number >= len(cells):
+            break
+        cell = cells[number]
+        path = cell.path(sweep.out)
+        saved = read_cell(path)
+        if saved is not None and saved.error is None:
+            continue
+        observer.started(cell)
+        result = run_cell(model, tokenizer, sweep, cell, model_id)
+        result.write(path)
+        observer.finished(cell, result)
+    workers.wait(observer.refresh)
+    results = [read_cell(cell.path(sweep.out)) for cell in cells]
+    return [result for result in results if result is not None]
+
+
+def run_cell(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sweep: Sweep,
+    cell: Cell,
+    model_id: dict[str, str],
+) -> CellResult:
+    """Tune and evaluate; unusable data or settings, a loss that is not finite, too little memory become the result."""
+    run: dict[str, Any] = {}
+    try:
+        task = sweep.load(cell.task, cell.seed)
+        run = _identity(sweep, cell, task, model_id)
+        return _fit_and_score(model, tokenizer, sweep, cell, task, run)
+    except (ValueError, ArithmeticError, torch.OutOfMemoryError) as error:
+        return CellResult(cell.task, str(cell.spec), cell.seed, run, error=" ".join(str(error).split()))
+
+
+def vote(predictions: Sequence[Sequence[str | None]]) -> list[str]:
+    """The most frequent text at each place of several lists; of equally frequent ones the one that comes first.
+
+    None abstains; where all abstain, the prediction is empty.
+    """
+    winners = []
+    for place in zip(*predictions, strict=True):
+        counts = Counter(text for text in place if text is not None)
+        winners.append(max(counts, key=counts.__getitem__) if counts else "")
+    return winners
+
+
+def _fit_and_score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sweep: Sweep,
+    cell: Cell,
+    task: Task,
+    run: dict[str, Any],
+) -> CellResult:
+    settings = sweep.settings(cell, task)
+    items = sweep.items(task)
+    views = [(task.train, items, None)]
+    for view in task.views:
+        turned = view.test if sweep.split == "test" else view.validation
+        views.append((view.train, turned[: sweep.limit], view.undo))
+    seconds = seconds_eval = 0.0
+    losses: list[float] = []
+    scores: list[EvalResult] = []
+    predictions: list[list[str | None]] = []
+    for train, turned, undo in views:
+        started = time.perf_counter()
+        tuned = tune(model, tokenizer, train, cell.spec.name, settings, task.text_format)
+        ready = time.perf_counter()
+        scores.append(
+            tuned.adapter.evaluate(
+                model,
+                tokenizer,
+                turned,
+                by=task.by,
+                metric=task.metric,
+                text_format=task.text_format,
+                max_tokens=settings.max_tokens,
+                max_new_tokens=task.max_new_tokens,
+                backend=settings.backend,
+            )
+        )
+        seconds, seconds_eval = seconds + ready - started, seconds_eval + time.perf_counter() - ready
+        losses = losses or [record.loss for record in tuned.history]
+        found = scores[-1].predictions
+        predictions.append([undo(text) for text in found] if undo else list(found))
+    first = scores[0]
+    voted = vote(predictions)
+    return CellResult(
+        task=cell.task,
+        method=str(cell.spec),
+        seed=cell.seed,
+        run=run,
+        metric=first.metric,
+        score=score_predictions(first.metric, voted, items),
+        accuracy=score_predictions("accuracy", voted, items),
+        gold_loss=first.gold_loss,
+        items=len(items),
+        predictions=voted,
+        losses=losses,
+        seconds=seconds,
+        seconds_eval=seconds_eval,
+    )
+
+
+def _check_finished(sweep: Sweep, cell: Cell, model_id: dict[str, str]) -> None:
+    """Refuse a finished cell of another sweep. A task whose files are gone since keeps its results."""
+    saved = read_cell(cell.path(sweep.out))
+    if saved is None or saved.error is not None:
+        return
+    try:
+        task = sweep.load(cell.task, cell.seed)
+        now = _identity(sweep, cell, task, model_id)
+    except DataError:
+        return
+    refuse_other_run(cell.path(sweep.out), saved.run, now)
+
+
+def _identity(sweep: Sweep, cell: Cell, task: Task, model_id: dict[str, str]) -> dict[str, Any]:
+    """What the numbers of a cell depend on, by name. The attention backend and batch sizes are left out."""
+    settings = asdict(sweep.settings(cell, task))
+    for name in ("backend", "max_tokens", "layout"):
+        del settings[name]
+    data = [(d.input, d.output, d.options, d.references) for d in (*task.train, *sweep.items(task))]
+    return {
+        **model_id,
+        **settings,
+        "data": hashlib.sha256(repr(data).encode()).hexdigest()[:16],
+        "text_format": asdict(task.text_format),
+        "views": len(task.views) + 1,
+    }
+
+
+@lru_cache(maxsize=256)
+def _load(suite: Suite, folder: Path | None, task: str, seed: int, options: SuiteOptions) -> Task:
+    return suite.load_task(folder, task, seed, options)
