@@ -57,7 +57,7 @@ BLACKWELL = {**LARGE, 16: {**HOPPER[16], 96: LARGE[16][96]._replace(forward=Tile
 SMALL = {
     16: {
         **LARGE[16],
-        64: LARGE[16][64]._replace(forward=Tile(128, 64, 8, 2)),
+        64: LARGE[16][64]._replace(forward=Tile(128, 64, 8, 2), prefix=Tile(64, 32, 4, 2)),
         256: Config(Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(16, 32, 4, 1), Tile(16, 32, 8, 1)),
     },
     32: {**LARGE[32], 256: LARGE[32][256]._replace(prefix=Tile(16, 16, 8, 1))},
@@ -92,9 +92,11 @@ def fit(tile: Tile, lanes: int) -> Tile:
 def lighter(tile: Tile, kernel: str, D: int) -> Tile:
     """The tile of a call whose options take registers: half as many of what `kernel` walks, or fewer still."""
     if kernel == "prefix" and tile.block_m > 32:
-        return tile._replace(block_m=tile.block_m // 2)
+        return tile._replace(block_m=tile.block_m // 2, num_stages=min(tile.num_stages, tile.block_n // 32))
     if kernel == "prefix" and D > 64:
         tile = tile._replace(block_m=16)
+    if kernel == "forward" and D > 64:
+        tile = tile._replace(num_stages=1)
     return tile._replace(block_n=max(16, tile.block_n // 2))
 
 
