@@ -4,19 +4,22 @@
 #   TORCH  the torch requirement            make test TORCH=torch==2.14.1
 #   MODEL  a Hugging Face id or a directory make demo MODEL=Qwen/Qwen2.5-0.5B
 #   OUT    where benchmarks leave results    make bench OUT=benchmarks/results
+#   CUDA_TORCH  a CUDA build of torch        make cuda-bindings CUDA_TORCH=torch==2.13.0
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 MODEL ?=
 OUT ?= runs/bench
+CUDA_TORCH ?= torch==2.14.1
 PIP := .venv/bin/pip --quiet --disable-pip-version-check
-SOURCES := setup.py $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp python_bindings/*.cpp)
-CXX_FILES := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp python_bindings/*.cpp)
-# a CUDA build of torch depends on the Triton that its own compiler needs: that one stays
+CXX_FILES := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh \
+  python_bindings/*.h python_bindings/*.cpp benchmarks/gpu/*.cpp tests/cuda/*.cpp)
+SOURCES := setup.py $(filter csrc/% python_bindings/%,$(CXX_FILES))
+# a CUDA build of torch depends on the Triton that its own compiler needs, and on its CUDA runtime: those stay
 TORCH_BRINGS_TRITON := import importlib.metadata as m, sys; sys.exit(not any(r.startswith('triton') for r in m.requires('torch') or []))
 SANITIZE := -g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-.PHONY: demo test test-gpu-full bench bench-full profile gpu-check gpu-report lint format sanitize clean
+.PHONY: demo test test-gpu-full bench bench-full profile gpu-check gpu-report cuda-bindings lint format sanitize clean
 
 demo: .venv/built
 	@if [ -z "$(MODEL)" ]; then .venv/bin/python examples/fetch_smollm2.py .models/smollm2-135m; fi
@@ -57,6 +60,16 @@ gpu-check: .venv/built
 gpu-report: .venv/installed
 	.venv/bin/python benchmarks/gpu_report.py --out benchmarks/results --docs docs/gpu.md
 
+# The CUDA extension, whole, against a CUDA build of torch (several GB, in a virtual environment of its own): compiled for
+# every architecture, linked, imported, and its operators' registrations checked. No GPU is needed; about ten minutes.
+cuda-bindings: .venv-cuda/installed
+	mkdir -p build/cuda-bindings
+	cd build/cuda-bindings && rm -rf benchmarks ctkernels csrc python_bindings tests
+	cp -rp benchmarks ctkernels csrc python_bindings tests setup.py pyproject.toml README.md build/cuda-bindings
+	rm -f build/cuda-bindings/ctkernels/*.so
+	cd build/cuda-bindings && CTKERNELS_CUDA=1 ../../.venv-cuda/bin/python setup.py --quiet build_ext --inplace
+	cd build/cuda-bindings && ../../.venv-cuda/bin/python tests/cuda/check_bindings.py
+
 lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -80,9 +93,16 @@ sanitize: .venv/installed
 .venv/installed: requirements.txt
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	$(PIP) install "$(TORCH)"
-	if .venv/bin/python -c "$(TORCH_BRINGS_TRITON)"; then grep -v '^triton==' requirements.txt; else cat requirements.txt; fi \
+	if .venv/bin/python -c "$(TORCH_BRINGS_TRITON)"; then grep -vE '^(triton|nvidia-cuda-runtime)==' requirements.txt; else cat requirements.txt; fi \
 	  > .venv/requirements.txt
 	$(PIP) install --no-deps -r .venv/requirements.txt
+	touch $@
+
+.venv-cuda/installed: requirements.txt
+	test -x .venv-cuda/bin/python || $(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/pip --quiet install "$(CUDA_TORCH)"
+	grep -E '^(ninja|numpy|nvidia-cuda-(cccl|crt|nvcc)|nvidia-nvvm|packaging|setuptools)==' requirements.txt > $@.txt
+	.venv-cuda/bin/pip --quiet install --no-deps -r $@.txt
 	touch $@
 
 .venv/built: .venv/installed $(SOURCES) pyproject.toml

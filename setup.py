@@ -3,6 +3,7 @@
 ctkernels/_C: the CPU kernels, always.  ctkernels/_cuda: the CUDA kernels, where nvcc and a CUDA build of torch are.
 
 CTKERNELS_CUDA        1: insist on the CUDA kernels; 0: leave them out
+CUDA_HOME             a CUDA toolkit, of torch's major version (default: where nvcc is, else NVIDIA's wheels on PyPI)
 TORCH_CUDA_ARCH_LIST  GPU architectures, as everywhere in torch (default below)
 CTKERNELS_CXXFLAGS    more flags of the C++ compiler (for instance "-g -fsanitize=address,undefined")
 MAX_JOBS              compilers that run at once
@@ -12,14 +13,15 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import sys
 from glob import glob
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from setuptools import setup
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+from torch.utils import cpp_extension
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
 BINDING_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
 FLAGS = [
@@ -37,6 +39,31 @@ ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 ARCHITECTURES_BEFORE_12_8 = "8.0;8.6;8.9;9.0+PTX"
 
 
+def find_toolkit() -> Path | None:
+    """A folder with nvcc, headers and the runtime library."""
+    home = cpp_extension.CUDA_HOME
+    if home and (Path(home) / "bin/nvcc").exists() and (Path(home) / "include/cuda_runtime.h").exists():
+        return Path(home)
+    spec, major = find_spec("nvidia"), torch.version.cuda.split(".")[0]
+    for wheels in (Path(folder) / f"cu{major}" for folder in (spec.submodule_search_locations if spec else ())):
+        if (wheels / "bin/nvcc").exists() and (wheels / "include/cuda_runtime.h").exists():
+            return _as_toolkit(wheels)
+    return None
+
+
+def _as_toolkit(wheels: Path) -> Path:
+    """The wheels' folder as a toolkit has it: they lack the names that a linker looks for."""
+    toolkit = Path("build/cuda").absolute()
+    (toolkit / "lib64").mkdir(parents=True, exist_ok=True)
+    links = {toolkit / name: wheels / name for name in ("bin", "include", "nvvm")}
+    links |= {toolkit / "lib64" / f"{f.name.split('.so')[0]}.so": f for f in (wheels / "lib").glob("*.so.*")}
+    links |= {toolkit / "lib64" / f.name: f for f in (wheels / "lib").glob("*.a")}
+    for link, target in links.items():
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+    return toolkit
+
+
 def cuda_left_out(choice: str) -> str | None:
     """Why the CUDA kernels are not built, or None. `choice`: the value of CTKERNELS_CUDA.
 
@@ -50,10 +77,8 @@ def cuda_left_out(choice: str) -> str | None:
     reason = None
     if torch.version.cuda is None:
         reason = f"torch {torch.__version__} is built without CUDA"
-    elif CUDA_HOME is None or shutil.which("nvcc", path=str(Path(CUDA_HOME) / "bin")) is None:
-        reason = (
-            f"no nvcc was found for torch {torch.__version__}; set CUDA_HOME to a CUDA {torch.version.cuda} toolkit"
-        )
+    elif find_toolkit() is None:
+        reason = f"nvcc was not found; set CUDA_HOME to a CUDA {torch.version.cuda} toolkit, as torch was built with"
     if choice == "1" and reason is not None:
         raise SystemExit(f"CTKERNELS_CUDA=1 asks for the CUDA kernels, but {reason}")
     return reason
@@ -73,6 +98,7 @@ def extensions() -> list:
     if reason is not None:
         print(f"ctkernels: CPU kernels only, without the CUDA kernels: {reason}", file=sys.stderr)
         return [cpu]
+    cpp_extension.CUDA_HOME = str(find_toolkit())
     version = tuple(int(part) for part in torch.version.cuda.split(".")[:2])
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES if version >= (12, 8) else ARCHITECTURES_BEFORE_12_8)
     cuda = CUDAExtension(

@@ -1,0 +1,116 @@
+"""Whether the compiled CUDA extension is whole, on a machine without a GPU: run by `make cuda-bindings`, with a CUDA build
+of torch. It loads, has every kernel that a plan can name and code for every architecture, its operators have the schemas
+of the CPU's and are registered for CUDA tensors, and a training step can be traced with fake CUDA tensors.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for tests/, which are not installed
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import ctkernels as ct
+from benchmarks.gpu import cuda_build
+from ctkernels import cpu, cuda, dispatch, ops
+from ctkernels.problem import Problem
+from tests import ptxemu
+
+
+def registered(operator: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"ctkernels::{operator}", key)
+
+
+def check_registrations() -> None:
+    """Schemas equal to the CPU's; kernels under the keys that CUDA tensors arrive at, and under no other device's."""
+    for name in ("forward", "backward"):
+        ours, theirs = (getattr(torch.ops.ctkernels, f"{device}_{name}").default._schema for device in ("cuda", "cpu"))
+        assert str(ours).replace("cuda_", "cpu_") == str(theirs), f"{ours} is not {theirs}"
+        assert registered(f"cuda_{name}", "CUDA") and not registered(f"cuda_{name}", "CPU")
+    for name in ("prefix_attention", "prefix_attention_backward"):
+        assert registered(name, "CUDA") and registered(name, "Meta"), name
+
+
+def check_kernels() -> int:
+    """The build has every kernel of the table."""
+    missing = [kernel.name for kernel in cuda_build.kernels() if not torch.ops.ctkernels.cuda_has_kernel(kernel.name)]
+    assert not missing, f"not in the build: {', '.join(missing)}"
+    assert not torch.ops.ctkernels.cuda_has_kernel("ctk_forward_bf16_63_plain")
+    return len(cuda_build.kernels())
+
+
+def check_architectures(library: Path) -> tuple[set[str], set[str]]:
+    """Architectures of the machine code and of the PTX in the library."""
+    tool = ptxemu.toolchain.find_tool("cuobjdump")
+    found = []
+    for option in ("--list-elf", "--list-ptx"):
+        listed = subprocess.run([tool, option, library], check=True, capture_output=True, text=True).stdout
+        found.append(set(re.findall(r"\.(sm_\d+)\.", listed)))
+    machine_code, ptx = found
+    expected = {f"sm_{number}" for number in (80, 86, 89, 90, 100, 120)}
+    assert machine_code == expected, f"machine code for {machine_code}, expected {expected}"
+    assert ptx == {"sm_120"}, f"PTX for {ptx}, expected sm_120"
+    return machine_code, ptx
+
+
+def check_refusals() -> None:
+    """In words: without a GPU by name, and tensors of another device."""
+    assert cuda.unavailable() == "torch finds no GPU" or torch.cuda.is_available()
+    try:
+        dispatch.choose("cuda", torch.device("cpu"))
+    except ValueError as error:
+        assert "it computes on cuda tensors, got cpu" in str(error)
+    else:
+        raise AssertionError("CPU tensors were accepted")
+
+
+def check_trace() -> None:
+    """Forward and backward on fake CUDA tensors: both operators in the graph, shapes, types, devices and strides."""
+    B, H, Hk, S, P, D = 3, 4, 2, 5, 11, 64
+    fields = dict.fromkeys(Problem._fields)
+    fields |= dict(context_length=P, drop_p=0.1, seed=1, scale=0.125, causal=True, window=0, window_prefix=True)
+    problem = Problem(**{**fields, "softcap": 0.0, "backend": "cuda"})
+
+    def step(q, k, v, prefix_k, prefix_v):
+        out, lse = ops.prefix_attention(q, k, v, prefix_k, prefix_v, None, *problem)
+        return out, lse, *torch.autograd.grad(out.sum() + lse.sum(), (q, k, v, prefix_k, prefix_v))
+
+    with FakeTensorMode():
+        rows = [torch.empty(B, S, h, D, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for h in (H, Hk, Hk)]
+        prefix = [torch.empty(1, Hk, P, D, device="cuda") for _ in range(2)]
+        inputs = [x.requires_grad_() for x in (*rows, *prefix)]
+        out, lse, *grads = step(*inputs)
+        assert all(x.device.type == "cuda" for x in (out, lse, *grads))
+        assert out.shape == (B, H, S, D) and out.dtype == torch.bfloat16 and lse.dtype == torch.float32
+        assert [(g.shape, g.dtype, g.stride()) for g in grads] == [(x.shape, x.dtype, x.stride()) for x in inputs]
+        graph = make_fx(step)(*inputs)
+    called = {node.target for node in graph.graph.nodes if node.op == "call_function"}
+    assert {ops.prefix_attention, ops.prefix_attention_backward} <= called
+
+
+def main() -> None:
+    assert torch.version.cuda is not None, f"torch {torch.__version__} is no CUDA build"
+    for backend in (cpu, cuda):
+        reason = backend.unavailable() if backend is cpu else backend.load_library()
+        assert reason is None, reason
+    check_registrations()
+    kernels = check_kernels()
+    (library,) = Path(ct.__file__).parent.glob("_cuda*.so")
+    machine_code, ptx = check_architectures(library)
+    check_refusals()
+    check_trace()
+    size = library.stat().st_size / 2**20
+    print(
+        f"torch {torch.__version__}, CUDA {torch.version.cuda}: {library.name}, {size:.0f} MiB, {kernels} kernels, machine code "
+        f"for {', '.join(sorted(machine_code))}, PTX of {', '.join(ptx)}; operators registered and traced"
+    )
+
+
+if __name__ == "__main__":
+    main()
