@@ -56,7 +56,7 @@ def use(source: str | os.PathLike[str] | Iterable[Mapping[str, Any]] | None) -> 
         OSError: the file cannot be read.
     """
     global _overrides
-    _overrides = [] if source is None else _rows(source)
+    _overrides = [] if source is None else read(source)
     pick.cache_clear()
 
 
@@ -78,7 +78,8 @@ def pick(architecture: str, dtype: torch.dtype, head_dim: int, direction: str) -
     raise AssertionError("the last row of the table matches every call")
 
 
-def _rows(source: str | os.PathLike[str] | Iterable[Mapping[str, Any]]) -> list[Row]:
+def read(source: str | os.PathLike[str] | Iterable[Mapping[str, Any]]) -> list[Row]:
+    """The rows of a file or of mappings. Raises as `use`."""
     where = "the dispatch table"
     if isinstance(source, (str, os.PathLike)):
         where = f"the dispatch table {source}"

@@ -61,8 +61,8 @@ def markdown(entries: Sequence[Entry]) -> str:
         for kernel, cells in sorted(rows.items())
     ]
     about = (
-        "Registers per thread / shared memory per block in KiB, with a bias gradient of 4 heads per group / blocks that "
-        "a multiprocessor holds at once; `+n` are n bytes that are spilled."
+        "Registers per thread / shared memory per block in KiB, with a bias gradient of 4 heads per group / blocks "
+        "that a multiprocessor holds at once; `+n` are n bytes that are spilled."
     )
     rules = f"Rules broken: {len(broken)}" + "".join(f"\n- {line}" for line in broken)
     return "\n\n".join([about, rules, harness.table(["kernel", "threads", *names], lines)])

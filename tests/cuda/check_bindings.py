@@ -1,6 +1,7 @@
-"""Whether the compiled CUDA extension is whole, on a machine without a GPU: run by `make cuda-bindings`, with a CUDA build
-of torch. It loads, has every kernel that a plan can name and code for every architecture, its operators have the schemas
-of the CPU's and are registered for CUDA tensors, and a training step can be traced with fake CUDA tensors.
+"""Whether the compiled CUDA extension is whole, on a machine without a GPU: `make cuda-bindings` runs this with a CUDA
+build of torch. The extension loads, has every kernel that a plan can name and code for every architecture, its
+operators have the schemas of the CPU's and are registered for CUDA tensors, and a training step can be traced with
+fake tensors.
 """
 
 from __future__ import annotations
@@ -106,10 +107,9 @@ def main() -> None:
     check_refusals()
     check_trace()
     size = library.stat().st_size / 2**20
-    print(
-        f"torch {torch.__version__}, CUDA {torch.version.cuda}: {library.name}, {size:.0f} MiB, {kernels} kernels, machine code "
-        f"for {', '.join(sorted(machine_code))}, PTX of {', '.join(ptx)}; operators registered and traced"
-    )
+    print(f"torch {torch.__version__}, CUDA {torch.version.cuda}: {library.name}, {size:.0f} MiB, {kernels} kernels")
+    print(f"machine code for {', '.join(sorted(machine_code))}, PTX of {', '.join(ptx)}")
+    print("operators registered and traced")
 
 
 if __name__ == "__main__":
