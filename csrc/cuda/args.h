@@ -87,7 +87,7 @@ struct Pack {
   int64_t heads, tokens, elements;  // elements: of the copy, batches * heads * tokens * stride
   int32_t stride;                   // of a token of the copy, D rounded up; zeros behind D
 };
-constexpr int MAX_PACKS = 6;
+constexpr int MAX_PACKS = 7;
 
 struct Args {
   Call call;

@@ -127,12 +127,13 @@ class Planner {
     if (empty_) return finish();
     Params& p = a_.call.p;
     set_up();
-    pack(&p.dout, a_.call.packed ? 1 : p.B, p.H, a_.call.S);
+    const int64_t batches = a_.call.packed ? 1 : p.B;
+    pack(&p.dout, batches, p.H, a_.call.S), pack(&p.out, batches, p.H, a_.call.S);
     launch_packs();
     a_.wide_dq = wide(p.dq), a_.wide_dk = wide(p.dk), a_.wide_dv = wide(p.dv);
     a_.wide_dprefix_k = wide(p.dprefix_k), a_.wide_dprefix_v = wide(p.dprefix_v);
     a_.state = arena_.take<LaneState>(p.Hk * a_.lanes);
-    launch_typed("delta", div_up(a_.lanes, 4), 128);
+    launch_typed("delta", div_up(a_.lanes, 16), 128);
     if (p.dq.data) {
       split_keys(p.D);
       const QueryShape shape = query_shape(bytes_, width_);

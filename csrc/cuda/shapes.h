@@ -11,33 +11,33 @@ namespace ctk::cuda {
 // Padded head dimensions. Others use the next larger one, whose columns behind D are zeros.
 constexpr int WIDTHS[] = {64, 80, 96, 128, 256};
 
-constexpr int width_of(int64_t D) {
+CTK_HOST_DEVICE constexpr int width_of(int64_t D) {
   for (int width : WIDTHS)
     if (D <= width) return width;
   return 0;
 }
 
 // Bytes that a warp stages 16 rows of fp32 results in.
-constexpr int staging_bytes(int width) { return 16 * (width * 4 + 16); }
+CTK_HOST_DEVICE constexpr int staging_bytes(int width) { return 16 * (width * 4 + 16); }
 
 // What a lane's threads look up when a block of keys is not visible as a whole, and what the general kernels add to it.
 constexpr int LANE_INFO_BYTES = 16, LANE_TERMS_BYTES = 16;
 
 struct ForwardShape {
   int lanes, warps, keys;
-  constexpr int lanes_per_warp() const { return lanes / warps; }
-  constexpr int threads() const { return 32 * warps; }
+  CTK_HOST_DEVICE constexpr int lanes_per_warp() const { return lanes / warps; }
+  CTK_HOST_DEVICE constexpr int threads() const { return 32 * warps; }
 };
 
-constexpr ForwardShape forward_shape(int element_bytes, int width) {
+CTK_HOST_DEVICE constexpr ForwardShape forward_shape(int element_bytes, int width) {
   if (element_bytes == 2) return width <= 128 ? ForwardShape{128, 4, 64} : ForwardShape{64, 4, 64};
   if (width <= 96) return {64, 4, 64};
   return width <= 128 ? ForwardShape{64, 4, 32} : ForwardShape{32, 2, 32};
 }
 
-constexpr int at_least(int a, int b) { return a > b ? a : b; }
+CTK_HOST_DEVICE constexpr int at_least(int a, int b) { return a > b ? a : b; }
 
-constexpr int forward_shared(int element_bytes, int width) {
+CTK_HOST_DEVICE constexpr int forward_shared(int element_bytes, int width) {
   const ForwardShape s = forward_shape(element_bytes, width);
   return at_least((s.lanes + 2 * s.keys) * width * element_bytes, s.warps * staging_bytes(width)) +
          s.lanes * (LANE_INFO_BYTES + LANE_TERMS_BYTES);
@@ -45,10 +45,10 @@ constexpr int forward_shared(int element_bytes, int width) {
 
 struct QueryShape {
   int lanes, warps, keys, stages;
-  constexpr int threads() const { return 32 * warps; }
+  CTK_HOST_DEVICE constexpr int threads() const { return 32 * warps; }
 };
 
-constexpr QueryShape query_shape(int element_bytes, int width) {
+CTK_HOST_DEVICE constexpr QueryShape query_shape(int element_bytes, int width) {
   if (element_bytes == 2) {
     if (width <= 96) return {64, 4, 64, 2};
     return width <= 128 ? QueryShape{64, 4, 64, 1} : QueryShape{64, 4, 32, 1};
@@ -57,7 +57,7 @@ constexpr QueryShape query_shape(int element_bytes, int width) {
   return width <= 128 ? QueryShape{64, 4, 32, 1} : QueryShape{32, 2, 16, 1};
 }
 
-constexpr int query_shared(int element_bytes, int width) {
+CTK_HOST_DEVICE constexpr int query_shared(int element_bytes, int width) {
   const QueryShape s = query_shape(element_bytes, width);
   return at_least((2 * s.lanes + 2 * s.stages * s.keys) * width * element_bytes, s.warps * staging_bytes(width)) +
          s.lanes * (LANE_INFO_BYTES + LANE_TERMS_BYTES);
@@ -66,10 +66,10 @@ constexpr int query_shared(int element_bytes, int width) {
 // Gradients of keys: a block of `keys` keys walks the tiles of the backward pass in steps of `lanes` lanes.
 struct KeyShape {
   int keys, warps, lanes, stages;
-  constexpr int threads() const { return 32 * warps; }
+  CTK_HOST_DEVICE constexpr int threads() const { return 32 * warps; }
 };
 
-constexpr KeyShape key_shape(int element_bytes, int width) {
+CTK_HOST_DEVICE constexpr KeyShape key_shape(int element_bytes, int width) {
   if (element_bytes == 2) {
     if (width <= 64) return {64, 4, 64, 2};
     return width <= 128 ? KeyShape{64, 4, 32, 2} : KeyShape{64, 4, 32, 1};
@@ -84,14 +84,14 @@ constexpr bool keys_apart(int width) { return width > 128; }
 // Per lane of a stage: its state, its word of the mask, and the general kernels' terms.
 constexpr int LANE_STAGE_BYTES = 16 + 8 + 16 + 8;
 
-constexpr int key_shared(int element_bytes, int width) {
+CTK_HOST_DEVICE constexpr int key_shared(int element_bytes, int width) {
   const KeyShape s = key_shape(element_bytes, width);
   return at_least((2 * s.keys + 2 * s.stages * s.lanes) * width * element_bytes, s.warps * staging_bytes(width)) +
          s.stages * s.lanes * LANE_STAGE_BYTES;
 }
 
 // The bias gradient needs a tile of logit gradients and a sum per key and head besides.
-constexpr int key_bias_shared(int element_bytes, int width, int group) {
+CTK_HOST_DEVICE constexpr int key_bias_shared(int element_bytes, int width, int group) {
   const KeyShape s = key_shape(element_bytes, width);
   return 4 * s.keys * (s.lanes + 1 + group);
 }
