@@ -87,23 +87,36 @@ def cubin(source: Path, architecture: str) -> tuple[bytes, dict[str, Needs]]:
     Raises:
         ptxemu.CompileError: nvcc refuses the source.
     """
-    stem = CACHE / f"{source.stem}-{architecture}-{_digest(architecture)}"
+    return _compile(source.stem, source.read_text(), architecture)
+
+
+def instances(dtype: str, variant: str, architecture: str) -> tuple[bytes, dict[str, Needs]]:
+    """As `cubin`, of the kernels of one type ("bf16", "fp16", "fp32") and variant ("plain", "general") alone."""
+    cpp_type = {"fp32": "float"}.get(dtype, dtype)
+    define = f"CTK_{variant.upper()}(CTK_DEFINE, {cpp_type}, {dtype})"
+    text = f'#include "instances.cuh"\nnamespace ctk::cuda {{\n{define}\n}}\n'
+    return _compile(f"{dtype}_{variant}", text, architecture)
+
+
+def _compile(name: str, text: str, architecture: str) -> tuple[bytes, dict[str, Needs]]:
+    stem = CACHE / f"{name}-{architecture}-{_digest(text, architecture)}"
     if not stem.with_suffix(".log").exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            target = Path(folder) / "out.cubin"
+            source, target, log = (Path(folder) / f"kernels.{suffix}" for suffix in ("cu", "cubin", "log"))
+            source.write_text(text)
             command = [toolchain.find_tool("nvcc"), *flags(), "-Xptxas=-v", f"-arch={architecture}", "-cubin"]
-            done = toolchain.run_tool([*command, "-o", target, source])
-            (Path(folder) / "log").write_text(done.stdout + done.stderr)
+            done = toolchain.run_tool([*command, f"-I{SOURCES}", "-o", target, source])
+            log.write_text(done.stdout + done.stderr)
             os.replace(target, stem.with_suffix(".cubin"))
-            os.replace(Path(folder) / "log", stem.with_suffix(".log"))
+            os.replace(log, stem.with_suffix(".log"))
     return stem.with_suffix(".cubin").read_bytes(), _read_log(stem.with_suffix(".log").read_text())
 
 
-def _digest(architecture: str) -> str:
+def _digest(text: str, architecture: str) -> str:
     """Of everything that decides what nvcc makes."""
-    told = hashlib.sha256(repr((flags(), nvcc_version(), architecture)).encode())
-    for path in sorted((*SOURCES.glob("*"), *SOURCES.parent.glob("*.h"))):
+    told = hashlib.sha256(repr((text, flags(), nvcc_version(), architecture)).encode())
+    for path in sorted((*SOURCES.glob("*.*h"), *SOURCES.parent.glob("*.h"))):
         told.update(path.name.encode() + path.read_bytes())
     return told.hexdigest()[:24]
 
