@@ -33,7 +33,14 @@ FLAGS = [
     # torch's own, which libtorch brings along, and not a second one with threads of its own.
     "-fopenmp",
 ]
-NVCC_FLAGS = ["-O3", "-std=c++17", "-Werror=all-warnings", "-Xcompiler=-fvisibility=hidden"]
+NVCC_FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-Werror=all-warnings",
+    "-Xcompiler=-fvisibility=hidden",
+    # torch takes the conversions of 16-bit types away; the kernels, which know no torch, use CUDA's
+    *(f"-U__CUDA_NO_{name}__" for name in ("HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF_OPERATORS")),
+]
 # every architecture with mma.sync of bf16 that a toolkit knows, and PTX for what comes after the last
 ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 ARCHITECTURES_BEFORE_12_8 = "8.0;8.6;8.9;9.0+PTX"

@@ -23,7 +23,7 @@ struct Executor {
 // Params of one call, and the tensors that its pointers point into.
 class CudaCall {
  public:
-  cuda::Call call;
+  cuda::Call call{};  // all zero: absent tensors, no options
 
   CudaCall(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_k, const Tensor& prefix_v,
            const MaybeTensor& prefix_bias, const Problem& problem) {

@@ -12,8 +12,10 @@ using namespace ctk::bindings;
 using Callback = int (*)(const ctk::cuda::Launch* launches, int64_t count, const void* args, int64_t args_bytes);
 Callback callback = nullptr;
 
+constexpr ctk::cuda::Device SMALL{4};  // as many multiprocessors as the emulator of the other tests has
+
 Executor executor() {
-  return {ctk::cuda::Device{}, [](const ctk::cuda::Plan& plan) {
+  return {SMALL, [](const ctk::cuda::Plan& plan) {
             const int failed =
                 callback(plan.launches.data(), int64_t(plan.launches.size()), &plan.args, sizeof plan.args);
             TORCH_CHECK(!failed, "the emulator failed");
