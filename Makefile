@@ -55,10 +55,11 @@ profile: .venv/built
 gpu-check: .venv/built
 	.venv/bin/python benchmarks/gpu_check.py --out runs/gpu-check
 
-# What the Triton kernels need on every architecture, and what they execute: the tables in benchmarks/results.
+# What the GPU kernels need on every architecture, and what they execute: the tables in benchmarks/results.
 # No GPU is needed; compiling everything takes long the first time, and seconds after that.
 gpu-report: .venv/installed
 	.venv/bin/python benchmarks/gpu_report.py --out benchmarks/results --docs docs/gpu.md
+	.venv/bin/python benchmarks/gpu/cuda_report.py --out benchmarks/results --docs docs/cuda.md
 
 # The CUDA extension, whole, against a CUDA build of torch (several GB, in a virtual environment of its own): compiled for
 # every architecture, linked, imported, and its operators' registrations checked. No GPU is needed; about ten minutes.

@@ -110,7 +110,7 @@ def _compile(name: str, text: str, architecture: str) -> tuple[bytes, dict[str, 
             log.write_text(done.stdout + done.stderr)
             os.replace(target, stem.with_suffix(".cubin"))
             os.replace(log, stem.with_suffix(".log"))
-    return stem.with_suffix(".cubin").read_bytes(), _read_log(stem.with_suffix(".log").read_text())
+    return stem.with_suffix(".cubin").read_bytes(), read_log(stem.with_suffix(".log").read_text())
 
 
 def _digest(text: str, architecture: str) -> str:
@@ -121,7 +121,7 @@ def _digest(text: str, architecture: str) -> str:
     return told.hexdigest()[:24]
 
 
-def _read_log(log: str) -> dict[str, Needs]:
+def read_log(log: str) -> dict[str, Needs]:
     """The output of `ptxas -v`: kernel -> needs."""
     found = {}
     pattern = re.compile(

@@ -25,10 +25,10 @@ def measure(architecture: Architecture) -> list[Entry]:
     launched = {kernel.name: kernel for kernel in cuda_build.kernels()}
     if needs.keys() != launched.keys():
         raise LookupError(f"in the plans or in the sources alone: {', '.join(sorted(needs.keys() ^ launched.keys()))}")
-    return [_entry(kernel, needs[kernel.name], architecture) for kernel in launched.values()]
+    return [entry(kernel, needs[kernel.name], architecture) for kernel in launched.values()]
 
 
-def _entry(kernel: cuda_build.Kernel, needs: cuda_build.Needs, architecture: Architecture) -> Entry:
+def entry(kernel: cuda_build.Kernel, needs: cuda_build.Needs, architecture: Architecture) -> Entry:
     shared, warps = kernel.shared + needs.static_shared, kernel.threads // 32
     return Entry(
         variant="cuda",
@@ -52,12 +52,14 @@ def _entry(kernel: cuda_build.Kernel, needs: cuda_build.Needs, architecture: Arc
 def markdown(entries: Sequence[Entry]) -> str:
     """A line per kernel, a column per architecture."""
     names = list(dict.fromkeys(entry.architecture for entry in entries))
+    absent = [name for name in NVIDIA if name not in names]
+    covered = f"Compiled for {', '.join(names)}." + (f" **Not yet for {', '.join(absent)}.**" if absent else "")
     broken = [line for entry in entries for line in resources.violations(entry)]
     rows: dict[str, dict[str, Entry]] = {}
     for entry in entries:
         rows.setdefault(entry.kernel, {})[entry.architecture] = entry
     lines = [
-        [kernel.removeprefix("ctk_"), str(32 * next(iter(cells.values())).warps), *(_cell(cells[n]) for n in names)]
+        [kernel.removeprefix("ctk_"), str(32 * next(iter(cells.values())).warps), *(_cell(cells.get(n)) for n in names)]
         for kernel, cells in sorted(rows.items())
     ]
     about = (
@@ -65,9 +67,11 @@ def markdown(entries: Sequence[Entry]) -> str:
         "that a multiprocessor holds at once; `+n` are n bytes that are spilled."
     )
     rules = f"Rules broken: {len(broken)}" + "".join(f"\n- {line}" for line in broken)
-    return "\n\n".join([about, rules, harness.table(["kernel", "threads", *names], lines)])
+    return "\n\n".join([about, covered, rules, harness.table(["kernel", "threads", *names], lines)])
 
 
-def _cell(entry: Entry) -> str:
+def _cell(entry: Entry | None) -> str:
+    if entry is None:
+        return ""
     spilled = f" +{entry.spills}" if entry.spills else ""
     return f"{entry.registers}{spilled} / {entry.shared / 1024:.0f} / {entry.blocks}"
