@@ -41,9 +41,9 @@ NVCC_FLAGS = [
     # torch takes the conversions of 16-bit types away; the kernels, which know no torch, use CUDA's
     *(f"-U__CUDA_NO_{name}__" for name in ("HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF_OPERATORS")),
 ]
-# every architecture with mma.sync of bf16 that a toolkit knows, and PTX for what comes after the last
-ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
-ARCHITECTURES_BEFORE_12_8 = "8.0;8.6;8.9;9.0+PTX"
+# Code for 8.0 is what 8.6 and 8.9 run, too: the kernels use nothing that came with those. PTX for what comes later.
+ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
+ARCHITECTURES_BEFORE_12_8 = "8.0;9.0+PTX"
 
 
 def find_toolkit() -> Path | None:

@@ -13,6 +13,7 @@ import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 from tests.ptxemu import toolchain
 
@@ -62,12 +63,17 @@ def kernels() -> list[Kernel]:
 
 
 @cache
-def flags() -> tuple[str, ...]:
-    """nvcc's flags, as `setup.py` has them."""
+def setup() -> ModuleType:
+    """setup.py as a module."""
     spec = importlib.util.spec_from_file_location("ctkernels_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return tuple(module.NVCC_FLAGS)
+    return module
+
+
+def flags() -> tuple[str, ...]:
+    """nvcc's flags, as `setup.py` has them."""
+    return tuple(setup().NVCC_FLAGS)
 
 
 @cache

@@ -189,7 +189,7 @@ def read(entries: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int], Share]:
 def markdown(shares: Sequence[Share]) -> str:
     """A line per kernel, each phase under FlashAttention-2's kernel."""
     rows = []
-    for (phase, D), theirs in sorted(FLASH_ATTENTION.items(), key=lambda item: (item[0][1], -len(item[0][0]))):
+    for (phase, D), theirs in sorted(FLASH_ATTENTION.items(), key=lambda item: (item[0][1], item[0][0] != "forward")):
         ours = [s for s in shares if s.D == D and phase_of(s.kernel) == phase]
         rows += [_line(theirs), *map(_line, ours)]
     header = ["kernel", "D", "tensor-core instructions", "of all", "share", "registers", "bytes of spills"]

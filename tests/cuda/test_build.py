@@ -76,9 +76,9 @@ def test_a_choice_that_means_nothing_is_refused(build, monkeypatch):
 @pytest.mark.parametrize(
     "version, given, expected",
     [
-        ("13.0", None, "8.0;8.6;8.9;9.0;10.0;12.0+PTX"),
-        ("12.8", None, "8.0;8.6;8.9;9.0;10.0;12.0+PTX"),
-        ("12.4", None, "8.0;8.6;8.9;9.0+PTX"),  # its nvcc knows no sm_100
+        ("13.0", None, "8.0;9.0;10.0;12.0+PTX"),
+        ("12.8", None, "8.0;9.0;10.0;12.0+PTX"),
+        ("12.4", None, "8.0;9.0+PTX"),  # its nvcc knows no sm_100
         ("13.0", "9.0", "9.0"),
     ],
 )
