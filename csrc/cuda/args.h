@@ -75,9 +75,17 @@ struct OwnBlock {
   int32_t row, start;
 };
 
-// What the backward pass needs of a lane: lse in units of log 2 as high + low (+inf, 0 if it saw no key), and delta.
+// What the backward pass needs of a lane. One that saw no key has high = +inf and bytes = 0: p = 0, zeros are read.
 struct alignas(16) LaneState {
-  float high, low, delta, unused;
+  float high, delta;  // lse in units of log 2 as high + low; <out, dout> - dlse
+  float low;
+  int32_t index;       // of the row in the call
+  uint32_t q, dout;    // where its numbers begin, in pieces of 16 bytes from the tensors' data on
+  int32_t bytes;       // to read of each such piece: 16 or 0
+  int32_t row;         // index into the rows; < 0: nothing there
+  int32_t position;    // own position of the query
+  int32_t prefix_len;  // of the prefix that the row reads
+  int32_t unused[2];
 };
 
 // Copies a [batches, heads, tokens, D] tensor into 16-byte aligned memory, converting fp32 to the rows' type.

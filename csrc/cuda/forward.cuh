@@ -18,9 +18,14 @@
 namespace ctk::cuda {
 
 // What a thread keeps of its lanes' softmax: lane g + 8 h of each of M groups of 16.
+//
+// `top` follows the largest logit only when that has grown by more than SLACK: probabilities are then up to 2^SLACK,
+// which every type holds, and o is hardly ever rescaled.
 template <int M>
 struct Softmax {
-  float top[M][2];    // largest logit so far, in units of log 2
+  static constexpr float SLACK = 8.0f;
+
+  float top[M][2];    // what logits are compared with, in units of log 2; -inf: no key was seen
   float total[M][2];  // this thread's share of the sum
 
   __device__ Softmax() {
@@ -30,34 +35,65 @@ struct Softmax {
       for (int h = 0; h < 2; ++h) top[m][h] = -INFINITY, total[m][h] = 0.0f;
   }
 
-  // s <- 2^(s * factor - top), and o rescaled to the new top.
-  template <int N, int D>
-  __device__ __forceinline__ void step(float (&s)[M][N][4], float (&o)[M][D][4], float factor) {
+  // Largest logits of the lanes' keys; whether any lane of the warp needs a new top.
+  template <int N>
+  __device__ __forceinline__ bool grows(const float (&s)[M][N][4], float factor, float (&high)[M][2]) const {
+    bool any = false;
 #pragma unroll
     for (int m = 0; m < M; ++m)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        float high = fmaxf(s[m][0][2 * h], s[m][0][2 * h + 1]);
+        float& x = high[m][h];
+        x = fmaxf(s[m][0][2 * h], s[m][0][2 * h + 1]);
 #pragma unroll
-        for (int n = 1; n < N; ++n) high = fmaxf(high, fmaxf(s[m][n][2 * h], s[m][n][2 * h + 1]));
-        high = fmaxf(high, __shfl_xor_sync(WARP, high, 1));
-        high = fmaxf(high, __shfl_xor_sync(WARP, high, 2));
-        const float before = top[m][h];
-        top[m][h] = fmaxf(before, high * factor);
-        const float base = top[m][h] == -INFINITY ? 0.0f : top[m][h];  // -inf - -inf would be NaN
-        const float alpha = exp2_fast(before - base);
-        float sum = 0.0f;
+        for (int n = 1; n < N; ++n) x = fmaxf(x, fmaxf(s[m][n][2 * h], s[m][n][2 * h + 1]));
+        x = fmaxf(x, __shfl_xor_sync(WARP, x, 1));
+        x = fmaxf(x, __shfl_xor_sync(WARP, x, 2)) * factor;
+        any = any || x > top[m][h] + SLACK;
+      }
+    return __any_sync(WARP, any);
+  }
+
+  // New tops, o rescaled. Each lane by itself: what its neighbours hold must not change a bit of it.
+  template <int D>
+  __device__ __forceinline__ void grow(const float (&high)[M][2], float (&o)[M][D][4]) {
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const bool higher = high[m][h] > top[m][h] + SLACK;
+        const float alpha = higher ? exp2_fast(top[m][h] - high[m][h]) : 1.0f;
+        if (higher) top[m][h] = high[m][h];
+        total[m][h] *= alpha;
+#pragma unroll
+        for (int d = 0; d < D; ++d) o[m][d][2 * h] *= alpha, o[m][d][2 * h + 1] *= alpha;
+      }
+  }
+
+  // s <- 2^(s * factor - top). Masked: a lane may not have seen any key yet.
+  template <bool Masked, int N>
+  __device__ __forceinline__ void add(float (&s)[M][N][4], float factor) {
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float base = Masked && top[m][h] == -INFINITY ? 0.0f : top[m][h];  // -inf - -inf would be NaN
 #pragma unroll
         for (int n = 0; n < N; ++n)
 #pragma unroll
           for (int e = 2 * h; e < 2 * h + 2; ++e) {
             s[m][n][e] = exp2_fast(fmaf(s[m][n][e], factor, -base));
-            sum += s[m][n][e];
+            total[m][h] += s[m][n][e];
           }
-        total[m][h] = fmaf(total[m][h], alpha, sum);
-#pragma unroll
-        for (int d = 0; d < D; ++d) o[m][d][2 * h] *= alpha, o[m][d][2 * h + 1] *= alpha;
       }
+  }
+
+  // All of it: p from s.
+  template <int N, int D>
+  __device__ __forceinline__ void step(float (&s)[M][N][4], float (&o)[M][D][4], float factor) {
+    float high[M][2];
+    if (grows(s, factor, high)) grow(high, o);
+    add<true>(s, factor);
   }
 };
 
@@ -71,65 +107,106 @@ __device__ __forceinline__ void forward(const Args& a) {
   const int first_lane = tile_index * SHAPE.lanes, warp = threadIdx.x / 32, thread = threadIdx.x % 32;
   const Params& p = a.call.p;
 
-  extern __shared__ __align__(128) char memory[];
+  extern __shared__ __align__(1024) char memory[];
   using Tile = Shared<T, W>;
-  LaneInfo* lanes = reinterpret_cast<LaneInfo*>(memory);
+  const Tile q{shared_address(memory)}, k{q.base + Tile::bytes(SHAPE.lanes)}, v{k.base + Tile::bytes(N)};
+  LaneInfo* lanes = reinterpret_cast<LaneInfo*>(memory + forward_tiles(sizeof(T), W));
   LaneTerms* terms = reinterpret_cast<LaneTerms*>(lanes + SHAPE.lanes);
-  char* tiles = reinterpret_cast<char*>(terms + SHAPE.lanes);
-  const Tile q{shared_address(tiles)}, k{q.base + Tile::bytes(SHAPE.lanes)}, v{k.base + Tile::bytes(N)};
 
   for (int i = threadIdx.x; i < SHAPE.lanes; i += THREADS) {
     lanes[i] = lane_info(a, first_lane + i, i < tile.lanes);
     if (General) terms[i] = lane_terms(a, first_lane + i, kv, tile.prefix);
   }
-  copy_lanes<T, W, SHAPE.lanes, THREADS>(a, q, p.q, first_lane, kv, [](int, const Slot&) { return true; });
+  copy_queries<T, W, SHAPE.lanes, THREADS>(a, q, first_lane, kv);
   const bool used = warp * 16 * M < tile.lanes;
-
-  Walk<N> walk(a, tile, tile_index, split);
-  Step step;
-  bool more = walk.next(&step);
-  if (more) copy_keys<T, W, N, THREADS>(a, k, source_of<T>(a, step, p.k, p.prefix_k, tile.prefix, kv), step.any);
-  copy_commit();
-
+  const LaneInfo* my_lanes = lanes + warp * 16 * M;
+  const TokenCopy<T, W, N, THREADS> copy(a);
+  const RowsA<T, W> left(q, warp * 16 * M);
+  const RowsB<T, W> keys(k);
+  const ColumnsB<T, W> values(v);
   Softmax<M> softmax;
-  float o[M][W / 8][4] = {};
-  while (more) {
-    copy_wait<0>();
-    __syncthreads();  // k of this block is here, and nobody reads v of the last one any more
-    copy_keys<T, W, N, THREADS>(a, v, source_of<T>(a, step, p.v, p.prefix_v, tile.prefix, kv), step.any);
+  float o[M][W / 8][4] = {}, s[M][N / 8][4];
+  Step step;
+  {
+    const Source from_k = copy.from(p.prefix_k, tile.prefix, kv, 0), from_v = copy.from(p.prefix_v, tile.prefix, kv, 0);
+    PrefixWalk<N> walk(a, tile, tile_index, split);
+    bool more = walk.next(&step);
+    if (more) copy.template start<false>(k, from_k, step.start, step.any);
     copy_commit();
-    const Step now = step;
-    more = walk.next(&step);
-
-    uint64_t words[M][2];
-    bool active = used;
-    if (!now.full && used) {
-      bool any = false;
-#pragma unroll
-      for (int m = 0; m < M; ++m)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const LaneInfo lane = lanes[(warp * M + m) * 16 + thread / 4 + 8 * h];
-          words[m][h] = lane_word<N, General>(a, now, lane, tile.prefix_len);
-          any = any || words[m][h];
+    while (more) {  // k of the step is on its way
+      bool full = false;
+      if constexpr (!General) full = step.full;
+      if (full) {  // and so it goes on: nothing to hide, nothing to choose, and hardly ever a new top
+        bool ahead, grows;
+        do {
+          copy_wait<0>();
+          __syncthreads();
+          copy.template start<true>(v, from_v, step.start, 0);
+          copy_commit();
+          ahead = walk.next_is_full(&step);
+          multiply_rows<T, W, M, N / 8>(s, left, keys, false);
+          copy_wait<0>();
+          __syncthreads();
+          if (ahead) copy.template start<true>(k, from_k, step.start, 0);
+          copy_commit();
+          float high[M][2];
+          grows = softmax.grows(s, a.factor, high);
+          if (grows) break;
+          softmax.template add<false>(s, a.factor);
+          multiply_columns<T, W, M, N / 8>(o, s, values, false);
+        } while (ahead);
+        if (!ahead) {
+          more = walk.next(&step);
+          if (more) copy.template start<false>(k, from_k, step.start, step.any);
+          copy_commit();
         }
-      active = __any_sync(WARP, any);
+        if (!grows) continue;
+      } else {
+        copy_wait<0>();
+        __syncthreads();  // k of this step is here, and nobody reads v of the last one any more
+        copy.template start<false>(v, from_v, step.start, step.any);
+        copy_commit();
+        const int start = step.start;
+        more = walk.next(&step);
+        if (used) {
+          uint64_t words[M][2];
+          find_words<M>(words, my_lanes,
+                        [&](const LaneInfo& lane) { return prefix_word<N, General>(a, start, lane, tile.prefix_len); });
+          multiply_rows<T, W, M, N / 8>(s, left, keys, a.call.tf32);
+          if constexpr (General) to_logits<true, M, N>(a, s, start, tile.prefix_len, my_lanes, terms + warp * 16 * M);
+          hide<M, N>(s, words);
+        }
+        copy_wait<0>();
+        __syncthreads();  // v is here, and nobody reads k any more
+        if (more) copy.template start<false>(k, from_k, step.start, step.any);
+        copy_commit();
+        if (!used) continue;
+      }
+      softmax.step(s, o, General ? 1.0f : a.factor);
+      multiply_columns<T, W, M, N / 8>(o, s, values, a.call.tf32);
     }
-    float s[M][N / 8][4] = {};
-    if (active) {
-      multiply_rows<T, W, M, N / 8>(s, q, warp * 16 * M, k, a.call.tf32);
-      if constexpr (General) to_logits<M, N>(a, s, now, tile.prefix_len, lanes + warp * 16 * M, terms + warp * 16 * M);
-      if (!now.full) hide<M, N>(s, words);
-    }
+  }
 
-    copy_wait<0>();
-    __syncthreads();  // v is here, and nobody reads k any more
-    if (more) copy_keys<T, W, N, THREADS>(a, k, source_of<T>(a, step, p.k, p.prefix_k, tile.prefix, kv), step.any);
+  OwnWalk<N> walk(a, tile_index, split);
+  while (walk.next(&step)) {
+    __syncthreads();  // nobody reads the last step's k and v any more
+    const RowInfo& row = walk.info();
+    copy.template start<false>(k, copy.from(p.k, row.batch, kv, row.token), step.start, step.any);
+    copy.template start<false>(v, copy.from(p.v, row.batch, kv, row.token), step.start, step.any);
     copy_commit();
+    uint64_t words[M][2];
+    const uint64_t any = find_words<M>(words, my_lanes, [&](const LaneInfo& lane) {
+      return own_word<General>(a, step.start, step.any, walk.row, lane);
+    });
+    const bool active = __any_sync(WARP, any != 0);
+    copy_wait<0>();
+    __syncthreads();
     if (!active) continue;
-    softmax.template step<N / 8, W / 8>(s, o, General ? 1.0f : a.factor);
-    if (now.row < 0) multiply_columns<T, W, M, N / 8>(o, s, v, a.call.tf32);
-    else multiply_columns_of<T, W, M, N / 8>(o, s, v, lanes_of_row<M>(lanes + warp * 16 * M, now.row), a.call.tf32);
+    multiply_rows<T, W, M, N / 8>(s, left, keys, a.call.tf32);
+    if constexpr (General) to_logits<false, M, N>(a, s, step.start, 0, my_lanes, terms + warp * 16 * M);
+    hide<M, N>(s, words);
+    softmax.step(s, o, General ? 1.0f : a.factor);
+    multiply_columns_of<T, W, M, N / 8>(o, s, values, lanes_of_row<M>(my_lanes, walk.row), a.call.tf32);
   }
   copy_wait<0>();
   __syncthreads();  // the tiles are free: results pass through them on their way to rows of 16 bytes

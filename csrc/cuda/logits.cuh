@@ -29,11 +29,9 @@ __device__ __forceinline__ float logit(const Args& a, float product, float bias,
   return fmaf(bias, LOG2E, fmaf(-slope, float(distance), x));
 }
 
-// The bias of key `key` of a step, 0 where there is none.
-__device__ __forceinline__ float bias_of(const Args& a, const LaneTerms& terms, const Step& step, int key,
-                                         int prefix_len) {
-  if (!terms.bias || step.row >= 0 || key >= prefix_len) return 0.0f;
-  return terms.bias[key * a.call.p.bias_token];
+// The bias of prefix key `key`, 0 where there is none.
+__device__ __forceinline__ float bias_of(const Args& a, const LaneTerms& terms, int key, int prefix_len) {
+  return terms.bias && key < prefix_len ? terms.bias[key * a.call.p.bias_token] : 0.0f;
 }
 
 }  // namespace ctk::cuda

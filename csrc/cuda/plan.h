@@ -130,6 +130,9 @@ class Planner {
     const int64_t batches = a_.call.packed ? 1 : p.B;
     pack(&p.dout, batches, p.H, a_.call.S), pack(&p.out, batches, p.H, a_.call.S);
     launch_packs();
+    for (const Tensor4& t : {p.q, p.dout})
+      if (extent(t, batches, p.H, a_.call.S) >= int64_t(16) << 32)
+        throw std::invalid_argument("q and dout must span less than 64 GiB each");
     a_.wide_dq = wide(p.dq), a_.wide_dk = wide(p.dk), a_.wide_dv = wide(p.dv);
     a_.wide_dprefix_k = wide(p.dprefix_k), a_.wide_dprefix_v = wide(p.dprefix_v);
     a_.state = arena_.take<LaneState>(p.Hk * a_.lanes);
@@ -159,6 +162,11 @@ class Planner {
     const int64_t bytes = size_of(t.type);
     return t.data && uint64_t(t.data) % 16 == 0 && (a_.call.p.D * bytes) % 16 == 0 && (t.batch * bytes) % 16 == 0 &&
            (t.head * bytes) % 16 == 0 && (t.token * bytes) % 16 == 0;
+  }
+
+  // Bytes from the first number to behind the last.
+  int64_t extent(const Tensor4& t, int64_t batches, int64_t heads, int64_t tokens) const {
+    return ((batches - 1) * t.batch + (heads - 1) * t.head + (tokens - 1) * t.token + a_.call.p.D) * bytes_;
   }
 
   // The kernels read 16 bytes at a time; a tensor that does not allow it, or is of another type, is copied once.

@@ -32,13 +32,12 @@ __device__ __forceinline__ void pack(const Args& a) {
   }
 }
 
-// lse in units of log 2 as the sum of two fp32 numbers: a single one would carry a rounding of the size of lse into
-// every probability.
-__device__ __forceinline__ LaneState lane_state(float lse, float delta) {
+// Fills in lse, in units of log 2 as the sum of two fp32 numbers: a single one would carry a rounding of the size of
+// lse into every probability.
+__device__ __forceinline__ void set_lse(float lse, LaneState* state) {
   constexpr float HIGH = 1.4426950216293335f, LOW = 1.925963033500011e-08f;  // log2 e
-  if (lse == -INFINITY) return {INFINITY, 0.0f, 0.0f, 0.0f};                 // p = 0 for every key
-  const float high = lse * HIGH;
-  return {high, fmaf(lse, HIGH, -high) + lse * LOW, delta, 0.0f};
+  state->high = lse * HIGH;
+  state->low = fmaf(lse, HIGH, -state->high) + lse * LOW;
 }
 
 // state <- lse, delta = <out, dout> - dlse. Grid (16 lanes, Hk); eight threads per lane, 16 bytes at a time.
@@ -50,12 +49,17 @@ __device__ __forceinline__ void delta(const Args& a) {
   const int head = kv * a.group + lane % a.group;
   float lse = -INFINITY, sum = 0.0f;
   if (slot.row >= 0) lse = *lane_token<const float>(a, p.lse, lane, kv);
+  LaneState state{INFINITY, 0.0f, 0.0f, 0, 0, 0, 0, slot.row, slot.position, 0, {}};
+  if (slot.row >= 0) state.index = a.rows[slot.row].index, state.prefix_len = a.rows[slot.row].prefix_len;
   if (lse != -INFINITY) {
-    const Source out = source<T>(p.out, slot.batch, head, slot.token);
-    const Source dout = source<T>(p.dout, slot.batch, head, slot.token);
+    const char* q = source<T>(p.q, slot.batch, head, slot.token).data;
+    const char* dout = source<T>(p.dout, slot.batch, head, slot.token).data;
+    const char* out = source<T>(p.out, slot.batch, head, slot.token).data;
+    state.q = uint32_t((q - static_cast<const char*>(p.q.data)) / 16);
+    state.dout = uint32_t((dout - static_cast<const char*>(p.dout.data)) / 16);
+    state.bytes = 16;
     for (int chunk = part; chunk < a.chunks; chunk += 8) {
-      const uint4 x = reinterpret_cast<const uint4*>(out.data)[chunk],
-                  y = reinterpret_cast<const uint4*>(dout.data)[chunk];
+      const uint4 x = reinterpret_cast<const uint4*>(out)[chunk], y = reinterpret_cast<const uint4*>(dout)[chunk];
       const T *left = reinterpret_cast<const T*>(&x), *right = reinterpret_cast<const T*>(&y);
 #pragma unroll
       for (int e = 0; e < 16 / int(sizeof(T)); ++e) sum = fmaf(float(left[e]), float(right[e]), sum);
@@ -64,8 +68,11 @@ __device__ __forceinline__ void delta(const Args& a) {
 #pragma unroll
   for (int step = 4; step; step /= 2) sum += __shfl_xor_sync(WARP, sum, step);
   if (lane >= a.lanes || part) return;
-  if (lse != -INFINITY && p.dlse.data) sum -= *lane_token<const float>(a, p.dlse, lane, kv);
-  a.state[int64_t(kv) * a.lanes + lane] = lane_state(lse, sum);
+  if (lse != -INFINITY) {
+    set_lse(lse, &state);
+    state.delta = p.dlse.data ? sum - *lane_token<const float>(a, p.dlse, lane, kv) : sum;
+  }
+  a.state[int64_t(kv) * a.lanes + lane] = state;
 }
 
 // out and lse from the ranges of keys, in order. Grid (4 lanes, Hk); a warp per lane.

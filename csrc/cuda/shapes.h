@@ -30,17 +30,23 @@ struct ForwardShape {
 };
 
 CTK_HOST_DEVICE constexpr ForwardShape forward_shape(int element_bytes, int width) {
-  if (element_bytes == 2) return width <= 128 ? ForwardShape{128, 4, 64} : ForwardShape{64, 4, 64};
+  if (element_bytes == 2)
+    return width <= 96 ? ForwardShape{128, 4, 64} : width <= 128 ? ForwardShape{128, 4, 32} : ForwardShape{64, 4, 64};
   if (width <= 96) return {64, 4, 64};
   return width <= 128 ? ForwardShape{64, 4, 32} : ForwardShape{32, 2, 32};
 }
 
 CTK_HOST_DEVICE constexpr int at_least(int a, int b) { return a > b ? a : b; }
 
-CTK_HOST_DEVICE constexpr int forward_shared(int element_bytes, int width) {
+// Tiles of q, k, v, and in the end the results on their way out.
+CTK_HOST_DEVICE constexpr int forward_tiles(int element_bytes, int width) {
   const ForwardShape s = forward_shape(element_bytes, width);
-  return at_least((s.lanes + 2 * s.keys) * width * element_bytes, s.warps * staging_bytes(width)) +
-         s.lanes * (LANE_INFO_BYTES + LANE_TERMS_BYTES);
+  return at_least((s.lanes + 2 * s.keys) * width * element_bytes, s.warps * staging_bytes(width));
+}
+
+CTK_HOST_DEVICE constexpr int forward_shared(int element_bytes, int width) {
+  return forward_tiles(element_bytes, width) +
+         forward_shape(element_bytes, width).lanes * (LANE_INFO_BYTES + LANE_TERMS_BYTES);
 }
 
 struct QueryShape {
@@ -57,10 +63,15 @@ CTK_HOST_DEVICE constexpr QueryShape query_shape(int element_bytes, int width) {
   return width <= 128 ? QueryShape{64, 4, 32, 1} : QueryShape{32, 2, 16, 1};
 }
 
-CTK_HOST_DEVICE constexpr int query_shared(int element_bytes, int width) {
+// Tiles of q, dout, k, v.
+CTK_HOST_DEVICE constexpr int query_tiles(int element_bytes, int width) {
   const QueryShape s = query_shape(element_bytes, width);
-  return at_least((2 * s.lanes + 2 * s.stages * s.keys) * width * element_bytes, s.warps * staging_bytes(width)) +
-         s.lanes * (LANE_INFO_BYTES + LANE_TERMS_BYTES);
+  return at_least((2 * s.lanes + 2 * s.stages * s.keys) * width * element_bytes, s.warps * staging_bytes(width));
+}
+
+CTK_HOST_DEVICE constexpr int query_shared(int element_bytes, int width) {
+  return query_tiles(element_bytes, width) +
+         query_shape(element_bytes, width).lanes * (LANE_INFO_BYTES + LANE_TERMS_BYTES);
 }
 
 // Gradients of keys: a block of `keys` keys walks the tiles of the backward pass in steps of `lanes` lanes.
@@ -81,13 +92,18 @@ CTK_HOST_DEVICE constexpr KeyShape key_shape(int element_bytes, int width) {
 // At D = 256 dk and dv together would not fit the registers: two launches, one for each.
 constexpr bool keys_apart(int width) { return width > 128; }
 
-// Per lane of a stage: its state, its word of the mask, and the general kernels' terms.
-constexpr int LANE_STAGE_BYTES = 16 + 8 + 16 + 8;
+// Per lane: states and words of the mask of this step and the next two.
+constexpr int LANE_STAGE_BYTES = 3 * (int(sizeof(LaneState)) + 8);
+
+// Tiles of k, v, q, dout.
+CTK_HOST_DEVICE constexpr int key_tiles(int element_bytes, int width) {
+  const KeyShape s = key_shape(element_bytes, width);
+  return at_least((2 * s.keys + 2 * s.stages * s.lanes) * width * element_bytes, s.warps * staging_bytes(width));
+}
 
 CTK_HOST_DEVICE constexpr int key_shared(int element_bytes, int width) {
   const KeyShape s = key_shape(element_bytes, width);
-  return at_least((2 * s.keys + 2 * s.stages * s.lanes) * width * element_bytes, s.warps * staging_bytes(width)) +
-         s.stages * s.lanes * LANE_STAGE_BYTES;
+  return key_tiles(element_bytes, width) + s.lanes * LANE_STAGE_BYTES;
 }
 
 // The bias gradient needs a tile of logit gradients and a sum per key and head besides.

@@ -36,82 +36,139 @@ __device__ __forceinline__ uint32_t load_shared(uint32_t address) {
   return x;
 }
 
+// Keeps the compiler from computing x anew wherever it is used: addresses that a loop needs stay in their registers.
+__device__ __forceinline__ uint32_t hold(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+template <class P>
+__device__ __forceinline__ const P* hold(const P* x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
+
 template <class T, int W>
 struct Shared {
-  static constexpr int CHUNKS = W * int(sizeof(T)) / 16;
-  static constexpr int ROW_BYTES = W * int(sizeof(T));
+  static constexpr int ROW_BYTES = W * int(sizeof(T)), CHUNKS = ROW_BYTES / 16;
+  // Chunks are permuted within spans of so many bytes. Rows are 0, 1/2 or 1/4 of the banks apart, modulo all banks; a
+  // permutation of 8, 4 or 2 chunks supplies the rest. It repeats after 8 rows.
+  static constexpr int SPAN = CHUNKS % 8 == 0 ? 128 : CHUNKS % 4 == 0 ? 64 : 32;
 
-  uint32_t base;
+  uint32_t base;  // a multiple of 128
 
   static __device__ __forceinline__ constexpr int bytes(int rows) { return rows * ROW_BYTES; }
 
-  // How the chunks of a row are permuted. Rows are 0, 1/2 or 1/4 of the banks apart, modulo all banks; the permutation
-  // supplies the rest: 8, 4 or 2 different places.
-  static __device__ __forceinline__ int swizzle(int row) {
-    if constexpr (CHUNKS % 8 == 0) return row & 7;
-    else if constexpr (CHUNKS % 4 == 0) return (row >> 1) & 3;
-    else return (row >> 2) & 1;
-  }
-
   __device__ __forceinline__ uint32_t chunk(int row, int column) const {
-    return base + row * ROW_BYTES + ((column ^ swizzle(row)) << 4);
+    const int permutation = SPAN == 128 ? row & 7 : SPAN == 64 ? row >> 1 & 3 : row >> 2 & 1;
+    return base + row * ROW_BYTES + ((column ^ permutation) << 4);
   }
 
-  // A: rows row .. row + 15, step i of the contraction over W.
-  __device__ __forceinline__ FragmentA rows(int row, int i) const {
-    const int thread = threadIdx.x % 32;
+  // From the address of chunk 0 or 1 of a row to that of chunk 2 i or 2 i + 1.
+  static __device__ __forceinline__ uint32_t skip(uint32_t at, int i) {
+    return (at ^ (32 * i % SPAN)) + 32 * i / SPAN * SPAN;
+  }
+};
+
+// A tile as A: rows `row` .. row + 15 and 16 m more; steps of the contraction run over W.
+template <class T, int W>
+class RowsA {
+ public:
+  __device__ __forceinline__ RowsA(Shared<T, W> tile, int row)
+      : at_(hold(tile.chunk(row + threadIdx.x % 16, threadIdx.x % 32 / 16))) {}
+  __device__ __forceinline__ FragmentA load(int m, int i) const {
     FragmentA a;
-    load_matrices(a.x, chunk(row + thread % 16, 2 * i + thread / 16));
+    load_matrices(a.x, Shared<T, W>::skip(at_, i) + 16 * m * Shared<T, W>::ROW_BYTES);
     return a;
   }
 
-  // B, whose columns are tile rows row .. row + 15; step i of the contraction over W.
-  __device__ __forceinline__ FragmentB rows_as_columns(int row, int i) const {
-    const int thread = threadIdx.x % 32;
+ private:
+  uint32_t at_;
+};
+
+// A tile as B, whose columns are the tile's rows, 16 at a time from `row` (a multiple of 16) on; steps run over W.
+template <class T, int W>
+class RowsB {
+ public:
+  __device__ __forceinline__ explicit RowsB(Shared<T, W> tile)
+      : at_(hold(tile.chunk(threadIdx.x % 8 + threadIdx.x % 32 / 16 * 8, threadIdx.x / 8 % 2))) {}
+  // The same of a tile that lies `bytes` farther on.
+  __device__ __forceinline__ RowsB moved(uint32_t bytes) const {
+    RowsB other = *this;
+    other.at_ += bytes;
+    return other;
+  }
+  __device__ __forceinline__ FragmentB load(int row, int i) const {
     FragmentB b;
-    load_matrices(b.x, chunk(row + thread % 8 + thread / 16 * 8, 2 * i + thread / 8 % 2));
+    load_matrices(b.x, Shared<T, W>::skip(at_, i) + row * Shared<T, W>::ROW_BYTES);
     return b;
   }
 
-  // B, whose columns are tile columns column .. column + 15; the contraction runs over STEP tile rows from row on.
-  __device__ __forceinline__ FragmentB columns(int row, int column) const {
-    const int thread = threadIdx.x % 32;
+ private:
+  uint32_t at_;
+};
+
+// A tile as B, whose columns are the tile's columns, 16 at a time from `column` on; steps run over the tile's rows.
+template <class T, int W>
+class ColumnsB {
+ public:
+  __device__ __forceinline__ explicit ColumnsB(Shared<T, W> tile)
+      : tile_(tile), at_(sizeof(T) == 2 ? hold(tile.chunk(threadIdx.x % 16, threadIdx.x % 32 / 16)) : 0) {}
+  // The same of a tile that lies `bytes` farther on.
+  __device__ __forceinline__ ColumnsB moved(uint32_t bytes) const {
+    ColumnsB other = *this;
+    other.at_ += bytes, other.tile_.base += bytes;
+    return other;
+  }
+  __device__ __forceinline__ FragmentB load(int i, int column) const {
     FragmentB b;
     if constexpr (sizeof(T) == 2) {
-      load_matrices_transposed(b.x, chunk(row + thread % 16, column / 8 + thread / 16));
+      load_matrices_transposed(b.x, Shared<T, W>::skip(at_, column / 16) + i * STEP<T> * Shared<T, W>::ROW_BYTES);
     } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int r = row + thread % 4 * 2 + i % 2, c = column + thread / 4 + i / 2 * 8;
-        b.x[i] = load_shared(chunk(r, c / 4) + c % 4 * 4);
+      for (int j = 0; j < 4; ++j) {
+        const int row = i * STEP<T> + threadIdx.x % 4 * 2 + j % 2, c = column + threadIdx.x % 32 / 4 + j / 2 * 8;
+        b.x[j] = load_shared(tile_.chunk(row, c / 4) + c % 4 * 4);
       }
     }
     return b;
   }
+
+ private:
+  Shared<T, W> tile_;
+  uint32_t at_;
 };
 
-// acc [16 M rows, 8 N columns] += rows of a times rows of b, over W.
+__device__ __forceinline__ void clear(float (&x)[4]) {
+#pragma unroll
+  for (int e = 0; e < 4; ++e) x[e] = 0.0f;
+}
+
+// acc [16 M rows, 8 N columns] <- rows of a times rows of b, over W.
 template <class T, int W, int M, int N>
-__device__ __forceinline__ void multiply_rows(float (&acc)[M][N][4], Shared<T, W> a, int row, Shared<T, W> b,
+__device__ __forceinline__ void multiply_rows(float (&acc)[M][N][4], const RowsA<T, W>& a, const RowsB<T, W>& b,
                                               bool tf32) {
 #pragma unroll
   for (int i = 0; i < W / STEP<T>; ++i) {
     FragmentA left[M];
 #pragma unroll
-    for (int m = 0; m < M; ++m) left[m] = a.rows(row + 16 * m, i);
+    for (int m = 0; m < M; ++m) left[m] = a.load(m, i);
 #pragma unroll
     for (int n = 0; n < N; n += 2) {
-      const FragmentB right = b.rows_as_columns(8 * n, i);
+      const FragmentB right = b.load(8 * n, i);
 #pragma unroll
-      for (int m = 0; m < M; ++m) multiply_pair<T>(acc[m][n], acc[m][n + 1], left[m], right, tf32);
+      for (int m = 0; m < M; ++m) {
+        if (i == 0) clear(acc[m][n]), clear(acc[m][n + 1]);
+        multiply_pair<T>(acc[m][n], acc[m][n + 1], left[m], right, tf32);
+      }
     }
   }
 }
 
 // acc [16 M rows, W columns] += p [16 M, 8 K] times 8 K rows of b.
 template <class T, int W, int M, int K>
-__device__ __forceinline__ void multiply_columns(float (&acc)[M][W / 8][4], const float (&p)[M][K][4], Shared<T, W> b,
-                                                 bool tf32) {
+__device__ __forceinline__ void multiply_columns(float (&acc)[M][W / 8][4], const float (&p)[M][K][4],
+                                                 const ColumnsB<T, W>& b, bool tf32) {
 #pragma unroll
   for (int i = 0; i < 8 * K / STEP<T>; ++i) {
     FragmentA left[M];
@@ -119,7 +176,7 @@ __device__ __forceinline__ void multiply_columns(float (&acc)[M][W / 8][4], cons
     for (int m = 0; m < M; ++m) left[m] = as_operand<T>(p[m], i);
 #pragma unroll
     for (int d = 0; d < W; d += 16) {
-      const FragmentB right = b.columns(STEP<T> * i, d);
+      const FragmentB right = b.load(i, d);
 #pragma unroll
       for (int m = 0; m < M; ++m) multiply_pair<T>(acc[m][d / 8], acc[m][d / 8 + 1], left[m], right, tf32);
     }
@@ -130,21 +187,25 @@ __device__ __forceinline__ void multiply_columns(float (&acc)[M][W / 8][4], cons
 // bit, whatever b holds.
 template <class T, int W, int M, int K>
 __device__ __forceinline__ void multiply_columns_of(float (&acc)[M][W / 8][4], const float (&p)[M][K][4],
-                                                    Shared<T, W> b, uint32_t mine, bool tf32) {
+                                                    const ColumnsB<T, W>& b, uint32_t mine, bool tf32) {
 #pragma unroll
-  for (int d = 0; d < W; d += 16) {
-    float sum[M][2][4] = {};
+  for (int m = 0; m < M; ++m) {
+    FragmentA left[8 * K / STEP<T>];
 #pragma unroll
-    for (int i = 0; i < 8 * K / STEP<T>; ++i) {
-      const FragmentB right = b.columns(STEP<T> * i, d);
+    for (int i = 0; i < 8 * K / STEP<T>; ++i) left[i] = as_operand<T>(p[m], i);
+    const bool low = mine >> (2 * m) & 1, high = mine >> (2 * m + 1) & 1;
 #pragma unroll
-      for (int m = 0; m < M; ++m) multiply_pair<T>(sum[m][0], sum[m][1], as_operand<T>(p[m], i), right, tf32);
+    for (int d = 0; d < W; d += 16) {
+      float sum[2][4];
+      clear(sum[0]), clear(sum[1]);
+#pragma unroll
+      for (int i = 0; i < 8 * K / STEP<T>; ++i) multiply_pair<T>(sum[0], sum[1], left[i], b.load(i, d), tf32);
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          if (e < 2 ? low : high) acc[m][d / 8 + n][e] += sum[n][e];
     }
-#pragma unroll
-    for (int m = 0; m < M; ++m)
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        if (mine >> (2 * m + e / 2) & 1) acc[m][d / 8][e] += sum[m][0][e], acc[m][d / 8 + 1][e] += sum[m][1][e];
   }
 }
 

@@ -4,6 +4,20 @@
 
 namespace ctk::cuda {
 
+// words <- word(lane) for each of a thread's lanes: which keys it sees. Returns those that any of them sees.
+template <int M, class Word>
+__device__ __forceinline__ uint64_t find_words(uint64_t (&words)[M][2], const LaneInfo* lanes, const Word& word) {
+  uint64_t any = 0;
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      words[m][h] = word(lanes[16 * m + threadIdx.x % 32 / 4 + 8 * h]);
+      any |= words[m][h];
+    }
+  return any;
+}
+
 // Logits of lanes [16 M] by keys [N] -> -inf where a lane does not see a key.
 template <int M, int N>
 __device__ __forceinline__ void hide(float (&s)[M][N / 8][4], const uint64_t (&words)[M][2]) {
@@ -21,9 +35,9 @@ __device__ __forceinline__ void hide(float (&s)[M][N / 8][4], const uint64_t (&w
     }
 }
 
-// Products of lanes [16 M] and keys [N] -> logits.
-template <int M, int N>
-__device__ __forceinline__ void to_logits(const Args& a, float (&s)[M][N / 8][4], const Step& step, int prefix_len,
+// Products of lanes [16 M] and keys [N] -> logits. The keys are those of the prefix, or own keys of a row.
+template <bool Prefix, int M, int N>
+__device__ __forceinline__ void to_logits(const Args& a, float (&s)[M][N / 8][4], int start, int prefix_len,
                                           const LaneInfo* lanes, const LaneTerms* terms) {
   const int thread = threadIdx.x % 32;
 #pragma unroll
@@ -32,39 +46,52 @@ __device__ __forceinline__ void to_logits(const Args& a, float (&s)[M][N / 8][4]
     for (int h = 0; h < 2; ++h) {
       const int i = 16 * m + thread / 4 + 8 * h;
       const LaneTerms mine = terms[i];
-      const int position = lanes[i].position + (step.row < 0 ? prefix_len : 0);
+      const int position = lanes[i].position + (Prefix ? prefix_len : 0);
 #pragma unroll
       for (int n = 0; n < N / 8; ++n)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const int key = step.start + 8 * n + thread % 4 * 2 + e;
+          const int key = start + 8 * n + thread % 4 * 2 + e;
           float derivative;
           float& x = s[m][n][2 * h + e];
-          x = logit(a, x, bias_of(a, mine, step, key, prefix_len), mine.slope, position - key, &derivative);
+          const float bias = Prefix ? bias_of(a, mine, key, prefix_len) : 0.0f;
+          x = logit(a, x, bias, mine.slope, position - key, &derivative);
         }
     }
 }
 
-// Backward, everything: from products s = q k^T and ds = dout v^T to ds <- p (ds - delta) d logit / d product.
+// Backward: from products s = q k^T (-inf: hidden) and ds = dout v^T to ds <- p (ds - delta).
 template <int N>
+__device__ __forceinline__ void probability_gradients(const Args& a, const float (&s)[1][N / 8][4],
+                                                      float (&ds)[1][N / 8][4], const LaneState (&state)[2]) {
+#pragma unroll
+  for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const float p = exp2_fast(fmaf(s[0][n][e], a.factor, -state[e / 2].high));
+      ds[0][n][e] = p * (ds[0][n][e] - state[e / 2].delta);
+    }
+}
+
+// Backward, everything: from products s = q k^T and ds = dout v^T to ds <- p (ds - delta) d logit / d product.
+template <bool Prefix, int N>
 __device__ __forceinline__ void logit_gradients(const Args& a, const float (&s)[1][N / 8][4], float (&ds)[1][N / 8][4],
-                                                const LaneState (&state)[2], const uint64_t (&words)[1][2],
-                                                const Step& step, int prefix_len, const LaneInfo* lanes,
-                                                const LaneTerms* terms) {
+                                                const LaneState (&state)[2], const uint64_t (&words)[1][2], int start,
+                                                int prefix_len, const LaneInfo* lanes, const LaneTerms* terms) {
   const int thread = threadIdx.x % 32;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int i = thread / 4 + 8 * h;
     const LaneTerms mine = terms[i];
-    const int position = lanes[i].position + (step.row < 0 ? prefix_len : 0);
-    const uint64_t word = step.full ? ~0ull : words[0][h] >> (2 * (thread % 4));
+    const int position = lanes[i].position + (Prefix ? prefix_len : 0);
+    const uint64_t word = words[0][h] >> (2 * (thread % 4));
 #pragma unroll
     for (int n = 0; n < N / 8; ++n)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int key = step.start + 8 * n + thread % 4 * 2 + e;
+        const int key = start + 8 * n + thread % 4 * 2 + e;
         float derivative;
-        const float bias = bias_of(a, mine, step, key, prefix_len);
+        const float bias = Prefix ? bias_of(a, mine, key, prefix_len) : 0.0f;
         const float x = logit(a, s[0][n][2 * h + e], bias, mine.slope, position - key, &derivative);
         const float p = exp2_fast((x - state[h].high) - state[h].low);
         float& gradient = ds[0][n][2 * h + e];

@@ -14,11 +14,11 @@ namespace ctk::cuda {
 
 constexpr float LOG2E = 1.4426950408889634f;
 
-// N keys. row < 0: of the prefix, else of that row's own.
+// N keys from `start` on: of the prefix, or own keys of a row.
 struct Step {
-  int row = -1, start = 0;
+  int start = 0;
   uint64_t any = 0;   // keys that some lane sees; others are not read
-  bool full = false;  // all lanes see all N
+  bool full = false;  // all lanes see all of them
 };
 
 struct alignas(16) LaneInfo {
@@ -62,85 +62,111 @@ __device__ __forceinline__ uint64_t own_bits(const Args& a, const RowInfo& row, 
   return bits;
 }
 
-// What one lane sees of the N keys of a step.
+// What a lane sees of the N prefix keys of a step.
 template <int N, bool General>
-__device__ __forceinline__ uint64_t lane_word(const Args& a, const Step& step, const LaneInfo& lane, int prefix_len) {
+__device__ __forceinline__ uint64_t prefix_word(const Args& a, int start, const LaneInfo& lane, int prefix_len) {
   const Params& p = a.call.p;
   if (lane.row < 0) return 0;
-  uint64_t bits;
-  int position = lane.position;  // on the axis of the step's keys
-  if (step.row < 0) {
-    bits = a.bits[int64_t(lane.index) * a.words + step.start / BLOCK] >> (step.start % BLOCK);
-    bits &= low_bits(min(prefix_len - step.start, N));
-    position += prefix_len;
-  } else {
-    bits = lane.row == step.row ? step.any : 0;
-    if (p.causal) bits &= low_bits(position + 1 - step.start);
-  }
-  if (General && p.window > 0 && (step.row >= 0 || p.window_prefix))
-    bits &= ~low_bits(clamp(position - p.window + 1 - step.start, 0, 64));
+  uint64_t bits = a.bits[int64_t(lane.index) * a.words + start / BLOCK] >> (start % BLOCK);
+  bits &= low_bits(min(prefix_len - start, N));
+  if (General && p.window > 0 && p.window_prefix)
+    bits &= ~low_bits(clamp(prefix_len + lane.position - p.window + 1 - start, 0, 64));
   return bits;
 }
 
-// The steps of N keys of a tile, or the part of them that is this split's.
+// What a lane sees of own keys of `row`, of which `any` are there.
+template <bool General>
+__device__ __forceinline__ uint64_t own_word(const Args& a, int start, uint64_t any, int row, const LaneInfo& lane) {
+  const Params& p = a.call.p;
+  if (lane.row != row) return 0;
+  if (p.causal) any &= low_bits(lane.position + 1 - start);
+  if (General && p.window > 0) any &= ~low_bits(clamp(lane.position - p.window + 1 - start, 0, 64));
+  return any;
+}
+
+// The prefix keys of a tile that some lane sees, N at a time, or the part of them that is this split's.
 template <int N>
-class Walk {
+class PrefixWalk {
  public:
-  __device__ Walk(const Args& a, const TileInfo& tile, int index, int split) : a_(a), split_(split), tile_(tile) {
-    lane_ = index * a.tile_lanes;
-    seen_ = a.seen + int64_t(index) * a.prefix_blocks;
+  __device__ PrefixWalk(const Args& a, const TileInfo& tile, int index, int split) {
     const int share = (a.prefix_blocks + a.key_splits - 1) / a.key_splits * BLOCK;
-    key_ = split * share;
-    key_end_ = min(key_ + share, tile.prefix_len);
-    row_ = tile.row_begin - 1;
+    seen_ = a.seen + int64_t(index) * a.prefix_blocks;
+    key_ = split * share, end_ = max(min(split * share + share, tile.prefix_len), 0);
   }
 
   // False: there is no further step.
-  __device__ bool next(Step* step) {
-    while (key_ < key_end_) {
+  __device__ __forceinline__ bool next(Step* step) {
+    while (key_ < end_) {
       const Seen seen = seen_[key_ / BLOCK];
       const uint64_t all = low_bits(N);
-      *step = {-1, key_, seen.any >> (key_ % BLOCK) & all, (seen.all >> (key_ % BLOCK) & all) == all};
+      *step = {int(key_), seen.any >> (key_ % BLOCK) & all, (seen.all >> (key_ % BLOCK) & all) == all};
       key_ += seen.any ? N : BLOCK;  // N divides BLOCK, and a hidden word is met at its start
       if (step->any) return true;
     }
+    return false;
+  }
+
+  // Whether the next N keys are visible to all lanes; if so, they become the step.
+  __device__ __forceinline__ bool next_is_full(Step* step) {
+    if (key_ >= end_) return false;
+    const uint64_t all = seen_[key_ / BLOCK].all;
+    if (N == BLOCK ? all != ~0ull : (~(all >> (key_ % BLOCK)) & low_bits(N)) != 0) return false;
+    step->start = key_;
+    key_ += N;
+    return true;
+  }
+
+ private:
+  const Seen* seen_;
+  uint32_t key_, end_;
+};
+
+// The own keys of a tile's rows, row by row, or the part of them that is this split's. What it can read again from the
+// tables, it does not keep: registers are scarce where it is used.
+template <int N>
+class OwnWalk {
+ public:
+  int row;  // of the step, as an index into the rows
+
+  __device__ OwnWalk(const Args& a, int index, int split)
+      : row(a.tile_table[index].row_begin - 1), a_(a), index_(index), split_(split) {}
+
+  __device__ __forceinline__ const RowInfo& info() const { return a_.rows[row]; }
+
+  // False: there is no further step.
+  __device__ __forceinline__ bool next(Step* step) {
     for (;;) {
-      while (own_ >= own_end_) {
-        if (++row_ >= tile_.row_end) return false;
+      while (key_ >= end_) {
+        if (++row >= a_.tile_table[index_].row_end) return false;
         enter_row();
       }
-      const uint64_t any = own_bits(a_, info_, own_) & low_bits(min(own_end_ - own_, N));
-      *step = {row_, own_, any, false};
-      own_ += N;
-      if (any && count_++ % a_.key_splits == split_) return true;
+      *step = {key_, own_bits(a_, info(), key_) & low_bits(min(end_ - key_, N)), false};
+      key_ += N;
+      if (step->any && count_++ % a_.key_splits == split_) return true;
     }
   }
 
  private:
-  // Own keys of a row that its lanes in this tile may see.
-  __device__ void enter_row() {
+  // Own keys of a row that its lanes in this tile may see, in blocks from the row's first key on.
+  __device__ __forceinline__ void enter_row() {
     const Params& p = a_.call.p;
-    info_ = a_.rows[row_];
-    const int first = max(lane_ / a_.group - info_.first, 0);
-    const int last = min((lane_ + tile_.lanes - 1) / a_.group - info_.first, info_.queries - 1);
-    own_end_ = p.causal ? min(info_.keys, info_.offset + last + 1) : info_.keys;
-    own_ = p.window > 0 ? clamp(info_.offset + first - p.window + 1, 0, info_.keys) / N * N : 0;
-    if (first > last) own_end_ = own_;
+    const RowInfo info = a_.rows[row];
+    const int lane = index_ * a_.tile_lanes;
+    const int first = max(lane / a_.group - info.first, 0);
+    const int last = min((lane + a_.tile_table[index_].lanes - 1) / a_.group - info.first, info.queries - 1);
+    end_ = p.causal ? min(info.keys, info.offset + last + 1) : info.keys;
+    key_ = p.window > 0 ? clamp(info.offset + first - p.window + 1, 0, info.keys) / N * N : 0;
+    if (first > last) end_ = key_;
   }
 
   const Args& a_;
-  int split_, lane_;
-  TileInfo tile_;
-  const Seen* seen_;
-  int key_, key_end_;
-  int row_, own_ = 0, own_end_ = 0, count_ = 0;
-  RowInfo info_;
+  int index_, split_, key_ = 0, end_ = 0, count_ = 0;
 };
 
-// Tokens of one batch element and head, as `Step` and the copies below address them.
+// Tokens of one head.
 struct Source {
-  const char* data;
-  int64_t token;  // in bytes
+  const char* data;  // of the first
+  int64_t token;     // from one to the next, in bytes
 };
 
 template <class T>
@@ -149,43 +175,114 @@ __device__ __forceinline__ Source source(const Tensor4& t, int64_t batch, int64_
           t.token * int64_t(sizeof(T))};
 }
 
-// The keys of a step in `prefix` or, from its row's first token on, in `own`.
-template <class T>
-__device__ __forceinline__ Source source_of(const Args& a, const Step& step, const Tensor4& own, const Tensor4& prefix,
-                                            int prefix_index, int kv) {
-  if (step.row < 0) return source<T>(prefix, prefix_index, kv, step.start);
-  const RowInfo& row = a.rows[step.row];
-  return source<T>(own, row.batch, kv, row.token + step.start);
-}
-
-// Starts copying N tokens into a tile, zeros for those that nobody sees and in the columns behind D.
+// Copies N tokens of a head into a tile, zeros behind D. A thread copies the same chunk of several tokens, where there
+// are enough threads for the chunks of 8 tokens or more.
 template <class T, int W, int N, int THREADS>
-__device__ __forceinline__ void copy_keys(const Args& a, Shared<T, W> to, const Source& from, uint64_t any) {
-  constexpr int CHUNKS = Shared<T, W>::CHUNKS;
+class TokenCopy {
+ public:
+  __device__ __forceinline__ explicit TokenCopy(const Args& a)
+      : chunks_(a.chunks), to_(COLUMN ? hold(Shared<T, W>{0}.chunk(first_row(), first_chunk())) : 0) {}
+
+  // What `start` wants to know of a head: where this thread begins to read.
+  __device__ __forceinline__ Source from(const Tensor4& t, int64_t batch, int64_t head, int64_t token) const {
+    Source x = source<T>(t, batch, head, token);
+    if (COLUMN) x.data += first_row() * x.token + first_chunk() * 16;
+    x.data = hold(x.data);
+    return x;
+  }
+
+  // Starts copying tokens first .. first + N - 1, zeros for those that are not in `any` (All: all are).
+  template <bool All>
+  __device__ __forceinline__ void start(Shared<T, W> to, const Source& from, uint32_t first, uint64_t any) const {
+    const char* token = from.data + first * uint64_t(from.token);
+    if constexpr (COLUMN) {
+      const bool there = first_chunk() < chunks_;
+      any >>= first_row();
 #pragma unroll
-  for (int i = 0; i < (N * CHUNKS + THREADS - 1) / THREADS; ++i) {
-    const int at = i * THREADS + threadIdx.x, row = at / CHUNKS, chunk = at % CHUNKS;
-    if (N * CHUNKS % THREADS && row >= N) break;
-    const bool valid = (any >> row & 1) && chunk < a.chunks;
-    copy_async(to.chunk(row, chunk), from.data + (valid ? row * from.token + chunk * 16 : 0), valid);
+      for (int i = 0; i < N; i += ROWS) {
+        if (N % ROWS && first_row() + i >= N) break;
+        copy_async(to.base + to_ + i * Shared<T, W>::ROW_BYTES, token, there && (All || any >> i & 1));
+        token += ROWS * from.token;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < (N * CHUNKS + THREADS - 1) / THREADS; ++i) {
+        const int at = i * THREADS + threadIdx.x, row = at / CHUNKS, chunk = at % CHUNKS;
+        if (N * CHUNKS % THREADS && row >= N) break;
+        copy_async(to.chunk(row, chunk), token + row * from.token + chunk * 16,
+                   chunk < chunks_ && (All || any >> row & 1));
+      }
+    }
+  }
+
+ private:
+  static constexpr int CHUNKS = Shared<T, W>::CHUNKS, ROWS = THREADS / CHUNKS;
+  static constexpr bool COLUMN = THREADS % CHUNKS == 0 && ROWS % 8 == 0;  // the permutation repeats after 8 rows
+  static __device__ __forceinline__ int first_row() { return threadIdx.x / CHUNKS; }
+  static __device__ __forceinline__ int first_chunk() { return threadIdx.x % CHUNKS; }
+  int chunks_;
+  uint32_t to_;
+};
+
+// Starts copying q of N lanes from lane `first` on into a tile, zeros where there is none and behind D.
+template <class T, int W, int N, int THREADS>
+__device__ __forceinline__ void copy_queries(const Args& a, Shared<T, W> to, int first, int kv) {
+  constexpr int CHUNKS = Shared<T, W>::CHUNKS;
+  for (int at = threadIdx.x; at < N * CHUNKS; at += THREADS) {
+    const int row = at / CHUNKS, chunk = at % CHUNKS, lane = first + row;
+    const Slot slot = a.slot_table[lane / a.group];
+    const Source token = source<T>(a.call.p.q, slot.batch, kv * a.group + lane % a.group, slot.token);
+    copy_async(to.chunk(row, chunk), token.data + chunk * 16, slot.row >= 0 && chunk < a.chunks);
   }
 }
 
-// The same for N lanes of q or dout from `first` on, where `use(i)` says which of them are wanted.
-template <class T, int W, int N, int THREADS, class Use>
-__device__ __forceinline__ void copy_lanes(const Args& a, Shared<T, W> to, const Tensor4& from, int first, int kv,
-                                           const Use& use) {
-  constexpr int CHUNKS = Shared<T, W>::CHUNKS;
-#pragma unroll
-  for (int i = 0; i < (N * CHUNKS + THREADS - 1) / THREADS; ++i) {
-    const int at = i * THREADS + threadIdx.x, row = at / CHUNKS, chunk = at % CHUNKS;
-    if (N * CHUNKS % THREADS && row >= N) break;
-    const int lane = first + row;
-    const Slot slot = a.slot_table[lane / a.group];
-    const bool valid = slot.row >= 0 && chunk < a.chunks && use(row, slot);
-    const Source token = source<T>(from, slot.batch, kv * a.group + lane % a.group, slot.token);
-    copy_async(to.chunk(row, chunk), valid ? token.data + chunk * 16 : static_cast<const char*>(from.data), valid);
+// Copies q and dout of N lanes into two tiles, zeros where their state says so and behind D.
+template <class T, int W, int N, int THREADS>
+class LaneCopy {
+ public:
+  __device__ __forceinline__ explicit LaneCopy(const Args& a)
+      : q_(static_cast<const char*>(a.call.p.q.data)),
+        dout_(static_cast<const char*>(a.call.p.dout.data)),
+        chunks_(a.chunks),
+        to_(COLUMN ? hold(Shared<T, W>{0}.chunk(first_lane(), first_chunk())) : 0) {
+    if (COLUMN) q_ += first_chunk() * 16, dout_ += first_chunk() * 16;
+    q_ = hold(q_), dout_ = hold(dout_);
   }
-}
+
+  // Of lanes that belong to other rows than `row` (< 0: to no row in particular) come zeros.
+  __device__ __forceinline__ void start(Shared<T, W> q, Shared<T, W> dout, const LaneState* state, int row) const {
+    if constexpr (COLUMN) {
+      constexpr int COUNT = N / ROWS;
+      static_assert(N % ROWS == 0);
+      uint4 from[COUNT];  // q, dout, bytes, row
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i) from[i] = reinterpret_cast<const uint4*>(state + first_lane() + i * ROWS)[1];
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i) {
+        const bool valid = from[i].z && first_chunk() < chunks_ && (row < 0 || int(from[i].w) == row);
+        const uint32_t to = to_ + i * ROWS * Shared<T, W>::ROW_BYTES;
+        copy_async(q.base + to, q_ + uint64_t(from[i].x) * 16, valid);
+        copy_async(dout.base + to, dout_ + uint64_t(from[i].y) * 16, valid);
+      }
+    } else {
+      for (int at = threadIdx.x; at < N * CHUNKS; at += THREADS) {
+        const int lane = at / CHUNKS, chunk = at % CHUNKS;
+        const LaneState& from = state[lane];
+        const bool valid = from.bytes && chunk < chunks_ && (row < 0 || from.row == row);
+        copy_async(q.chunk(lane, chunk), q_ + uint64_t(from.q + chunk) * 16, valid);
+        copy_async(dout.chunk(lane, chunk), dout_ + uint64_t(from.dout + chunk) * 16, valid);
+      }
+    }
+  }
+
+ private:
+  static constexpr int CHUNKS = Shared<T, W>::CHUNKS, ROWS = THREADS / CHUNKS;
+  static constexpr bool COLUMN = THREADS % CHUNKS == 0 && ROWS % 8 == 0 && N % ROWS == 0;
+  static __device__ __forceinline__ int first_lane() { return threadIdx.x / CHUNKS; }
+  static __device__ __forceinline__ int first_chunk() { return threadIdx.x % CHUNKS; }
+  const char *q_, *dout_;
+  int chunks_;
+  uint32_t to_;
+};
 
 }  // namespace ctk::cuda

@@ -1,13 +1,15 @@
 """A backend for tests: the CUDA C++ kernels, compiled by nvcc, executed by the PTX emulator on CPU tensors.
 
 `ctkernels.dispatch` loads it by name like any other backend, so that the public functions, autograd and all helpers of
-the op tests run on it unchanged. The launches and their argument come from `csrc/cuda/plan.h`, as the bindings get them.
+the op tests run on it unchanged. The launches and their argument come from `csrc/cuda/plan.h`, as the bindings get
+them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -27,15 +29,16 @@ from . import plan
 NAME = "emulated-cuda"
 BACKEND = Backend(NAME)
 ARCHITECTURE = "sm_80"
-FILES = ("common", "bf16", "fp16", "fp32")
+TYPES = {"bf16": "bf16", "fp16": "fp16", "fp32": "float"}  # by the names that kernels have: those in C++
 
 
 class Build:
-    """The kernels of a source tree, each translated when it is first launched."""
+    """The kernels of a source tree. A group of them is compiled when the first of it is launched: those of one type,
+    width and variant, those of a type alone, or those that there are once."""
 
     def __init__(self, sources: Path) -> None:
         self.sources = sources
-        self._entries: dict[str, dict[str, str]] = {}
+        self._entries: dict[str, str] = {}
         self._modules: dict[str, ptxemu.Module] = {}
 
     def module(self, kernel: str) -> ptxemu.Module:
@@ -45,22 +48,36 @@ class Build:
 
     def ptx(self, kernel: str) -> str:
         """PTX of one kernel alone."""
-        name = next((name for name in FILES[1:] if f"_{name}" in kernel), FILES[0])
-        if name not in self._entries:
-            self._entries[name] = split_entries(self._compile(name))
-        return self._entries[name][kernel]
+        if kernel not in self._entries:
+            self._entries |= split_entries(self._compile(group_source(kernel)))
+        return self._entries[kernel]
 
-    def _compile(self, name: str) -> str:
+    def _compile(self, source: str) -> str:
         folder = self.sources / "cuda"
-        texts = [path.read_text() for path in sorted([*self.sources.glob("*.h"), *folder.glob("*")]) if path.is_file()]
-        key = hashlib.sha256("\0".join([name, *texts]).encode()).hexdigest()[:20]
-        cached = cache_directory() / f"cuda-{name}-{key}.ptx"
+        headers = sorted([*self.sources.glob("*.h"), *folder.glob("*.h"), *folder.glob("*.cuh"), *folder.glob("*.cu")])
+        key = hashlib.sha256("\0".join([source, *(path.read_text() for path in headers)]).encode()).hexdigest()[:20]
+        cached = cache_directory() / f"cuda-{key}.ptx"
         if not cached.exists():
-            text = ptxemu.cuda_to_ptx(folder / f"kernels_{name}.cu", arch=ARCHITECTURE)
-            partial = cached.with_suffix(".partial")
-            partial.write_text(text)
+            partial = cached.with_suffix(f".{os.getpid()}")
+            partial.write_text(ptxemu.cuda_to_ptx(source, arch=ARCHITECTURE, include=[folder]))
             partial.replace(cached)
         return cached.read_text()
+
+
+def group_source(kernel: str) -> str:
+    """CUDA C++ that defines a kernel of `plan.h` and those of its group, with the macros of the shipped files."""
+    name = re.fullmatch(r"ctk_\w+?_(bf16|fp16|fp32)(?:_(\d+)_(plain|general))?", kernel)
+    if name is None:
+        return '#include "kernels_common.cu"\n'
+    kind, width, variant = name.groups()
+    arguments = f"CTK_DEFINE, {TYPES[kind]}, {kind}"
+    if width is None:
+        group = f"CTK_DEFINE_SMALL({TYPES[kind]}, {kind})"
+    elif width == "256":
+        group = f"CTK_WIDTH_256({arguments})"
+    else:
+        group = f"CTK_WIDTH({arguments}, {width}, {variant}, {'true' if variant == 'general' else 'false'})"
+    return f'#include "instances.cuh"\nnamespace ctk::cuda {{\n{group}\n}}\n'
 
 
 def split_entries(ptx: str) -> dict[str, str]:
