@@ -137,14 +137,13 @@ __device__ __forceinline__ void backward_query(const Args& a) {
     copy.template start<false>(k, copy.from(p.k, row.batch, kv, row.token), step.start, step.any);
     copy.template start<false>(v, copy.from(p.v, row.batch, kv, row.token), step.start, step.any);
     copy_commit();
+    copy_wait<0>();
+    __syncthreads();
     uint64_t words[1][2];
     const uint64_t any = find_words<1>(words, my_lanes, [&](const LaneInfo& lane) {
       return own_word<General>(a, step.start, step.any, walk.row, lane);
     });
-    const bool active = __any_sync(WARP, any != 0);
-    copy_wait<0>();
-    __syncthreads();
-    if (!active) continue;
+    if (!__any_sync(WARP, any != 0)) continue;
     multiply_rows<T, W, 1, N / 8>(s, left_q, rows, a.call.tf32);
     multiply_rows<T, W, 1, N / 8>(ds, left_dout, rows.moved(V), a.call.tf32);
     if constexpr (General) {

@@ -192,16 +192,16 @@ __device__ __forceinline__ void forward(const Args& a) {
     __syncthreads();  // nobody reads the last step's k and v any more
     const RowInfo& row = walk.info();
     copy.template start<false>(k, copy.from(p.k, row.batch, kv, row.token), step.start, step.any);
+    __syncwarp();  // lest addresses of both be computed side by side, and registers spilled
     copy.template start<false>(v, copy.from(p.v, row.batch, kv, row.token), step.start, step.any);
     copy_commit();
+    copy_wait<0>();
+    __syncthreads();
     uint64_t words[M][2];
     const uint64_t any = find_words<M>(words, my_lanes, [&](const LaneInfo& lane) {
       return own_word<General>(a, step.start, step.any, walk.row, lane);
     });
-    const bool active = __any_sync(WARP, any != 0);
-    copy_wait<0>();
-    __syncthreads();
-    if (!active) continue;
+    if (!__any_sync(WARP, any != 0)) continue;
     multiply_rows<T, W, M, N / 8>(s, left, keys, a.call.tf32);
     if constexpr (General) to_logits<false, M, N>(a, s, step.start, 0, my_lanes, terms + warp * 16 * M);
     hide<M, N>(s, words);

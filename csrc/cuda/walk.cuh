@@ -186,7 +186,8 @@ class TokenCopy {
   // What `start` wants to know of a head: where this thread begins to read.
   __device__ __forceinline__ Source from(const Tensor4& t, int64_t batch, int64_t head, int64_t token) const {
     Source x = source<T>(t, batch, head, token);
-    if (COLUMN) x.data += first_row() * x.token + first_chunk() * 16;
+    // held, lest this thread's offset be computed ahead of a loop over rows, and kept
+    if (COLUMN) x.data += hold(first_row()) * x.token + first_chunk() * 16;
     x.data = hold(x.data);
     return x;
   }
