@@ -4,8 +4,8 @@ Every run has all of the emulator's checks on (bounds, alignment, uninitialised 
 global memory, barriers), and outputs and workspace start as NaN. `cp.async` data arrives at once or as late as allowed,
 threads run in order or in random ones; none of that may change a bit.
 
-By default a few instances run on a few schedules; CTKERNELS_TEST_PROFILE=thorough runs every instance, and all edge cases
-of the op's own tests.
+By default a few instances run on a few schedules; CTKERNELS_TEST_PROFILE=thorough runs every instance, and all edge
+cases of the op's own tests.
 """
 
 import os
@@ -33,9 +33,9 @@ SMALL = ["setup_rows", "setup_tiles", "pack", "delta"]
 
 
 def execute(
-    call: Call, schedules: list[tuple[str, int]], multiprocessors: int = 4, **options
+    call: Call, schedules: list[tuple[str, int]], multiprocessors: int = 4, tf32: bool = False
 ) -> tuple[dict, list[str]]:
-    """Results, the same for all schedules to the bit and right, and the kernels that ran."""
+    """Results, the same for all schedules to the bit and right, and the kernels that ran. TF32 is not held to fp64."""
     cotangents = cotangents_for(call)
     first = None
     for mode, seed in schedules:
