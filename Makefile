@@ -19,7 +19,7 @@ SOURCES := setup.py $(filter csrc/% python_bindings/%,$(CXX_FILES))
 TORCH_BRINGS_TRITON := import importlib.metadata as m, sys; sys.exit(not any(r.startswith('triton') for r in m.requires('torch') or []))
 SANITIZE := -g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-.PHONY: demo test test-gpu-full bench bench-full profile gpu-check gpu-report cuda-bindings lint format sanitize clean
+.PHONY: demo test test-gpu-full bench bench-full profile gpu-check gpu-report cuda-bindings mutations-cuda lint format sanitize clean
 
 demo: .venv/built
 	@if [ -z "$(MODEL)" ]; then .venv/bin/python examples/fetch_smollm2.py .models/smollm2-135m; fi
@@ -42,6 +42,10 @@ bench: .venv/built
 	.venv/bin/python benchmarks/bench_attention.py --out $(OUT) --readme README.md
 	.venv/bin/python benchmarks/bench_scaling.py --out $(OUT) --readme README.md
 	.venv/bin/python benchmarks/bench_tuning.py --out $(OUT) --readme README.md --model $(or $(MODEL),.models/smollm2-135m)
+
+# Mistakes planted into copies of the CUDA kernels: every one must be caught
+mutations-cuda: .venv/installed
+	CTKERNELS_TEST_PROFILE=thorough .venv/bin/python -m pytest -q tests/cuda/test_mutations.py
 
 # The op over all head shapes, prefix lengths, row lengths and batches, against its ceiling alone; about ten minutes
 bench-full: .venv/built

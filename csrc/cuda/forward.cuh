@@ -136,7 +136,9 @@ __device__ __forceinline__ void forward(const Args& a) {
     while (more) {  // k of the step is on its way
       bool full = false;
       if constexpr (!General) full = step.full;
-      if (full) {  // and so it goes on: nothing to hide, nothing to choose, and hardly ever a new top
+      // Nothing to hide, nothing to choose, and hardly ever a new top. A warp that needs one leaves the loop by itself:
+      // every way through a step has the same two barriers.
+      if (full) {
         bool ahead, grows;
         do {
           copy_wait<0>();

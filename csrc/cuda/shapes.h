@@ -83,10 +83,10 @@ struct KeyShape {
 CTK_HOST_DEVICE constexpr KeyShape key_shape(int element_bytes, int width) {
   if (element_bytes == 2) {
     if (width <= 64) return {64, 4, 64, 2};
-    return width <= 128 ? KeyShape{64, 4, 32, 2} : KeyShape{64, 4, 32, 1};
+    return width <= 128 ? KeyShape{64, 4, 32, 2} : KeyShape{64, 4, 16, 1};
   }
   if (width <= 96) return {64, 4, 32, 1};
-  return width <= 128 ? KeyShape{64, 4, 32, 1} : KeyShape{32, 2, 16, 1};
+  return width <= 128 ? KeyShape{64, 4, 16, 1} : KeyShape{16, 1, 16, 1};
 }
 
 // At D = 256 dk and dv together would not fit the registers: two launches, one for each.
@@ -111,5 +111,17 @@ CTK_HOST_DEVICE constexpr int key_bias_shared(int element_bytes, int width, int 
   const KeyShape s = key_shape(element_bytes, width);
   return 4 * s.keys * (s.lanes + 1 + group);
 }
+
+// The least that the architectures give a program, with room for the bias gradient of groups of up to 32 heads.
+constexpr int SHARED_LIMIT = 99 * 1024;
+
+constexpr bool shapes_fit(int element_bytes) {
+  for (int width : WIDTHS)
+    if (forward_shared(element_bytes, width) > SHARED_LIMIT || query_shared(element_bytes, width) > SHARED_LIMIT ||
+        key_shared(element_bytes, width) + key_bias_shared(element_bytes, width, 32) > SHARED_LIMIT)
+      return false;
+  return true;
+}
+static_assert(shapes_fit(2) && shapes_fit(4));
 
 }  // namespace ctk::cuda

@@ -29,7 +29,6 @@ TYPES = ["bf16", "fp16", "fp32"]
 WIDTHS = [64, 80, 96, 128, 256]
 PLAIN = [(types, D) for types in ("bf16", "fp16") for D in (64, 128)]
 DEFAULT = [("bf16", 128)]  # beside D = 64, which most tests have
-SMALL = ["setup_rows", "setup_tiles", "pack", "delta"]
 
 
 def execute(
