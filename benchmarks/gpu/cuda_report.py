@@ -40,17 +40,19 @@ def write(folder: Path, name: str, record: Mapping[str, Any], markdown: str) -> 
     atomic_write_bytes(folder / f"{name}.md", f"{head}\n\n{markdown}\n".encode())
 
 
-def write_resources(out: Path, names: Sequence[str]) -> list[str]:
-    """Measure `names`, keep what the table has of the others if it is of this compiler; the rules that are broken."""
+def write_resources(out: Path, names: Sequence[str], tuned: bool) -> list[str]:
+    """Measure `names`, all kernels or the tuned ones, and keep what else the table has if it is of this compiler: the
+    rules that are broken."""
     path = out / "cuda_resources.json"
     before = json.loads(path.read_text()) if path.exists() else {"nvcc": None}
     kept = before["entries"] if before["nvcc"] == cuda_build.nvcc_version() else []
     kernels = {kernel.name for kernel in cuda_build.kernels()}
-    entries = [e for e in resources.read(kept).values() if e.architecture not in names and e.kernel in kernels]
+    table = {key: entry for key, entry in resources.read(kept).items() if entry.kernel in kernels}
     for name in names:
-        entries += cuda_resources.measure(cuda_resources.NVIDIA[name])
-        print(f"{name}: {sum(entry.architecture == name for entry in entries)} kernels", flush=True)
-    entries.sort(key=lambda entry: list(cuda_resources.NVIDIA).index(entry.architecture))
+        measured = cuda_resources.measure(cuda_resources.NVIDIA[name], tuned)
+        table |= {entry.key: entry for entry in measured}
+        print(f"{name}: {len(measured)} kernels", flush=True)
+    entries = sorted(table.values(), key=lambda e: (list(cuda_resources.NVIDIA).index(e.architecture), e.kernel))
     record = {"nvcc": cuda_build.nvcc_version(), "entries": [asdict(entry) for entry in entries]}
     write(out, "cuda_resources", record, cuda_resources.markdown(entries))
     return [line for entry in entries for line in resources.violations(entry)]
@@ -62,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--docs", type=Path, help="also replace the tables between the markers of this file")
     known = list(cuda_resources.NVIDIA)
     parser.add_argument("--architectures", nargs="+", choices=known, default=known, help="of the first table")
+    parser.add_argument(
+        "--tuned", action="store_true", help="of the first table only the tuned kernels, which is quick"
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     args = parser.parse_args(argv)
     tables, broken = {}, []
@@ -75,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write(args.out, "cuda_counters", record, cuda_counters.markdown(counted))
         tables["cuda_counters"] = cuda_counters.ratio_table(counted)
     if "resources" in args.parts:
-        broken = write_resources(args.out, args.architectures)
+        broken = write_resources(args.out, args.architectures, args.tuned)
         print(*broken, sep="\n")
     if args.docs is not None:
         for name, table in tables.items():

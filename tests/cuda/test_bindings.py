@@ -141,6 +141,13 @@ def test_every_option(bias):
     assert got["dprefix_bias"].shape == bias and got["dprefix_k"].dtype == torch.bfloat16
 
 
+def test_padding():
+    """Queries and keys behind the end of a row: zeros, and lse = -inf."""
+    got = check(make_call(B=3, H=4, Hk=2, S=20, P=70, D=64, types="bf16", seq_lens=torch.tensor([20, 0, 7])))
+    assert got["out"][1].eq(0).all() and got["lse"][2, :, 7:].isneginf().all()
+    assert all(got[name][2, :, 7:].eq(0).all() for name in ("dq", "dk", "dv"))
+
+
 def test_tensors_that_are_read_in_place():
     """Transposed rows as models pass them, and a window of a larger prefix: nothing is copied."""
     call = make_call(B=2, H=4, Hk=2, S=9, P=70, D=64, types="bf16", window_prefix=False)
