@@ -94,6 +94,7 @@ struct Pack {
   void* to;
   int64_t heads, tokens, elements;  // elements: of the copy, batches * heads * tokens * stride
   int32_t stride;                   // of a token of the copy, D rounded up; zeros behind D
+  bool wide;                        // whether tokens can be read in pieces of 16 bytes
 };
 constexpr int MAX_PACKS = 7;
 

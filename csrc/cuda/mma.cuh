@@ -70,28 +70,22 @@ __device__ __forceinline__ void split_tf32(uint32_t x, uint32_t* high, uint32_t*
   *low = fabsf(value) < 3.0e38f ? round_to_tf32(rest) : 0u;
 }
 
-// fp32 inputs: exact means the product of the halves but low * low, which is below the rounding of fp32.
-__device__ __forceinline__ void multiply(float, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                                         bool tf32) {
-  uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) split_tf32(a[i], &a_high[i], &a_low[i]);
-  split_tf32(b0, &b_high[0], &b_low[0]);
-  split_tf32(b1, &b_high[1], &b_low[1]);
-  if (!tf32) {  // the small terms first
-    multiply_tf32(d, a_low, b_high[0], b_high[1]);
-    multiply_tf32(d, a_high, b_low[0], b_low[1]);
-  }
-  multiply_tf32(d, a_high, b_high[0], b_high[1]);
-}
-
-// d0, d1 (16 x 8 each) += a b. tf32: see Call.
-template <class T>
-__device__ __forceinline__ void multiply_pair(float (&d0)[4], float (&d1)[4], const FragmentA& a, const FragmentB& b,
-                                              bool tf32) {
+// d0, d1 (16 x 8 each) += a b. fp32 inputs: exact means the product of the halves but low * low, which is below the
+// rounding of fp32; TF32 that of the high halves alone.
+template <bool TF32, class T>
+__device__ __forceinline__ void multiply_pair(float (&d0)[4], float (&d1)[4], const FragmentA& a, const FragmentB& b) {
   if constexpr (sizeof(T) == 4) {
-    multiply(T{}, d0, a.x, b.x[0], b.x[1], tf32);
-    multiply(T{}, d1, a.x, b.x[2], b.x[3], tf32);
+    uint32_t a_high[4], a_low[4], b_high[4], b_low[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) split_tf32(a.x[i], &a_high[i], &a_low[i]), split_tf32(b.x[i], &b_high[i], &b_low[i]);
+    if constexpr (!TF32) {  // the small terms first
+      multiply_tf32(d0, a_low, b_high[0], b_high[1]);
+      multiply_tf32(d1, a_low, b_high[2], b_high[3]);
+      multiply_tf32(d0, a_high, b_low[0], b_low[1]);
+      multiply_tf32(d1, a_high, b_low[2], b_low[3]);
+    }
+    multiply_tf32(d0, a_high, b_high[0], b_high[1]);
+    multiply_tf32(d1, a_high, b_high[2], b_high[3]);
   } else {
     multiply(T{}, d0, a.x, b.x[0], b.x[1]);
     multiply(T{}, d1, a.x, b.x[2], b.x[3]);
@@ -99,7 +93,7 @@ __device__ __forceinline__ void multiply_pair(float (&d0)[4], float (&d1)[4], co
 }
 
 // Step i of the contraction over the columns of an accumulator. In 32 bits, the instruction's numbers t and t + 4 are
-// columns 2t and 2t + 1; `Shared::columns` loads B in the same order.
+// columns 2t and 2t + 1; `ColumnsB` loads B in the same order.
 template <class T, int N>
 __device__ __forceinline__ FragmentA as_operand(const float (&acc)[N][4], int i) {
   if constexpr (sizeof(T) == 4) {

@@ -178,7 +178,7 @@ class Planner {
     if (!batches || !heads || !tokens || (t->type == type && wide(*t))) return;
     const int64_t stride = div_up(a_.call.p.D * bytes_, 16) * 16 / bytes_, elements = batches * heads * tokens * stride;
     void* to = arena_.take<char>(elements * bytes_);
-    a_.packs[packs_++] = {*t, to, heads, tokens, elements, int32_t(stride)};
+    a_.packs[packs_++] = {*t, to, heads, tokens, elements, int32_t(stride), wide(*t)};
     if (elements > pack_elements_) pack_elements_ = elements;
     *t = {to, type, heads * tokens * stride, tokens * stride, stride};
   }
@@ -207,7 +207,7 @@ class Planner {
 
   void launch_packs() {
     if (!packs_) return;
-    const int64_t threads = 256, elements_per_thread = 8;
+    const int64_t threads = 256, elements_per_thread = 16 / bytes_;
     launch_common("pack", div_up(pack_elements_, threads * elements_per_thread), packs_, 1, threads);
   }
 

@@ -21,14 +21,40 @@ __device__ __forceinline__ void store_number(void* data, Type type, int64_t i, f
   }
 }
 
-// Grid (ranges of the copy, copies).
-__device__ __forceinline__ void pack(const Args& a) {
+template <class T>
+__device__ __forceinline__ void pack_as(const Args& a) {
+  constexpr int COUNT = 16 / int(sizeof(T));
   const Pack& job = a.packs[blockIdx.y];
-  for (int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x; i < job.elements; i += int64_t(gridDim.x) * 256) {
-    const int64_t token = i / job.stride, d = i % job.stride;
-    const int64_t from = token / job.tokens / job.heads * job.from.batch +
-                         token / job.tokens % job.heads * job.from.head + token % job.tokens * job.from.token + d;
-    store_number(job.to, a.call.p.q.type, i, d < a.call.p.D ? load_number(job.from.data, job.from.type, from) : 0.0f);
+  const int64_t i = (int64_t(blockIdx.x) * 256 + threadIdx.x) * COUNT;
+  if (i >= job.elements) return;
+  const int64_t token = i / job.stride;
+  const int d = int(i - token * job.stride), D = int(a.call.p.D);
+  const int64_t from = token / job.tokens / job.heads * job.from.batch +
+                       token / job.tokens % job.heads * job.from.head + token % job.tokens * job.from.token + d;
+  float x[COUNT];
+  if (job.wide && job.from.type == Type::f32) {  // then D is a multiple of 4, but maybe not of COUNT
+    const float4* pieces = reinterpret_cast<const float4*>(static_cast<const float*>(job.from.data) + from);
+#pragma unroll
+    for (int e = 0; e < COUNT; e += 4) {
+      const float4 four = d + e < D ? pieces[e / 4] : float4{};
+      x[e] = four.x, x[e + 1] = four.y, x[e + 2] = four.z, x[e + 3] = four.w;
+    }
+  } else {
+#pragma unroll
+    for (int e = 0; e < COUNT; ++e) x[e] = d + e < D ? load_number(job.from.data, job.from.type, from + e) : 0.0f;
+  }
+  uint4 out;
+#pragma unroll
+  for (int e = 0; e < COUNT; ++e) reinterpret_cast<T*>(&out)[e] = T(x[e]);
+  *reinterpret_cast<uint4*>(static_cast<T*>(job.to) + i) = out;
+}
+
+// Grid (256 pieces of 16 bytes of the copy, copies).
+__device__ __forceinline__ void pack(const Args& a) {
+  switch (a.call.p.q.type) {
+    case Type::bf16: return pack_as<bf16>(a);
+    case Type::f16: return pack_as<fp16>(a);
+    default: return pack_as<float>(a);
   }
 }
 

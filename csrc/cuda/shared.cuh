@@ -145,10 +145,14 @@ __device__ __forceinline__ void clear(float (&x)[4]) {
 }
 
 // acc [16 M rows, 8 N columns] <- rows of a times rows of b, over W.
-template <class T, int W, int M, int N>
-__device__ __forceinline__ void multiply_rows(float (&acc)[M][N][4], const RowsA<T, W>& a, const RowsB<T, W>& b,
-                                              bool tf32) {
+template <bool TF32, class T, int W, int M, int N>
+__device__ __forceinline__ void multiply_rows_as(float (&acc)[M][N][4], const RowsA<T, W>& a, const RowsB<T, W>& b) {
 #pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int n = 0; n < N; ++n) clear(acc[m][n]);
+  // fp32 takes six instructions where 16 bits take one: a loop, or compiling would take minutes
+#pragma unroll(sizeof(T) == 4 ? 1 : W / STEP<T>)
   for (int i = 0; i < W / STEP<T>; ++i) {
     FragmentA left[M];
 #pragma unroll
@@ -157,18 +161,15 @@ __device__ __forceinline__ void multiply_rows(float (&acc)[M][N][4], const RowsA
     for (int n = 0; n < N; n += 2) {
       const FragmentB right = b.load(8 * n, i);
 #pragma unroll
-      for (int m = 0; m < M; ++m) {
-        if (i == 0) clear(acc[m][n]), clear(acc[m][n + 1]);
-        multiply_pair<T>(acc[m][n], acc[m][n + 1], left[m], right, tf32);
-      }
+      for (int m = 0; m < M; ++m) multiply_pair<TF32, T>(acc[m][n], acc[m][n + 1], left[m], right);
     }
   }
 }
 
 // acc [16 M rows, W columns] += p [16 M, 8 K] times 8 K rows of b.
-template <class T, int W, int M, int K>
-__device__ __forceinline__ void multiply_columns(float (&acc)[M][W / 8][4], const float (&p)[M][K][4],
-                                                 const ColumnsB<T, W>& b, bool tf32) {
+template <bool TF32, class T, int W, int M, int K>
+__device__ __forceinline__ void multiply_columns_as(float (&acc)[M][W / 8][4], const float (&p)[M][K][4],
+                                                    const ColumnsB<T, W>& b) {
 #pragma unroll
   for (int i = 0; i < 8 * K / STEP<T>; ++i) {
     FragmentA left[M];
@@ -178,16 +179,16 @@ __device__ __forceinline__ void multiply_columns(float (&acc)[M][W / 8][4], cons
     for (int d = 0; d < W; d += 16) {
       const FragmentB right = b.load(i, d);
 #pragma unroll
-      for (int m = 0; m < M; ++m) multiply_pair<T>(acc[m][d / 8], acc[m][d / 8 + 1], left[m], right, tf32);
+      for (int m = 0; m < M; ++m) multiply_pair<TF32, T>(acc[m][d / 8], acc[m][d / 8 + 1], left[m], right);
     }
   }
 }
 
 // The same for the lanes that `mine` has a bit for (bit 2 m + 0 or 1: row g or g + 8): those of other lanes keep every
 // bit, whatever b holds.
-template <class T, int W, int M, int K>
-__device__ __forceinline__ void multiply_columns_of(float (&acc)[M][W / 8][4], const float (&p)[M][K][4],
-                                                    const ColumnsB<T, W>& b, uint32_t mine, bool tf32) {
+template <bool TF32, class T, int W, int M, int K>
+__device__ __forceinline__ void multiply_columns_of_as(float (&acc)[M][W / 8][4], const float (&p)[M][K][4],
+                                                       const ColumnsB<T, W>& b, uint32_t mine) {
 #pragma unroll
   for (int m = 0; m < M; ++m) {
     FragmentA left[8 * K / STEP<T>];
@@ -199,7 +200,7 @@ __device__ __forceinline__ void multiply_columns_of(float (&acc)[M][W / 8][4], c
       float sum[2][4];
       clear(sum[0]), clear(sum[1]);
 #pragma unroll
-      for (int i = 0; i < 8 * K / STEP<T>; ++i) multiply_pair<T>(sum[0], sum[1], left[i], b.load(i, d), tf32);
+      for (int i = 0; i < 8 * K / STEP<T>; ++i) multiply_pair<TF32, T>(sum[0], sum[1], left[i], b.load(i, d));
 #pragma unroll
       for (int n = 0; n < 2; ++n)
 #pragma unroll
@@ -207,6 +208,26 @@ __device__ __forceinline__ void multiply_columns_of(float (&acc)[M][W / 8][4], c
           if (e < 2 ? low : high) acc[m][d / 8 + n][e] += sum[n][e];
     }
   }
+}
+
+// The three for a call; tf32 is the same for all of its products.
+template <class T, int W, int M, int N>
+__device__ __forceinline__ void multiply_rows(float (&acc)[M][N][4], const RowsA<T, W>& a, const RowsB<T, W>& b,
+                                              bool tf32) {
+  if (sizeof(T) == 4 && tf32) multiply_rows_as<true>(acc, a, b);
+  else multiply_rows_as<false>(acc, a, b);
+}
+template <class T, int W, int M, int K>
+__device__ __forceinline__ void multiply_columns(float (&acc)[M][W / 8][4], const float (&p)[M][K][4],
+                                                 const ColumnsB<T, W>& b, bool tf32) {
+  if (sizeof(T) == 4 && tf32) multiply_columns_as<true, T, W, M, K>(acc, p, b);
+  else multiply_columns_as<false, T, W, M, K>(acc, p, b);
+}
+template <class T, int W, int M, int K>
+__device__ __forceinline__ void multiply_columns_of(float (&acc)[M][W / 8][4], const float (&p)[M][K][4],
+                                                    const ColumnsB<T, W>& b, uint32_t mine, bool tf32) {
+  if (sizeof(T) == 4 && tf32) multiply_columns_of_as<true, T, W, M, K>(acc, p, b, mine);
+  else multiply_columns_of_as<false, T, W, M, K>(acc, p, b, mine);
 }
 
 }  // namespace ctk::cuda
