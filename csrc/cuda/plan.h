@@ -11,17 +11,14 @@
 // `kernels.h` finds a kernel by its name in a build; kernels that use more than 48 KiB need the attribute for it.
 //
 // What the caller prepares:
-//   - Call.p: B, H, Hk, D, G, P; rule; q, k, v, prefix_k, prefix_v (any strides, last dimension contiguous; the prefix
-//   in
-//     any of the three types); bias fp32 with its strides; alibi fp32 [H]; scale, softcap, causal, window,
+//   - Call.p: B, H, Hk, D, G, P; rule; q, k, v, prefix_k, prefix_v (any strides with a contiguous last dimension; the
+//     prefix in any of the three types); bias fp32 with its strides; alibi fp32 [H]; scale, softcap, causal, window,
 //     window_prefix.
-//   - forward: out in q's type, lse fp32 with token stride 1.  Queries that are padding (seq_lens) are not written:
-//   fill
-//     out with 0 and lse with -inf before.
+//   - forward: out in q's type, lse fp32 with token stride 1. Queries that are padding (seq_lens) are not written:
+//     fill out with 0 and lse with -inf before.
 //   - backward: out, lse, dout, dlse (fp32, optional), and the gradients that are wanted, others null: dq, dk, dv in
-//   their
-//     types; dprefix_k, dprefix_v contiguous [G, Hk, P, D] in fp32 or 16 bits; dbias fp32 [G or 1, H or 1, P] with
-//     dbias_prefix, dbias_head = 0 where it is shared.  dq of padding queries is not written: fill it with 0 before.
+//     q's type; dprefix_k, dprefix_v contiguous [G, Hk, P, D] in fp32 or q's type; dbias fp32 [G or 1, H or 1, P] with
+//     dbias_prefix, dbias_head = 0 where it is shared. dq of padding queries is not written: fill it with 0 before.
 //   - If there are no queries, `launches` is empty, and all gradients are 0.
 #pragma once
 #include <cmath>
@@ -128,6 +125,9 @@ class Planner {
     Params& p = a_.call.p;
     set_up();
     const int64_t batches = a_.call.packed ? 1 : p.B;
+    for (const Tensor4& t : {p.dprefix_k, p.dprefix_v})
+      if (t.data && t.type != Type::f32 && t.type != p.q.type)
+        throw std::invalid_argument("gradients of the prefix must be fp32 or of the rows' type");
     pack(&p.dout, batches, p.H, a_.call.S), pack(&p.out, batches, p.H, a_.call.S);
     launch_packs();
     for (const Tensor4& t : {p.q, p.dout})
