@@ -278,7 +278,7 @@ class LaneCopy {
 
  private:
   static constexpr int CHUNKS = Shared<T, W>::CHUNKS, ROWS = THREADS / CHUNKS;
-  static constexpr bool COLUMN = THREADS % CHUNKS == 0 && ROWS % 8 == 0 && N % ROWS == 0;
+  static constexpr bool COLUMN = THREADS % CHUNKS == 0 && ROWS % 8 == 0 && N * CHUNKS % THREADS == 0;
   static __device__ __forceinline__ int first_lane() { return threadIdx.x / CHUNKS; }
   static __device__ __forceinline__ int first_chunk() { return threadIdx.x % CHUNKS; }
   const char *q_, *dout_;
