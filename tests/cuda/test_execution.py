@@ -54,9 +54,12 @@ def names(launched: list[str]) -> set[str]:
 
 
 def mixed_call(types: str, D: int, **more: object) -> Call:
-    """Blocks of the prefix that a tile sees whole, in part, and not at all; rows that share tiles; grouped heads."""
+    """Blocks of the prefix that a tile sees whole, in part, and not at all; rows that share tiles; grouped heads;
+    logits that grow along the prefix, so that what was summed up is rescaled."""
     hidden = torch.tensor([[0, 130], [128, 256], [0, 0], [64, 128]])
-    return make_call(H=4, Hk=2, P=270, D=D, types=types, lens=[20, 70, 1, 33], mask=dict(hidden=hidden), **more)
+    call = make_call(H=4, Hk=2, P=270, D=D, types=types, lens=[20, 70, 1, 33], mask=dict(hidden=hidden), **more)
+    call.tensors["prefix_k"] *= torch.linspace(0.2, 6, 270)[:, None].to(call.tensors["prefix_k"].dtype)
+    return call
 
 
 def test_training():
