@@ -5,19 +5,23 @@
 #   MODEL  a Hugging Face id or a directory make demo MODEL=Qwen/Qwen2.5-0.5B
 #   OUT    where benchmarks leave results    make bench OUT=benchmarks/results
 #   DATA   tasks in the MetaICL layout       make reproduce DATA=metaicl/data TASKS="sick qasc" SEEDS="13 21" FULL=1
+#   CUDA_TORCH  a CUDA build of torch        make cuda-bindings CUDA_TORCH=torch==2.13.0
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 MODEL ?=
 OUT ?= runs/bench
+CUDA_TORCH ?= torch==2.14.1
 PIP := .venv/bin/pip --quiet --disable-pip-version-check
-SOURCES := setup.py $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp python_bindings/*.cpp)
-CXX_FILES := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp python_bindings/*.cpp)
-# a CUDA build of torch depends on the Triton that its own compiler needs: that one stays
+CXX_FILES := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh \
+  python_bindings/*.h python_bindings/*.cpp benchmarks/gpu/*.cpp tests/cuda/*.cpp)
+SOURCES := setup.py $(filter csrc/% python_bindings/%,$(CXX_FILES))
+# a CUDA build of torch depends on the Triton that its own compiler needs, and on its CUDA runtime: those stay
 TORCH_BRINGS_TRITON := import importlib.metadata as m, sys; sys.exit(not any(r.startswith('triton') for r in m.requires('torch') or []))
 SANITIZE := -g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-.PHONY: demo test test-gpu-full bench bench-full profile reproduce gpu-check gpu-report lint format sanitize clean
+.PHONY: demo test test-gpu-full bench bench-full profile reproduce gpu-check gpu-report cuda-bindings mutations-cuda lint \
+  format sanitize clean
 
 demo: .venv/built
 	@if [ -z "$(MODEL)" ]; then .venv/bin/python examples/fetch_smollm2.py .models/smollm2-135m; fi
@@ -30,7 +34,7 @@ test: .venv/built
 # The Triton kernels without a GPU, all of it: the whole suite of the op under Triton's interpreter, and compiled code in
 # the PTX emulator on both architectures and in more schedules; an hour or two
 test-gpu-full: .venv/built
-	OMP_NUM_THREADS=1 CTKERNELS_TEST_PROFILE=thorough .venv/bin/python -m pytest -q -n 2 tests/gpu tests/triton tests/ptxemu
+	OMP_NUM_THREADS=1 CTKERNELS_TEST_PROFILE=thorough .venv/bin/python -m pytest -q -n 2 tests/gpu tests/triton tests/ptxemu tests/cuda
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv/bin/python -m pytest -q -n 2 tests/op -k triton
 
 # The op against its peers, how it scales, and training steps: writes the README's tables, and JSON, Markdown and plots to
@@ -40,6 +44,10 @@ bench: .venv/built
 	.venv/bin/python benchmarks/bench_attention.py --out $(OUT) --readme README.md
 	.venv/bin/python benchmarks/bench_scaling.py --out $(OUT) --readme README.md
 	.venv/bin/python benchmarks/bench_tuning.py --out $(OUT) --readme README.md --model $(or $(MODEL),.models/smollm2-135m)
+
+# Mistakes planted into copies of the CUDA kernels: every one must be caught
+mutations-cuda: .venv/installed
+	CTKERNELS_TEST_PROFILE=thorough .venv/bin/python -m pytest -q tests/cuda/test_mutations.py
 
 # The op over all head shapes, prefix lengths, row lengths and batches, against its ceiling alone; about ten minutes
 bench-full: .venv/built
@@ -61,10 +69,21 @@ reproduce: .venv/built
 gpu-check: .venv/built
 	.venv/bin/python benchmarks/gpu_check.py --out runs/gpu-check
 
-# What the Triton kernels need on every architecture, and what they execute: the tables in benchmarks/results.
+# What the GPU kernels need on every architecture, and what they execute: the tables in benchmarks/results.
 # No GPU is needed; compiling everything takes long the first time, and seconds after that.
 gpu-report: .venv/installed
 	.venv/bin/python benchmarks/gpu_report.py --out benchmarks/results --docs docs/gpu.md
+	.venv/bin/python benchmarks/gpu/cuda_report.py --out benchmarks/results --docs docs/cuda.md
+
+# The CUDA extension, whole, against a CUDA build of torch (several GB, in a virtual environment of its own): compiled for
+# every architecture, linked, imported, and its operators' registrations checked. No GPU is needed; about ten minutes.
+cuda-bindings: .venv-cuda/installed
+	mkdir -p build/cuda-bindings
+	cd build/cuda-bindings && rm -rf benchmarks ctkernels csrc python_bindings tests
+	cp -rp benchmarks ctkernels csrc python_bindings tests setup.py pyproject.toml README.md build/cuda-bindings
+	rm -f build/cuda-bindings/ctkernels/*.so
+	cd build/cuda-bindings && CTKERNELS_CUDA=1 ../../.venv-cuda/bin/python setup.py --quiet build_ext --inplace
+	cd build/cuda-bindings && ../../.venv-cuda/bin/python tests/cuda/check_bindings.py
 
 lint: .venv/installed
 	.venv/bin/ruff check .
@@ -89,9 +108,16 @@ sanitize: .venv/installed
 .venv/installed: requirements.txt
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	$(PIP) install "$(TORCH)"
-	if .venv/bin/python -c "$(TORCH_BRINGS_TRITON)"; then grep -v '^triton==' requirements.txt; else cat requirements.txt; fi \
+	if .venv/bin/python -c "$(TORCH_BRINGS_TRITON)"; then grep -vE '^(triton|nvidia-cuda-runtime)==' requirements.txt; else cat requirements.txt; fi \
 	  > .venv/requirements.txt
 	$(PIP) install --no-deps -r .venv/requirements.txt
+	touch $@
+
+.venv-cuda/installed: requirements.txt
+	test -x .venv-cuda/bin/python || $(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/pip --quiet install "$(CUDA_TORCH)"
+	grep -E '^(ninja|numpy|nvidia-cuda-(cccl|crt|nvcc)|nvidia-nvvm|packaging|setuptools)==' requirements.txt > $@.txt
+	.venv-cuda/bin/pip --quiet install --no-deps -r $@.txt
 	touch $@
 
 .venv/built: .venv/installed $(SOURCES) pyproject.toml

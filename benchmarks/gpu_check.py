@@ -9,7 +9,9 @@
 2. The device's ceilings are measured: PyTorch's matrix product in each type, and a copy.
 3. Each case is checked against the reference in fp64, twice for the same bits, and timed in turn with eager PyTorch,
    SDPA with a mask, FlexAttention with a block mask (compiled) and flash-attn (on gathered keys), as far as they run.
-4. `gpu_check.json` and `gpu_check.md` tell device, versions, failures, errors, times, and rates as shares of the
+4. Where both GPU backends run, they are timed in turn for every type and head dimension; `dispatch.json` names the
+   faster ones, for "auto" to take them: CTKERNELS_DISPATCH=runs/gpu-check/dispatch.json.
+5. `gpu_check.json` and `gpu_check.md` tell device, versions, failures, errors, times, and rates as shares of the
    ceilings. Where docs/gpu.md predicts a time for this device, the prediction stands beside.
 
 What fails is reported and the rest still runs. Exit status 1: a test failed, a result was wrong, or a case did not run.
@@ -37,7 +39,7 @@ import torch
 from benchmarks import harness, peers
 from benchmarks.bench_attention import OURS, first_line, measure, ratio
 from benchmarks.cases import GEMMA, GPT2_LARGE, HEADLINE, LLAMA, QWEN, SMOLLM2, Case, Inputs
-from benchmarks.gpu import model
+from benchmarks.gpu import cuda_dispatch, model
 from ctkernels import dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -263,7 +265,23 @@ def markdown(record: dict[str, Any]) -> str:
             header = ["case", "error", "ms", "TFLOP/s", "of matmul", "GB/s", "of copy"]
             header += ["graph ms", "predicted ms"] if phase in ("both", "forward") else []
             lines.append(f"**{phase}**\n\n" + harness.table([*header, *record["peers"]], rows))
+    if record["dispatch"]:
+        lines.append("**cuda against triton**\n\n" + cuda_dispatch.markdown(record["dispatch"]))
     return "\n\n".join(lines)
+
+
+def measure_dispatch(args: Any, machine: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The faster GPU backends, also written to OUT/dispatch.json, and what failed."""
+    reason = cuda_dispatch.refused(args.device)
+    if reason is not None:
+        print(f"no choice between the GPU backends ({reason})", flush=True)
+        return [], []
+    measured, error = attempt(lambda: cuda_dispatch.measure(args.device, args.seconds))
+    if error is not None:
+        return [], [f"cuda against triton: {error}"]
+    rows, failures = measured
+    cuda_dispatch.write(args.out / "dispatch.json", machine, rows)
+    return rows, failures
 
 
 def case_row(result: dict[str, Any], phase: str, names: Sequence[str]) -> list[str]:
@@ -317,7 +335,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         results.append(check_case(case, backward, args, ceilings, copy))
         state = results[-1].get("failure", "done")
         print(f"{case.name} ({case.sizes}): {state}", flush=True)
-    failures = [f"{r['name']} ({r['sizes']}): {r['failure']}" for r in results if "failure" in r]
+    rows, lost = measure_dispatch(args, machine)
+    failures = [f"{r['name']} ({r['sizes']}): {r['failure']}" for r in results if "failure" in r] + lost
     if tests is not None and tests["exit"] != 0:
         failures.insert(0, f"pytest exited with {tests['exit']}: {', '.join(tests['failed'][:20]) or tests['tail']}")
     matmul = {str(r["ceiling"]["dtype"]): r["ceiling"]["best"] for r in results if "ceiling" in r}
@@ -328,6 +347,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "ceilings": {"matmul": matmul, "copy": copy},
         "failures": failures,
         "results": results,
+        "dispatch": rows,
     }
     harness.write_report("gpu_check", args, machine, record, markdown(record))
     return 1 if failures else 0

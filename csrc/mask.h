@@ -16,7 +16,11 @@ namespace ctk {
 // Philox4x32-10 (Salmon et al., SC 2011) with counter (c0, c1, 0, 0).
 CTK_HOST_DEVICE void philox4x32(uint32_t c0, uint32_t c1, uint64_t key, uint32_t (&out)[4]) {
   uint32_t c2 = 0, c3 = 0, k0 = uint32_t(key), k1 = uint32_t(key >> 32);
+#ifdef __CUDACC__
+#pragma unroll
+#else
 #pragma GCC unroll 10
+#endif
   for (int round = 0; round < 10; ++round) {
     const uint64_t p0 = uint64_t(0xD2511F53u) * c0, p1 = uint64_t(0xCD9E8D57u) * c2;
     c0 = uint32_t(p1 >> 32) ^ c1 ^ k0;

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ctkernels import dispatch, ops, reference
+from ctkernels import dispatch, dispatch_table, ops, reference
 from ctkernels.mask import ContextMask
 from ctkernels.problem import Problem, check_values
 
@@ -78,7 +78,7 @@ def prefix_attention(
         alibi_slopes: `[H]`, fp32, not differentiable.
         prefix_bias: `[P]`, `[H, P]` or `[G, H, P]`, floating, added to the logits of prefix keys; differentiable.
         return_lse: also return lse `[B, H, S]`, fp32 (fp64 for fp64), natural logarithm; differentiable.
-        backend: None or "auto", "reference", "cpu", "triton". A named backend is used or refused, never replaced.
+        backend: None or "auto", "reference", "cpu", "triton", "cuda". A named one is used or refused, never replaced.
 
     Returns:
         out `[B, H, S, D]` in q's type, or (out, lse). A query that sees no key gets out = 0, lse = -inf.
@@ -249,7 +249,8 @@ def _attend(
         window=_check_window(window),
         window_prefix=window_prefix,
         softcap=_check_softcap(softcap),
-        backend=dispatch.choose(backend, q.device, q.dtype),
+        # the table's head dimension, since torch.compile may know D as a symbol only
+        backend=dispatch.choose(backend, q.device, q.dtype, dispatch_table.column(D)),
     )
     # kernels read any strides in place as long as the last dimension is contiguous
     q, k, v, prefix_k, prefix_v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, prefix_k, prefix_v))

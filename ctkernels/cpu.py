@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ctkernels import extension
 from ctkernels.problem import Problem
 
 ISA_VARIABLE = "CTKERNELS_CPU_ISA"
@@ -18,18 +17,14 @@ ISA_VARIABLE = "CTKERNELS_CPU_ISA"
 @cache
 def unavailable() -> str | None:
     """None if the compiled extension is loaded, else the reason in words."""
-    folder = Path(__file__).parent
-    library = next((f for s in EXTENSION_SUFFIXES if (f := folder / f"_C{s}").exists()), None)
-    if library is None:
-        return "the C++ extension is not built; run `pip install -e .` (needs a C++17 compiler)"
-    try:
-        torch.ops.load_library(str(library))
-        wanted = os.environ.get(ISA_VARIABLE)
-        if wanted:
+    reason = extension.load("_C", "the C++ extension is not built; run `pip install -e .` (needs a C++20 compiler)")
+    wanted = os.environ.get(ISA_VARIABLE)
+    if reason is None and wanted:
+        try:
             torch.ops.ctkernels.set_cpu_isa(wanted)
-    except (OSError, RuntimeError, ValueError) as error:
-        return f"the C++ extension {library.name} does not load: {error}"
-    return None
+        except ValueError as error:
+            reason = f"{ISA_VARIABLE}: {error}"
+    return reason
 
 
 def isas() -> list[str]:

@@ -10,10 +10,14 @@ from types import ModuleType
 
 import torch
 
+from ctkernels import dispatch_table
+
 # name -> (module, device types it serves). "auto" takes the first available one that accepts the call: the C++ kernels
-# on CPU tensors, Triton's on CUDA (and ROCm) tensors. Under TRITON_INTERPRET=1 Triton serves CPU tensors, if named.
+# on CPU tensors; on CUDA tensors the one that `dispatch_table` names, and where that one refuses, the other; on ROCm
+# tensors Triton's. Under TRITON_INTERPRET=1 Triton serves CPU tensors, if named.
 BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cpu": ("ctkernels.cpu", ("cpu",)),
+    "cuda": ("ctkernels.cuda", ("cuda",)),
     "triton": ("ctkernels.triton_backend", ("cuda", "cpu")),
     "reference": ("ctkernels.reference", ()),  # () = every device
 }
@@ -51,8 +55,11 @@ def refusal(name: str, device: torch.device, dtype: torch.dtype = torch.float32)
 
 
 @torch.compiler.assume_constant_result  # torch.compile keeps the answer, not the look-up
-def choose(backend: str | None, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+def choose(backend: str | None, device: torch.device, dtype: torch.dtype = torch.float32, head_dim: int = 64) -> str:
     """The backend of a call. A named one is used or refused with the reason; "auto" says when it falls back.
+
+    Returns:
+        A name of `BACKENDS`, or "FORWARD+BACKWARD" where "auto" takes another one backward (`for_direction`).
 
     Raises:
         ValueError: an unknown backend, or one that cannot serve this call.
@@ -66,12 +73,26 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype = torch
         if reason is not None:
             raise ValueError(f"backend={backend!r} is unavailable: {reason}")
         return backend
-    for name in BACKENDS:
-        if refusal(name, device, dtype) is None:
-            if name == "reference":
-                _warn_fallback(device, dtype)
-            return name
-    raise AssertionError("the reference backend accepts every call")
+    usable = (name for name in BACKENDS if refusal(name, device, dtype) is None)
+    first = next(usable)  # the reference accepts every call
+    if first == "reference":
+        _warn_fallback(device, dtype)
+    if device.type != "cuda" or not {first, *usable}.issuperset(dispatch_table.GPU_BACKENDS):
+        return first  # nothing to choose
+    picks = [dispatch_table.pick(architecture(device), dtype, head_dim, d) for d in dispatch_table.DIRECTIONS]
+    return picks[0] if picks[0] == picks[1] else "+".join(picks)
+
+
+def for_direction(chosen: str, direction: str) -> str:
+    """The backend that computes "forward" or "backward", of what `choose` returned."""
+    return chosen.split("+")[dispatch_table.DIRECTIONS.index(direction) if "+" in chosen else 0]
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """A GPU's architecture as compilers write it, for instance "sm_90"."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
 @cache

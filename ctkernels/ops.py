@@ -33,16 +33,20 @@ prefix_attention = torch.ops.ctkernels.prefix_attention.default
 prefix_attention_backward = torch.ops.ctkernels.prefix_attention_backward.default
 
 
+def _load(problem: Problem, direction: str):
+    return dispatch.load(dispatch.for_direction(problem.backend, direction))
+
+
 @torch.library.impl("ctkernels::prefix_attention", ("cpu", "cuda"))
 def _forward(q, k, v, prefix_k, prefix_v, prefix_bias, *fields):
     problem = Problem(*fields)
-    return dispatch.load(problem.backend).forward(q, k, v, prefix_k, prefix_v, prefix_bias, problem)
+    return _load(problem, "forward").forward(q, k, v, prefix_k, prefix_v, prefix_bias, problem)
 
 
 @torch.library.impl("ctkernels::prefix_attention_backward", ("cpu", "cuda"))
 def _backward(dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, *fields):
     problem = Problem(*fields)
-    return dispatch.load(problem.backend).backward(
+    return _load(problem, "backward").backward(
         dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, problem
     )
 

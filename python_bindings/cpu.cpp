@@ -11,23 +11,11 @@
 #include <vector>
 
 #include "../csrc/cpu/select.h"
+#include "problem.h"
 
 namespace {
 
-using at::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-
-ctk::Type type_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kFloat: return ctk::Type::f32;
-    case at::kDouble: return ctk::Type::f64;
-    case at::kBFloat16: return ctk::Type::bf16;
-    case at::kHalf: return ctk::Type::f16;
-    default: TORCH_CHECK_TYPE(false, "expected a floating tensor, got ", t.scalar_type());
-  }
-}
-
-ctk::Tensor4 tensor4(const Tensor& t) { return {t.data_ptr(), type_of(t), t.stride(0), t.stride(1), t.stride(2)}; }
+using namespace ctk::bindings;
 
 MaybeTensor as_int64(const MaybeTensor& t) { return t ? MaybeTensor(t->to(at::kLong).contiguous()) : std::nullopt; }
 
@@ -44,19 +32,6 @@ ctk::cpu::Pool pool() {
           }};
 }
 
-// The fields of ctkernels.problem.Problem but the backend's name, in order.
-struct Problem {
-  MaybeTensor alibi_slopes, cu_seqlens, seq_lens, prefix_index, prefix_lens, hidden, row_ids, keep;
-  int64_t context_length;
-  double drop_p;
-  int64_t seed;
-  double scale;
-  bool causal;
-  int64_t window;
-  bool window_prefix;
-  double softcap;
-};
-
 // Params, and everything that its pointers point into.
 struct Call {
   ctk::Params p{};
@@ -66,8 +41,9 @@ struct Call {
 
   Call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_k, const Tensor& prefix_v,
        const MaybeTensor& prefix_bias, const Problem& problem) {
-    check(q, k, v, prefix_k, prefix_v, prefix_bias, problem);
-    compute = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    TORCH_CHECK_VALUE(q.is_cpu(), "expected CPU tensors, got q on ", q.device());
+    check_inputs(q, k, v, prefix_k, prefix_v, prefix_bias, problem);
+    compute = compute_type(q);
     p.H = q.size(1), p.D = q.size(3), p.Hk = k.size(1), p.G = prefix_k.size(0), p.P = prefix_k.size(2);
     p.q = tensor4(q), p.k = tensor4(k), p.v = tensor4(v);
     p.prefix_k = tensor4(prefix_k), p.prefix_v = tensor4(prefix_v);
@@ -84,45 +60,8 @@ struct Call {
     }
     p.scale = problem.scale, p.softcap = problem.softcap;
     p.causal = problem.causal, p.window = problem.window, p.window_prefix = problem.window_prefix;
-    p.rule = {problem.context_length, uint32_t(std::floor(problem.drop_p * 4294967296.0)), uint64_t(problem.seed)};
+    p.rule = {problem.context_length, drop_threshold(problem.drop_p), uint64_t(problem.seed)};
     set_rows(q, k, problem);
-  }
-
-  // The operators can be called past attention.py; inconsistent tensors must not reach memory that is not theirs.
-  static void check(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_k, const Tensor& prefix_v,
-                    const MaybeTensor& bias, const Problem& problem) {
-    for (const Tensor* t : {&q, &k, &v, &prefix_k, &prefix_v})
-      TORCH_CHECK_VALUE(t->dim() == 4 && (t->size(3) <= 1 || t->stride(3) == 1) && t->is_cpu(),
-                        "expected a 4-dimensional CPU tensor with a contiguous last dimension, got ", t->sizes());
-    const int64_t D = q.size(3), H = q.size(1), Hk = k.size(1);
-    const bool rows_fit = k.sizes() == v.sizes() && k.size(0) == q.size(0) && k.size(3) == D &&
-                          k.size(2) >= q.size(2) && Hk > 0 && H % Hk == 0 && D >= 1 && D <= 256 &&
-                          k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type();
-    TORCH_CHECK_VALUE(rows_fit, "q ", q.sizes(), ", k ", k.sizes(), " and v ", v.sizes(), " do not fit together");
-    TORCH_CHECK_VALUE(prefix_k.sizes() == prefix_v.sizes() && prefix_k.size(1) == Hk && prefix_k.size(3) == D &&
-                          prefix_k.scalar_type() == prefix_v.scalar_type() &&
-                          (q.scalar_type() == at::kDouble) == (prefix_k.scalar_type() == at::kDouble),
-                      "prefix_k ", prefix_k.sizes(), " and prefix_v ", prefix_v.sizes(), " do not fit k ", k.sizes());
-    const int64_t G = prefix_k.size(0), P = prefix_k.size(2);
-    TORCH_CHECK_VALUE(!bias || (bias->dim() == 3 && (bias->size(0) == 1 || bias->size(0) == G) &&
-                                (bias->size(1) == 1 || bias->size(1) == H) && bias->size(2) == P),
-                      "prefix_bias must be [1 or ", G, ", 1 or ", H, ", ", P, "], got ", bias->sizes());
-    TORCH_CHECK_VALUE(!problem.cu_seqlens || (q.size(0) == 1 && k.size(2) == q.size(2) && !problem.seq_lens),
-                      "packed rows need q and k of batch size 1 and equal length, and no seq_lens");
-    const int64_t B = problem.cu_seqlens ? problem.cu_seqlens->numel() - 1 : q.size(0);
-    const auto vector = [](const char* name, const MaybeTensor& t, int64_t size) {
-      TORCH_CHECK_VALUE(!t || (t->dim() == 1 && t->size(0) == size && t->is_cpu()), name, " must be a CPU tensor [",
-                        size, "], got ", t->sizes());
-    };
-    vector("seq_lens", problem.seq_lens, B), vector("prefix_index", problem.prefix_index, B);
-    vector("prefix_lens", problem.prefix_lens, G), vector("row_ids", problem.row_ids, B);
-    vector("alibi_slopes", problem.alibi_slopes, H);
-    const auto matrix = [&](const char* name, const MaybeTensor& t, int64_t columns) {
-      TORCH_CHECK_VALUE(!t || (t->dim() == 2 && t->size(0) == B && t->size(1) == columns && t->is_cpu()), name,
-                        " must be a CPU tensor [", B, ", ", columns, "], got ", t->sizes());
-    };
-    matrix("hidden", problem.hidden, 2), matrix("keep", problem.keep, problem.context_length);
-    TORCH_CHECK_VALUE(!problem.keep || problem.keep->scalar_type() == at::kBool, "keep must be a bool tensor");
   }
 
   // The values that index memory, with the messages of ctkernels/problem.py.
@@ -162,7 +101,7 @@ struct Call {
     const MaybeTensor index = as_int64(problem.prefix_index), prefix_lens = as_int64(problem.prefix_lens);
     const MaybeTensor hidden = as_int64(problem.hidden), ids = as_int64(problem.row_ids);
     if (problem.keep) keep = problem.keep->contiguous();
-    p.B = cu_seqlens ? cu_seqlens->size(0) - 1 : q.size(0);
+    p.B = row_count(q, problem);
     const int64_t S = q.size(2), T = k.size(2);
     check_values(S, T, cu_seqlens, seq_lens, index, prefix_lens, hidden, ids);
     rows.resize(p.B);
@@ -190,26 +129,9 @@ struct Call {
   }
 };
 
-// [B, H, S, D] in memory order B, S, H, D
-Tensor empty_rows(const Tensor& x, bool zero) {
-  const auto sizes = {x.size(0), x.size(2), x.size(1), x.size(3)};
-  return (zero ? at::zeros(sizes, x.options()) : at::empty(sizes, x.options())).transpose(1, 2);
-}
-
-#define PROBLEM_ARGS                                                                                            \
-  const MaybeTensor &alibi_slopes, const MaybeTensor &cu_seqlens, const MaybeTensor &seq_lens,                  \
-      const MaybeTensor &prefix_index, const MaybeTensor &prefix_lens, const MaybeTensor &hidden,               \
-      const MaybeTensor &row_ids, const MaybeTensor &keep, int64_t context_length, double drop_p, int64_t seed, \
-      double scale, bool causal, int64_t window, bool window_prefix, double softcap
-#define PROBLEM                                                                                                   \
-  Problem {                                                                                                       \
-    alibi_slopes, cu_seqlens, seq_lens, prefix_index, prefix_lens, hidden, row_ids, keep, context_length, drop_p, \
-        seed, scale, causal, window, window_prefix, softcap                                                       \
-  }
-
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_k,
-                                   const Tensor& prefix_v, const MaybeTensor& prefix_bias, PROBLEM_ARGS) {
-  Call call(q, k, v, prefix_k, prefix_v, prefix_bias, PROBLEM);
+                                   const Tensor& prefix_v, const MaybeTensor& prefix_bias, CTK_PROBLEM_ARGS) {
+  Call call(q, k, v, prefix_k, prefix_v, prefix_bias, CTK_PROBLEM);
   const bool padded = seq_lens.has_value();
   Tensor out = empty_rows(q, padded);
   Tensor lse = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(call.compute));
@@ -219,24 +141,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout, const MaybeTensor& dlse,
-                                                                    const Tensor& q, const Tensor& k, const Tensor& v,
-                                                                    const Tensor& prefix_k, const Tensor& prefix_v,
-                                                                    const MaybeTensor& prefix_bias, const Tensor& out,
-                                                                    const Tensor& lse, std::array<bool, 6> needs,
-                                                                    PROBLEM_ARGS) {
-  Call call(q, k, v, prefix_k, prefix_v, prefix_bias, PROBLEM);
+Gradients backward(const Tensor& dout, const MaybeTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
+                   const Tensor& prefix_k, const Tensor& prefix_v, const MaybeTensor& prefix_bias, const Tensor& out,
+                   const Tensor& lse, Needs needs, CTK_PROBLEM_ARGS) {
+  Call call(q, k, v, prefix_k, prefix_v, prefix_bias, CTK_PROBLEM);
   ctk::Params& p = call.p;
   const bool padded = seq_lens.has_value();
-  TORCH_CHECK_VALUE(dout.sizes() == q.sizes() && out.sizes() == q.sizes(), "dout ", dout.sizes(), " and out ",
-                    out.sizes(), " must have q's shape ", q.sizes());
-  TORCH_CHECK_VALUE(dout.scalar_type() == q.scalar_type() && out.scalar_type() == q.scalar_type() &&
-                        lse.scalar_type() == call.compute,
-                    "dout and out must have q's type, lse the compute type");
-  TORCH_CHECK_VALUE(lse.sizes() == q.sizes().slice(0, 3) && (!dlse || dlse->sizes() == lse.sizes()),
-                    "lse and dlse must be [B, H, S] as q ", q.sizes(), ", got ", lse.sizes());
-  TORCH_CHECK_VALUE(!needs[5] || prefix_bias, "the gradient of an absent prefix_bias is asked for");
-  TORCH_CHECK_VALUE(out.size(3) <= 1 || out.stride(3) == 1, "out must have a contiguous last dimension");
+  check_gradients(q, dout, dlse, prefix_bias, out, lse, needs);
   const Tensor dout_rows = dout.stride(3) == 1 ? dout : dout.contiguous();
   const Tensor lse_rows = lse.contiguous(), dlse_rows = dlse ? dlse->to(call.compute).contiguous() : Tensor();
   p.out = tensor4(out), p.lse = tensor4(lse_rows), p.dout = tensor4(dout_rows);
@@ -256,16 +167,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor
   }
   ctk::cpu::selected()->backward(p, pool());
 
-  const auto finish = [](const Tensor& grad, const Tensor& like) {
-    return grad.defined() ? grad.to(like.scalar_type()) : at::empty({0}, like.options());
-  };
   if (needs[5]) dbias = dbias.sum_to_size(prefix_bias->sizes());
-  return {finish(dq, q),
-          finish(dk, k),
-          finish(dv, v),
-          finish(dprefix_k, prefix_k),
-          finish(dprefix_v, prefix_v),
-          finish(dbias, prefix_bias ? *prefix_bias : q)};
+  return {gradient_as(dq, q),
+          gradient_as(dk, k),
+          gradient_as(dv, v),
+          gradient_as(dprefix_k, prefix_k),
+          gradient_as(dprefix_v, prefix_v),
+          gradient_as(dbias, prefix_bias ? *prefix_bias : q)};
 }
 
 std::vector<std::string> cpu_isa() {
@@ -302,19 +210,9 @@ void set_cpu_isa(const std::string& name) {
 
 }  // namespace
 
-#define PROBLEM_SCHEMA                                                                                       \
-  "Tensor? alibi_slopes, Tensor? cu_seqlens, Tensor? seq_lens, Tensor? prefix_index, Tensor? prefix_lens, "  \
-  "Tensor? hidden, Tensor? row_ids, Tensor? keep, int context_length, float drop_p, int seed, float scale, " \
-  "bool causal, int window, bool window_prefix, float softcap"
-
 TORCH_LIBRARY_FRAGMENT(ctkernels, m) {
-  m.def(
-      "cpu_forward(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor? prefix_bias, " PROBLEM_SCHEMA
-      ") -> (Tensor, Tensor)");
-  m.def(
-      "cpu_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, "
-      "Tensor? prefix_bias, Tensor out, Tensor lse, bool[6] needs, " PROBLEM_SCHEMA
-      ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("cpu_forward" CTK_FORWARD_SCHEMA);
+  m.def("cpu_backward" CTK_BACKWARD_SCHEMA);
   m.def("cpu_isa() -> str[]", cpu_isa);
   m.def("cpu_workers() -> int", cpu_workers);
   m.def("cpu_release() -> ()", cpu_release);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -14,12 +15,15 @@ from .launch import Module
 
 
 def find_tool(*names):
-    """The first of several programs found on PATH, in a CUDA toolkit, or shipped with Triton."""
+    """The first of several programs found on PATH, in a CUDA toolkit, in NVIDIA's wheels, or shipped with Triton."""
     directories = [None]
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(variable):
             directories.append(str(Path(os.environ[variable]) / "bin"))
     directories += sorted((str(p) for p in Path("/usr/local").glob("cuda*/bin")), reverse=True)
+    wheels = importlib.util.find_spec("nvidia")  # nvidia-cuda-nvcc and its like
+    for folder in wheels.submodule_search_locations if wheels else ():
+        directories += [str(p) for p in Path(folder).glob("cu*/bin")]
     try:
         import triton.backends.nvidia as nvidia
 
@@ -32,8 +36,8 @@ def find_tool(*names):
             if found:
                 return found
     raise ToolMissing(
-        f"{' or '.join(names)} was not found on PATH, in $CUDA_HOME/bin, in /usr/local/cuda*/bin "
-        "or in an installed Triton"
+        f"{' or '.join(names)} was not found on PATH, in $CUDA_HOME/bin, in /usr/local/cuda*/bin, in NVIDIA's wheels "
+        "(pip install nvidia-cuda-nvcc) or in an installed Triton"
     )
 
 

@@ -1,0 +1,247 @@
+// Forward pass: a program takes a tile of lanes and walks the keys that the tile sees, prefix first, then each row's
+// own.
+//
+//     m <- -inf, l <- 0, o <- 0
+//     for each block of keys:                                       a warp has 16 M lanes; N keys
+//       s  <- q k^T                                                 tensor cores, [16 M, N] in registers
+//       s  <- -inf where the lane does not see the key              only in blocks that are not visible as a whole
+//       m' <- max(m, max s);  p <- 2^(s - m');  o <- o 2^(m - m');  l <- l 2^(m - m') + sum p
+//       o  <- o + p v                                               p goes to the tensor cores from the registers
+//     out <- o / l,  lse <- ln 2 (m + log2 l)
+//
+// k and v have a tile each in shared memory. While a warp multiplies q k^T, v of the same block arrives, and while it
+// computes p v, k of the next: two barriers per block, and small enough for two programs per multiprocessor.
+// Where tiles are few, the keys are cut into ranges with a program each, and `merge_out` makes one softmax of them.
+#pragma once
+#include "tile.cuh"
+
+namespace ctk::cuda {
+
+// What a thread keeps of its lanes' softmax: lane g + 8 h of each of M groups of 16.
+//
+// `top` follows the largest logit only when that has grown by more than SLACK: probabilities are then up to 2^SLACK,
+// which every type holds, and o is hardly ever rescaled.
+template <int M>
+struct Softmax {
+  static constexpr float SLACK = 8.0f;
+
+  float top[M][2];    // what logits are compared with, in units of log 2; -inf: no key was seen
+  float total[M][2];  // this thread's share of the sum
+
+  __device__ Softmax() {
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) top[m][h] = -INFINITY, total[m][h] = 0.0f;
+  }
+
+  // Largest logits of the lanes' keys; whether any lane of the warp needs a new top.
+  template <int N>
+  __device__ __forceinline__ bool grows(const float (&s)[M][N][4], float factor, float (&high)[M][2]) const {
+    bool any = false;
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float& x = high[m][h];
+        x = fmaxf(s[m][0][2 * h], s[m][0][2 * h + 1]);
+#pragma unroll
+        for (int n = 1; n < N; ++n) x = fmaxf(x, fmaxf(s[m][n][2 * h], s[m][n][2 * h + 1]));
+        x = fmaxf(x, __shfl_xor_sync(WARP, x, 1));
+        x = fmaxf(x, __shfl_xor_sync(WARP, x, 2)) * factor;
+        any = any || x > top[m][h] + SLACK;
+      }
+    return __any_sync(WARP, any);
+  }
+
+  // New tops, o rescaled. Each lane by itself: what its neighbours hold must not change a bit of it.
+  template <int D>
+  __device__ __forceinline__ void grow(const float (&high)[M][2], float (&o)[M][D][4]) {
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const bool higher = high[m][h] > top[m][h] + SLACK;
+        const float alpha = higher ? exp2_fast(top[m][h] - high[m][h]) : 1.0f;
+        if (higher) top[m][h] = high[m][h];
+        total[m][h] *= alpha;
+#pragma unroll
+        for (int d = 0; d < D; ++d) o[m][d][2 * h] *= alpha, o[m][d][2 * h + 1] *= alpha;
+      }
+  }
+
+  // s <- 2^(s * factor - top). Masked: a lane may not have seen any key yet.
+  template <bool Masked, int N>
+  __device__ __forceinline__ void add(float (&s)[M][N][4], float factor) {
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float base = Masked && top[m][h] == -INFINITY ? 0.0f : top[m][h];  // -inf - -inf would be NaN
+#pragma unroll
+        for (int n = 0; n < N; ++n)
+#pragma unroll
+          for (int e = 2 * h; e < 2 * h + 2; ++e) {
+            s[m][n][e] = exp2_fast(fmaf(s[m][n][e], factor, -base));
+            total[m][h] += s[m][n][e];
+          }
+      }
+  }
+
+  // All of it: p from s.
+  template <int N, int D>
+  __device__ __forceinline__ void step(float (&s)[M][N][4], float (&o)[M][D][4], float factor) {
+    float high[M][2];
+    if (grows(s, factor, high)) grow(high, o);
+    add<true>(s, factor);
+  }
+};
+
+template <class T, int W, bool General>
+__device__ __forceinline__ void forward(const Args& a) {
+  constexpr ForwardShape SHAPE = forward_shape(sizeof(T), W);
+  constexpr int N = SHAPE.keys, THREADS = SHAPE.threads(), M = SHAPE.lanes_per_warp() / 16;
+  const int tile_index = blockIdx.x, kv = blockIdx.y, split = blockIdx.z;
+  const TileInfo tile = a.tile_table[tile_index];
+  if (tile.lanes == 0) return;
+  const int first_lane = tile_index * SHAPE.lanes, warp = threadIdx.x / 32, thread = threadIdx.x % 32;
+  const Params& p = a.call.p;
+
+  extern __shared__ __align__(1024) char memory[];
+  using Tile = Shared<T, W>;
+  const Tile q{shared_address(memory)}, k{q.base + Tile::bytes(SHAPE.lanes)}, v{k.base + Tile::bytes(N)};
+  LaneInfo* lanes = reinterpret_cast<LaneInfo*>(memory + forward_tiles(sizeof(T), W));
+  LaneTerms* terms = reinterpret_cast<LaneTerms*>(lanes + SHAPE.lanes);
+
+  for (int i = threadIdx.x; i < SHAPE.lanes; i += THREADS) {
+    lanes[i] = lane_info(a, first_lane + i, i < tile.lanes);
+    if (General) terms[i] = lane_terms(a, first_lane + i, kv, tile.prefix);
+  }
+  copy_queries<T, W, SHAPE.lanes, THREADS>(a, q, first_lane, kv);
+  const bool used = warp * 16 * M < tile.lanes;
+  const LaneInfo* my_lanes = lanes + warp * 16 * M;
+  const TokenCopy<T, W, N, THREADS> copy(a);
+  const RowsA<T, W> left(q, warp * 16 * M);
+  const RowsB<T, W> keys(k);
+  const ColumnsB<T, W> values(v);
+  Softmax<M> softmax;
+  float o[M][W / 8][4] = {}, s[M][N / 8][4];
+  Step step;
+  {
+    const Source from_k = copy.from(p.prefix_k, tile.prefix, kv, 0), from_v = copy.from(p.prefix_v, tile.prefix, kv, 0);
+    PrefixWalk<N> walk(a, tile, tile_index, split);
+    bool more = walk.next(&step);
+    if (more) copy.template start<false>(k, from_k, step.start, step.any);
+    copy_commit();
+    while (more) {  // k of the step is on its way
+      bool full = false;
+      if constexpr (!General) full = step.full;
+      // Nothing to hide, nothing to choose, and hardly ever a new top. A warp that needs one leaves the loop by itself:
+      // every way through a step has the same two barriers.
+      if (full) {
+        bool ahead, grows;
+        do {
+          copy_wait<0>();
+          __syncthreads();
+          copy.template start<true>(v, from_v, step.start, 0);
+          copy_commit();
+          ahead = walk.next_is_full(&step);
+          multiply_rows<T, W, M, N / 8>(s, left, keys, false);
+          copy_wait<0>();
+          __syncthreads();
+          if (ahead) copy.template start<true>(k, from_k, step.start, 0);
+          copy_commit();
+          float high[M][2];
+          grows = softmax.grows(s, a.factor, high);
+          if (grows) break;
+          softmax.template add<false>(s, a.factor);
+          multiply_columns<T, W, M, N / 8>(o, s, values, false);
+        } while (ahead);
+        if (!ahead) {
+          more = walk.next(&step);
+          if (more) copy.template start<false>(k, from_k, step.start, step.any);
+          copy_commit();
+        }
+        if (!grows) continue;
+      } else {
+        copy_wait<0>();
+        __syncthreads();  // k of this step is here, and nobody reads v of the last one any more
+        copy.template start<false>(v, from_v, step.start, step.any);
+        copy_commit();
+        const int start = step.start;
+        more = walk.next(&step);
+        if (used) {
+          uint64_t words[M][2];
+          find_words<M>(words, my_lanes,
+                        [&](const LaneInfo& lane) { return prefix_word<N, General>(a, start, lane, tile.prefix_len); });
+          multiply_rows<T, W, M, N / 8>(s, left, keys, a.call.tf32);
+          if constexpr (General) to_logits<true, M, N>(a, s, start, tile.prefix_len, my_lanes, terms + warp * 16 * M);
+          hide<M, N>(s, words);
+        }
+        copy_wait<0>();
+        __syncthreads();  // v is here, and nobody reads k any more
+        if (more) copy.template start<false>(k, from_k, step.start, step.any);
+        copy_commit();
+        if (!used) continue;
+      }
+      softmax.step(s, o, General ? 1.0f : a.factor);
+      multiply_columns<T, W, M, N / 8>(o, s, values, a.call.tf32);
+    }
+  }
+
+  OwnWalk<N> walk(a, tile_index, split);
+  while (walk.next(&step)) {
+    __syncthreads();  // nobody reads the last step's k and v any more
+    const RowInfo& row = walk.info();
+    copy.template start<false>(k, copy.from(p.k, row.batch, kv, row.token), step.start, step.any);
+    __syncwarp();  // lest addresses of both be computed side by side, and registers spilled
+    copy.template start<false>(v, copy.from(p.v, row.batch, kv, row.token), step.start, step.any);
+    copy_commit();
+    copy_wait<0>();
+    __syncthreads();
+    uint64_t words[M][2];
+    const uint64_t any = find_words<M>(words, my_lanes, [&](const LaneInfo& lane) {
+      return own_word<General>(a, step.start, step.any, walk.row, lane);
+    });
+    if (!__any_sync(WARP, any != 0)) continue;
+    multiply_rows<T, W, M, N / 8>(s, left, keys, a.call.tf32);
+    if constexpr (General) to_logits<false, M, N>(a, s, step.start, 0, my_lanes, terms + warp * 16 * M);
+    hide<M, N>(s, words);
+    softmax.step(s, o, General ? 1.0f : a.factor);
+    multiply_columns_of<T, W, M, N / 8>(o, s, values, lanes_of_row<M>(my_lanes, walk.row), a.call.tf32);
+  }
+  copy_wait<0>();
+  __syncthreads();  // the tiles are free: results pass through them on their way to rows of 16 bytes
+
+  const uint32_t stage = q.base + warp * staging_bytes(W);
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+    const int row = (warp * M + m) * 16;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float& total = softmax.total[m][h];
+      total += __shfl_xor_sync(WARP, total, 1);
+      total += __shfl_xor_sync(WARP, total, 2);
+      const int i = row + thread / 4 + 8 * h;
+      if (a.key_splits == 1) {
+        const float scale = total == 0.0f ? 0.0f : 1.0f / total;
+#pragma unroll
+        for (int d = 0; d < W / 8; ++d) o[m][d][2 * h] *= scale, o[m][d][2 * h + 1] *= scale;
+        if (thread % 4 == 0 && i < tile.lanes) store_lse(a, first_lane + i, kv, softmax.top[m][h], total);
+      } else if (thread % 4 == 0) {
+        const int64_t at = (int64_t(split) * p.Hk + kv) * a.lanes + first_lane + i;
+        a.part_max[at] = softmax.top[m][h], a.part_sum[at] = total;
+      }
+    }
+    if (a.key_splits == 1) {
+      store_rows<T, W>(a, o[m], stage, a.wide_out, [&](int i) {
+        return row + i < tile.lanes ? lane_token<T>(a, p.out, first_lane + row + i, kv) : nullptr;
+      });
+    } else {
+      float* part = a.part + ((int64_t(split) * p.Hk + kv) * a.lanes + first_lane + row) * p.D;
+      store_rows<float, W>(a, o[m], stage, p.D % 4 == 0, [&](int i) { return part + i * p.D; });
+    }
+  }
+}
+
+}  // namespace ctk::cuda

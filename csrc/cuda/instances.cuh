@@ -1,0 +1,61 @@
+// The kernels of one type of rows, by the names of plan.h, and a table of them for the host.
+//
+// Plain kernels know spans, patterns, token dropout, ragged rows, several prefixes, grouped heads and causality.
+// General ones know everything; they branch on the options of the call, alike for all threads.
+#pragma once
+#include "backward_keys.cuh"
+#include "backward_query.cuh"
+#include "forward.cuh"
+#include "reduce.cuh"
+
+namespace ctk::cuda {
+
+struct KernelEntry {
+  const char* name;
+  const void* kernel;
+};
+
+}  // namespace ctk::cuda
+
+// extern "C", so that no mangling comes between the names of plan.h and these.
+#define CTK_KERNEL(NAME, THREADS, ...) \
+  extern "C" __global__ void __launch_bounds__(THREADS) NAME(const __grid_constant__ Args args) { __VA_ARGS__(args); }
+
+// TYPE: of the rows, NAME: its name.
+#define CTK_DEFINE_SMALL(TYPE, NAME)                     \
+  CTK_KERNEL(ctk_delta_##NAME, 128, delta<TYPE>)         \
+  CTK_KERNEL(ctk_merge_out_##NAME, 128, merge_out<TYPE>) \
+  CTK_KERNEL(ctk_merge_dq_##NAME, 128, merge_dq<TYPE>)
+#define CTK_LIST_SMALL(TYPE, NAME) \
+  CTK_ENTRY(ctk_delta_##NAME) CTK_ENTRY(ctk_merge_out_##NAME) CTK_ENTRY(ctk_merge_dq_##NAME)
+
+// W: padded head dimension, VARIANT: plain or general, GENERAL: whether it is the latter.
+#define CTK_DEFINE_ROWS(TYPE, NAME, W, VARIANT, GENERAL)                                       \
+  CTK_KERNEL(ctk_forward_##NAME##_##W##_##VARIANT, (forward_shape(sizeof(TYPE), W).threads()), \
+             forward<TYPE, W, GENERAL>)                                                        \
+  CTK_KERNEL(ctk_query_##NAME##_##W##_##VARIANT, (query_shape(sizeof(TYPE), W).threads()),     \
+             backward_query<TYPE, W, GENERAL>)
+#define CTK_LIST_ROWS(TYPE, NAME, W, VARIANT, GENERAL) \
+  CTK_ENTRY(ctk_forward_##NAME##_##W##_##VARIANT) CTK_ENTRY(ctk_query_##NAME##_##W##_##VARIANT)
+
+#define CTK_DEFINE_KEYS(TYPE, NAME, PART, W, VARIANT, GENERAL, WITH_K, WITH_V)                  \
+  CTK_KERNEL(ctk_keys##PART##_##NAME##_##W##_##VARIANT, (key_shape(sizeof(TYPE), W).threads()), \
+             backward_keys<TYPE, W, GENERAL, WITH_K, WITH_V>)
+#define CTK_LIST_KEYS(TYPE, NAME, PART, W, VARIANT, GENERAL, WITH_K, WITH_V) \
+  CTK_ENTRY(ctk_keys##PART##_##NAME##_##W##_##VARIANT)
+
+// All of one variant; at D = 256 dk and dv have a kernel each.
+#define CTK_WIDTH(DO, TYPE, NAME, W, VARIANT, GENERAL) \
+  DO##_ROWS(TYPE, NAME, W, VARIANT, GENERAL) DO##_KEYS(TYPE, NAME, , W, VARIANT, GENERAL, true, true)
+#define CTK_WIDTH_256(DO, TYPE, NAME)                                                                   \
+  DO##_ROWS(TYPE, NAME, 256, general, true) DO##_KEYS(TYPE, NAME, _dk, 256, general, true, true, false) \
+      DO##_KEYS(TYPE, NAME, _dv, 256, general, true, false, true)
+#define CTK_GENERAL(DO, TYPE, NAME)                                                                                \
+  DO##_SMALL(TYPE, NAME) CTK_WIDTH(DO, TYPE, NAME, 64, general, true) CTK_WIDTH(DO, TYPE, NAME, 80, general, true) \
+      CTK_WIDTH(DO, TYPE, NAME, 96, general, true) CTK_WIDTH(DO, TYPE, NAME, 128, general, true)                   \
+          CTK_WIDTH_256(DO, TYPE, NAME)
+#define CTK_PLAIN(DO, TYPE, NAME)             \
+  CTK_WIDTH(DO, TYPE, NAME, 64, plain, false) \
+  CTK_WIDTH(DO, TYPE, NAME, 128, plain, false)
+
+#define CTK_ENTRY(KERNEL) {#KERNEL, reinterpret_cast<const void*>(KERNEL)},

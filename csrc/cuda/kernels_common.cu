@@ -1,0 +1,26 @@
+// Kernels that do not depend on the type of the rows, and the list of all.
+#include <cstring>
+
+#include "instances.cuh"
+#include "kernels.h"
+
+namespace ctk::cuda {
+
+CTK_KERNEL(ctk_setup_rows, 128, setup_rows)
+CTK_KERNEL(ctk_setup_tiles, 128, setup_tiles)
+CTK_KERNEL(ctk_pack, 256, pack)
+CTK_KERNEL(ctk_sum_prefix, 256, sum_prefix)
+CTK_KERNEL(ctk_sum_bias, 256, sum_bias)
+
+extern const KernelEntry bf16_kernels[], fp16_kernels[], fp32_kernels[];
+static const KernelEntry common_kernels[] = {CTK_ENTRY(ctk_setup_rows) CTK_ENTRY(ctk_setup_tiles) CTK_ENTRY(ctk_pack)
+                                                 CTK_ENTRY(ctk_sum_prefix) CTK_ENTRY(ctk_sum_bias){nullptr, nullptr}};
+
+const void* find_kernel(const char* name) {
+  for (const KernelEntry* table : {common_kernels, bf16_kernels, fp16_kernels, fp32_kernels})
+    for (const KernelEntry* entry = table; entry->name; ++entry)
+      if (!std::strcmp(entry->name, name)) return entry->kernel;
+  return nullptr;
+}
+
+}  // namespace ctk::cuda

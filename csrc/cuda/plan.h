@@ -1,0 +1,315 @@
+// Which kernels a call launches, on what: the forward and the backward pass as a list of launches. Host C++17 without
+// CUDA or torch headers. Sizes of grids and of the workspace follow from shapes alone: no synchronisation, nothing that
+// depends on data, so that a call can be captured in a CUDA graph.
+//
+//     Call call = ...;                                           // args.h; pointers to device memory
+//     int64_t bytes = plan_forward(call, device, nullptr).workspace_bytes;
+//     Plan plan = plan_forward(call, device, workspace);         // `workspace`: `bytes` bytes, 256-byte aligned
+//     for (const Launch& l : plan.launches)                      // in order, on one stream
+//       launch kernel(l.name) on l.grid, l.block threads, l.shared bytes, with one argument, plan.args by value
+//
+// `kernels.h` finds a kernel by its name in a build; kernels that use more than 48 KiB need the attribute for it.
+//
+// What the caller prepares:
+//   - Call.p: B, H, Hk, D, G, P; rule; q, k, v, prefix_k, prefix_v (any strides with a contiguous last dimension; the
+//     prefix in any of the three types); bias fp32 with its strides; alibi fp32 [H]; scale, softcap, causal, window,
+//     window_prefix.
+//   - forward: out in q's type, lse fp32 with token stride 1. Queries that are padding (seq_lens) are not written:
+//     fill out with 0 and lse with -inf before.
+//   - backward: out, lse, dout, dlse (fp32, optional), and the gradients that are wanted, others null: dq, dk, dv in
+//     q's type; dprefix_k, dprefix_v contiguous [G, Hk, P, D] in fp32 or q's type; dbias fp32 [G or 1, H or 1, P] with
+//     dbias_prefix, dbias_head = 0 where it is shared. dq of padding queries is not written: fill it with 0 before.
+//   - If there are no queries, `launches` is empty, and all gradients are 0.
+#pragma once
+#include <cmath>
+#include <cstdio>
+#include <initializer_list>
+#include <stdexcept>
+#include <vector>
+
+#include "shapes.h"
+
+namespace ctk::cuda {
+
+struct Device {
+  int multiprocessors = 108;
+};
+
+struct Launch {
+  char name[48];
+  uint32_t grid[3];
+  uint32_t block;
+  uint32_t shared;  // dynamic shared memory in bytes
+};
+
+struct Plan {
+  std::vector<Launch> launches;
+  Args args;
+  int64_t workspace_bytes = 0;
+};
+
+namespace detail {
+
+constexpr double LOG2E = 1.4426950408889634;
+// a range of its own must be worth the partial results that it costs, 8 bytes per lane and dimension
+constexpr int BLOCKS_PER_SPLIT = 4, TILES_PER_SPLIT = 8, MAX_SPLITS = 32;
+constexpr int GRID_LIMIT = 65535;  // of the second and third dimension
+
+inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t gcd(int64_t a, int64_t b) { return b ? gcd(b, a % b) : a; }
+
+inline const char* name_of(Type t) { return t == Type::bf16 ? "bf16" : t == Type::f16 ? "fp16" : "fp32"; }
+
+// Pieces of the workspace; null pointers as long as there is none.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <class T>
+  T* take(int64_t count) {
+    char* at = base_ ? base_ + used_ : nullptr;
+    used_ += div_up(count * int64_t(sizeof(T)), 256) * 256;
+    return reinterpret_cast<T*>(at);
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+class Planner {
+ public:
+  Planner(const Call& call, const Device& device, void* workspace, bool backward)
+      : arena_(workspace), device_(device), backward_(backward), a_(plan_.args) {
+    a_ = Args{};
+    a_.call = call;
+    const Params& p = call.p;
+    bytes_ = int(size_of(p.q.type));
+    width_ = width_of(p.D);
+    if (!width_ || p.q.type == Type::f64)
+      throw std::invalid_argument("D must be at most 256, and rows no wider than fp32");
+    a_.group = int32_t(p.H / p.Hk);
+    a_.runs = int32_t(p.G > 1 ? p.G : 1);
+    a_.tile_lanes = backward ? query_shape(bytes_, width_).lanes : forward_shape(bytes_, width_).lanes;
+    // the rows of each prefix start at a slot whose first lane starts a tile of any size
+    const int64_t most = call.packed ? call.S : p.B * call.S, unit = slot_unit(a_.group);
+    a_.slots = int32_t(a_.runs == 1 ? div_up(most, unit) * unit : (most / unit + a_.runs) * unit);
+    a_.lanes = a_.slots * a_.group;
+    a_.tiles = a_.lanes / a_.tile_lanes;
+    a_.prefix_blocks = int32_t(p.G ? div_up(p.P, BLOCK) : 0);
+    const int64_t context = p.rule.length < p.P + call.T ? p.rule.length : p.P + call.T;
+    const bool ruled = p.rule.drop_below || call.hidden.data || call.keep;
+    a_.own_context = ruled && context > p.P;
+    a_.words = int32_t(div_up(a_.own_context ? context : p.P, BLOCK));
+    a_.own_blocks = int32_t(call.packed ? call.T / BLOCK + p.B : p.B * div_up(call.T, BLOCK));
+    a_.scale = float(p.scale);
+    a_.factor = float(p.softcap > 0 ? p.scale / p.softcap : p.scale * LOG2E);
+    a_.cap = float(p.softcap * LOG2E);
+    empty_ = most == 0 || p.B == 0;
+  }
+
+  Plan forward() {
+    if (empty_) return finish();
+    Params& p = a_.call.p;
+    set_up();
+    a_.wide_out = wide(p.out);
+    const ForwardShape shape = forward_shape(bytes_, width_);
+    split_keys(p.D + 2);
+    launch_tiles("forward", a_.tiles, a_.key_splits, shape.threads(), forward_shared(bytes_, width_));
+    if (a_.key_splits > 1) launch_typed("merge_out", div_up(a_.lanes, 4), 128);
+    return finish();
+  }
+
+  Plan backward() {
+    if (empty_) return finish();
+    Params& p = a_.call.p;
+    set_up();
+    const int64_t batches = a_.call.packed ? 1 : p.B;
+    for (const Tensor4& t : {p.dprefix_k, p.dprefix_v})
+      if (t.data && t.type != Type::f32 && t.type != p.q.type)
+        throw std::invalid_argument("gradients of the prefix must be fp32 or of the rows' type");
+    pack(&p.dout, batches, p.H, a_.call.S), pack(&p.out, batches, p.H, a_.call.S);
+    launch_packs();
+    for (const Tensor4& t : {p.q, p.dout})
+      if (extent(t, batches, p.H, a_.call.S) >= int64_t(16) << 32)
+        throw std::invalid_argument("q and dout must span less than 64 GiB each");
+    a_.wide_dq = wide(p.dq), a_.wide_dk = wide(p.dk), a_.wide_dv = wide(p.dv);
+    a_.wide_dprefix_k = wide(p.dprefix_k), a_.wide_dprefix_v = wide(p.dprefix_v);
+    a_.state = arena_.take<LaneState>(p.Hk * a_.lanes);
+    launch_typed("delta", div_up(a_.lanes, 16), 128);
+    if (p.dq.data) {
+      split_keys(p.D);
+      const QueryShape shape = query_shape(bytes_, width_);
+      launch_tiles("query", a_.tiles, a_.key_splits, shape.threads(), query_shared(bytes_, width_));
+      if (a_.key_splits > 1) launch_typed("merge_dq", div_up(a_.lanes, 4), 128);
+    }
+    launch_keys();
+    return finish();
+  }
+
+ private:
+  static int64_t slot_unit(int64_t group) { return 128 / gcd(128, group); }
+
+  // Plain kernels know spans, patterns, dropout, ragged rows, causality; whatever else is general.
+  bool general() const {
+    const Params& p = a_.call.p;
+    const bool plain = p.softcap == 0 && !p.bias && !p.dbias && !p.alibi && p.window == 0 && p.scale > 0 &&
+                       !a_.own_context && bytes_ == 2 && (width_ == 64 || width_ == 128);
+    return !plain;
+  }
+
+  bool wide(const Tensor4& t) const {
+    const int64_t bytes = size_of(t.type);
+    return t.data && uint64_t(t.data) % 16 == 0 && (a_.call.p.D * bytes) % 16 == 0 && (t.batch * bytes) % 16 == 0 &&
+           (t.head * bytes) % 16 == 0 && (t.token * bytes) % 16 == 0;
+  }
+
+  // Bytes from the first number to behind the last.
+  int64_t extent(const Tensor4& t, int64_t batches, int64_t heads, int64_t tokens) const {
+    return ((batches - 1) * t.batch + (heads - 1) * t.head + (tokens - 1) * t.token + a_.call.p.D) * bytes_;
+  }
+
+  // The kernels read 16 bytes at a time; a tensor that does not allow it, or is of another type, is copied once.
+  void pack(Tensor4* t, int64_t batches, int64_t heads, int64_t tokens) {
+    if (batches <= 1) t->batch = 0;  // the stride of a dimension of size one may be anything
+    if (heads <= 1) t->head = 0;
+    if (tokens <= 1) t->token = 0;
+    const Type type = a_.call.p.q.type;
+    if (!batches || !heads || !tokens || (t->type == type && wide(*t))) return;
+    const int64_t stride = div_up(a_.call.p.D * bytes_, 16) * 16 / bytes_, elements = batches * heads * tokens * stride;
+    void* to = arena_.take<char>(elements * bytes_);
+    a_.packs[packs_++] = {*t, to, heads, tokens, elements, int32_t(stride), wide(*t)};
+    if (elements > pack_elements_) pack_elements_ = elements;
+    *t = {to, type, heads * tokens * stride, tokens * stride, stride};
+  }
+
+  // The tables, and inputs in the form that the kernels read.
+  void set_up() {
+    const Call& call = a_.call;
+    Params& p = a_.call.p;
+    a_.rows = arena_.take<RowInfo>(p.B);
+    a_.run_first = arena_.take<int32_t>(a_.runs + 1);
+    a_.run_end = arena_.take<int32_t>(a_.runs);
+    a_.slot_table = arena_.take<Slot>(a_.slots);
+    a_.own_table = arena_.take<OwnBlock>(a_.own_blocks);
+    a_.bits = arena_.take<uint64_t>(p.B * a_.words);
+    a_.tile_table = arena_.take<TileInfo>(a_.tiles);
+    a_.seen = arena_.take<Seen>(int64_t(a_.tiles) * a_.prefix_blocks);
+    // a warp per row, per prefix, and per two words of the mask
+    launch_common("setup_rows", div_up(p.B + a_.runs + div_up(p.B * a_.words, 2), 4), 1, 1, 128);
+    launch_common("setup_tiles", a_.tiles, div_up(a_.prefix_blocks ? a_.prefix_blocks : 1, 128), 1, 128);
+    const int64_t batches = call.packed ? 1 : p.B;
+    pack(&p.q, batches, p.H, call.S), pack(&p.k, batches, p.Hk, call.T), pack(&p.v, batches, p.Hk, call.T);
+    pack(&p.prefix_k, p.G, p.Hk, p.P), pack(&p.prefix_v, p.G, p.Hk, p.P);
+    a_.chunks = int32_t(div_up(p.D * bytes_, 16));
+    if (!backward_) launch_packs();
+  }
+
+  void launch_packs() {
+    if (!packs_) return;
+    const int64_t threads = 256, elements_per_thread = 16 / bytes_;
+    launch_common("pack", div_up(pack_elements_, threads * elements_per_thread), packs_, 1, threads);
+  }
+
+  int64_t split_count(int64_t programs, int64_t pieces, int64_t least) const {
+    const int64_t wanted = div_up(2 * device_.multiprocessors, programs > 1 ? programs : 1);
+    int64_t splits = pieces / least < wanted ? pieces / least : wanted;
+    if (splits > MAX_SPLITS) splits = MAX_SPLITS;
+    return splits > 1 ? splits : 1;
+  }
+
+  // Ranges of keys, each with partial results of `floats` numbers per lane.
+  void split_keys(int64_t floats) {
+    const Params& p = a_.call.p;
+    const int64_t own = a_.call.packed ? 0 : a_.call.T / BLOCK;  // a tile walks at least these many own blocks
+    a_.key_splits = int32_t(split_count(int64_t(a_.tiles) * p.Hk, a_.prefix_blocks + own, BLOCKS_PER_SPLIT));
+    if (a_.key_splits == 1) return;
+    const int64_t count = a_.key_splits * p.Hk * a_.lanes;
+    a_.part = arena_.take<float>(count * p.D);
+    if (floats > p.D) a_.part_max = arena_.take<float>(count), a_.part_sum = arena_.take<float>(count);
+  }
+
+  // Gradients of keys: programs of prefix keys first, then those of own keys.
+  void launch_keys() {
+    Params& p = a_.call.p;
+    const bool prefix = (p.dprefix_k.data || p.dprefix_v.data || p.dbias) && a_.prefix_blocks;
+    const bool own = (p.dk.data || p.dv.data) && a_.own_blocks;
+    if (!prefix && !own) return;
+    const KeyShape shape = key_shape(bytes_, width_);
+    const int64_t per_block = BLOCK / shape.keys;
+    if (prefix) {
+      const int64_t programs = a_.prefix_blocks * per_block * p.G;
+      a_.tile_splits = int32_t(split_count(programs * p.Hk, a_.tiles / a_.runs, TILES_PER_SPLIT));
+      a_.prefix_programs = int32_t(programs * a_.tile_splits);
+      const int64_t count = a_.tile_splits * p.G * p.Hk * p.P * p.D;
+      if (a_.tile_splits > 1 && p.dprefix_k.data) a_.part_dk = arena_.take<float>(count);
+      if (a_.tile_splits > 1 && p.dprefix_v.data) a_.part_dv = arena_.take<float>(count);
+      if (p.dbias) a_.part_dbias = arena_.take<float>(a_.tile_splits * p.G * p.H * p.P);
+    }
+    const int64_t programs = a_.prefix_programs + (own ? a_.own_blocks * per_block : 0);
+    const int shared = key_shared(bytes_, width_) + (p.dbias ? key_bias_shared(bytes_, width_, a_.group) : 0);
+    const bool k = p.dk.data || p.dprefix_k.data || p.dbias, v = p.dv.data || p.dprefix_v.data;
+    if (!keys_apart(width_)) launch_tiles("keys", programs, 1, shape.threads(), shared);
+    if (keys_apart(width_) && k) launch_tiles("keys_dk", programs, 1, shape.threads(), shared);
+    if (keys_apart(width_) && v) launch_tiles("keys_dv", programs, 1, shape.threads(), shared);
+    if (a_.part_dk || a_.part_dv) launch_common("sum_prefix", div_up(p.G * p.Hk * p.P * p.D, 256), 2, 1, 256);
+    if (prefix && p.dbias)
+      launch_common("sum_bias", div_up(p.P, 256), p.dbias_head ? p.H : 1, p.dbias_prefix ? p.G : 1, 256);
+  }
+
+  void add(const char* name, int64_t x, int64_t y, int64_t z, int64_t threads, int64_t shared) {
+    if (y > GRID_LIMIT || z > GRID_LIMIT) throw std::invalid_argument("more KV heads or prefixes than a grid takes");
+    Launch l{};
+    std::snprintf(l.name, sizeof l.name, "%s", name);
+    l.grid[0] = uint32_t(x), l.grid[1] = uint32_t(y), l.grid[2] = uint32_t(z);
+    l.block = uint32_t(threads), l.shared = uint32_t(shared);
+    plan_.launches.push_back(l);
+  }
+
+  // A kernel that there is once,
+  void launch_common(const char* kernel, int64_t x, int64_t y, int64_t z, int64_t threads) {
+    char name[48];
+    std::snprintf(name, sizeof name, "ctk_%s", kernel);
+    add(name, x, y, z, threads, 0);
+  }
+
+  // once for each type of the rows,
+  void launch_typed(const char* kernel, int64_t x, int64_t threads) {
+    char name[48];
+    std::snprintf(name, sizeof name, "ctk_%s_%s", kernel, name_of(a_.call.p.q.type));
+    add(name, x, a_.call.p.Hk, 1, threads, 0);
+  }
+
+  // and for each type, width and variant.
+  void launch_tiles(const char* kernel, int64_t x, int64_t z, int64_t threads, int64_t shared) {
+    char name[48];
+    std::snprintf(name, sizeof name, "ctk_%s_%s_%d_%s", kernel, name_of(a_.call.p.q.type), width_,
+                  general() ? "general" : "plain");
+    add(name, x, a_.call.p.Hk, z, threads, shared);
+  }
+
+  Plan finish() {
+    plan_.workspace_bytes = arena_.used();
+    return plan_;
+  }
+
+  Plan plan_;
+  Arena arena_;
+  Device device_;
+  bool backward_, empty_ = false;
+  Args& a_;
+  int bytes_ = 2, width_ = 64, packs_ = 0;
+  int64_t pack_elements_ = 0;
+};
+
+}  // namespace detail
+
+inline Plan plan_forward(const Call& call, const Device& device, void* workspace) {
+  return detail::Planner(call, device, workspace, false).forward();
+}
+
+inline Plan plan_backward(const Call& call, const Device& device, void* workspace) {
+  return detail::Planner(call, device, workspace, true).backward();
+}
+
+}  // namespace ctk::cuda

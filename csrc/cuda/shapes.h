@@ -1,0 +1,127 @@
+// Tile sizes of the kernels by element size and padded head dimension: one table, read by the host and by the
+// templates.
+//
+// Limits: 99 KiB of shared memory (sm_86, sm_89, sm_120), 255 registers per thread. A warp of the forward kernel has 32
+// lanes where registers allow, so that a key fragment serves two products; 16 elsewhere.
+#pragma once
+#include "args.h"
+
+namespace ctk::cuda {
+
+// Padded head dimensions. Others use the next larger one, whose columns behind D are zeros.
+constexpr int WIDTHS[] = {64, 80, 96, 128, 256};
+
+CTK_HOST_DEVICE constexpr int width_of(int64_t D) {
+  for (int width : WIDTHS)
+    if (D <= width) return width;
+  return 0;
+}
+
+// Bytes that a warp stages 16 rows of fp32 results in.
+CTK_HOST_DEVICE constexpr int staging_bytes(int width) { return 16 * (width * 4 + 16); }
+
+// What a lane's threads look up when a block of keys is not visible as a whole, and what the general kernels add to it.
+constexpr int LANE_INFO_BYTES = 16, LANE_TERMS_BYTES = 16;
+
+struct ForwardShape {
+  int lanes, warps, keys;
+  CTK_HOST_DEVICE constexpr int lanes_per_warp() const { return lanes / warps; }
+  CTK_HOST_DEVICE constexpr int threads() const { return 32 * warps; }
+};
+
+CTK_HOST_DEVICE constexpr ForwardShape forward_shape(int element_bytes, int width) {
+  if (element_bytes == 2)
+    return width <= 96 ? ForwardShape{128, 4, 64} : width <= 128 ? ForwardShape{128, 4, 32} : ForwardShape{64, 4, 64};
+  if (width <= 96) return {64, 4, 64};
+  return width <= 128 ? ForwardShape{64, 4, 32} : ForwardShape{32, 2, 32};
+}
+
+CTK_HOST_DEVICE constexpr int at_least(int a, int b) { return a > b ? a : b; }
+
+// Tiles of q, k, v, and in the end the results on their way out.
+CTK_HOST_DEVICE constexpr int forward_tiles(int element_bytes, int width) {
+  const ForwardShape s = forward_shape(element_bytes, width);
+  return at_least((s.lanes + 2 * s.keys) * width * element_bytes, s.warps * staging_bytes(width));
+}
+
+CTK_HOST_DEVICE constexpr int forward_shared(int element_bytes, int width) {
+  return forward_tiles(element_bytes, width) +
+         forward_shape(element_bytes, width).lanes * (LANE_INFO_BYTES + LANE_TERMS_BYTES);
+}
+
+struct QueryShape {
+  int lanes, warps, keys, stages;
+  CTK_HOST_DEVICE constexpr int threads() const { return 32 * warps; }
+};
+
+CTK_HOST_DEVICE constexpr QueryShape query_shape(int element_bytes, int width) {
+  if (element_bytes == 2) {
+    if (width <= 96) return {64, 4, 64, 2};
+    return width <= 128 ? QueryShape{64, 4, 64, 1} : QueryShape{64, 4, 32, 1};
+  }
+  if (width <= 96) return {64, 4, 32, 1};
+  return width <= 128 ? QueryShape{64, 4, 32, 1} : QueryShape{32, 2, 16, 1};
+}
+
+// Tiles of q, dout, k, v.
+CTK_HOST_DEVICE constexpr int query_tiles(int element_bytes, int width) {
+  const QueryShape s = query_shape(element_bytes, width);
+  return at_least((2 * s.lanes + 2 * s.stages * s.keys) * width * element_bytes, s.warps * staging_bytes(width));
+}
+
+CTK_HOST_DEVICE constexpr int query_shared(int element_bytes, int width) {
+  return query_tiles(element_bytes, width) +
+         query_shape(element_bytes, width).lanes * (LANE_INFO_BYTES + LANE_TERMS_BYTES);
+}
+
+// Gradients of keys: a block of `keys` keys walks the tiles of the backward pass in steps of `lanes` lanes.
+struct KeyShape {
+  int keys, warps, lanes, stages;
+  CTK_HOST_DEVICE constexpr int threads() const { return 32 * warps; }
+};
+
+CTK_HOST_DEVICE constexpr KeyShape key_shape(int element_bytes, int width) {
+  if (element_bytes == 2) {
+    if (width <= 64) return {64, 4, 64, 2};
+    return width <= 128 ? KeyShape{64, 4, 32, 2} : KeyShape{64, 4, 16, 1};
+  }
+  if (width <= 96) return {64, 4, 32, 1};
+  return width <= 128 ? KeyShape{64, 4, 16, 1} : KeyShape{16, 1, 16, 1};
+}
+
+// At D = 256 dk and dv together would not fit the registers: two launches, one for each.
+constexpr bool keys_apart(int width) { return width > 128; }
+
+// Per lane: states and words of the mask of this step and the next two.
+constexpr int LANE_STAGE_BYTES = 3 * (int(sizeof(LaneState)) + 8);
+
+// Tiles of k, v, q, dout.
+CTK_HOST_DEVICE constexpr int key_tiles(int element_bytes, int width) {
+  const KeyShape s = key_shape(element_bytes, width);
+  return at_least((2 * s.keys + 2 * s.stages * s.lanes) * width * element_bytes, s.warps * staging_bytes(width));
+}
+
+CTK_HOST_DEVICE constexpr int key_shared(int element_bytes, int width) {
+  const KeyShape s = key_shape(element_bytes, width);
+  return key_tiles(element_bytes, width) + s.lanes * LANE_STAGE_BYTES;
+}
+
+// The bias gradient needs a tile of logit gradients and a sum per key and head besides.
+CTK_HOST_DEVICE constexpr int key_bias_shared(int element_bytes, int width, int group) {
+  const KeyShape s = key_shape(element_bytes, width);
+  return 4 * s.keys * (s.lanes + 1 + group);
+}
+
+// The least that the architectures give a program, with room for the bias gradient of groups of up to 32 heads.
+constexpr int SHARED_LIMIT = 99 * 1024;
+
+constexpr bool shapes_fit(int element_bytes) {
+  for (int width : WIDTHS)
+    if (forward_shared(element_bytes, width) > SHARED_LIMIT || query_shared(element_bytes, width) > SHARED_LIMIT ||
+        key_shared(element_bytes, width) + key_bias_shared(element_bytes, width, 32) > SHARED_LIMIT)
+      return false;
+  return true;
+}
+static_assert(shapes_fit(2) && shapes_fit(4));
+
+}  // namespace ctk::cuda

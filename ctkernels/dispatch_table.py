@@ -1,0 +1,108 @@
+"""Which of the two GPU backends "auto" takes: one table, by architecture, type, head dimension and direction.
+
+The first matching row decides. Rows of a file (`CTKERNELS_DISPATCH=FILE`, or `use`) come before those of `TABLE`; on a
+GPU, `make gpu-check` measures both backends and writes such a file:
+
+    {"rows": [{"architecture": "sm_90", "dtype": "bf16", "head_dim": 64, "direction": "backward", "backend": "cuda"}]}
+
+A field that is left out, or "*", matches everything; so do `*` and `?` within names, as in file names ("sm_8?").
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+VARIABLE = "CTKERNELS_DISPATCH"
+DIRECTIONS = ("forward", "backward")
+GPU_BACKENDS = ("cuda", "triton")
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+HEAD_DIMENSIONS = (64, 80, 96, 128, 256)  # other ones count as the next larger of these, which their kernels pad to
+
+
+class Row(NamedTuple):
+    """For calls that match the first four fields: the backend. All are patterns, `head_dim` too."""
+
+    architecture: str = "*"
+    dtype: str = "*"
+    head_dim: str = "*"
+    direction: str = "*"
+    backend: str = "triton"
+
+
+# Not measured yet. The CUDA kernels are written for mma.sync, which is all that these architectures have; Triton takes
+# the warp-group instructions of sm_90 and sm_100.
+TABLE = (
+    Row("sm_8?", backend="cuda"),
+    Row("sm_12?", backend="cuda"),
+    Row(backend="triton"),
+)
+
+_overrides: list[Row] | None = None  # None: the environment variable has not been looked at
+
+
+def use(source: str | os.PathLike[str] | Iterable[Mapping[str, Any]] | None) -> None:
+    """Put rows before those of `TABLE`: a file's, or mappings with the fields of `Row`. None: no rows but the table's.
+
+    Raises:
+        ValueError: not a table; the message names the row and the field.
+        OSError: the file cannot be read.
+    """
+    global _overrides
+    _overrides = [] if source is None else read(source)
+    pick.cache_clear()
+
+
+def column(head_dim: int) -> int:
+    """The head dimension of the table that one counts as."""
+    return next((D for D in HEAD_DIMENSIONS if head_dim <= D), HEAD_DIMENSIONS[-1])
+
+
+@cache
+def pick(architecture: str, dtype: torch.dtype, head_dim: int, direction: str) -> str:
+    """The backend that the table names, by architecture ("sm_90"), type, head dimension (of `HEAD_DIMENSIONS`) and
+    direction."""
+    if _overrides is None:
+        use(os.environ.get(VARIABLE) or None)
+    call = (architecture, DTYPES.get(dtype, str(dtype)), str(head_dim), direction)
+    for row in (*_overrides, *TABLE):
+        if all(fnmatchcase(value, pattern) for value, pattern in zip(call, row[:4], strict=True)):
+            return row.backend
+    raise AssertionError("the last row of the table matches every call")
+
+
+def read(source: str | os.PathLike[str] | Iterable[Mapping[str, Any]]) -> list[Row]:
+    """The rows of a file or of mappings. Raises as `use`."""
+    where = "the dispatch table"
+    if isinstance(source, (str, os.PathLike)):
+        where = f"the dispatch table {source}"
+        try:
+            record = json.loads(Path(source).read_text())
+        except ValueError as error:
+            raise ValueError(f"{where} must be JSON, got: {error}") from error
+        source = record.get("rows") if isinstance(record, dict) else None
+        if not isinstance(source, list):
+            raise ValueError(f'{where} must hold {{"rows": [...]}}')
+    return [_row(f"{where}, row {number}", fields) for number, fields in enumerate(source)]
+
+
+def _row(where: str, fields: Mapping[str, Any]) -> Row:
+    if not isinstance(fields, Mapping) or "backend" not in fields:
+        raise ValueError(f"{where} must be an object with a backend, got {fields!r}")
+    row = Row(**{name: str(fields[name]) for name in Row._fields if name in fields})
+    if unknown := fields.keys() - {*Row._fields, "seconds"}:  # "seconds" says why, for people
+        raise ValueError(f"{where} has unknown fields: {', '.join(sorted(unknown))}")
+    names = {"dtype": tuple(DTYPES.values()), "head_dim": tuple(map(str, HEAD_DIMENSIONS)), "direction": DIRECTIONS}
+    for name, known in names.items():
+        if not any(fnmatchcase(value, getattr(row, name)) for value in known):
+            raise ValueError(f"{where}: {name} must be * or one of {', '.join(known)}, got {getattr(row, name)!r}")
+    if row.backend not in GPU_BACKENDS:
+        raise ValueError(f"{where}: backend must be one of {', '.join(GPU_BACKENDS)}, got {row.backend!r}")
+    return row

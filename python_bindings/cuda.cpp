@@ -1,0 +1,79 @@
+// Torch side of the CUDA backend: launches the kernels on the current stream, and registers the operators that
+// ctkernels/cuda.py calls. Values that index memory are not looked at here, since that would wait for the GPU: the
+// kernels clamp them.
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime_api.h>
+#include <torch/library.h>
+
+#include <map>
+#include <mutex>
+
+#include "../csrc/cuda/kernels.h"
+#include "cuda_call.h"
+
+namespace {
+
+using namespace ctk::bindings;
+
+constexpr uint32_t SHARED_WITHOUT_ASKING = 48 * 1024;
+
+// A kernel may use more dynamic shared memory than that only after it was asked for, on each device.
+void allow_shared(const void* kernel, uint32_t bytes) {
+  if (bytes <= SHARED_WITHOUT_ASKING) return;
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, uint32_t> allowed;
+  const std::lock_guard<std::mutex> lock(mutex);
+  uint32_t& most = allowed[{c10::cuda::current_device(), kernel}];
+  if (bytes <= most) return;
+  C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+  most = bytes;
+}
+
+void launch(const ctk::cuda::Plan& plan) {
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  void* arguments[] = {const_cast<ctk::cuda::Args*>(&plan.args)};
+  for (const ctk::cuda::Launch& l : plan.launches) {
+    const void* kernel = ctk::cuda::find_kernel(l.name);
+    TORCH_CHECK(kernel, "this build has no kernel ", l.name);
+    allow_shared(kernel, l.shared);
+    const dim3 grid(l.grid[0], l.grid[1], l.grid[2]), block(l.block);
+    C10_CUDA_CHECK(cudaLaunchKernel(kernel, grid, block, arguments, l.shared, stream));
+  }
+}
+
+Executor executor() {
+  int multiprocessors = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, c10::cuda::current_device()));
+  return {{multiprocessors}, launch};
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_k,
+                                   const Tensor& prefix_v, const MaybeTensor& prefix_bias, CTK_PROBLEM_ARGS) {
+  TORCH_CHECK_VALUE(q.is_cuda(), "expected CUDA tensors, got q on ", q.device());
+  const c10::cuda::CUDAGuard guard(q.device());
+  return cuda_forward(executor(), q, k, v, prefix_k, prefix_v, prefix_bias, CTK_PROBLEM);
+}
+
+Gradients backward(const Tensor& dout, const MaybeTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
+                   const Tensor& prefix_k, const Tensor& prefix_v, const MaybeTensor& prefix_bias, const Tensor& out,
+                   const Tensor& lse, Needs needs, CTK_PROBLEM_ARGS) {
+  TORCH_CHECK_VALUE(q.is_cuda(), "expected CUDA tensors, got q on ", q.device());
+  const c10::cuda::CUDAGuard guard(q.device());
+  return cuda_backward(executor(), dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, CTK_PROBLEM);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(ctkernels, m) {
+  m.def("cuda_forward" CTK_FORWARD_SCHEMA);
+  m.def("cuda_backward" CTK_BACKWARD_SCHEMA);
+  m.def("cuda_has_kernel(str name) -> bool",
+        [](std::string name) { return ctk::cuda::find_kernel(name.c_str()) != nullptr; });
+}
+
+TORCH_LIBRARY_IMPL(ctkernels, CUDA, m) {
+  m.impl("cuda_forward", forward);
+  m.impl("cuda_backward", backward);
+}
