@@ -211,8 +211,9 @@ class Planner {
     launch_common("pack", div_up(pack_elements_, threads * elements_per_thread), packs_, 1, threads);
   }
 
+  // As many ranges as run at once, two programs per multiprocessor: more would take turns, and cost partial results.
   int64_t split_count(int64_t programs, int64_t pieces, int64_t least) const {
-    const int64_t wanted = div_up(2 * device_.multiprocessors, programs > 1 ? programs : 1);
+    const int64_t wanted = 2 * device_.multiprocessors / (programs > 1 ? programs : 1);
     int64_t splits = pieces / least < wanted ? pieces / least : wanted;
     if (splits > MAX_SPLITS) splits = MAX_SPLITS;
     return splits > 1 ? splits : 1;
