@@ -13,6 +13,8 @@ using namespace ctk::cuda;
 
 void* const SOMEWHERE = reinterpret_cast<void*>(1 << 20);  // aligned, and never read
 
+constexpr Device MANY{1024};  // multiprocessors, so that whatever can be cut into ranges is
+
 // 16 rows of 64 queries over 1024 keys, 4 heads per group: tiles that are full, and enough keys to be split.
 Call call_of(Type type, int64_t D, bool general, bool bias) {
   constexpr int64_t B = 16, H = 8, Hk = 2, S = 64, P = 1024;
@@ -42,7 +44,7 @@ int main() {
       for (bool general : {false, true})
         for (bool bias : {false, true}) {
           const Call call = call_of(type, width, general, bias);
-          for (const Plan& plan : {plan_forward(call, Device{}, SOMEWHERE), plan_backward(call, Device{}, SOMEWHERE)})
+          for (const Plan& plan : {plan_forward(call, MANY, SOMEWHERE), plan_backward(call, MANY, SOMEWHERE)})
             for (const Launch& l : plan.launches) {
               auto& [threads, shared] = kernels[l.name];
               threads = l.block, shared = std::max(shared, l.shared);
