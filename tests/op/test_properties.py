@@ -161,6 +161,18 @@ def test_padding_is_zero_and_stays_out_of_everything(build):
             assert (got[name][b, :, n:] == 0).all(), name
 
 
+def test_queries_that_see_a_broken_value_say_so(build):
+    """Two rows of one tile: NaN in a value of the first reaches its queries from that key on, and not the second."""
+    call = make_call(B=2, H=2, Hk=1, S=6, P=10, types="fp32")
+    whole = run(call, build)["out"]
+    broken = call.with_tensors()
+    broken.tensors["v"] = call.tensors["v"].clone()
+    broken.tensors["v"][0, :, 3] = NAN
+    out = run(broken, build)["out"]
+    assert out[0, :, 3:].isnan().all()
+    assert torch.equal(out[1], whole[1])
+
+
 def test_keys_hidden_from_everybody_may_hold_nan(build):
     """Span, keep, a short prefix, an unread prefix and the context part of own keys: what nobody sees is not read."""
     keep = torch.ones(3, 40, dtype=torch.bool)
