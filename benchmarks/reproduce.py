@@ -270,7 +270,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     points = reproduce_scaling.measure(setting, {name: chosen[name] for name in reproduce_scaling.METHODS})
     record = {
-        "command": "make reproduce" + (" FULL=1" if args.full else ""),
+        "command": _command(args),
         "commit": _commit(),
         "machine": machine,
         "model": args.model,
@@ -287,12 +287,21 @@ def main(argv: list[str] | None = None) -> None:
     text = markdown(record, main_report, ablation, tried, reproduce_scaling.markdown(points))
     atomic_write_json(results / "reproduce.json", record)
     atomic_write_bytes(results / "reproduce.md", text.encode())
-    plot_time(main_report.summaries, results / "reproduce_time.png")
+    # other programs do not lengthen it
+    plot_time(main_report.summaries, results / "reproduce_time.png", cpu=args.device == "cpu")
     plot_bars({"": ablation.summaries}, results / "reproduce_ablation.png")
     reproduce_scaling.plot(points, results / "reproduce_scaling.png")
     if args.docs:
         harness.replace_between_markers(args.docs, "reproduce", summary(record, main_report, ablation, points))
     print(text)
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The call of make that repeats this; where the data lie differs between machines."""
+    words = ["DATA=FOLDER"] if args.data else []
+    words += [f'TASKS="{" ".join(args.tasks)}"'] if args.tasks else []
+    words += [f'SEEDS="{" ".join(map(str, args.seeds))}"'] if args.seeds else []
+    return " ".join(["make reproduce", *words, *(["FULL=1"] if args.full else [])])
 
 
 def _commit() -> str:

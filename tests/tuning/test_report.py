@@ -63,7 +63,7 @@ def results() -> list[CellResult]:
         "ct-kv": {("a", 1): 0.80, ("a", 2): 0.60, ("b", 1): 0.50, ("b", 2): 0.30, ("c", 1): 0.1},
     }
     found = [
-        cell(method, task, seed, score, gold_loss=score + 1, seconds=10 * seed)
+        cell(method, task, seed, score, gold_loss=score + 1, seconds=10 * seed, cpu_seconds=8 * seed)
         for method, by in scores.items()
         for (task, seed), score in by.items()
     ]
@@ -87,8 +87,8 @@ def test_report_by_hand():
     assert pair.p == pytest.approx(2 / 8) and pair.p_holm == pair.p  # three differences, all of one sign
     assert pair.p_tasks == pytest.approx(2 / 4)
     text = report.markdown()
-    assert "| icl | 40.0 ± 0.0 | 40.0 | 1.400 | 15.0 | 6/6 |" in text
-    assert "| ct-kv | 55.0 ± 14.1 | 55.0 | 1.550 | 15.0 | 5/6 |" in text
+    assert "| icl | 40.0 ± 0.0 | 40.0 | 1.400 | 15.0 | 12.0 | 6/6 |" in text
+    assert "| ct-kv | 55.0 ± 14.1 | 55.0 | 1.550 | 15.0 | 12.0 | 5/6 |" in text
     assert "| icl | ct-kv | -15.0 | 0 / 3 of 4 | 0.2500 | 0.2500 | 0.5000 |" in text
     assert "Left out, since a method lacks a result: c." in text
     assert "| c | 90.0 | 10.0 |" in text  # the table by task has what there is

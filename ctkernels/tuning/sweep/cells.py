@@ -45,6 +45,7 @@ class CellResult:
     metric, score, accuracy, gold_loss, items, predictions: as in `EvalResult`; with views, of the votes.
     losses: training loss of each epoch, over all stages, of the first view.
     seconds: time of tuning, all views together.  seconds_eval: of evaluation.
+    cpu_seconds: of tuning, by all threads of the process: what other programs on the machine change least.
     """
 
     task: str
@@ -61,6 +62,7 @@ class CellResult:
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
     seconds_eval: float = 0.0
+    cpu_seconds: float = 0.0
 
     def write(self, path: Path) -> None:
         """Replace the cell's file."""

@@ -31,16 +31,17 @@ def write_figures(report: Report, out: Path) -> list[Path]:
     return written
 
 
-def plot_time(summaries: Sequence[Summary], path: Path) -> Path:
-    """Score (percent, with the spread over seeds) against the time of tuning, a point per method."""
+def plot_time(summaries: Sequence[Summary], path: Path, cpu: bool = False) -> Path:
+    """Score (percent, with the spread over seeds) against the time (or CPU time) of tuning, a point per method."""
 
     def draw(axes: Axes) -> None:
         for s, marker in zip(summaries, cycle("os^vDP*X<>"), strict=False):
             spread = None if s.spread is None else 100 * s.spread
             label = f"{s.method}, {100 * s.score:.1f}"
-            axes.errorbar(s.seconds, 100 * s.score, spread, fmt=marker, markersize=8, capsize=3, label=label)
+            seconds = s.cpu_seconds if cpu else s.seconds
+            axes.errorbar(seconds, 100 * s.score, spread, fmt=marker, markersize=8, capsize=3, label=label)
         axes.set_xscale("symlog", linthresh=1)  # zero-shot takes no time
-        axes.set(xlabel="tuning, seconds per task", ylabel="score, percent", xlim=(-0.1, None))
+        axes.set(xlabel=f"tuning, {'CPU ' if cpu else ''}seconds per task", ylabel="score, percent", xlim=(-0.1, None))
         axes.grid(alpha=0.3)
         axes.figure.legend(loc="outside right upper")
 

@@ -18,7 +18,8 @@ class Summary:
     """A method over all tasks that every method finished with every seed.
 
     score, accuracy, gold_loss: mean over tasks and seeds.  spread: standard deviation, over seeds, of the mean score of
-    the tasks; None with a single seed.  seconds: mean time of tuning.  finished: cells with a result, these and others.
+    the tasks; None with a single seed.  seconds: mean time of tuning.  cpu_seconds: of all threads.
+    finished: cells with a result, these and others.
     """
 
     method: str
@@ -27,6 +28,7 @@ class Summary:
     accuracy: float
     gold_loss: float
     seconds: float
+    cpu_seconds: float
     finished: int
 
 
@@ -87,18 +89,19 @@ class Report:
     def overview(self) -> str:
         """The table of the methods, and what its columns mean."""
         lines = [
-            "| method | score | accuracy | gold loss | tuning, s per task | cells |",
-            "| --- | --- | --- | --- | --- | --- |",
+            "| method | score | accuracy | gold loss | tuning, s per task | CPU s | cells |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
         ]
         for s in self.summaries:
             spread = "" if s.spread is None else f" ± {100 * s.spread:.1f}"
-            numbers = f"{100 * s.score:.1f}{spread} | {100 * s.accuracy:.1f} | {s.gold_loss:.3f} | {s.seconds:.1f}"
-            lines.append(f"| {s.method} | {numbers} | {s.finished}/{self.planned} |")
+            numbers = f"{100 * s.score:.1f}{spread} | {100 * s.accuracy:.1f} | {s.gold_loss:.3f}"
+            times = f"{s.seconds:.1f} | {s.cpu_seconds:.1f}"
+            lines.append(f"| {s.method} | {numbers} | {times} | {s.finished}/{self.planned} |")
         seeds = ", ".join(map(str, self.seeds))
         notes = [
             f"Means over tasks ({len(self.tasks)}) and seeds ({seeds}), ± the standard deviation over seeds. Score in "
             "percent: macro-F1 for classification, BLEU or exact match for generation, accuracy otherwise. Gold loss: "
-            "cross-entropy of the correct answer, nats per token."
+            "cross-entropy of the correct answer, nats per token. CPU s: of all threads together, for the same tuning."
         ]
         if self.left_out:
             notes.append(f"Left out, since a method lacks a result: {', '.join(self.left_out)}.")
@@ -167,7 +170,8 @@ def _summary(method: str, results: dict[tuple[str, int], CellResult], seeds: Seq
 
     by_seed = [statistics.mean(r.score for (_, seed), r in results.items() if seed == s) for s in seeds]
     spread = statistics.stdev(by_seed) if len(seeds) > 1 else None
-    return Summary(method, mean("score"), spread, mean("accuracy"), mean("gold_loss"), mean("seconds"), finished)
+    times = mean("seconds"), mean("cpu_seconds")
+    return Summary(method, mean("score"), spread, mean("accuracy"), mean("gold_loss"), *times, finished)
 
 
 def _compare(

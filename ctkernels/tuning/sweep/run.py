@@ -170,14 +170,14 @@ def _fit_and_score(
     for view in task.views:
         turned = view.test if sweep.split == "test" else view.validation
         views.append((view.train, turned[: sweep.limit], view.undo))
-    seconds = seconds_eval = 0.0
+    seconds = seconds_eval = cpu_seconds = 0.0
     losses: list[float] = []
     scores: list[EvalResult] = []
     predictions: list[list[str | None]] = []
     for train, turned, undo in views:
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         tuned = tune(model, tokenizer, train, cell.spec.name, settings, task.text_format)
-        ready = time.perf_counter()
+        ready, cpu_ready = time.perf_counter(), time.process_time()
         scores.append(
             tuned.adapter.evaluate(
                 model,
@@ -192,6 +192,7 @@ def _fit_and_score(
             )
         )
         seconds, seconds_eval = seconds + ready - started, seconds_eval + time.perf_counter() - ready
+        cpu_seconds += cpu_ready - cpu_started
         losses = losses or [record.loss for record in tuned.history]
         found = scores[-1].predictions
         predictions.append([undo(text) for text in found] if undo else list(found))
@@ -211,6 +212,7 @@ def _fit_and_score(
         losses=losses,
         seconds=seconds,
         seconds_eval=seconds_eval,
+        cpu_seconds=cpu_seconds,
     )
 
 
