@@ -36,7 +36,7 @@ def numbers(folder) -> dict:
     record = json.loads((folder / "reproduce.json").read_text())
     summaries = record["candidates"] + record["methods"]["summaries"] + record["ablation"]["summaries"]
     for summary in summaries:
-        del summary["seconds"]
+        del summary["seconds"], summary["cpu_seconds"]
     return {name: record[name] for name in ("candidates", "methods", "ablation", "tasks")}
 
 
