@@ -41,6 +41,12 @@ def kernel_build(request: pytest.FixtureRequest) -> Iterator[Backend]:
     yield from _select(request.param)
 
 
+@pytest.fixture(params=[b for b in builds() if b.isa], ids=str)
+def cpu_build(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Every build of the CPU kernels: for what concerns threads."""
+    yield from _select(request.param)
+
+
 @pytest.fixture(params=[b for b in backends() if b.kernel], ids=str)
 def kernel_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """Every kernel backend, in its default build."""
