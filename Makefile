@@ -35,7 +35,7 @@ test: .venv/built
 # the PTX emulator on both architectures and in more schedules; an hour or two
 test-gpu-full: .venv/built
 	OMP_NUM_THREADS=1 CTKERNELS_TEST_PROFILE=thorough .venv/bin/python -m pytest -q -n 2 tests/gpu tests/triton tests/ptxemu tests/cuda
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv/bin/python -m pytest -q -n 2 tests/op -k triton
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 CTKERNELS_TEST_PROFILE=interpreter .venv/bin/python -m pytest -q -n 2 tests/op -k triton
 
 # The op against its peers, how it scales, and training steps: writes the README's tables, and JSON, Markdown and plots to
 # OUT; about a quarter of an hour on two cores

@@ -1,6 +1,7 @@
 """Settings shared by all tests: property-based tests draw the same examples on every run, a thorough profile more.
 
-`CTKERNELS_TEST_PROFILE=thorough pytest tests/op` draws thirty times as many examples, new ones on every run.
+`CTKERNELS_TEST_PROFILE=thorough pytest tests/op` draws thirty times as many examples, new ones on every run;
+`interpreter` draws fewer, for kernels that Triton's interpreter runs, some thousand times slower than compiled ones.
 """
 
 import os
@@ -13,5 +14,6 @@ COMMON = dict(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
 )
 settings.register_profile("default", derandomize=True, database=None, max_examples=30, **COMMON)
+settings.register_profile("interpreter", derandomize=True, database=None, max_examples=8, **COMMON)
 settings.register_profile("thorough", max_examples=1000, **COMMON)
 settings.load_profile(os.environ.get("CTKERNELS_TEST_PROFILE", "default"))
