@@ -14,6 +14,7 @@ from ctkernels.tuning.sweep.run import Sweep
 from ctkernels.tuning.sweep.spec import MethodSpec
 from ctkernels.tuning.sweep.view import SweepView
 from ctkernels.tuning.sweep.workers import Workers
+from ctkernels.tuning.distributed import local_device
 from tests.tuning.tasks import DEMONSTRATIONS, char_tokenizer, write_jsonl
 from tests.tuning.tiny_models import make_model
 
@@ -117,7 +118,7 @@ def test_processes_of_a_gpu_machine_take_their_own_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "3")
     workers = Workers()
-    assert [workers.device(name) for name in ("cuda", "cuda:1", "cpu")] == ["cuda:3", "cuda:1", "cpu"]
+    assert [local_device(name) for name in ("cuda", "cuda:1", "cpu")] == ["cuda:3", "cuda:1", "cpu"]
     numbers = workers.numbers()
     assert [next(numbers) for _ in range(3)] == [0, 1, 2]
     assert next(workers.numbers()) == 0  # a second sweep begins anew
