@@ -44,8 +44,7 @@ class Ranks:
     rank, size: this process's number and how many there are.
 
     Raises:
-        TypeError: not a process group.
-        ValueError: a group that this process is not in.
+        TypeError: not a process group, or one that this process is not in.
     """
 
     def __init__(
@@ -55,7 +54,10 @@ class Ranks:
         if group is None:
             return
         if not isinstance(group, dist.ProcessGroup):
-            raise TypeError(f"group must be a torch.distributed process group or None, got {type(group).__name__}")
+            raise TypeError(
+                "group must be a process group of torch.distributed that this process is in, or None, "
+                f"got {type(group).__name__}"
+            )
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
     @property

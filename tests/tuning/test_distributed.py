@@ -14,7 +14,7 @@ from tests.tuning.ranks import RUNS, tuned
 from tests.tuning.runs import tensors
 from tests.tuning.torchrun import launch, torchrun
 
-TOLERANCE = {"rtol": 0, "atol": 1e-12}
+TOLERANCE = 2e-12  # of fp64 sums in another order, after the steps of AdamW
 
 
 def done(result) -> None:
@@ -26,40 +26,51 @@ def one_process():
     return {name: tuned(name) for name in RUNS}
 
 
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """One start of two processes, which takes longer than all that they do."""
+    folder = tmp_path_factory.mktemp("two")
+    done(torchrun(2, "tests.tuning.ranks", folder, "rows", "checkpoints", "resumed", "failures"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def three_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("three")
+    done(torchrun(3, "tests.tuning.ranks", folder, "rows"))
+    return folder
+
+
 @pytest.mark.parametrize("processes", [2, 3])
-def test_rows_over_processes(processes, one_process, tmp_path):
+def test_rows_over_processes(processes, one_process, request):
     """Would catch: dropout by a row's index in its share, a loss divided by the share's size, a penalty counted once
     per process, a process without rows that stops the others, sums that differ between processes."""
-    done(torchrun(processes, "tests.tuning.ranks", "rows", tmp_path))
+    folder = request.getfixturevalue({2: "two_processes", 3: "three_processes"}[processes])
     for name, expected in one_process.items():
-        found = [load_file(tmp_path / f"{name}-{rank}.safetensors") for rank in range(processes)]
+        found = [load_file(folder / f"{name}-{rank}.safetensors") for rank in range(processes)]
         for rank in range(1, processes):
             assert all(torch.equal(found[0][key], found[rank][key]) for key in found[0]), name
         history = torch.tensor([(r.loss, r.grad_norm) for r in expected.history], dtype=torch.float64)
-        torch.testing.assert_close(found[0].pop("history"), history, msg=lambda m, name=name: f"{name}: {m}", **TOLERANCE)
+        assert (found[0].pop("history") - history).abs().max() <= TOLERANCE, name
         for i, x in enumerate(tensors(expected.adapter)):
-            torch.testing.assert_close(found[0][str(i)], x, msg=lambda m, name=name: f"{name}: {m}", **TOLERANCE)
+            assert (found[0][str(i)] - x).abs().max() <= TOLERANCE * max(1.0, float(x.abs().max())), name
 
 
-def test_checkpoints(one_process, tmp_path):
-    """The first process alone writes; two of them resume, and so does one."""
-    done(torchrun(2, "tests.tuning.ranks", "checkpoints", tmp_path))
-    assert [path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*.safetensors")] == ["rank0"]
-    alone = tmp_path / "alone"
-    alone.mkdir()
-    (alone / "checkpoint.safetensors").write_bytes((tmp_path / "rank0" / "checkpoint.safetensors").read_bytes())
-    done(torchrun(2, "tests.tuning.ranks", "resumed", tmp_path))
-    results = [load_file(tmp_path / f"resumed-{rank}.safetensors") for rank in range(2)]
-    results.append({str(i): x for i, x in enumerate(tensors(tuned("plain", checkpoint_dir=alone, resume=True).adapter))})
+def test_checkpoints(one_process, two_processes, tmp_path):
+    """The first process alone writes; what it wrote is resumed by both, and by one process of its own."""
+    assert [path.parent.name for path in two_processes.rglob("checkpoint.safetensors")] == ["stopped-0"]
+    (tmp_path / "checkpoint.safetensors").write_bytes((two_processes / "two-epochs.safetensors").read_bytes())
+    alone = tuned("plain", checkpoint_dir=tmp_path, resume=True)
+    results = [load_file(two_processes / f"resumed-{rank}.safetensors") for rank in range(2)]
+    results.append({str(i): x for i, x in enumerate(tensors(alone.adapter))})
     for found in results:
         for i, x in enumerate(tensors(one_process["plain"].adapter)):
-            torch.testing.assert_close(found[str(i)], x, **TOLERANCE)
+            torch.testing.assert_close(found[str(i)], x, rtol=TOLERANCE, atol=TOLERANCE)
 
 
-def test_failures_stop_all_processes(tmp_path):
-    done(torchrun(2, "tests.tuning.ranks", "failures", tmp_path, timeout=120))
-    result = torchrun(2, "tests.tuning.ranks", "killed", tmp_path, timeout=120)
-    assert result.returncode != 0 and "Signal 9" in result.stderr
+def test_a_process_that_vanishes_does_not_leave_the_others_waiting(tmp_path):
+    result = torchrun(2, "tests.tuning.ranks", tmp_path, "killed", timeout=120)
+    assert result.returncode != 0 and (tmp_path / "noticed").exists(), result.stderr[-4000:]
 
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
@@ -69,7 +80,17 @@ ACCELERATE = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--
 @pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
 def test_command(launcher, files, tmp_path, capsys):
     """`ctkernels tune` under a launcher: one result, written once, that of one process."""
-    arguments = ["tune", "--model", f"{files}/model", "--train", f"{files}/train.jsonl", "--epochs", "3", "--lr", "1e-2"]
+    arguments = [
+        "tune",
+        "--model",
+        f"{files}/model",
+        "--train",
+        f"{files}/train.jsonl",
+        "--epochs",
+        "3",
+        "--lr",
+        "1e-2",
+    ]
     assert cli.run([*arguments, "--out", f"{tmp_path}/one"]) == 0
     both = launch(launcher, "ctkernels.cli", *arguments, "--out", f"{tmp_path}/two")
     done(both)

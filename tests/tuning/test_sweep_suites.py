@@ -8,13 +8,13 @@ import torch
 from rich.console import Console
 
 from ctkernels import cli
+from ctkernels.tuning.distributed import local_device
 from ctkernels.tuning.suites import get_suite
 from ctkernels.tuning.sweep.cells import Cell, CellResult
 from ctkernels.tuning.sweep.run import Sweep
 from ctkernels.tuning.sweep.spec import MethodSpec
 from ctkernels.tuning.sweep.view import SweepView
 from ctkernels.tuning.sweep.workers import Workers
-from ctkernels.tuning.distributed import local_device
 from tests.tuning.tasks import DEMONSTRATIONS, char_tokenizer, write_jsonl
 from tests.tuning.tiny_models import make_model
 
