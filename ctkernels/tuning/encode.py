@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ctkernels.tuning.hf_attention import ATTACHED
 from ctkernels.tuning.hf_models import ALIBI, Decoder, find_decoder
+from ctkernels.tuning.hf_parallel import all_heads, head_group
 
 if TYPE_CHECKING:
     from ctkernels.tuning.prefix import KVPrefix
@@ -63,11 +64,12 @@ def _encode(
         numbered = {} if decoder.family.positions == ALIBI else {"position_ids": positions}
         decoder.base(**inputs, **numbered, attention_mask=mask, past_key_values=cache, use_cache=True)
     # a copy of its own: the cache may share memory between layers or with the model
-    dtype = decoder.prefix_dtype
-    return (
-        [layer.keys[0].to(dtype, copy=True).contiguous() for layer in cache.layers],
-        [layer.values[0].to(dtype, copy=True).contiguous() for layer in cache.layers],
-    )
+    dtype, group = decoder.prefix_dtype, head_group(decoder.attentions[0])
+
+    def own(x: Tensor) -> Tensor:
+        return all_heads(x[0].to(dtype, copy=True).contiguous(), decoder.kv_heads, group)
+
+    return [own(layer.keys) for layer in cache.layers], [own(layer.values) for layer in cache.layers]
 
 
 def _empty(decoder: Decoder) -> Layers:

@@ -4,6 +4,7 @@
         hf_models.py                          which model classes, where their layers are
         hf_attention.py                       the attention and mask functions that the layers call
         hf_alibi.py                           BLOOM, which does not call them
+        hf_parallel.py                        KV heads of models spread over processes
 
 While attached, a model runs as usual (`forward`, loss, `generate`, gradient checkpointing) on a row's own tokens;
 caches and 2D padding masks cover only those. The prefix is read in place by every layer, never copied per row.
@@ -26,6 +27,7 @@ from ctkernels import ContextMask
 from ctkernels.tuning.hf_alibi import ALIBI_IMPLEMENTATION, serve_alibi
 from ctkernels.tuning.hf_attention import ATTACHED, IMPLEMENTATION, ForwardState, is_layout, no_padding
 from ctkernels.tuning.hf_models import ALIBI, LEARNED, Decoder, config_hash, find_decoder, rope_switch
+from ctkernels.tuning.hf_parallel import head_group
 
 if TYPE_CHECKING:
     from ctkernels.tuning.prefix import KVPrefix
@@ -59,6 +61,7 @@ class Attachment:
         self._implementation = ALIBI_IMPLEMENTATION if family.positions == ALIBI else IMPLEMENTATION
         self._position_limit = config.max_position_embeddings if family.positions == LEARNED else None
         self._rope_switch = rope_switch(config, prefix.first_position)
+        self._group = head_group(self._decoder.attentions[0])
         self._parameters = list(inspect.signature(self._decoder.base.forward).parameters)
         self._stack: ExitStack | None = None
         self._thread = threading.local()
@@ -107,7 +110,7 @@ class Attachment:
         positions = prepare(tokens, kwargs) + self.prefix.first_position
         self._check_positions(positions, tokens.shape[1], kwargs)
         state = ForwardState(
-            tuple(self.prefix.keys), tuple(self.prefix.values), self.mask, self.cu_seqlens, self.backend
+            tuple(self.prefix.keys), tuple(self.prefix.values), self.mask, self.cu_seqlens, self.backend, self._group
         )
         kwargs[STATE] = state
         if self._decoder.family.positions == ALIBI:  # BLOOM has no position ids and passes no keyword arguments on
