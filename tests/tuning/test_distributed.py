@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from ctkernels import cli
+from ctkernels.tuning.hf_parallel import own_heads
 from ctkernels.tuning.prefix import KVPrefix
 from tests.tuning.ranks import RUNS, tuned
 from tests.tuning.runs import tensors
@@ -71,6 +72,17 @@ def test_checkpoints(one_process, two_processes, tmp_path):
 def test_a_process_that_vanishes_does_not_leave_the_others_waiting(tmp_path):
     result = torchrun(2, "tests.tuning.ranks", tmp_path, "killed", timeout=120)
     assert result.returncode != 0 and (tmp_path / "noticed").exists(), result.stderr[-4000:]
+
+
+def test_sharded_models(tmp_path):
+    """Would catch: heads of another process read, a gradient of the own heads alone, gradients summed once too often,
+    forward passes that not all processes of a sharded model make, weights that are trained behind the user's back."""
+    done(torchrun(2, "tests.tuning.sharded", tmp_path))
+
+
+def test_heads_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="3 KV heads and this layer 2 in each of 1 processes"):
+        own_heads(torch.zeros(3, 5, 4), 2, None)
 
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
