@@ -39,6 +39,7 @@ IMPLEMENTATION = "ctkernels"
 ATTACHED = "_ctkernels_layer_index"  # attribute of an attention module while a prefix is attached to it
 # arguments of other models' attention that change the result and that the op has no place for
 UNSUPPORTED_ARGUMENTS = ("position_bias", "s_aux", "cache", "head_mask")
+COMPILED_MASK = "under torch.compile, a padding mask must have rows that are one run of ones, up to the last query"
 
 
 class KeySpan(NamedTuple):
@@ -61,7 +62,8 @@ class ForwardState:
     It travels through the model as a keyword argument rather than on the attachment, so that gradient checkpointing
     recomputes a layer with the mask of its own forward, and two threads can run one model.
 
-    keys, values: per layer `[Hk, P, D]`.  group: see `hf_parallel.head_group`.  consumed: layers whose attention has read them.
+    keys, values: per layer `[Hk, P, D]`.  group: see `hf_parallel.head_group`.  consumed: layers whose attention has
+    read them.
     """
 
     keys: tuple[Tensor, ...]
@@ -149,6 +151,9 @@ def row_layout(
         first = end - count
         one_run = (valid == ((first[:, None] <= position) & (position < end[:, None]))).all()
         ends_at_query = ((end == limit) | (count == 0)).all() if kv_length > q_length else one_run
+        if torch.compiler.is_compiling():  # a graph cannot depend on values: the general layout, checked as it runs
+            torch._assert_async(one_run & ends_at_query, COMPILED_MASK)
+            return torch.stack((first, end), dim=-1)[:, None, None]
         # one transfer from the device for all questions
         complete, representable, from_start = torch.stack(
             ((count == kv_length).all(), one_run & ends_at_query, (first == 0).all())
