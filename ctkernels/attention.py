@@ -260,7 +260,7 @@ def _attend(
         with torch.autocast(q.device.type, enabled=False):
             out, lse = reference.prefix_attention(q, k, v, prefix_k, prefix_v, prefix_bias, problem)
     else:
-        out, lse = ops.prefix_attention(q, k, v, prefix_k, prefix_v, prefix_bias, *problem)
+        out, lse = ops.attend(q, k, v, prefix_k, prefix_v, prefix_bias, *problem)
     return (out, lse) if return_lse else out
 
 

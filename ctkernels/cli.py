@@ -12,7 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,35 +66,43 @@ def tune_command(argv: list[str]) -> None:
     demonstrations = config.load("train", config.train)
     if (config.out / "checkpoint").exists() and not config.resume:
         raise UsageError(f"{config.out} already holds a run; add --resume to continue it, or choose another --out")
-    model, tokenizer = load_model(config)
 
     from ctkernels.tuning.adapter import Adapter
+    from ctkernels.tuning.distributed import launched, local_device
     from ctkernels.tuning.progress import epoch_bar
     from ctkernels.tuning.storage import atomic_write_bytes, atomic_write_json
     from ctkernels.tuning.trainer import tune
 
-    start_from = None if config.start_from is None else Adapter.from_pretrained(config.start_from, model, tokenizer)
-    atomic_write_bytes(config.out / "config.yaml", as_yaml(config).encode())
-    with epoch_bar(settings.epochs) as on_epoch:
-        result = tune(
-            model,
-            tokenizer,
-            demonstrations,
-            config.method,
-            settings,
-            config.text_format(),
-            start_from=start_from,
-            checkpoint_dir=config.out / "checkpoint",
-            checkpoint_every=config.checkpoint_every,
-            resume=config.resume,
-            on_epoch=on_epoch,
-        )
+    device = local_device(config.device)
+    with launched(device) as group:
+        first = group is None or group.rank() == 0
+        model, tokenizer = load_model(replace(config, device=device))
+        start_from = None if config.start_from is None else Adapter.from_pretrained(config.start_from, model, tokenizer)
+        if first:
+            atomic_write_bytes(config.out / "config.yaml", as_yaml(config).encode())
+        with epoch_bar(settings.epochs, enabled=None if first else False) as on_epoch:
+            result = tune(
+                model,
+                tokenizer,
+                demonstrations,
+                config.method,
+                settings,
+                config.text_format(),
+                start_from=start_from,
+                checkpoint_dir=config.out / "checkpoint",
+                checkpoint_every=config.checkpoint_every,
+                resume=config.resume,
+                on_epoch=on_epoch,
+                group=group,
+            )
+    if not first:
+        return
     result.adapter.save_pretrained(config.out / "prefix")
     atomic_write_json(config.out / "history.json", [asdict(record) for record in result.history])
     if result.history:
-        first, last = result.history[0], result.history[-1]
+        first_epoch, last = result.history[0], result.history[-1]
         seconds = sum(record.seconds for record in result.history)
-        print(f"loss {first.loss:.4f} -> {last.loss:.4f} in {len(result.history)} epochs, {seconds:.1f} s")
+        print(f"loss {first_epoch.loss:.4f} -> {last.loss:.4f} in {len(result.history)} epochs, {seconds:.1f} s")
     extra = " and a LoRA update of the weights" if result.adapter.lora else ""
     print(f"saved {config.out / 'prefix'}: {result.prefix.length} tokens{extra}")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ctkernels import dispatch
 from ctkernels.problem import Problem, compute_dtype
@@ -77,31 +78,40 @@ def empty_gradients(q, k, v, prefix_k, prefix_v, prefix_bias, needs) -> tuple[Te
     return (*rows, *shared)
 
 
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[: INPUT_COUNT + PROBLEM_TENSORS], *output)
+    ctx.settings = inputs[INPUT_COUNT + PROBLEM_TENSORS :]
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, backward, dout: Tensor | None, dlse: Tensor | None, needs: list[bool]) -> tuple[Tensor | None, ...]:
+    """Gradients of the inputs, with None for all that has none; `backward` is the operator or something that calls it."""
+    nothing = (None,) * len(Problem._fields)
+    if dout is None and dlse is None:
+        return (None,) * INPUT_COUNT + nothing
+    saved = ctx.saved_tensors
+    inputs, tensors = saved[:INPUT_COUNT], saved[INPUT_COUNT : INPUT_COUNT + PROBLEM_TENSORS]
+    out, lse = saved[INPUT_COUNT + PROBLEM_TENSORS :]
+    if dout is None:
+        dout = torch.zeros_like(out)
+    grads = backward(dout, dlse, *inputs, out, lse, needs, *tensors, *ctx.settings)
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), *nothing
+
+
 class _Attention(torch.autograd.Function):
     """The derivative of the operator. It is registered under the Autograd key itself, since `register_autograd` adds
     0.1 ms per call for a schema of this length (it looks up every argument's default)."""
 
     @staticmethod
     def forward(ctx, keyset, *inputs):
-        out, lse = _below_autograd(keyset, *inputs)
-        ctx.save_for_backward(*inputs[: INPUT_COUNT + PROBLEM_TENSORS], out, lse)
-        ctx.settings = inputs[INPUT_COUNT + PROBLEM_TENSORS :]
-        ctx.set_materialize_grads(False)
-        return out, lse
+        output = _below_autograd(keyset, *inputs)
+        _save(ctx, inputs, output)
+        return output
 
     @staticmethod
     def backward(ctx, dout: Tensor | None, dlse: Tensor | None):
-        nothing = (None,) * len(Problem._fields)
-        if dout is None and dlse is None:
-            return (None,) * (1 + INPUT_COUNT) + nothing
-        saved = ctx.saved_tensors
-        inputs, tensors = saved[:INPUT_COUNT], saved[INPUT_COUNT : INPUT_COUNT + PROBLEM_TENSORS]
-        out, lse = saved[INPUT_COUNT + PROBLEM_TENSORS :]
-        if dout is None:
-            dout = torch.zeros_like(out)
         needs = list(ctx.needs_input_grad[1 : 1 + INPUT_COUNT])
-        grads = prefix_attention_backward(dout, dlse, *inputs, out, lse, needs, *tensors, *ctx.settings)
-        return None, *(g if need else None for g, need in zip(grads, needs, strict=True)), *nothing
+        return None, *_gradients(ctx, prefix_attention_backward, dout, dlse, needs)
 
 
 def _below_autograd(keyset, *inputs):
@@ -110,6 +120,8 @@ def _below_autograd(keyset, *inputs):
 
 
 def _autograd(keyset, *inputs):
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(inputs[:INPUT_COUNT])
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:INPUT_COUNT]):
         return _Attention.apply(keyset, *inputs)
     return _below_autograd(keyset, *inputs)
@@ -126,3 +138,53 @@ def _refuse_second_derivative(ctx, *grads: Tensor | None):
 
 
 torch.library.register_autograd("ctkernels::prefix_attention_backward", _refuse_second_derivative)
+
+
+def _refuse_tangents(inputs) -> None:
+    """An operator that knows nothing of forward-mode derivatives would drop them without a word."""
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise RuntimeError(
+            "ctkernels.prefix_attention has no forward-mode derivative in its kernel backends; use backend='reference'"
+        )
+
+
+class _Transformed(torch.autograd.Function):
+    """`_Attention` for the transforms of torch.func, which take functions with a `setup_context` alone. vmap runs the
+    operator once per entry."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs):
+        return prefix_attention(*inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _save(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx, dout: Tensor | None, dlse: Tensor | None):
+        return _gradients(ctx, _TransformedBackward.apply, dout, dlse, list(ctx.needs_input_grad[:INPUT_COUNT]))
+
+
+class _TransformedBackward(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs):
+        return prefix_attention_backward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    backward = staticmethod(_refuse_second_derivative)
+
+
+def attend(*inputs) -> tuple[Tensor, Tensor]:
+    """The operator, in the form that whatever is active around it can differentiate."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(inputs[:INPUT_COUNT])
+        return _Transformed.apply(*inputs)
+    return prefix_attention(*inputs)

@@ -11,6 +11,7 @@ from typing import Any
 _HOMES = {
     "adapter": ("Adapter",),
     "data": ("DataError", "Demonstration", "TextFormat", "encode_context", "encode_rows", "load_jsonl", "load_metaicl"),
+    "distributed": ("PeerError",),
     "evaluate": ("EvalResult", "evaluate_prefix"),
     "methods": ("METHODS", "PRESETS", "Method", "get_method"),
     "prefix": ("KVPrefix",),

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ctkernels.tuning.storage import atomic_file
 
@@ -115,8 +116,13 @@ def fingerprint(parts: Iterable[Any]) -> str:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """A short hash of a model's parameter names, shapes, types and the first few values of each."""
+    """A short hash of a model's parameter names, shapes, types and the first few values of each; the same however the
+    model is spread over processes, which all have to ask."""
     return fingerprint(
-        (name, tuple(p.shape), str(p.dtype), p.detach().flatten()[:16].double().tolist())
+        (name, tuple(p.shape), str(p.dtype), _whole(p.detach()).flatten()[:16].double().tolist())
         for name, p in model.named_parameters()
     )
+
+
+def _whole(x: Tensor) -> Tensor:
+    return x.full_tensor() if isinstance(x, DTensor) else x

@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ctkernels.tuning.hf_attention import ATTACHED
 from ctkernels.tuning.hf_models import ALIBI, Decoder, find_decoder
+from ctkernels.tuning.hf_parallel import all_heads, head_group
 
 if TYPE_CHECKING:
     from ctkernels.tuning.prefix import KVPrefix
@@ -61,13 +62,16 @@ def _encode(
     with torch.no_grad(), _eval_mode(decoder.model), attached:
         mask = torch.ones(1, length, dtype=torch.int64, device=decoder.device)
         numbered = {} if decoder.family.positions == ALIBI else {"position_ids": positions}
-        decoder.base(**inputs, **numbered, attention_mask=mask, past_key_values=cache, use_cache=True)
+        # the whole model, whose call brings in the weights of one that is sharded; a head runs on one token alone
+        numbered |= {} if decoder.model is decoder.base else {"logits_to_keep": 1}
+        decoder.model(**inputs, **numbered, attention_mask=mask, past_key_values=cache, use_cache=True)
     # a copy of its own: the cache may share memory between layers or with the model
-    dtype = decoder.prefix_dtype
-    return (
-        [layer.keys[0].to(dtype, copy=True).contiguous() for layer in cache.layers],
-        [layer.values[0].to(dtype, copy=True).contiguous() for layer in cache.layers],
-    )
+    dtype, group = decoder.prefix_dtype, head_group(decoder.attentions[0])
+
+    def own(x: Tensor) -> Tensor:
+        return all_heads(x[0].to(dtype, copy=True).contiguous(), decoder.kv_heads, group)
+
+    return [own(layer.keys) for layer in cache.layers], [own(layer.values) for layer in cache.layers]
 
 
 def _empty(decoder: Decoder) -> Layers:

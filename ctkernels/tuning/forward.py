@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from ctkernels.tuning.batches import Batch, answer_losses
+from ctkernels.tuning.distributed import reshard
 from ctkernels.tuning.hf import Attachment
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def frozen(model: PreTrainedModel, but: Iterable[nn.Parameter] = ()) -> Iterator
 
     Modules under gradient checkpointing stay in training mode, since transformers checkpoints nothing outside of it.
     """
+    reshard(model)
     needs_grad = [(p, p.requires_grad) for p in model.parameters()]
     training = [(module, module.training) for module in model.modules()]
     try:
@@ -52,6 +54,7 @@ def frozen(model: PreTrainedModel, but: Iterable[nn.Parameter] = ()) -> Iterator
             parameter.requires_grad_(True)
         yield
     finally:
+        reshard(model)
         for parameter, flag in needs_grad:
             parameter.requires_grad_(flag)
         for module, flag in training:

@@ -4,6 +4,7 @@
         hf_models.py                          which model classes, where their layers are
         hf_attention.py                       the attention and mask functions that the layers call
         hf_alibi.py                           BLOOM, which does not call them
+        hf_parallel.py                        KV heads of models spread over processes
 
 While attached, a model runs as usual (`forward`, loss, `generate`, gradient checkpointing) on a row's own tokens;
 caches and 2D padding masks cover only those. The prefix is read in place by every layer, never copied per row.
@@ -15,6 +16,7 @@ import copy
 import inspect
 import threading
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ from ctkernels import ContextMask
 from ctkernels.tuning.hf_alibi import ALIBI_IMPLEMENTATION, serve_alibi
 from ctkernels.tuning.hf_attention import ATTACHED, IMPLEMENTATION, ForwardState, is_layout, no_padding
 from ctkernels.tuning.hf_models import ALIBI, LEARNED, Decoder, config_hash, find_decoder, rope_switch
+from ctkernels.tuning.hf_parallel import head_group
 
 if TYPE_CHECKING:
     from ctkernels.tuning.prefix import KVPrefix
@@ -59,6 +62,7 @@ class Attachment:
         self._implementation = ALIBI_IMPLEMENTATION if family.positions == ALIBI else IMPLEMENTATION
         self._position_limit = config.max_position_embeddings if family.positions == LEARNED else None
         self._rope_switch = rope_switch(config, prefix.first_position)
+        self._group = head_group(self._decoder.attentions[0])
         self._parameters = list(inspect.signature(self._decoder.base.forward).parameters)
         self._stack: ExitStack | None = None
         self._thread = threading.local()
@@ -79,6 +83,10 @@ class Attachment:
                 base.register_forward_pre_hook(self._before, with_kwargs=True),
                 base.register_forward_hook(self._after, with_kwargs=True),
                 embedding.register_forward_hook(lambda module, args, out: self._carry_gradient(out)),
+                *(
+                    layer.register_forward_pre_hook(partial(self._check_recorded, index), with_kwargs=True)
+                    for index, layer in enumerate(decoder.layers)
+                ),
             ):
                 stack.callback(handle.remove)
             self._stack = stack.pop_all()
@@ -107,7 +115,13 @@ class Attachment:
         positions = prepare(tokens, kwargs) + self.prefix.first_position
         self._check_positions(positions, tokens.shape[1], kwargs)
         state = ForwardState(
-            tuple(self.prefix.keys), tuple(self.prefix.values), self.mask, self.cu_seqlens, self.backend
+            tuple(self.prefix.keys),
+            tuple(self.prefix.values),
+            self.mask,
+            self.cu_seqlens,
+            self.backend,
+            self._group,
+            torch.is_grad_enabled(),
         )
         kwargs[STATE] = state
         if self._decoder.family.positions == ALIBI:  # BLOOM has no position ids and passes no keyword arguments on
@@ -192,6 +206,21 @@ class Attachment:
             return hidden
         options = getattr(self._decoder.layers[0]._gradient_checkpointing_func, "keywords", {})
         return hidden if options.get("use_reentrant") is False else hidden.detach().requires_grad_()
+
+    def _check_recorded(self, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Runs before each layer: a reentrant checkpoint put around it by hand must not lose the prefix's gradient."""
+        if torch.is_grad_enabled():
+            return
+        state = kwargs.get(STATE) or getattr(self._thread, "state", None)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if state is None or not state.recording or hidden.requires_grad:
+            return
+        if state.keys[index].requires_grad or state.values[index].requires_grad:
+            raise ValueError(
+                f"layer {index} of {self._name} runs in a reentrant checkpoint (or under no_grad) and its input requires "
+                "no gradient, so the prefix would get none from it; pass use_reentrant=False to the checkpoint, or call "
+                "model.enable_input_require_grads()"
+            )
 
     def _recomputes(self) -> bool:
         """Whether the layers of a forward pass will run once more in its backward pass."""

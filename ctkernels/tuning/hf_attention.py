@@ -21,7 +21,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +30,16 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ctkernels import ContextMask, prefix_attention, prefix_attention_varlen
+from ctkernels.tuning.hf_parallel import own_heads
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 IMPLEMENTATION = "ctkernels"
 ATTACHED = "_ctkernels_layer_index"  # attribute of an attention module while a prefix is attached to it
 # arguments of other models' attention that change the result and that the op has no place for
 UNSUPPORTED_ARGUMENTS = ("position_bias", "s_aux", "cache", "head_mask")
+COMPILED_MASK = "under torch.compile, a padding mask must have rows that are one run of ones, up to the last query"
 
 
 class KeySpan(NamedTuple):
@@ -57,7 +62,8 @@ class ForwardState:
     It travels through the model as a keyword argument rather than on the attachment, so that gradient checkpointing
     recomputes a layer with the mask of its own forward, and two threads can run one model.
 
-    keys, values: per layer `[Hk, P, D]`.  consumed: layers whose attention has read them.
+    keys, values: per layer `[Hk, P, D]`.  group: see `hf_parallel.head_group`.  recording: whether gradients are recorded
+    around the model.  consumed: layers whose attention has read keys and values.
     """
 
     keys: tuple[Tensor, ...]
@@ -65,6 +71,8 @@ class ForwardState:
     mask: ContextMask | None
     cu_seqlens: Tensor | None
     backend: str | None
+    group: ProcessGroup | None = None
+    recording: bool = False
     consumed: set[int] = field(default_factory=set)
     spans: dict[int, tuple[Tensor, KeySpan]] = field(default_factory=dict)
 
@@ -144,6 +152,9 @@ def row_layout(
         first = end - count
         one_run = (valid == ((first[:, None] <= position) & (position < end[:, None]))).all()
         ends_at_query = ((end == limit) | (count == 0)).all() if kv_length > q_length else one_run
+        if torch.compiler.is_compiling():  # a graph cannot depend on values: the general layout, checked as it runs
+            torch._assert_async(one_run & ends_at_query, COMPILED_MASK)
+            return torch.stack((first, end), dim=-1)[:, None, None]
         # one transfer from the device for all questions
         complete, representable, from_start = torch.stack(
             ((count == kv_length).all(), one_run & ends_at_query, (first == 0).all())
@@ -251,7 +262,7 @@ def attend(
     state: ForwardState, index: int, query: Tensor, key: Tensor, value: Tensor, layout: Tensor | None, **settings: Any
 ) -> Tensor:
     """The op on layer `index`: q `[B, H, S, D]`, k and v `[B, Hk, T, D]` -> `[B, S, H, D]`."""
-    prefix = state.keys[index], state.values[index]
+    prefix = [own_heads(x[index], key.shape[1], state.group) for x in (state.keys, state.values)]
     settings["backend"] = state.backend
     state.consumed.add(index)
     if state.cu_seqlens is not None:

@@ -9,7 +9,8 @@
                      its norm clipped
 
 Rows run packed back to back (or right-padded) in micro-batches of at most `max_tokens` tokens; each contributes
-`sum of its rows' means / number of the step's rows`, so that loss and gradient do not depend on how they are split.
+`sum of its rows' means / number of the step's rows`, so that loss and gradient do not depend on how they are split, nor
+on how many processes share the rows of a step (`distributed.py`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from ctkernels.tuning.adapter import Adapter
 from ctkernels.tuning.batches import make_batch, split_by_tokens
 from ctkernels.tuning.checkpoint import Checkpoint, fingerprint, model_fingerprint
 from ctkernels.tuning.data import DataError, Demonstration, Row, TextFormat
+from ctkernels.tuning.distributed import Ranks, is_sharded
 from ctkernels.tuning.forward import frozen
 from ctkernels.tuning.learners import Learner
 from ctkernels.tuning.methods import Run, get_method
@@ -37,6 +39,7 @@ from ctkernels.tuning.prefix import KVPrefix
 from ctkernels.tuning.settings import TrainSettings
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -87,6 +90,7 @@ def tune(
     checkpoint_every: int = 5,
     resume: bool = False,
     on_epoch: OnEpoch | None = None,
+    group: ProcessGroup | None = None,
 ) -> TuneResult:
     """Adapt a frozen model to a task: the adapter of `method` for these demonstrations, trained if the method trains.
 
@@ -102,6 +106,9 @@ def tune(
         checkpoint_dir, checkpoint_every: where to keep a checkpoint, and after how many epochs to replace it.
         resume: continue from the checkpoint, if there is one; the run ends with the same bits as if never stopped.
         on_epoch: called with the record and what is trained after every epoch, before its checkpoint.
+        group: a `torch.distributed` process group whose processes all make this call and share the rows of each step;
+            all of them return the result of one process, the first one writes checkpoints, which all of them must be
+            able to read. None: this process alone.
 
     Raises:
         DataError: too few demonstrations, or more tokens than the model takes.
@@ -110,7 +117,41 @@ def tune(
         TypeError: a model class that is not supported.
         CheckpointError: `resume` with other settings, data or model than the checkpoint's.
         TrainingError: the loss is not finite.
+        PeerError: another process of the group failed.
     """
+    ranks = Ranks(group, model.device, sharded=is_sharded(model))
+    with ranks.together():
+        return _tune(
+            model,
+            tokenizer,
+            demonstrations,
+            method,
+            settings,
+            text_format,
+            start_from=start_from,
+            checkpoint_dir=checkpoint_dir,
+            checkpoint_every=checkpoint_every,
+            resume=resume,
+            on_epoch=on_epoch,
+            ranks=ranks,
+        )
+
+
+def _tune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    demonstrations: Sequence[Demonstration],
+    method: str,
+    settings: TrainSettings | None,
+    text_format: TextFormat | None,
+    *,
+    start_from: Adapter | None,
+    checkpoint_dir: str | Path | None,
+    checkpoint_every: int,
+    resume: bool,
+    on_epoch: OnEpoch | None,
+    ranks: Ranks,
+) -> TuneResult:
     how = get_method(method)
     settings = settings or how.settings()
     how.check(settings)
@@ -138,6 +179,7 @@ def tune(
                 checkpoint_every=checkpoint_every,
                 resume=resume,
                 on_epoch=on_epoch,
+                ranks=ranks,
             )
         )
 
@@ -165,21 +207,26 @@ def train_learner(
     checkpoint_every: int = 5,
     resume: bool = False,
     on_epoch: OnEpoch | None = None,
+    ranks: Ranks | None = None,
 ) -> list[EpochRecord]:
     """Train `learner` in place; arguments and errors as in `tune`.
 
     checkpoint: its folder, and what the run depends on besides settings, rows and model, by name.
+    ranks: the processes that share the rows, default: this one alone.
     """
+    ranks = ranks or Ranks()
     rows = learner.rows(0)
     if not rows:
         raise DataError("training needs demonstrations, got none")
     parameters = learner.parameters()
     optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, betas=(0.9, 0.999), weight_decay=0.0)
     history: list[EpochRecord] = []
-    store = None
+    store, run = None, {} if checkpoint is None and ranks.size == 1 else _identity(model, learner, rows, settings)
+    ranks.agree(**run)
+    ranks.share_start(parameters.values())
     if checkpoint is not None:
         folder, identity = checkpoint
-        store = Checkpoint(folder, identity | _identity(model, learner, rows, settings))
+        store = Checkpoint(folder, identity | run)
         if store.exists() and not resume:
             raise ValueError(f"checkpoint_dir already holds {store.path}; resume from it, or choose another folder")
     with frozen(model, but=parameters.values()), learner.attached(settings.backend):
@@ -187,13 +234,15 @@ def train_learner(
         learner.before_training(singly)  # before a checkpoint replaces the start
         if store is not None and store.exists():
             history = [EpochRecord(**record) for record in store.load(parameters, optimizer)]
+        ranks.agree(checkpoint=f"checkpoint after {len(history)} epochs")
         for epoch in range(len(history), settings.epochs):
-            record = _train_epoch(model, learner, settings, epoch, parameters, optimizer)
+            record = _train_epoch(model, learner, settings, epoch, parameters, optimizer, ranks)
             record = replace(record, stage=stage)
             history.append(record)
             if on_epoch is not None:
                 on_epoch(record, learner.module)
-            if store is not None and (record.epoch % checkpoint_every == 0 or record.epoch == settings.epochs):
+            due = record.epoch % checkpoint_every == 0 or record.epoch == settings.epochs
+            if store is not None and due and ranks.writes:
                 store.save(parameters, optimizer, [asdict(r) for r in history])
     optimizer.zero_grad()
     return history
@@ -206,6 +255,7 @@ def _train_epoch(
     epoch: int,
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
+    ranks: Ranks,
 ) -> EpochRecord:
     started = time.perf_counter()
     rows = learner.rows(epoch)
@@ -218,10 +268,11 @@ def _train_epoch(
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad()
-        total += _accumulate(model, learner, settings, epoch, rows, step)
-        penalty = learner.penalty()
+        losses = _accumulate(model, learner, settings, epoch, rows, step, ranks)
+        penalty = learner.penalty() if ranks.rank == 0 else None
         if penalty is not None:
             penalty.backward()
+        total += ranks.sum(parameters.values(), losses)
         learner.before_step()
         norms.append(torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip_norm or math.inf))
         if not torch.isfinite(norms[-1]) or not torch.isfinite(total):
@@ -236,17 +287,39 @@ def _train_epoch(
 
 
 def _accumulate(
-    model: PreTrainedModel, learner: Learner, settings: TrainSettings, epoch: int, rows: Sequence[Row], step: list[int]
+    model: PreTrainedModel,
+    learner: Learner,
+    settings: TrainSettings,
+    epoch: int,
+    rows: Sequence[Row],
+    step: list[int],
+    ranks: Ranks,
 ) -> Tensor:
-    """Add the gradient of the mean loss of a step's rows; returns the sum of their losses."""
+    """Add the gradient that this process's rows give to the mean loss of a step; returns the sum of their losses."""
     total = torch.zeros((), dtype=torch.float64, device=model.device)
-    picked = [rows[i] for i in step]
-    for group in split_by_tokens(picked, settings.max_tokens, settings.layout, learner.lead):
-        batch = make_batch(rows, [step[i] for i in group], settings.layout, learner.lead).to(model.device)
+    for indices, weight in _micro_batches(rows, step, settings, learner.lead, ranks):
+        batch = make_batch(rows, indices, settings.layout, learner.lead).to(model.device)
         losses = learner.losses(batch, settings.dropout_seed(epoch))
-        (losses.sum() / len(step)).backward()
-        total += losses.detach().double().sum()
+        (weight * losses.sum() / len(step)).backward()
+        total += weight * losses.detach().double().sum()
     return total
+
+
+def _micro_batches(
+    rows: Sequence[Row], step: list[int], settings: TrainSettings, lead: int, ranks: Ranks
+) -> list[tuple[list[int], float]]:
+    """Indices of the rows of this process's micro-batches, and the weight of their losses.
+
+    All processes run equally many, since a sharded model's forward pass is a collective call: one with fewer of its own
+    repeats a row with weight 0.
+    """
+    batches = []
+    for rank in range(ranks.size):
+        share = ranks.share(step, rank)
+        groups = split_by_tokens([rows[i] for i in share], settings.max_tokens, settings.layout, lead)
+        batches.append([[share[i] for i in group] for group in groups])
+    mine, most = batches[ranks.rank], max(map(len, batches))
+    return [(indices, 1.0) for indices in mine] + [([step[0]], 0.0)] * (most - len(mine))
 
 
 def _steps(count: int, settings: TrainSettings, epoch: int) -> list[list[int]]:

@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 
 from ctkernels import cli
+from ctkernels.tuning.distributed import local_device
 from ctkernels.tuning.suites import get_suite
 from ctkernels.tuning.sweep.cells import Cell, CellResult
 from ctkernels.tuning.sweep.run import Sweep
@@ -117,7 +118,7 @@ def test_processes_of_a_gpu_machine_take_their_own_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "3")
     workers = Workers()
-    assert [workers.device(name) for name in ("cuda", "cuda:1", "cpu")] == ["cuda:3", "cuda:1", "cpu"]
+    assert [local_device(name) for name in ("cuda", "cuda:1", "cpu")] == ["cuda:3", "cuda:1", "cpu"]
     numbers = workers.numbers()
     assert [next(numbers) for _ in range(3)] == [0, 1, 2]
     assert next(workers.numbers()) == 0  # a second sweep begins anew

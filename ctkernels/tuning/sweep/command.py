@@ -80,6 +80,7 @@ def sweep_command(argv: list[str]) -> None:
     config = parse(SweepConfig, "ctkernels eval", argv)
     sweep = make_sweep(config)
 
+    from ctkernels.tuning.distributed import local_device
     from ctkernels.tuning.storage import atomic_write_bytes
     from ctkernels.tuning.sweep.figures import write_figures
     from ctkernels.tuning.sweep.report import make_report
@@ -89,7 +90,7 @@ def sweep_command(argv: list[str]) -> None:
 
     workers = Workers()
     try:
-        model, tokenizer = load_model(replace(config, device=workers.device(config.device)))
+        model, tokenizer = load_model(replace(config, device=local_device(config.device)))
         if workers.rank == 0:
             atomic_write_bytes(sweep.out / "config.yaml", as_yaml(config).encode())
         with SweepView(sweep, workers) as view:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from itertools import count
 
-import torch
 import torch.distributed as dist
 
 PATIENCE = timedelta(days=30)  # a process that is done waits for the cells of the others, however long they take
@@ -61,7 +60,3 @@ class Workers:
         """Leave the process group."""
         if self.size > 1:
             dist.destroy_process_group()
-
-    def device(self, name: str) -> str:
-        """The device of this process: `cuda` becomes the GPU of its local rank."""
-        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" and torch.cuda.is_available() else name

@@ -1,0 +1,71 @@
+"""Tensor-parallel models: each process runs some KV heads of every layer, and reads those of the prefix.
+
+    prefix [4, P, D]     heads 0 1 2 3   a parameter of every process, with the same values and gradient
+    rank 0               heads 0 1       all that its layers read, in place
+    rank 1               heads     2 3
+
+The gradient of a process's heads is whole, since nobody else reads them: backward gathers the heads of all processes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def head_group(attention: nn.Module) -> ProcessGroup | None:
+    """The processes that hold parts of an attention module's weights, along the dimension "tp" of a mesh of several."""
+    for parameter in attention.parameters():
+        if isinstance(parameter, DTensor):
+            mesh = parameter.device_mesh
+            if mesh.ndim == 1:
+                return mesh.get_group()
+            return mesh.get_group("tp") if "tp" in (mesh.mesh_dim_names or ()) else None
+    return None
+
+
+def own_heads(x: Tensor, heads: int, group: ProcessGroup | None) -> Tensor:
+    """What a layer that runs `heads` KV heads in this process reads of `[Hk, P, D]`: `[heads, P, D]`, the same memory.
+
+    Raises:
+        ValueError: the heads are not spread evenly over the processes.
+    """
+    if x.shape[0] == heads:
+        return x
+    size = 1 if group is None else dist.get_world_size(group)
+    if x.shape[0] != heads * size:
+        raise ValueError(
+            f"the prefix has {x.shape[0]} KV heads and this layer {heads} in each of {size} processes; tensor "
+            "parallelism must spread KV heads evenly"
+        )
+    return _OwnHeads.apply(x, heads, group)
+
+
+def all_heads(x: Tensor, heads: int, group: ProcessGroup | None) -> Tensor:
+    """The opposite: `[own heads, P, D]` of every process as one `[heads, P, D]`."""
+    return x if x.shape[0] == heads else _gather(x, group)
+
+
+class _OwnHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, heads: int, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.narrow(0, dist.get_rank(group) * heads, heads)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _gather(gradient, ctx.group), None, None
+
+
+def _gather(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    heads, *rest = x.shape
+    gathered = x.new_empty(heads * dist.get_world_size(group), *rest)
+    dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
+    return gathered
