@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,14 @@ def write(folder: Path, name: str, record: Mapping[str, Any], markdown: str) -> 
     atomic_write_bytes(folder / f"{name}.json", ("{\n" + ",\n".join(fields) + "\n}\n").encode())
     head = f"nvcc {record['nvcc']}; written by `make gpu-report`."
     atomic_write_bytes(folder / f"{name}.md", f"{head}\n\n{markdown}\n".encode())
+
+
+def compile_all(names: Sequence[str], jobs: int) -> None:
+    """Every source for every architecture, several compilers at once; what they make is kept on disk."""
+    with ThreadPoolExecutor(jobs) as pool:
+        done = [pool.submit(cuda_build.cubin, source, name) for name in names for source in cuda_build.sources()]
+        for compiled in done:
+            compiled.result()
 
 
 def write_resources(out: Path, names: Sequence[str], tuned: bool) -> list[str]:
@@ -67,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--tuned", action="store_true", help="of the first table only the tuned kernels, which is quick"
     )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at once, for the first table")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     args = parser.parse_args(argv)
     tables, broken = {}, []
@@ -80,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         write(args.out, "cuda_counters", record, cuda_counters.markdown(counted))
         tables["cuda_counters"] = cuda_counters.ratio_table(counted)
     if "resources" in args.parts:
+        if not args.tuned:
+            compile_all(args.architectures, args.jobs)
         broken = write_resources(args.out, args.architectures, args.tuned)
         print(*broken, sep="\n")
     if args.docs is not None:

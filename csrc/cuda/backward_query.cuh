@@ -129,13 +129,13 @@ __device__ __forceinline__ void backward_query(const Args& a) {
     }
   }
 
-  OwnWalk<N> walk(a, tile_index, split);
+  OwnWalk<N> walk(a);
   const Tile k = tile_k(0), v = tile_v(0);
   while (walk.next(&step)) {
     __syncthreads();  // nobody reads the last step's k and v any more
     const RowInfo& row = walk.info();
-    copy.template start<false>(k, copy.from(p.k, row.batch, kv, row.token), step.start, step.any);
-    copy.template start<false>(v, copy.from(p.v, row.batch, kv, row.token), step.start, step.any);
+    copy.template start<false>(k, copy.from_once(p.k, row.batch, kv, row.token), step.start, step.any);
+    copy.template start<false>(v, copy.from_once(p.v, row.batch, kv, row.token), step.start, step.any);
     copy_commit();
     copy_wait<0>();
     __syncthreads();

@@ -51,7 +51,7 @@ struct Softmax {
         x = fmaxf(x, __shfl_xor_sync(WARP, x, 2)) * factor;
         any = any || x > top[m][h] + SLACK;
       }
-    return __any_sync(WARP, any);
+    return __any_sync(WARP, any != 0);
   }
 
   // New tops, o rescaled. Each lane by itself: what its neighbours hold must not change a bit of it.
@@ -99,26 +99,17 @@ struct Softmax {
 
 template <class T, int W, bool General>
 __device__ __forceinline__ void forward(const Args& a) {
-  constexpr ForwardShape SHAPE = forward_shape(sizeof(T), W);
+  constexpr ForwardShape SHAPE = forward_shape(sizeof(T), W, General);
   constexpr int N = SHAPE.keys, THREADS = SHAPE.threads(), M = SHAPE.lanes_per_warp() / 16;
-  const int tile_index = blockIdx.x, kv = blockIdx.y, split = blockIdx.z;
-  const TileInfo tile = a.tile_table[tile_index];
-  if (tile.lanes == 0) return;
-  const int first_lane = tile_index * SHAPE.lanes, warp = threadIdx.x / 32, thread = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
   const Params& p = a.call.p;
 
   extern __shared__ __align__(1024) char memory[];
   using Tile = Shared<T, W>;
   const Tile q{shared_address(memory)}, k{q.base + Tile::bytes(SHAPE.lanes)}, v{k.base + Tile::bytes(N)};
-  LaneInfo* lanes = reinterpret_cast<LaneInfo*>(memory + forward_tiles(sizeof(T), W));
+  LaneInfo* lanes = reinterpret_cast<LaneInfo*>(memory + forward_tiles(sizeof(T), W, General));
   LaneTerms* terms = reinterpret_cast<LaneTerms*>(lanes + SHAPE.lanes);
 
-  for (int i = threadIdx.x; i < SHAPE.lanes; i += THREADS) {
-    lanes[i] = lane_info(a, first_lane + i, i < tile.lanes);
-    if (General) terms[i] = lane_terms(a, first_lane + i, kv, tile.prefix);
-  }
-  copy_queries<T, W, SHAPE.lanes, THREADS>(a, q, first_lane, kv);
-  const bool used = warp * 16 * M < tile.lanes;
   const LaneInfo* my_lanes = lanes + warp * 16 * M;
   const TokenCopy<T, W, N, THREADS> copy(a);
   const RowsA<T, W> left(q, warp * 16 * M);
@@ -128,8 +119,18 @@ __device__ __forceinline__ void forward(const Args& a) {
   float o[M][W / 8][4] = {}, s[M][N / 8][4];
   Step step;
   {
-    const Source from_k = copy.from(p.prefix_k, tile.prefix, kv, 0), from_v = copy.from(p.prefix_v, tile.prefix, kv, 0);
-    PrefixWalk<N> walk(a, tile, tile_index, split);
+    const Program at;
+    const TileInfo tile = a.tile_table[at.tile];
+    if (tile.lanes == 0) return;
+    for (int i = threadIdx.x; i < SHAPE.lanes; i += THREADS) {
+      lanes[i] = lane_info(a, at.tile * SHAPE.lanes + i, i < tile.lanes);
+      if (General) terms[i] = lane_terms(a, at.tile * SHAPE.lanes + i, at.kv, tile.prefix);
+    }
+    copy_queries<T, W, SHAPE.lanes, THREADS>(a, q, at.tile * SHAPE.lanes, at.kv);
+    const bool used = warp * 16 * M < tile.lanes;
+    const Source from_k = copy.from(p.prefix_k, tile.prefix, at.kv, 0);
+    const Source from_v = copy.from(p.prefix_v, tile.prefix, at.kv, 0);
+    PrefixWalk<N> walk(a, tile, at.tile, at.split);
     bool more = walk.next(&step);
     if (more) copy.template start<false>(k, from_k, step.start, step.any);
     copy_commit();
@@ -189,13 +190,13 @@ __device__ __forceinline__ void forward(const Args& a) {
     }
   }
 
-  OwnWalk<N> walk(a, tile_index, split);
+  OwnWalk<N> walk(a);
   while (walk.next(&step)) {
     __syncthreads();  // nobody reads the last step's k and v any more
     const RowInfo& row = walk.info();
-    copy.template start<false>(k, copy.from(p.k, row.batch, kv, row.token), step.start, step.any);
+    copy.template start<false>(k, copy.from_once(p.k, row.batch, Program().kv, row.token), step.start, step.any);
     __syncwarp();  // lest addresses of both be computed side by side, and registers spilled
-    copy.template start<false>(v, copy.from(p.v, row.batch, kv, row.token), step.start, step.any);
+    copy.template start<false>(v, copy.from_once(p.v, row.batch, Program().kv, row.token), step.start, step.any);
     copy_commit();
     copy_wait<0>();
     __syncthreads();
@@ -213,32 +214,35 @@ __device__ __forceinline__ void forward(const Args& a) {
   copy_wait<0>();
   __syncthreads();  // the tiles are free: results pass through them on their way to rows of 16 bytes
 
-  const uint32_t stage = q.base + warp * staging_bytes(W);
+  const Program at;
+  const Thread thread;
+  const int lane_count = a.tile_table[at.tile].lanes, first_lane = at.tile * SHAPE.lanes;
+  const uint32_t stage = q.base + thread.warp * staging_bytes(W);
 #pragma unroll
   for (int m = 0; m < M; ++m) {
-    const int row = (warp * M + m) * 16;
+    const int row = (thread.warp * M + m) * 16;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float& total = softmax.total[m][h];
       total += __shfl_xor_sync(WARP, total, 1);
       total += __shfl_xor_sync(WARP, total, 2);
-      const int i = row + thread / 4 + 8 * h;
+      const int i = row + thread.lane / 4 + 8 * h;
       if (a.key_splits == 1) {
         const float scale = total == 0.0f ? 0.0f : 1.0f / total;
 #pragma unroll
         for (int d = 0; d < W / 8; ++d) o[m][d][2 * h] *= scale, o[m][d][2 * h + 1] *= scale;
-        if (thread % 4 == 0 && i < tile.lanes) store_lse(a, first_lane + i, kv, softmax.top[m][h], total);
-      } else if (thread % 4 == 0) {
-        const int64_t at = (int64_t(split) * p.Hk + kv) * a.lanes + first_lane + i;
-        a.part_max[at] = softmax.top[m][h], a.part_sum[at] = total;
+        if (thread.lane % 4 == 0 && i < lane_count) store_lse(a, first_lane + i, at.kv, softmax.top[m][h], total);
+      } else if (thread.lane % 4 == 0) {
+        const int64_t to = (int64_t(at.split) * p.Hk + at.kv) * a.lanes + first_lane + i;
+        a.part_max[to] = softmax.top[m][h], a.part_sum[to] = total;
       }
     }
     if (a.key_splits == 1) {
       store_rows<T, W>(a, o[m], stage, a.wide_out, [&](int i) {
-        return row + i < tile.lanes ? lane_token<T>(a, p.out, first_lane + row + i, kv) : nullptr;
+        return row + i < lane_count ? lane_token<T>(a, p.out, first_lane + row + i, at.kv) : nullptr;
       });
     } else {
-      float* part = a.part + ((int64_t(split) * p.Hk + kv) * a.lanes + first_lane + row) * p.D;
+      float* part = a.part + ((int64_t(at.split) * p.Hk + at.kv) * a.lanes + first_lane + row) * p.D;
       store_rows<float, W>(a, o[m], stage, p.D % 4 == 0, [&](int i) { return part + i * p.D; });
     }
   }

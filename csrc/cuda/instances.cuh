@@ -30,13 +30,15 @@ struct KernelEntry {
   CTK_ENTRY(ctk_delta_##NAME) CTK_ENTRY(ctk_merge_out_##NAME) CTK_ENTRY(ctk_merge_dq_##NAME)
 
 // W: padded head dimension, VARIANT: plain or general, GENERAL: whether it is the latter.
-#define CTK_DEFINE_ROWS(TYPE, NAME, W, VARIANT, GENERAL)                                       \
-  CTK_KERNEL(ctk_forward_##NAME##_##W##_##VARIANT, (forward_shape(sizeof(TYPE), W).threads()), \
-             forward<TYPE, W, GENERAL>)                                                        \
-  CTK_KERNEL(ctk_query_##NAME##_##W##_##VARIANT, (query_shape(sizeof(TYPE), W).threads()),     \
+#define CTK_DEFINE_FORWARD(TYPE, NAME, W, VARIANT, GENERAL)                                             \
+  CTK_KERNEL(ctk_forward_##NAME##_##W##_##VARIANT, (forward_shape(sizeof(TYPE), W, GENERAL).threads()), \
+             forward<TYPE, W, GENERAL>)
+#define CTK_LIST_FORWARD(TYPE, NAME, W, VARIANT, GENERAL) CTK_ENTRY(ctk_forward_##NAME##_##W##_##VARIANT)
+
+#define CTK_DEFINE_QUERY(TYPE, NAME, W, VARIANT, GENERAL)                                  \
+  CTK_KERNEL(ctk_query_##NAME##_##W##_##VARIANT, (query_shape(sizeof(TYPE), W).threads()), \
              backward_query<TYPE, W, GENERAL>)
-#define CTK_LIST_ROWS(TYPE, NAME, W, VARIANT, GENERAL) \
-  CTK_ENTRY(ctk_forward_##NAME##_##W##_##VARIANT) CTK_ENTRY(ctk_query_##NAME##_##W##_##VARIANT)
+#define CTK_LIST_QUERY(TYPE, NAME, W, VARIANT, GENERAL) CTK_ENTRY(ctk_query_##NAME##_##W##_##VARIANT)
 
 #define CTK_DEFINE_KEYS(TYPE, NAME, PART, W, VARIANT, GENERAL, WITH_K, WITH_V)                  \
   CTK_KERNEL(ctk_keys##PART##_##NAME##_##W##_##VARIANT, (key_shape(sizeof(TYPE), W).threads()), \
@@ -45,11 +47,12 @@ struct KernelEntry {
   CTK_ENTRY(ctk_keys##PART##_##NAME##_##W##_##VARIANT)
 
 // All of one variant; at D = 256 dk and dv have a kernel each.
-#define CTK_WIDTH(DO, TYPE, NAME, W, VARIANT, GENERAL) \
-  DO##_ROWS(TYPE, NAME, W, VARIANT, GENERAL) DO##_KEYS(TYPE, NAME, , W, VARIANT, GENERAL, true, true)
-#define CTK_WIDTH_256(DO, TYPE, NAME)                                                                   \
-  DO##_ROWS(TYPE, NAME, 256, general, true) DO##_KEYS(TYPE, NAME, _dk, 256, general, true, true, false) \
-      DO##_KEYS(TYPE, NAME, _dv, 256, general, true, false, true)
+#define CTK_WIDTH(DO, TYPE, NAME, W, VARIANT, GENERAL)                                      \
+  DO##_FORWARD(TYPE, NAME, W, VARIANT, GENERAL) DO##_QUERY(TYPE, NAME, W, VARIANT, GENERAL) \
+      DO##_KEYS(TYPE, NAME, , W, VARIANT, GENERAL, true, true)
+#define CTK_WIDTH_256(DO, TYPE, NAME)                                                                \
+  DO##_FORWARD(TYPE, NAME, 256, general, true) DO##_QUERY(TYPE, NAME, 256, general, true) DO##_KEYS( \
+      TYPE, NAME, _dk, 256, general, true, true, false) DO##_KEYS(TYPE, NAME, _dv, 256, general, true, false, true)
 #define CTK_GENERAL(DO, TYPE, NAME)                                                                                \
   DO##_SMALL(TYPE, NAME) CTK_WIDTH(DO, TYPE, NAME, 64, general, true) CTK_WIDTH(DO, TYPE, NAME, 80, general, true) \
       CTK_WIDTH(DO, TYPE, NAME, 96, general, true) CTK_WIDTH(DO, TYPE, NAME, 128, general, true)                   \

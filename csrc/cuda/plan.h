@@ -90,16 +90,16 @@ class Planner {
       throw std::invalid_argument("D must be at most 256, and rows no wider than fp32");
     a_.group = int32_t(p.H / p.Hk);
     a_.runs = int32_t(p.G > 1 ? p.G : 1);
-    a_.tile_lanes = backward ? query_shape(bytes_, width_).lanes : forward_shape(bytes_, width_).lanes;
+    const int64_t context = p.rule.length < p.P + call.T ? p.rule.length : p.P + call.T;
+    const bool ruled = p.rule.drop_below || call.hidden.data || call.keep;
+    a_.own_context = ruled && context > p.P;
+    a_.tile_lanes = backward ? query_shape(bytes_, width_).lanes : forward_shape(bytes_, width_, general()).lanes;
     // the rows of each prefix start at a slot whose first lane starts a tile of any size
     const int64_t most = call.packed ? call.S : p.B * call.S, unit = slot_unit(a_.group);
     a_.slots = int32_t(a_.runs == 1 ? div_up(most, unit) * unit : (most / unit + a_.runs) * unit);
     a_.lanes = a_.slots * a_.group;
     a_.tiles = a_.lanes / a_.tile_lanes;
     a_.prefix_blocks = int32_t(p.G ? div_up(p.P, BLOCK) : 0);
-    const int64_t context = p.rule.length < p.P + call.T ? p.rule.length : p.P + call.T;
-    const bool ruled = p.rule.drop_below || call.hidden.data || call.keep;
-    a_.own_context = ruled && context > p.P;
     a_.words = int32_t(div_up(a_.own_context ? context : p.P, BLOCK));
     a_.own_blocks = int32_t(call.packed ? call.T / BLOCK + p.B : p.B * div_up(call.T, BLOCK));
     a_.scale = float(p.scale);
@@ -113,9 +113,9 @@ class Planner {
     Params& p = a_.call.p;
     set_up();
     a_.wide_out = wide(p.out);
-    const ForwardShape shape = forward_shape(bytes_, width_);
+    const ForwardShape shape = forward_shape(bytes_, width_, general());
     split_keys(p.D + 2);
-    launch_tiles("forward", a_.tiles, a_.key_splits, shape.threads(), forward_shared(bytes_, width_));
+    launch_tiles("forward", a_.tiles, a_.key_splits, shape.threads(), forward_shared(bytes_, width_, general()));
     if (a_.key_splits > 1) launch_typed("merge_out", div_up(a_.lanes, 4), 128);
     return finish();
   }

@@ -29,9 +29,12 @@ struct ForwardShape {
   CTK_HOST_DEVICE constexpr int threads() const { return 32 * warps; }
 };
 
-CTK_HOST_DEVICE constexpr ForwardShape forward_shape(int element_bytes, int width) {
-  if (element_bytes == 2)
-    return width <= 96 ? ForwardShape{128, 4, 64} : width <= 128 ? ForwardShape{128, 4, 32} : ForwardShape{64, 4, 64};
+// general: a kernel that knows every option. What it adds to the logits takes the registers of a second group of lanes.
+CTK_HOST_DEVICE constexpr ForwardShape forward_shape(int element_bytes, int width, bool general) {
+  if (element_bytes == 2) {
+    const int keys = width <= 96 ? 64 : 32;
+    return general || width > 128 ? ForwardShape{64, 4, keys} : ForwardShape{128, 4, keys};
+  }
   if (width <= 96) return {64, 4, 64};
   return width <= 128 ? ForwardShape{64, 4, 32} : ForwardShape{32, 2, 32};
 }
@@ -39,14 +42,14 @@ CTK_HOST_DEVICE constexpr ForwardShape forward_shape(int element_bytes, int widt
 CTK_HOST_DEVICE constexpr int at_least(int a, int b) { return a > b ? a : b; }
 
 // Tiles of q, k, v, and in the end the results on their way out.
-CTK_HOST_DEVICE constexpr int forward_tiles(int element_bytes, int width) {
-  const ForwardShape s = forward_shape(element_bytes, width);
+CTK_HOST_DEVICE constexpr int forward_tiles(int element_bytes, int width, bool general) {
+  const ForwardShape s = forward_shape(element_bytes, width, general);
   return at_least((s.lanes + 2 * s.keys) * width * element_bytes, s.warps * staging_bytes(width));
 }
 
-CTK_HOST_DEVICE constexpr int forward_shared(int element_bytes, int width) {
-  return forward_tiles(element_bytes, width) +
-         forward_shape(element_bytes, width).lanes * (LANE_INFO_BYTES + LANE_TERMS_BYTES);
+CTK_HOST_DEVICE constexpr int forward_shared(int element_bytes, int width, bool general) {
+  return forward_tiles(element_bytes, width, general) +
+         forward_shape(element_bytes, width, general).lanes * (LANE_INFO_BYTES + LANE_TERMS_BYTES);
 }
 
 struct QueryShape {
@@ -117,7 +120,9 @@ constexpr int SHARED_LIMIT = 99 * 1024;
 
 constexpr bool shapes_fit(int element_bytes) {
   for (int width : WIDTHS)
-    if (forward_shared(element_bytes, width) > SHARED_LIMIT || query_shared(element_bytes, width) > SHARED_LIMIT ||
+    if (forward_shared(element_bytes, width, false) > SHARED_LIMIT ||
+        forward_shared(element_bytes, width, true) > SHARED_LIMIT ||
+        query_shared(element_bytes, width) > SHARED_LIMIT ||
         key_shared(element_bytes, width) + key_bias_shared(element_bytes, width, 32) > SHARED_LIMIT)
       return false;
   return true;

@@ -1,6 +1,8 @@
 // Tiles in shared memory: rows of W numbers whose 16-byte chunks are permuted (swizzled), so that the eight rows that
 // an ldmatrix phase reads at one column, and the eight chunks of a row that a copy writes, lie in different banks.
 #pragma once
+#include <type_traits>
+
 #include "mma.cuh"
 
 namespace ctk::cuda {
@@ -36,17 +38,40 @@ __device__ __forceinline__ uint32_t load_shared(uint32_t address) {
   return x;
 }
 
-// Keeps the compiler from computing x anew wherever it is used: addresses that a loop needs stay in their registers.
+// Hides from the compiler where x comes from. Held ahead of a loop, x stays in its register instead of being computed
+// anew wherever it is used; held inside, nothing that follows from it is computed ahead, to wait in registers.
 __device__ __forceinline__ uint32_t hold(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;
 }
-
+__device__ __forceinline__ int64_t hold(int64_t x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
 template <class P>
 __device__ __forceinline__ const P* hold(const P* x) {
   asm volatile("" : "+l"(x));
   return x;
 }
+
+// Where in the grid and in its block a thread is. Asked anew, it is read anew: what a kernel wants before and behind
+// its loops alone does not wait in registers while they run.
+struct Program {
+  int tile, kv, split;
+  __device__ __forceinline__ Program() {
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(tile));
+    asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(kv));
+    asm volatile("mov.u32 %0, %%ctaid.z;" : "=r"(split));
+  }
+};
+struct Thread {
+  int warp, lane;
+  __device__ __forceinline__ Thread() {
+    int index;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+    warp = index / 32, lane = index % 32;
+  }
+};
 
 template <class T, int W>
 struct Shared {
@@ -112,31 +137,36 @@ class RowsB {
 template <class T, int W>
 class ColumnsB {
  public:
-  __device__ __forceinline__ explicit ColumnsB(Shared<T, W> tile)
-      : tile_(tile), at_(sizeof(T) == 2 ? hold(tile.chunk(threadIdx.x % 16, threadIdx.x % 32 / 16)) : 0) {}
+  __device__ __forceinline__ explicit ColumnsB(Shared<T, W> tile) {
+    const int thread = threadIdx.x % 32;
+    if constexpr (sizeof(T) == 2) {
+      at_[0] = hold(tile.chunk(thread % 16, thread / 16));
+    } else {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) at_[r] = hold(tile.chunk(thread % 4 * 2 + r, thread / 16) + thread / 4 % 4 * 4);
+    }
+  }
   // The same of a tile that lies `bytes` farther on.
   __device__ __forceinline__ ColumnsB moved(uint32_t bytes) const {
     ColumnsB other = *this;
-    other.at_ += bytes, other.tile_.base += bytes;
+    for (uint32_t& at : other.at_) at += bytes;
     return other;
   }
   __device__ __forceinline__ FragmentB load(int i, int column) const {
+    constexpr int STEP_BYTES = STEP<T> * Shared<T, W>::ROW_BYTES;
     FragmentB b;
     if constexpr (sizeof(T) == 2) {
-      load_matrices_transposed(b.x, Shared<T, W>::skip(at_, column / 16) + i * STEP<T> * Shared<T, W>::ROW_BYTES);
+      load_matrices_transposed(b.x, Shared<T, W>::skip(at_[0], column / 16) + i * STEP_BYTES);
     } else {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int row = i * STEP<T> + threadIdx.x % 4 * 2 + j % 2, c = column + threadIdx.x % 32 / 4 + j / 2 * 8;
-        b.x[j] = load_shared(tile_.chunk(row, c / 4) + c % 4 * 4);
-      }
+      for (int j = 0; j < 4; ++j)
+        b.x[j] = load_shared(Shared<T, W>::skip(at_[j % 2], column / 8 + j / 2) + i * STEP_BYTES);
     }
     return b;
   }
 
  private:
-  Shared<T, W> tile_;
-  uint32_t at_;
+  uint32_t at_[sizeof(T) == 2 ? 1 : 2];  // 32 bits: of this thread's two rows
 };
 
 __device__ __forceinline__ void clear(float (&x)[4]) {
@@ -144,9 +174,19 @@ __device__ __forceinline__ void clear(float (&x)[4]) {
   for (int e = 0; e < 4; ++e) x[e] = 0.0f;
 }
 
-// acc [16 M rows, 8 N columns] <- rows of a times rows of b, over W.
-template <bool TF32, class T, int W, int M, int N>
-__device__ __forceinline__ void multiply_rows_as(float (&acc)[M][N][4], const RowsA<T, W>& a, const RowsB<T, W>& b) {
+// f(whether fp32 rows are rounded to TF32, as a type). Products branch again and again instead of once: what
+// lies between two branches stays together, and the compiler does not load and split all of an operand ahead, for which
+// registers would lack.
+template <class T, class F>
+__device__ __forceinline__ void with_precision(bool tf32, const F& f) {
+  if (sizeof(T) == 4 && tf32) f(std::true_type{});
+  else f(std::false_type{});
+}
+
+// acc [16 M rows, 8 N columns] <- rows of a times rows of b, over W. tf32 is the same for all products of a call.
+template <class T, int W, int M, int N>
+__device__ __forceinline__ void multiply_rows(float (&acc)[M][N][4], const RowsA<T, W>& a, const RowsB<T, W>& b,
+                                              bool tf32) {
 #pragma unroll
   for (int m = 0; m < M; ++m)
 #pragma unroll
@@ -157,38 +197,45 @@ __device__ __forceinline__ void multiply_rows_as(float (&acc)[M][N][4], const Ro
     FragmentA left[M];
 #pragma unroll
     for (int m = 0; m < M; ++m) left[m] = a.load(m, i);
+    with_precision<T>(tf32, [&](auto rounded) {
 #pragma unroll
-    for (int n = 0; n < N; n += 2) {
-      const FragmentB right = b.load(8 * n, i);
+      for (int n = 0; n < N; n += 2) {
+        const FragmentB right = b.load(8 * n, i);
 #pragma unroll
-      for (int m = 0; m < M; ++m) multiply_pair<TF32, T>(acc[m][n], acc[m][n + 1], left[m], right);
-    }
+        for (int m = 0; m < M; ++m) multiply_pair<rounded.value, T>(acc[m][n], acc[m][n + 1], left[m], right);
+      }
+    });
   }
 }
 
 // acc [16 M rows, W columns] += p [16 M, 8 K] times 8 K rows of b.
-template <bool TF32, class T, int W, int M, int K>
-__device__ __forceinline__ void multiply_columns_as(float (&acc)[M][W / 8][4], const float (&p)[M][K][4],
-                                                    const ColumnsB<T, W>& b) {
+template <class T, int W, int M, int K>
+__device__ __forceinline__ void multiply_columns(float (&acc)[M][W / 8][4], const float (&p)[M][K][4],
+                                                 const ColumnsB<T, W>& b, bool tf32) {
+  constexpr int PART = sizeof(T) == 4 ? 32 : W;  // columns between two branches
 #pragma unroll
   for (int i = 0; i < 8 * K / STEP<T>; ++i) {
     FragmentA left[M];
 #pragma unroll
     for (int m = 0; m < M; ++m) left[m] = as_operand<T>(p[m], i);
 #pragma unroll
-    for (int d = 0; d < W; d += 16) {
-      const FragmentB right = b.load(i, d);
+    for (int part = 0; part < W; part += PART)
+      with_precision<T>(tf32, [&](auto rounded) {
 #pragma unroll
-      for (int m = 0; m < M; ++m) multiply_pair<TF32, T>(acc[m][d / 8], acc[m][d / 8 + 1], left[m], right);
-    }
+        for (int d = part; d < W && d < part + PART; d += 16) {
+          const FragmentB right = b.load(i, d);
+#pragma unroll
+          for (int m = 0; m < M; ++m) multiply_pair<rounded.value, T>(acc[m][d / 8], acc[m][d / 8 + 1], left[m], right);
+        }
+      });
   }
 }
 
 // The same for the lanes that `mine` has a bit for (bit 2 m + 0 or 1: row g or g + 8): those of other lanes keep every
 // bit, whatever b holds.
-template <bool TF32, class T, int W, int M, int K>
-__device__ __forceinline__ void multiply_columns_of_as(float (&acc)[M][W / 8][4], const float (&p)[M][K][4],
-                                                       const ColumnsB<T, W>& b, uint32_t mine) {
+template <class T, int W, int M, int K>
+__device__ __forceinline__ void multiply_columns_of(float (&acc)[M][W / 8][4], const float (&p)[M][K][4],
+                                                    const ColumnsB<T, W>& b, uint32_t mine, bool tf32) {
 #pragma unroll
   for (int m = 0; m < M; ++m) {
     FragmentA left[8 * K / STEP<T>];
@@ -199,8 +246,11 @@ __device__ __forceinline__ void multiply_columns_of_as(float (&acc)[M][W / 8][4]
     for (int d = 0; d < W; d += 16) {
       float sum[2][4];
       clear(sum[0]), clear(sum[1]);
+      with_precision<T>(tf32, [&](auto rounded) {
 #pragma unroll
-      for (int i = 0; i < 8 * K / STEP<T>; ++i) multiply_pair<TF32, T>(sum[0], sum[1], left[i], b.load(i, d));
+        for (int i = 0; i < 8 * K / STEP<T>; ++i)
+          multiply_pair<rounded.value, T>(sum[0], sum[1], left[i], b.load(i, d));
+      });
 #pragma unroll
       for (int n = 0; n < 2; ++n)
 #pragma unroll
@@ -208,26 +258,6 @@ __device__ __forceinline__ void multiply_columns_of_as(float (&acc)[M][W / 8][4]
           if (e < 2 ? low : high) acc[m][d / 8 + n][e] += sum[n][e];
     }
   }
-}
-
-// The three for a call; tf32 is the same for all of its products.
-template <class T, int W, int M, int N>
-__device__ __forceinline__ void multiply_rows(float (&acc)[M][N][4], const RowsA<T, W>& a, const RowsB<T, W>& b,
-                                              bool tf32) {
-  if (sizeof(T) == 4 && tf32) multiply_rows_as<true>(acc, a, b);
-  else multiply_rows_as<false>(acc, a, b);
-}
-template <class T, int W, int M, int K>
-__device__ __forceinline__ void multiply_columns(float (&acc)[M][W / 8][4], const float (&p)[M][K][4],
-                                                 const ColumnsB<T, W>& b, bool tf32) {
-  if (sizeof(T) == 4 && tf32) multiply_columns_as<true, T, W, M, K>(acc, p, b);
-  else multiply_columns_as<false, T, W, M, K>(acc, p, b);
-}
-template <class T, int W, int M, int K>
-__device__ __forceinline__ void multiply_columns_of(float (&acc)[M][W / 8][4], const float (&p)[M][K][4],
-                                                    const ColumnsB<T, W>& b, uint32_t mine, bool tf32) {
-  if (sizeof(T) == 4 && tf32) multiply_columns_of_as<true, T, W, M, K>(acc, p, b, mine);
-  else multiply_columns_of_as<false, T, W, M, K>(acc, p, b, mine);
 }
 
 }  // namespace ctk::cuda

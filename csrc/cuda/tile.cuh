@@ -150,6 +150,7 @@ __device__ __forceinline__ void store_rows(const Args& a, const float (&acc)[W /
                      : "memory");
     }
   __syncwarp();
+#pragma unroll 1  // or the addresses of all rows would wait in registers
   for (int at = thread; at < 16 * CHUNKS; at += 32) {
     const int i = at / CHUNKS, column = at % CHUNKS * CHUNK;
     To* to = row(i);

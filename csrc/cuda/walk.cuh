@@ -128,8 +128,7 @@ class OwnWalk {
  public:
   int row;  // of the step, as an index into the rows
 
-  __device__ OwnWalk(const Args& a, int index, int split)
-      : row(a.tile_table[index].row_begin - 1), a_(a), index_(index), split_(split) {}
+  __device__ explicit OwnWalk(const Args& a) : row(a.tile_table[Program().tile].row_begin - 1), a_(a) {}
 
   __device__ __forceinline__ const RowInfo& info() const { return a_.rows[row]; }
 
@@ -137,12 +136,12 @@ class OwnWalk {
   __device__ __forceinline__ bool next(Step* step) {
     for (;;) {
       while (key_ >= end_) {
-        if (++row >= a_.tile_table[index_].row_end) return false;
+        if (++row >= a_.tile_table[Program().tile].row_end) return false;
         enter_row();
       }
       *step = {key_, own_bits(a_, info(), key_) & low_bits(min(end_ - key_, N)), false};
       key_ += N;
-      if (step->any && count_++ % a_.key_splits == split_) return true;
+      if (step->any && count_++ % a_.key_splits == Program().split) return true;
     }
   }
 
@@ -151,16 +150,16 @@ class OwnWalk {
   __device__ __forceinline__ void enter_row() {
     const Params& p = a_.call.p;
     const RowInfo info = a_.rows[row];
-    const int lane = index_ * a_.tile_lanes;
+    const int tile = Program().tile, lane = tile * a_.tile_lanes;
     const int first = max(lane / a_.group - info.first, 0);
-    const int last = min((lane + a_.tile_table[index_].lanes - 1) / a_.group - info.first, info.queries - 1);
+    const int last = min((lane + a_.tile_table[tile].lanes - 1) / a_.group - info.first, info.queries - 1);
     end_ = p.causal ? min(info.keys, info.offset + last + 1) : info.keys;
     key_ = p.window > 0 ? clamp(info.offset + first - p.window + 1, 0, info.keys) / N * N : 0;
     if (first > last) end_ = key_;
   }
 
   const Args& a_;
-  int index_, split_, key_ = 0, end_ = 0, count_ = 0;
+  int key_ = 0, end_ = 0, count_ = 0;
 };
 
 // Tokens of one head.
@@ -187,9 +186,15 @@ class TokenCopy {
   __device__ __forceinline__ Source from(const Tensor4& t, int64_t batch, int64_t head, int64_t token) const {
     Source x = source<T>(t, batch, head, token);
     // held, lest this thread's offset be computed ahead of a loop over rows, and kept
-    if (COLUMN) x.data += hold(first_row()) * x.token + first_chunk() * 16;
+    if (COLUMN) x.data += hold(uint32_t(first_row())) * x.token + hold(uint32_t(first_chunk())) * 16;
     x.data = hold(x.data);
     return x;
+  }
+
+  // The same for a head of which one block is read.
+  __device__ __forceinline__ Source from_once(Tensor4 t, int64_t batch, int64_t head, int64_t token) const {
+    t.token = hold(t.token);
+    return from(t, batch, head, token);
   }
 
   // Starts copying tokens first .. first + N - 1, zeros for those that are not in `any` (All: all are).
@@ -206,12 +211,13 @@ class TokenCopy {
         token += ROWS * from.token;
       }
     } else {
-#pragma unroll
-      for (int i = 0; i < (N * CHUNKS + THREADS - 1) / THREADS; ++i) {
-        const int at = i * THREADS + threadIdx.x, row = at / CHUNKS, chunk = at % CHUNKS;
-        if (N * CHUNKS % THREADS && row >= N) break;
+      int row = first_row(), chunk = first_chunk();
+#pragma unroll 1  // or the addresses of all pieces would wait in registers
+      for (int at = threadIdx.x; at < N * CHUNKS; at += THREADS) {
         copy_async(to.chunk(row, chunk), token + row * from.token + chunk * 16,
                    chunk < chunks_ && (All || any >> row & 1));
+        row += ROWS, chunk += THREADS % CHUNKS;
+        if (chunk >= CHUNKS) chunk -= CHUNKS, ++row;
       }
     }
   }
@@ -229,6 +235,7 @@ class TokenCopy {
 template <class T, int W, int N, int THREADS>
 __device__ __forceinline__ void copy_queries(const Args& a, Shared<T, W> to, int first, int kv) {
   constexpr int CHUNKS = Shared<T, W>::CHUNKS;
+#pragma unroll 1
   for (int at = threadIdx.x; at < N * CHUNKS; at += THREADS) {
     const int row = at / CHUNKS, chunk = at % CHUNKS, lane = first + row;
     const Slot slot = a.slot_table[lane / a.group];
@@ -266,6 +273,7 @@ class LaneCopy {
         copy_async(dout.base + to, dout_ + uint64_t(from[i].y) * 16, valid);
       }
     } else {
+#pragma unroll 1
       for (int at = threadIdx.x; at < N * CHUNKS; at += THREADS) {
         const int lane = at / CHUNKS, chunk = at % CHUNKS;
         const LaneState& from = state[lane];
