@@ -10,9 +10,12 @@ from typing import Any
 
 _HOMES = {
     "adapter": ("Adapter",),
+    "compose": ("concatenate", "moved"),
     "data": ("DataError", "Demonstration", "TextFormat", "encode_context", "encode_rows", "load_jsonl", "load_metaicl"),
     "evaluate": ("EvalResult", "evaluate_prefix"),
     "methods": ("METHODS", "PRESETS", "Method", "get_method"),
+    "peft_export": ("export_peft",),
+    "peft_import": ("import_peft",),
     "prefix": ("KVPrefix",),
     "prompt": ("SoftPrompt",),
     "settings": ("TrainSettings",),

@@ -53,7 +53,7 @@ class Attachment:
     ) -> None:
         self.prefix, self.mask, self.cu_seqlens, self.backend = prefix, mask, cu_seqlens, backend
         self._decoder = find_decoder(model)
-        _check_fit(prefix, self._decoder)
+        check_fit(prefix, self._decoder)
         family, config = self._decoder.family, self._decoder.config
         self._name = type(self._decoder.model).__name__
         self._implementation = ALIBI_IMPLEMENTATION if family.positions == ALIBI else IMPLEMENTATION
@@ -266,7 +266,7 @@ def _check_mask_argument(mask: Any) -> None:
         )
 
 
-def _check_fit(prefix: KVPrefix, decoder: Decoder) -> None:
+def check_fit(prefix: KVPrefix, decoder: Decoder) -> None:
     """Refuse a prefix that was made for another model, or lies elsewhere."""
     name = type(decoder.model).__name__
     if len(prefix.keys) != len(decoder.attentions):
