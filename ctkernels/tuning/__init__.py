@@ -17,7 +17,9 @@ _HOMES = {
     "peft_export": ("export_peft",),
     "peft_import": ("import_peft",),
     "prefix": ("KVPrefix",),
+    "prefix_set": ("PrefixSet", "left_padded"),
     "prompt": ("SoftPrompt",),
+    "store": ("PrefixStore",),
     "settings": ("TrainSettings",),
     "trainer": ("EpochRecord", "TrainingError", "TuneResult", "tune"),
 }
