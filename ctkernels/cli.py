@@ -1,4 +1,4 @@
-"""The command `ctkernels`: `tune`, `eval` and `env`.
+"""The command `ctkernels`: `tune`, `eval`, `export`, `import` and `env`.
 
 Exit status: 0 done; 1 the run failed (a full disk, a loss that is not finite, cells of a sweep without a result);
 2 wrong usage or unusable data, said in one line; 130 interrupted.
@@ -16,7 +16,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ctkernels.config import EvalConfig, FailedRun, ModelOptions, TuneConfig, UsageError, as_yaml, parse
+from ctkernels.config import (
+    EvalConfig,
+    ExportConfig,
+    FailedRun,
+    ImportConfig,
+    ModelOptions,
+    TuneConfig,
+    UsageError,
+    as_yaml,
+    parse,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,6 +35,8 @@ HELP = """usage: ctkernels COMMAND [OPTIONS]
 
   tune   adapt a model to the demonstrations of a task and save the adapter
   eval   evaluate methods or saved prefixes on test items, or methods on all tasks of a suite (--suite)
+  export write a saved adapter in peft's format
+  import save an adapter of peft as ours
   env    versions, CPU features, and which backends are available
 
 `ctkernels COMMAND --help` lists the options; `--config FILE` reads them from a YAML file."""
@@ -41,7 +53,8 @@ def run(argv: list[str]) -> int:
         print(HELP)
         return 0 if argv else 2
     name, rest = argv[0], argv[1:]
-    commands = {"tune": tune_command, "eval": eval_command, "env": env_command}
+    commands = {"tune": tune_command, "eval": eval_command, "export": export_command}
+    commands |= {"import": import_command, "env": env_command}
     try:
         if name not in commands:
             raise UsageError(f"unknown command {name!r}; the commands are {', '.join(commands)}")
@@ -155,6 +168,40 @@ def eval_command(argv: list[str]) -> None:
         from ctkernels.tuning.storage import atomic_write_json
 
         atomic_write_json(config.out, {"model": config.model, "results": results})
+
+
+def export_command(argv: list[str]) -> None:
+    """`ctkernels export`: a saved adapter in peft's format."""
+    config = parse(ExportConfig, "ctkernels export", argv)
+    adapter, out = _folders(config)
+
+    from ctkernels.tuning.adapter import Adapter
+    from ctkernels.tuning.peft_export import export_peft
+
+    model = load_model(config)[0] if config.model else None
+    export_peft(Adapter.from_pretrained(adapter, model), out, config.kind, model)
+    print(f"saved {out} for peft")
+
+
+def import_command(argv: list[str]) -> None:
+    """`ctkernels import`: an adapter of peft as ours."""
+    config = parse(ImportConfig, "ctkernels import", argv)
+    adapter, out = _folders(config)
+    model, tokenizer = load_model(config)
+
+    from ctkernels.tuning.peft_import import import_peft
+
+    loaded = import_peft(adapter, model, tokenizer)
+    loaded.save_pretrained(out)
+    extra = " and a LoRA update of the weights" if loaded.lora else ""
+    print(f"saved {out}: {loaded.prefix.length} tokens{extra}")
+
+
+def _folders(config: ExportConfig | ImportConfig) -> tuple[Path, Path]:
+    for name in ("adapter", "out"):
+        if getattr(config, name) is None:
+            raise UsageError(f"{name} is required: a folder (--{name})")
+    return config.adapter, config.out
 
 
 def env_command(argv: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""What `ctkernels tune` and `ctkernels eval` can be told: flat settings, as flags or as keys of a YAML file.
+"""What the commands can be told: flat settings, as flags or as keys of a YAML file.
 
 `--lr 1e-3` on the command line is `lr: 1e-3` in the file; flags win over the file. An unknown key or flag is refused
 with the nearest valid name.
@@ -165,6 +165,31 @@ class EvalConfig(TrainOptions, DataOptions, ModelOptions):
     """Evaluate only the first so many items."""
     out: Path | None = None
     """JSON file of the scores."""
+
+
+@dataclass(frozen=True)
+class ExportConfig(ModelOptions):
+    """Write a saved adapter in peft's format, which `PeftModel.from_pretrained` loads.
+
+    The model is needed only for a prefix whose rows do not begin right behind it.
+    """
+
+    adapter: Path | None = None
+    """Folder of a saved adapter or prefix (required)."""
+    out: Path | None = None
+    """Folder for peft (required)."""
+    kind: Literal["cartridge", "prefix-tuning", "prompt-tuning", "lora"] | None = None
+    """What to write; default: prompt-tuning for a soft prompt, else cartridge. Required for a LoRA update."""
+
+
+@dataclass(frozen=True)
+class ImportConfig(ModelOptions):
+    """Read an adapter that peft saved (CARTRIDGE, PREFIX_TUNING, PROMPT_TUNING or LORA) and save it as ours."""
+
+    adapter: Path | None = None
+    """Folder that peft wrote (required)."""
+    out: Path | None = None
+    """Folder of the adapter (required)."""
 
 
 Config = TypeVar("Config", bound=ModelOptions)

@@ -10,12 +10,17 @@ from typing import Any
 
 _HOMES = {
     "adapter": ("Adapter",),
+    "compose": ("concatenate", "moved"),
     "data": ("DataError", "Demonstration", "TextFormat", "encode_context", "encode_rows", "load_jsonl", "load_metaicl"),
     "distributed": ("PeerError",),
     "evaluate": ("EvalResult", "evaluate_prefix"),
     "methods": ("METHODS", "PRESETS", "Method", "get_method"),
+    "peft_export": ("export_peft",),
+    "peft_import": ("import_peft",),
     "prefix": ("KVPrefix",),
+    "prefix_set": ("PrefixSet", "left_padded"),
     "prompt": ("SoftPrompt",),
+    "store": ("PrefixStore",),
     "settings": ("TrainSettings",),
     "trainer": ("EpochRecord", "TrainingError", "TuneResult", "tune"),
 }

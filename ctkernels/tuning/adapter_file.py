@@ -27,6 +27,7 @@ from ctkernels.tuning.adapter import Adapter
 from ctkernels.tuning.data import Demonstration
 from ctkernels.tuning.hf_models import find_decoder
 from ctkernels.tuning.lora import Lora
+from ctkernels.tuning.peft_export import CONFIG, WEIGHTS, export_peft
 from ctkernels.tuning.prefix_file import DESCRIPTION, PrefixFileError
 from ctkernels.tuning.prompt import SoftPrompt
 from ctkernels.tuning.storage import atomic_file, atomic_write_json
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 FORMAT = "ctkernels-adapter"
 FORMAT_VERSION = 1
 NAME = "adapter.json"
-LORA_TENSORS, LORA_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # names that peft looks for
 
 
 def save(adapter: Adapter, directory: str | os.PathLike) -> None:
@@ -50,7 +50,7 @@ def save(adapter: Adapter, directory: str | os.PathLike) -> None:
         _write_tensors(directory / description["prompt"], tensors)
     if adapter.lora is not None:
         description["lora"] = f"lora-{mark}"
-        _write_lora(directory / description["lora"], adapter.lora, adapter.prefix.metadata.model_id)
+        export_peft(adapter, directory / description["lora"], "lora")
     if adapter.pool:
         description["pool"] = [
             {"input": d.input, "output": d.output, "options": d.options, "source": d.source, "references": d.references}
@@ -112,29 +112,12 @@ def load(
     return Adapter(prefix, prompt, lora, pool)
 
 
-def _write_lora(folder: Path, lora: Lora, model_id: str) -> None:
-    from peft import LoraConfig
-
-    folder.mkdir(parents=True, exist_ok=True)
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        target_modules=list(lora.targets),
-        lora_dropout=0.0,
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=model_id or None,
-        inference_mode=True,
-    )
-    config.save_pretrained(folder)
-    _write_tensors(folder / LORA_TENSORS, lora.tensors)
-
-
 def _read_lora(folder: Path, device: torch.device) -> Lora:
     try:
-        config = json.loads((folder / LORA_CONFIG).read_bytes())
+        config = json.loads((folder / CONFIG).read_bytes())
     except OSError as error:
-        raise ValueError(f"{folder / LORA_CONFIG}: cannot be read: {error.strerror or error}") from error
-    tensors = {name: tensor.to(device) for name, tensor in _read_tensors(folder / LORA_TENSORS).items()}
+        raise ValueError(f"{folder / CONFIG}: cannot be read: {error.strerror or error}") from error
+    tensors = {name: tensor.to(device) for name, tensor in _read_tensors(folder / WEIGHTS).items()}
     return Lora(config["r"], config["lora_alpha"], tuple(sorted(config["target_modules"])), tensors=tensors)
 
 

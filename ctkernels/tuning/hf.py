@@ -32,15 +32,17 @@ from ctkernels.tuning.hf_parallel import head_group
 
 if TYPE_CHECKING:
     from ctkernels.tuning.prefix import KVPrefix
+    from ctkernels.tuning.prefix_set import PrefixSet
 
 STATE = "ctkernels_state"  # keyword argument that carries the state of a forward pass to the layers
 
 
 class Attachment:
-    """A prefix attached to a model, as a context manager; made by `KVPrefix.attach`.
+    """A prefix attached to a model, as a context manager; made by `KVPrefix.attach`, or `PrefixSet.attach` for several.
 
     mask: ContextMask over the prefix for the rows of the next forward, or None; may be set at any time.
     cu_seqlens: int32 `[B+1]` if `input_ids` is `[1, N]` with B rows packed one after another, else None; ditto.
+    prefix_index: of a PrefixSet, integer `[B]`: which prefix each row reads; ditto.
 
     Position ids, given or computed, count a row's own tokens from 0; the prefix's `first_position` is added. Padding is
     a 2D `attention_mask` over own tokens, on the left or on the right.
@@ -48,20 +50,27 @@ class Attachment:
 
     def __init__(
         self,
-        prefix: KVPrefix,
+        prefix: KVPrefix | PrefixSet,
         model: PreTrainedModel,
         mask: ContextMask | None = None,
         cu_seqlens: Tensor | None = None,
         backend: str | None = None,
+        prefix_index: Tensor | None = None,
     ) -> None:
         self.prefix, self.mask, self.cu_seqlens, self.backend = prefix, mask, cu_seqlens, backend
+        self.prefix_index = prefix_index
         self._decoder = find_decoder(model)
-        _check_fit(prefix, self._decoder)
+        self._prefixes: tuple[KVPrefix, ...] = getattr(prefix, "prefixes", (prefix,))
+        for each in self._prefixes:
+            check_fit(each, self._decoder)
+        self._trainable = (prefix,) if self._prefixes == (prefix,) else ()  # a set of prefixes is a copy
+        self._last_first = max(each.first_position for each in self._prefixes)
         family, config = self._decoder.family, self._decoder.config
         self._name = type(self._decoder.model).__name__
         self._implementation = ALIBI_IMPLEMENTATION if family.positions == ALIBI else IMPLEMENTATION
         self._position_limit = config.max_position_embeddings if family.positions == LEARNED else None
-        self._rope_switch = rope_switch(config, prefix.first_position)
+        switches = (rope_switch(config, each.first_position) for each in self._prefixes)
+        self._rope_switch = min((switch for switch in switches if switch is not None), default=None)
         self._group = head_group(self._decoder.attentions[0])
         self._parameters = list(inspect.signature(self._decoder.base.forward).parameters)
         self._stack: ExitStack | None = None
@@ -112,8 +121,10 @@ class Attachment:
         if self.mask is not None and not isinstance(self.mask, ContextMask):
             raise TypeError(f"attachment.mask must be a ContextMask or None, got {type(self.mask).__name__}")
         prepare = self._prepare_padded if self.cu_seqlens is None else self._prepare_packed
-        positions = prepare(tokens, kwargs) + self.prefix.first_position
-        self._check_positions(positions, tokens.shape[1], kwargs)
+        positions = prepare(tokens, kwargs)
+        index = self._index_of_rows(tokens)
+        first = self.prefix.first_position if index is None else self._first_positions(index, tokens)
+        self._check_positions(positions, first, tokens.shape[1], kwargs)
         state = ForwardState(
             tuple(self.prefix.keys),
             tuple(self.prefix.values),
@@ -122,13 +133,36 @@ class Attachment:
             self.backend,
             self._group,
             torch.is_grad_enabled(),
+            index,
+            None if index is None else self.prefix.lengths,
         )
         kwargs[STATE] = state
         if self._decoder.family.positions == ALIBI:  # BLOOM has no position ids and passes no keyword arguments on
             self._thread.state = state
         else:
-            kwargs["position_ids"] = positions
+            kwargs["position_ids"] = positions + first
         return (), kwargs
+
+    def _index_of_rows(self, tokens: Tensor) -> Tensor | None:
+        """Which prefix each row of this pass reads, int64 `[B]`, or None where there is one for all."""
+        index = self.prefix_index
+        if index is None:
+            return None
+        count, rows = len(self._prefixes), tokens.shape[0] if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+        if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype not in _INTEGERS:
+            raise TypeError("attachment.prefix_index must be an int32 or int64 tensor [B]")
+        if not len(index) or rows % len(index):
+            raise ValueError(f"attachment.prefix_index must have an entry for each of {rows} rows, got {len(index)}")
+        if not torch.compiler.is_compiling() and not 0 <= int(index.min()) <= int(index.max()) < count:
+            raise ValueError(f"attachment.prefix_index must lie in [0, {count}), got {index.tolist()}")
+        return index.to(tokens.device, torch.int64).repeat_interleave(rows // len(index))
+
+    def _first_positions(self, index: Tensor, tokens: Tensor) -> Tensor:
+        """Position of the first own token for each row, int64 `[B, 1]`; if rows are packed for each token, `[1, N]`."""
+        first = self.prefix.first_positions.to(tokens.device)[index]
+        if self.cu_seqlens is None:
+            return first[:, None]
+        return first.repeat_interleave(self.cu_seqlens.diff().to(tokens.device), output_size=tokens.shape[1])[None]
 
     def _prepare_padded(self, tokens: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Own position of each token, int64 `[B, S]` or `[1, S]`, of a batch with or without padding."""
@@ -201,7 +235,7 @@ class Attachment:
         A reentrant checkpoint records a gradient only if one of its inputs requires one, and with a frozen model no
         input of the first layer does, although the prefix inside needs it.
         """
-        trainable = any(p.requires_grad for p in self.prefix.parameters())
+        trainable = any(p.requires_grad for each in self._trainable for p in each.parameters())
         if not self._recomputes() or hidden.requires_grad or not trainable:
             return hidden
         options = getattr(self._decoder.layers[0]._gradient_checkpointing_func, "keywords", {})
@@ -243,23 +277,23 @@ class Attachment:
                 "ignore the prefix; change it before or after"
             )
 
-    def _check_positions(self, positions: Tensor, S: int, kwargs: dict[str, Any]) -> None:
-        first = self.prefix.first_position
+    def _check_positions(self, own: Tensor, first: int | Tensor, S: int, kwargs: dict[str, Any]) -> None:
         limits = [limit for limit in (self._position_limit, self._rope_switch) if limit is not None]
-        if not limits or torch.compiler.is_compiling() or positions.numel() == 0:
+        if not limits or torch.compiler.is_compiling() or own.numel() == 0:
             return
-        if first + _past_length(kwargs) + S <= min(limits):
+        if self._last_first + _past_length(kwargs) + S <= min(limits):
             return  # the values are read only if the shapes do not settle the question
-        end = int(positions.max()) + 1
+        own, first = (x.flatten() for x in torch.broadcast_tensors(own, torch.as_tensor(first, device=own.device)))
+        furthest = int((own + first).argmax())
+        count, before = int(own[furthest]) + 1, int(first[furthest])
+        end = before + count
+        what = f"rows of {count} own tokens after a prefix of {before} positions"
         if self._position_limit is not None and end > self._position_limit:
-            raise ValueError(
-                f"rows of {end - first} own tokens after a prefix of {first} positions need {end} positions; "
-                f"{self._name} has {self._position_limit}"
-            )
+            raise ValueError(f"{what} need {end} positions; {self._name} has {self._position_limit}")
         if self._rope_switch is not None and end > self._rope_switch:
             raise ValueError(
-                f"rows of {end - first} own tokens after a prefix of {first} positions pass position "
-                f"{self._rope_switch}, where {self._name} rotates all keys differently; the prefix cannot follow"
+                f"{what} pass position {self._rope_switch}, where {self._name} rotates all keys differently; the "
+                "prefix cannot follow"
             )
 
 
@@ -281,6 +315,14 @@ def _check_padding(padding: Tensor, tokens: Tensor, kwargs: dict[str, Any]) -> N
             f"attention_mask must cover the rows' own tokens alone, [{B}, {own}], got {list(padding.shape)}; "
             "the prefix needs no mask"
         )
+    past = own - tokens.shape[1]
+    if past and not torch.compiler.is_compiling():
+        seen = padding[:, :past].bool()
+        if (seen.any(dim=1) & ~seen[:, -1] & padding[:, past].bool()).any():
+            raise ValueError(
+                "attention_mask has rows that were padded on the right and go on behind their padding; generate() "
+                "needs padding on the left: tokenizer.padding_side = 'left', or ctkernels.tuning.left_padded"
+            )
 
 
 def _check_mask_argument(mask: Any) -> None:
@@ -295,7 +337,7 @@ def _check_mask_argument(mask: Any) -> None:
         )
 
 
-def _check_fit(prefix: KVPrefix, decoder: Decoder) -> None:
+def check_fit(prefix: KVPrefix, decoder: Decoder) -> None:
     """Refuse a prefix that was made for another model, or lies elsewhere."""
     name = type(decoder.model).__name__
     if len(prefix.keys) != len(decoder.attentions):

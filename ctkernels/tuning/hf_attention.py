@@ -62,8 +62,9 @@ class ForwardState:
     It travels through the model as a keyword argument rather than on the attachment, so that gradient checkpointing
     recomputes a layer with the mask of its own forward, and two threads can run one model.
 
-    keys, values: per layer `[Hk, P, D]`.  group: see `hf_parallel.head_group`.  recording: whether gradients are recorded
-    around the model.  consumed: layers whose attention has read keys and values.
+    keys, values: per layer `[Hk, P, D]`, or `[G, Hk, P, D]` with prefix_index (int `[B]`) and prefix_lens (int `[G]`).
+    group: see `hf_parallel.head_group`.  recording: whether gradients are recorded around the model.  consumed: layers
+    whose attention has read keys and values.
     """
 
     keys: tuple[Tensor, ...]
@@ -73,6 +74,8 @@ class ForwardState:
     backend: str | None
     group: ProcessGroup | None = None
     recording: bool = False
+    prefix_index: Tensor | None = None
+    prefix_lens: Tensor | None = None
     consumed: set[int] = field(default_factory=set)
     spans: dict[int, tuple[Tensor, KeySpan]] = field(default_factory=dict)
 
@@ -263,7 +266,7 @@ def attend(
 ) -> Tensor:
     """The op on layer `index`: q `[B, H, S, D]`, k and v `[B, Hk, T, D]` -> `[B, S, H, D]`."""
     prefix = [own_heads(x[index], key.shape[1], state.group) for x in (state.keys, state.values)]
-    settings["backend"] = state.backend
+    settings |= {"backend": state.backend, "prefix_index": state.prefix_index, "prefix_lens": state.prefix_lens}
     state.consumed.add(index)
     if state.cu_seqlens is not None:
         rows = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [N, H, D]

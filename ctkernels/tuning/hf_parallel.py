@@ -32,17 +32,18 @@ def head_group(attention: nn.Module) -> ProcessGroup | None:
 
 
 def own_heads(x: Tensor, heads: int, group: ProcessGroup | None) -> Tensor:
-    """What a layer that runs `heads` KV heads in this process reads of `[Hk, P, D]`: `[heads, P, D]`, the same memory.
+    """What a layer that runs `heads` KV heads in this process reads of `[..., Hk, P, D]`: `[..., heads, P, D]`, the
+    same memory.
 
     Raises:
         ValueError: the heads are not spread evenly over the processes.
     """
-    if x.shape[0] == heads:
+    if x.shape[-3] == heads:
         return x
     size = 1 if group is None else dist.get_world_size(group)
-    if x.shape[0] != heads * size:
+    if x.shape[-3] != heads * size:
         raise ValueError(
-            f"the prefix has {x.shape[0]} KV heads and this layer {heads} in each of {size} processes; tensor "
+            f"the prefix has {x.shape[-3]} KV heads and this layer {heads} in each of {size} processes; tensor "
             "parallelism must spread KV heads evenly"
         )
     return _OwnHeads.apply(x, heads, group)
@@ -50,14 +51,14 @@ def own_heads(x: Tensor, heads: int, group: ProcessGroup | None) -> Tensor:
 
 def all_heads(x: Tensor, heads: int, group: ProcessGroup | None) -> Tensor:
     """The opposite: `[own heads, P, D]` of every process as one `[heads, P, D]`."""
-    return x if x.shape[0] == heads else _gather(x, group)
+    return x if x.shape[-3] == heads else _gather(x, group)
 
 
 class _OwnHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, heads: int, group: ProcessGroup) -> Tensor:
         ctx.group = group
-        return x.narrow(0, dist.get_rank(group) * heads, heads)
+        return x.narrow(-3, dist.get_rank(group) * heads, heads)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -65,7 +66,7 @@ class _OwnHeads(torch.autograd.Function):
 
 
 def _gather(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    heads, *rest = x.shape
-    gathered = x.new_empty(heads * dist.get_world_size(group), *rest)
-    dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
-    return gathered
+    own = x.movedim(-3, 0).contiguous()
+    gathered = own.new_empty(len(own) * dist.get_world_size(group), *own.shape[1:])
+    dist.all_gather_into_tensor(gathered, own, group=group)
+    return gathered.movedim(0, -3)

@@ -43,15 +43,15 @@ class Lora:
     seed: int = 0
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
-    def config(self, model: PreTrainedModel) -> LoraConfig:
-        """The update as peft describes it."""
+    def config(self, model_class: str) -> LoraConfig:
+        """The update of a model of this class as peft describes it."""
         from peft import LoraConfig
 
         return LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
             target_modules=list(self.targets),
-            fan_in_fan_out=find_decoder(model).family.causal == "GPT2LMHeadModel",  # its Conv1D holds [in, out]
+            fan_in_fan_out=model_class.startswith("GPT2"),  # whose Conv1D holds [in, out]
             lora_dropout=0.0,
             bias="none",
             task_type="CAUSAL_LM",
@@ -73,7 +73,8 @@ class Lora:
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.seed)
-                wrapped = peft.LoraModel(model, {ADAPTER: self.config(model)}, ADAPTER)
+                config = self.config(find_decoder(model).family.causal)
+                wrapped = peft.LoraModel(model, {ADAPTER: config}, ADAPTER)
             for name, parameter in lora_parameters(wrapped).items():
                 wide = parameter.data if parameter.dtype == torch.float64 else parameter.data.float()
                 parameter.data = self.tensors[name].to(wide, copy=True) if self.tensors else wide
