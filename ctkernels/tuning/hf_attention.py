@@ -12,8 +12,8 @@ passes on whatever has four:
     [B, 1, 1, 2]            first and end of each row's valid keys (left padding, too)
     [1, 1, 1, 0]            the same, said by an attachment to spare transformers the search for masks
 
-A module without an attached prefix behaves as under "sdpa": through the op with an empty prefix, or, for what the op
-does not do (arbitrary masks, bidirectional or cross attention), through transformers' own SDPA function.
+A module without an attached prefix behaves as under "sdpa" (hf_plain.py). Importing this module, or anything that
+attaches a prefix, registers the name with transformers.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ctkernels import ContextMask, prefix_attention, prefix_attention_varlen
 from ctkernels.tuning.hf_parallel import own_heads
+from ctkernels.tuning.hf_plain import plain_attention
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -229,36 +229,37 @@ def attention_forward(
     index = getattr(module, ATTACHED, None)
     name = type(module).__name__
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    unsupported = [argument for argument in UNSUPPORTED_ARGUMENTS if kwargs.get(argument) is not None]
-    special = not is_causal or unsupported or not (attention_mask is None or is_layout(attention_mask))
-    if special and index is None:
-        if is_layout(attention_mask):
-            raise ValueError(f"{name}: padding together with {unsupported or 'bidirectional attention'} is unsupported")
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, is_causal, softcap=softcap, **kwargs
+    layout = attention_mask if is_layout(attention_mask) else None
+    if index is None:
+        return plain_attention(
+            module,
+            query,
+            key,
+            value,
+            layout,
+            mask=attention_mask if layout is None else None,
+            scaling=scaling,
+            window=sliding_window,
+            softcap=softcap or None,
+            dropout=dropout,
+            is_causal=is_causal,
+            **kwargs,
         )
+    unsupported = [argument for argument in UNSUPPORTED_ARGUMENTS if kwargs.get(argument) is not None]
     if dropout > 0:
         raise ValueError(
             f"{name}: attention dropout {dropout} is not supported; a frozen model belongs in eval mode (model.eval())"
         )
-    if index is None:
-        empty = key.new_empty(key.shape[1], 0, key.shape[3])
-        state = ForwardState((empty,), (empty,), None, None, None)
-        index = 0
-    elif ctkernels_state is None:
+    if ctkernels_state is None:
         raise ValueError(f"{name}: a layer with an attached prefix was called outside of its model's forward")
-    elif special:
+    if not is_causal or unsupported or (layout is None and attention_mask is not None):
         raise ValueError(
             f"{name}: an attached model takes causal attention with a 2D padding mask whose rows are one run of ones"
             + (f", got {', '.join(unsupported)}" if unsupported else ", got another mask or bidirectional attention")
             + "; rows packed into one sequence need attachment.cu_seqlens"
         )
-    else:
-        state = ctkernels_state
-    out = attend(
-        state, index, query, key, value, attention_mask, scale=scaling, window=sliding_window, softcap=softcap or None
-    )
-    return out, None
+    settings = {"scale": scaling, "window": sliding_window, "softcap": softcap or None}
+    return attend(ctkernels_state, index, query, key, value, layout, **settings), None
 
 
 def attend(

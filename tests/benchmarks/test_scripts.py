@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import bench_attention, bench_scaling, bench_tuning, harness, profile_attention
+from benchmarks import bench_attention, bench_dropin, bench_scaling, bench_tuning, harness, profile_attention
 from benchmarks.cases import Case, sweep
 from tests.tuning.tasks import DEMONSTRATIONS, char_tokenizer, write_jsonl
 from tests.tuning.tiny_models import make_model
@@ -115,6 +115,39 @@ def test_bench_tuning(tmp_path):
     assert all(f"| {m['method']} |" in markdown for m in methods)
     assert "ctkernels::cpu_backward" in (tmp_path / "bench_tuning" / "profile_ctkernels.txt").read_text()
     assert "ctkernels" not in (tmp_path / "bench_tuning" / "profile_sdpa.txt").read_text()
+
+
+def small_works(monkeypatch):
+    works = [replace(work, B=2, S=8, new=min(work.new, 2)) for work in bench_dropin.WORKS]
+    monkeypatch.setattr(bench_dropin, "WORKS", works)
+    return works
+
+
+def test_bench_dropin(monkeypatch, tmp_path):
+    works = small_works(monkeypatch)
+    make_model("llama", torch.float32).save_pretrained(tmp_path / "model")
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- bench_dropin -->\n<!-- /bench_dropin -->\n")
+    out = tmp_path / "bench_dropin"
+    arguments = ["--model", f"{tmp_path}/model", "--seconds", "0", "--out", str(out), "--readme", str(readme)]
+    bench_dropin.main(arguments)
+    record, markdown = read(out)
+    assert [result["work"] for result in record["results"]] == [str(work) for work in works]
+    for result in record["results"]:
+        assert result["times"].keys() == {"ctkernels", "sdpa"} and 0 <= result["difference"] < 1e-4
+        assert f"| {result['work']} |" in markdown and f"| {result['work']} |" in readme.read_text()
+
+
+def test_models_that_disagree_are_not_timed(monkeypatch):
+    original = bench_dropin.run
+
+    def other(model, work, batch):
+        out = original(model, work, batch)
+        return out * 1.1 if model.config._attn_implementation == "sdpa" else out
+
+    monkeypatch.setattr(bench_dropin, "run", other)
+    with pytest.raises(ArithmeticError, match="results differ by"):
+        bench_dropin.compare(make_model("llama", torch.float32), small_works(monkeypatch)[0], seconds=0)
 
 
 def test_loops_that_disagree_are_not_timed(monkeypatch, tmp_path):

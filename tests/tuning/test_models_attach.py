@@ -1,4 +1,4 @@
-"""Attaching and detaching: what is switched over and back, what is refused, and models without a prefix."""
+"""Attaching and detaching: what is switched over and back, what is refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from tests.tuning.tiny_models import (
     GROUPED,
     MODELS,
     PAD,
-    full_precision_softmax,
     make_model,
     pad_rows,
     stock_logits,
@@ -550,79 +549,3 @@ def test_alibi_slopes_match_bloom():
 def test_unknown_backend(llama, prefix):
     with prefix.attach(llama, backend="abacus"), pytest.raises(ValueError, match="backend must be one of"):
         llama(ROW)
-
-
-# attn_implementation="ctkernels" without a prefix
-
-
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "bloom"])
-@torch.no_grad()
-def test_without_a_prefix(name):
-    """Behaves as "sdpa" (eager, where the stock model needs it): padding, packing, generation, masks of any kind."""
-    model = make_model(name)
-    rows = [tokens(n, seed=n) for n in (4, 9, 1)]
-    row = rows[1][None]
-    ids, mask = pad_rows(rows, "left")
-    hole = torch.ones_like(row)
-    hole[0, 2] = 0
-    positions = torch.arange(9)[None]
-    dense = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril(-1)
-    dense[..., 0] = True
-    calls = [
-        lambda: model(row).logits,
-        lambda: model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits[mask.bool()],
-        lambda: model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False),
-        lambda: model.generate(
-            ids, attention_mask=mask, max_new_tokens=4, do_sample=False, cache_implementation="static"
-        ),
-    ]
-    if name != "gemma2":  # softcap: not in SDPA, and eager wants a floating mask
-        calls += [
-            lambda: model(row, attention_mask=hole).logits,
-            lambda: model(row, attention_mask=dense, position_ids=positions).logits,
-            lambda: model(row, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]), use_cache=False).logits,
-        ]
-    with full_precision_softmax():
-        expected = [call() for call in calls]
-    model.set_attn_implementation("ctkernels")
-    for call, wanted in zip(calls, expected, strict=True):
-        torch.testing.assert_close(call(), wanted, rtol=1e-9, atol=1e-9)
-
-
-@torch.no_grad()
-def test_encoders_without_a_prefix():
-    """Bidirectional attention, which the op is not asked for, goes to SDPA."""
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40
-    )
-    model = transformers.BertModel(config).double().eval()
-    ids, mask = pad_rows([tokens(4), tokens(9)], "right")
-    results = []
-    for implementation in ("sdpa", "ctkernels"):
-        model.set_attn_implementation(implementation)
-        results.append((model(ids).last_hidden_state, model(ids, attention_mask=mask).last_hidden_state[mask.bool()]))
-    for actual, wanted in zip(results[1], results[0], strict=True):
-        torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-9)
-
-
-def test_without_a_prefix_from_config():
-    config = transformers.LlamaConfig(**GROUPED)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="ctkernels")
-    assert model.config._attn_implementation == "ctkernels"
-    model(ROW).logits.sum().backward()
-    assert model.model.layers[0].self_attn.k_proj.weight.grad.abs().max() > 0
-
-
-def test_without_a_prefix_on_models_with_attention_of_their_own():
-    model = make_model("bloom")
-    model.config._attn_implementation = "ctkernels"
-    with pytest.raises(ValueError, match="bloom computes attention itself"):
-        model(ROW)
-
-
-def test_attention_dropout_without_a_prefix():
-    model = make_model("gpt2")
-    model.set_attn_implementation("ctkernels")
-    with pytest.raises(ValueError, match="attention dropout"):
-        model.train()(ROW)
