@@ -85,10 +85,20 @@ def _empty(decoder: Decoder) -> Layers:
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
     """Dropout off and checkpointing (which drops caches) asleep; afterwards each module is as it was."""
-    training = [module for module in model.modules() if module.training]
+    before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
+        for module, _ in before:
+            module.training = differentiable_mode(module)
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, training in before:
+            module.training = training
+
+
+def differentiable_mode(module: nn.Module) -> bool:
+    """Whether a module must run in training mode to have a derivative, now or later: on some CPUs the 4-bit layers of
+    bitsandbytes turn their weights into a format without one the first time that they run in eval mode."""
+    return any(
+        kind.__module__.startswith("bitsandbytes.") and kind.__name__ == "Linear4bit" for kind in type(module).__mro__
+    )

@@ -62,8 +62,8 @@ class ForwardState:
     It travels through the model as a keyword argument rather than on the attachment, so that gradient checkpointing
     recomputes a layer with the mask of its own forward, and two threads can run one model.
 
-    keys, values: per layer `[Hk, P, D]`.  group: see `hf_parallel.head_group`.  recording: whether gradients are recorded
-    around the model.  consumed: layers whose attention has read keys and values.
+    keys, values: per layer `[Hk, P, D]`.  group: see `hf_parallel.head_group`.  recording: whether gradients are
+    recorded around the model.  consumed: layers whose attention has read keys and values.
     """
 
     keys: tuple[Tensor, ...]
