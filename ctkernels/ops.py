@@ -85,7 +85,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, backward, dout: Tensor | None, dlse: Tensor | None, needs: list[bool]) -> tuple[Tensor | None, ...]:
-    """Gradients of the inputs, with None for all that has none; `backward` is the operator or something that calls it."""
+    """Gradients of the inputs, None for what has none; `backward` is the operator or something that calls it."""
     nothing = (None,) * len(Problem._fields)
     if dout is None and dlse is None:
         return (None,) * INPUT_COUNT + nothing

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache, PreTrainedModel
 
 from ctkernels.tuning.hf_attention import ATTACHED
@@ -62,9 +64,10 @@ def _encode(
     with torch.no_grad(), _eval_mode(decoder.model), attached:
         mask = torch.ones(1, length, dtype=torch.int64, device=decoder.device)
         numbered = {} if decoder.family.positions == ALIBI else {"position_ids": positions}
-        # the whole model, whose call brings in the weights of one that is sharded; a head runs on one token alone
-        numbered |= {} if decoder.model is decoder.base else {"logits_to_keep": 1}
-        decoder.model(**inputs, **numbered, attention_mask=mask, past_key_values=cache, use_cache=True)
+        run = decoder.base
+        if isinstance(decoder.model, FSDPModule):  # gathers its weights when all of it is called
+            run = partial(decoder.model, logits_to_keep=1)
+        run(**inputs, **numbered, attention_mask=mask, past_key_values=cache, use_cache=True)
     # a copy of its own: the cache may share memory between layers or with the model
     dtype, group = decoder.prefix_dtype, head_group(decoder.attentions[0])
 
@@ -85,10 +88,20 @@ def _empty(decoder: Decoder) -> Layers:
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
     """Dropout off and checkpointing (which drops caches) asleep; afterwards each module is as it was."""
-    training = [module for module in model.modules() if module.training]
+    before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
+        for module, _ in before:
+            module.training = differentiable_mode(module)
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, training in before:
+            module.training = training
+
+
+def differentiable_mode(module: nn.Module) -> bool:
+    """Whether a module must run in training mode to have a derivative, now or later: on some CPUs the 4-bit layers of
+    bitsandbytes turn their weights into a format without one the first time that they run in eval mode."""
+    return any(
+        kind.__module__.startswith("bitsandbytes.") and kind.__name__ == "Linear4bit" for kind in type(module).__mro__
+    )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ctkernels.tuning.batches import Batch, answer_losses
 from ctkernels.tuning.distributed import reshard
+from ctkernels.tuning.encode import differentiable_mode
 from ctkernels.tuning.hf import Attachment
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ def frozen(model: PreTrainedModel, but: Iterable[nn.Parameter] = ()) -> Iterator
     """Within the block no weight but those of `but` takes a gradient and no dropout is active; afterwards all is as it
     was.
 
-    Modules under gradient checkpointing stay in training mode, since transformers checkpoints nothing outside of it.
+    Modules under gradient checkpointing stay in training mode, since transformers checkpoints nothing outside of it; so
+    do those of `differentiable_mode`.
     """
     reshard(model)
     needs_grad = [(p, p.requires_grad) for p in model.parameters()]
@@ -49,7 +51,7 @@ def frozen(model: PreTrainedModel, but: Iterable[nn.Parameter] = ()) -> Iterator
     try:
         model.requires_grad_(False).eval()
         for module, _ in training:
-            module.training = bool(getattr(module, "gradient_checkpointing", False))
+            module.training = bool(getattr(module, "gradient_checkpointing", False)) or differentiable_mode(module)
         for parameter in but:
             parameter.requires_grad_(True)
         yield

@@ -225,6 +225,13 @@ class Attachment:
                 f"the attention of layers {missing} of {self._name} did not read the attached prefix, so this output "
                 "ignores it (layers skipped or replaced?)"
             )
+        trainable = any(x.requires_grad for x in (*state.keys, *state.values))
+        if state.recording and trainable and torch.is_grad_enabled() and not output[0].requires_grad:
+            raise ValueError(
+                f"this output of {self._name} depends on a trainable prefix, but no gradient would reach it (quantised "
+                "layers that were run in eval mode before, or kernels without a derivative?); if none is wanted, use "
+                "torch.no_grad()"
+            )
         if self._recomputes() and output[0].requires_grad:
             block = self._stack
             output[0].register_hook(lambda gradient: self._check_still_in(block))
@@ -251,9 +258,9 @@ class Attachment:
             return
         if state.keys[index].requires_grad or state.values[index].requires_grad:
             raise ValueError(
-                f"layer {index} of {self._name} runs in a reentrant checkpoint (or under no_grad) and its input requires "
-                "no gradient, so the prefix would get none from it; pass use_reentrant=False to the checkpoint, or call "
-                "model.enable_input_require_grads()"
+                f"layer {index} of {self._name} runs in a reentrant checkpoint (or under no_grad) and its input "
+                "requires no gradient, so the prefix would get none from it; pass use_reentrant=False to the "
+                "checkpoint, or call model.enable_input_require_grads()"
             )
 
     def _recomputes(self) -> bool:

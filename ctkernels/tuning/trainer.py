@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 class TrainingError(ArithmeticError):
-    """Training that cannot go on: the loss or its gradient is not finite."""
+    """Training that cannot go on: the loss or its gradient is not finite, or there is none."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def tune(
             unavailable backend.
         TypeError: a model class that is not supported.
         CheckpointError: `resume` with other settings, data or model than the checkpoint's.
-        TrainingError: the loss is not finite.
+        TrainingError: the loss is not finite, or has no gradient.
         PeerError: another process of the group failed.
     """
     ranks = Ranks(group, model.device, sharded=is_sharded(model))
@@ -272,6 +272,12 @@ def _train_epoch(
         penalty = learner.penalty() if ranks.rank == 0 else None
         if penalty is not None:
             penalty.backward()
+        missing = [name for name, parameter in parameters.items() if parameter.grad is None]
+        if missing:
+            raise TrainingError(
+                f"no gradient reached {', '.join(missing[:4])}{', ...' if missing[4:] else ''}: something in "
+                f"{type(model).__name__} has no derivative, such as quantised layers that were run in eval mode before"
+            )
         total += ranks.sum(parameters.values(), losses)
         learner.before_step()
         norms.append(torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip_norm or math.inf))
