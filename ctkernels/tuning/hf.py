@@ -146,7 +146,9 @@ class Attachment:
     def _index_of_rows(self, tokens: Tensor) -> Tensor | None:
         """Which prefix each row of this pass reads, int64 `[B]`, or None where there is one for all."""
         index = self.prefix_index
-        if index is None:
+        if self._prefixes == (self.prefix,):
+            if index is not None:
+                raise ValueError("attachment.prefix_index needs several prefixes: PrefixSet(...).attach")
             return None
         count, rows = len(self._prefixes), tokens.shape[0] if self.cu_seqlens is None else len(self.cu_seqlens) - 1
         if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype not in _INTEGERS:

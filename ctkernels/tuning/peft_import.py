@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,14 +54,35 @@ LORA_FREE = {
     "task_type",
     "use_rslora",
 }
-KEEPS_WEIGHTS = (
-    True,
-    False,
-    None,
-    "gaussian",
-    "orthogonal",
-    "eva",
-)  # starts of LoRA that leave the model's weights alone
+# starts of LoRA that leave the model's own weights alone
+KEEPS_WEIGHTS = (True, False, None, "gaussian", "orthogonal", "eva")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the two files of an adapter say; segments is None where they do not."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    segments: Tensor | None
+    metadata: PrefixMetadata
+
+    def embeddings(self) -> Tensor:
+        """The one tensor of prompt learning, `[num_virtual_tokens, columns]`."""
+        tensor, count = self.tensors.get(EMBEDDINGS), self.config.get("num_virtual_tokens")
+        if tensor is None:
+            raise ValueError(f"no tensor named {EMBEDDINGS}, got {', '.join(sorted(self.tensors)) or 'none'}")
+        if self.config.get("num_transformer_submodules") not in (None, 1):
+            raise ValueError("adapters of encoder-decoder models cannot be imported")
+        if tensor.dim() != 2 or tensor.shape[0] != count or not tensor.is_floating_point():
+            raise ValueError(
+                f"{EMBEDDINGS} must be floating [{count}, columns], got {tensor.dtype} {tuple(tensor.shape)}"
+            )
+        return tensor
+
+    def offsets(self) -> Tensor:
+        """Segments; all tokens before the first demonstration where no token belongs to one."""
+        return torch.tensor([self.config["num_virtual_tokens"]]) if self.segments is None else self.segments
 
 
 def import_peft(
@@ -100,7 +122,7 @@ def import_peft(
         )
     try:
         segments, metadata = _described(decoder, tokenizer, kind, header)
-        return read(decoder, config, tensors, segments, metadata)
+        return read(decoder, Source(config, tensors, segments, metadata))
     except (KeyError, TypeError, ValueError) as error:
         raise PrefixFileError(f"{path}: {_words(error)}") from error
 
@@ -148,56 +170,37 @@ def _described(
     return torch.tensor(header["segments"]), metadata
 
 
-def _read_prefix(
-    decoder: Decoder,
-    config: dict[str, Any],
-    tensors: dict[str, Tensor],
-    segments: Tensor | None,
-    metadata: PrefixMetadata,
-) -> Adapter:
-    flat = _embeddings(config, tensors)
+def _read_prefix(decoder: Decoder, source: Source) -> Adapter:
+    flat = source.embeddings()
     layers, heads, dimension = len(decoder.attentions), decoder.kv_heads, decoder.head_dim
     expected = {"num_layers": layers, "num_attention_heads": heads, "token_dim": heads * dimension}
     for name, value in expected.items():
-        if config.get(name) != value:
-            raise ValueError(f"{name} is {config.get(name)}, {type(decoder.model).__name__} needs {value}")
+        if source.config.get(name) != value:
+            raise ValueError(f"{name} is {source.config.get(name)}, {type(decoder.model).__name__} needs {value}")
     length = flat.shape[0]
     if flat.shape[1] != layers * 2 * heads * dimension:
         raise ValueError(f"{EMBEDDINGS} must have {layers * 2 * heads * dimension} columns, got {flat.shape[1]}")
     own = flat.to(decoder.device, decoder.prefix_dtype).view(length, layers, 2, heads, dimension).permute(1, 2, 3, 0, 4)
     devices = [next(attention.parameters()).device for attention in decoder.attentions]
     keys, values = ([own[i, kind].to(devices[i]).contiguous() for i in range(layers)] for kind in (0, 1))
-    segments = torch.tensor([length]) if segments is None else segments
-    return Adapter(KVPrefix(keys, values, segments, length, metadata))
+    return Adapter(KVPrefix(keys, values, source.offsets(), length, source.metadata))
 
 
-def _read_prompt(
-    decoder: Decoder,
-    config: dict[str, Any],
-    tensors: dict[str, Tensor],
-    segments: Tensor | None,
-    metadata: PrefixMetadata,
-) -> Adapter:
-    embeddings = _embeddings(config, tensors)
+def _read_prompt(decoder: Decoder, source: Source) -> Adapter:
+    embeddings = source.embeddings()
     width = decoder.model.get_input_embeddings().weight.shape[1]
     if embeddings.shape[1] != width:
         raise ValueError(
             f"{EMBEDDINGS} must have {width} columns for {type(decoder.model).__name__}, got {embeddings.shape[1]}"
         )
-    segments = torch.tensor([len(embeddings)]) if segments is None else segments
-    prompt = SoftPrompt(embeddings.to(decoder.device, decoder.prefix_dtype), segments)
-    return Adapter(prompt.to_prefix(decoder.model, metadata), prompt)
+    prompt = SoftPrompt(embeddings.to(decoder.device, decoder.prefix_dtype), source.offsets())
+    return Adapter(prompt.to_prefix(decoder.model, source.metadata), prompt)
 
 
-def _read_lora(
-    decoder: Decoder,
-    config: dict[str, Any],
-    tensors: dict[str, Tensor],
-    segments: Tensor | None,
-    metadata: PrefixMetadata,
-) -> Adapter:
+def _read_lora(decoder: Decoder, source: Source) -> Adapter:
     from peft import LoraConfig
 
+    config, tensors = source.config, source.tensors
     plain = LoraConfig().to_dict()
     for name, value in config.items():
         if name not in LORA_FREE and (value or None) != (plain.get(name) or None):
@@ -222,20 +225,8 @@ def _read_lora(
     dtype = decoder.prefix_dtype
     lora.tensors = {name: tensor.to(decoder.device, dtype) for name, tensor in tensors.items()}
     empty = torch.tensor([], dtype=torch.int64)
-    prefix = KVPrefix.from_tokens(decoder.model, empty, torch.tensor([0]), method=metadata.method)
+    prefix = KVPrefix.from_tokens(decoder.model, empty, torch.tensor([0]), method=source.metadata.method)
     return Adapter(prefix, lora=lora)
-
-
-def _embeddings(config: dict[str, Any], tensors: dict[str, Tensor]) -> Tensor:
-    """The one tensor of prompt learning, `[num_virtual_tokens, columns]`."""
-    tensor, count = tensors.get(EMBEDDINGS), config.get("num_virtual_tokens")
-    if tensor is None:
-        raise ValueError(f"no tensor named {EMBEDDINGS}, got {', '.join(sorted(tensors)) or 'none'}")
-    if config.get("num_transformer_submodules") not in (None, 1):
-        raise ValueError("adapters of encoder-decoder models cannot be imported")
-    if tensor.dim() != 2 or tensor.shape[0] != count or not tensor.is_floating_point():
-        raise ValueError(f"{EMBEDDINGS} must be floating [{count}, columns], got {tensor.dtype} {tuple(tensor.shape)}")
-    return tensor
 
 
 def _words(error: Exception) -> str:

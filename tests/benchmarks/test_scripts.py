@@ -6,7 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import bench_attention, bench_dropin, bench_scaling, bench_tuning, harness, profile_attention
+from benchmarks import (
+    bench_attention,
+    bench_dropin,
+    bench_scaling,
+    bench_serving,
+    bench_tuning,
+    harness,
+    profile_attention,
+)
 from benchmarks.cases import Case, sweep
 from tests.tuning.tasks import DEMONSTRATIONS, char_tokenizer, write_jsonl
 from tests.tuning.tiny_models import make_model
@@ -155,6 +163,37 @@ def test_loops_that_disagree_are_not_timed(monkeypatch, tmp_path):
     monkeypatch.setattr(bench_tuning.plain_ctkv, "row_losses", lambda *args: 1.01 * plain(*args))
     with pytest.raises(ArithmeticError, match=r"the losses differ by 9\.9e-03, more than 1e-03"):
         bench_tuning.main(tuning_arguments(tmp_path))
+
+
+def serving_arguments(tmp_path):
+    arguments = tuning_arguments(tmp_path)
+    small = ["--rows", "3", "--new-tokens", "2", "--rounds", "1", "--stored", "6"]
+    return [*arguments[: arguments.index("--out")], "--out", f"{tmp_path}/bench_serving", *small]
+
+
+def test_bench_serving(tmp_path):
+    bench_serving.main(serving_arguments(tmp_path))
+    record, markdown = read(tmp_path / "bench_serving")
+    batches = record["results"]["batches"]
+    assert [(batch["rows"], batch["tasks"]) for batch in batches] == [(1, 1), (3, 1), (3, 3)]
+    for batch in batches:
+        assert batch["difference"] < bench_serving.AGREEMENT
+        assert (bench_serving.COPIED in batch["ways"]) == (batch["tasks"] == 1)  # one cache cannot hold several tasks
+        for times in batch["ways"].values():
+            assert times.keys() == {"first", "answer"} and times["first"]["count"] == 1
+    assert markdown.count("encoded anew |") == 3 and "lay 3 prefixes side by side" in markdown
+    sizes = record["results"]["store"]["file_bytes"]
+    assert 1.5 < sizes["float32"] / sizes["bfloat16"] < 2
+
+
+def test_ways_of_serving_that_disagree_are_not_timed(monkeypatch, tmp_path):
+    def shortened(self, store, count):
+        with self.kept.attach(self.owner):
+            return self._generate(self.ids[:, 1:], self.mask[:, 1:], count)
+
+    monkeypatch.setattr(bench_serving.Requests, "_attached", shortened)
+    with pytest.raises(ArithmeticError, match="the logits of the first token differ by"):
+        bench_serving.main(serving_arguments(tmp_path))
 
 
 def test_the_full_sweep_spans_the_models_and_sizes():

@@ -140,6 +140,12 @@ def test_refusals():
     ):
         with tasks.attach(model, torch.tensor(index)), pytest.raises(error, match=message):
             model(rows)
+    with (
+        prefixes[0].attach(model) as attachment,
+        pytest.raises(ValueError, match="prefix_index needs several prefixes"),
+    ):
+        attachment.prefix_index = torch.tensor([0, 0, 0])
+        model(rows)
     learned = make_model("gpt2", n_positions=24)
     short, long = (KVPrefix.from_tokens(learned, c, torch.tensor([0, len(c)])) for c in CONTEXTS[:2])
     with PrefixSet([short, long]).attach(learned, [0, 1]) as attachment:

@@ -3,8 +3,10 @@
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
+import psutil
 import pytest
 import safetensors.torch
 import torch
@@ -84,11 +86,18 @@ def test_the_least_recently_used_leave_memory(store, model):
 
 
 def test_files_are_mapped(store):
-    """All tensors lie in one mapping of the whole file, rather than in memory of their own."""
+    """A prefix's tensors lie in its file one behind the other, and the file stays mapped for as long as it is held."""
+
+    def mapped() -> bool:
+        return any(Path(entry.path).name == store._path(NAMES[1]).name for entry in psutil.Process().memory_maps())
+
+    store.memory_bytes = 0
     prefix = store.get(NAMES[1])
-    storages = {p.untyped_storage().data_ptr() for p in prefix.parameters()}
-    assert len(storages) == 1
-    assert prefix.keys[0].untyped_storage().nbytes() == store._path(NAMES[1]).stat().st_size
+    addresses = sorted(p.data_ptr() for p in prefix.parameters())
+    assert {b - a for a, b in pairwise(addresses)} == {prefix.keys[0].nbytes}
+    assert mapped()
+    del prefix
+    assert not mapped()
 
 
 @torch.no_grad()
