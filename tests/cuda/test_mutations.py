@@ -25,8 +25,8 @@ THOROUGH = os.environ.get("CTKERNELS_TEST_PROFILE") == "thorough"
 
 @dataclass(frozen=True)
 class Mutation:
-    """Replace `old`, which must be there, by `new`; `nth` of several places, else the only one. `types` and `D` are those
-    of a call whose kernels have that code."""
+    """Replace `old`, which must be there, by `new`; `nth` of several places, else the only one. The kernels of a call
+    of `types` and `D` have that code."""
 
     file: str
     old: str
