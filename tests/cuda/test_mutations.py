@@ -25,13 +25,16 @@ THOROUGH = os.environ.get("CTKERNELS_TEST_PROFILE") == "thorough"
 
 @dataclass(frozen=True)
 class Mutation:
-    """Replace `old`, which must be there, by `new`; `nth` of several places, else the only one."""
+    """Replace `old`, which must be there, by `new`; `nth` of several places, else the only one. The kernels of a call
+    of `types` and `D` have that code."""
 
     file: str
     old: str
     new: str
     nth: int = 0
     places: int = 1
+    types: str = "bf16"
+    D: int = 64
 
 
 MUTATIONS = {
@@ -64,6 +67,15 @@ MUTATIONS = {
     "shared: the permutation forgotten where matrices are read": Mutation(
         "shared.cuh", "return (at ^ (32 * i % SPAN))", "return (at + (32 * i % SPAN))"
     ),
+    "shared: the two rows of a 32-bit fragment swapped": Mutation(
+        "shared.cuh", "thread % 4 * 2 + r, thread / 16", "thread % 4 * 2 + 1 - r, thread / 16", types="fp32"
+    ),
+    "mma: exact products without their small terms": Mutation(
+        "mma.cuh", "if constexpr (!TF32)", "if constexpr (false)", types="fp32"
+    ),
+    "walk: a copy that wraps around without changing the row": Mutation(
+        "walk.cuh", "chunk -= CHUNKS, ++row;", "chunk -= CHUNKS;", D=80
+    ),
     "walk: the last block of the prefix left out": Mutation(
         "walk.cuh", "max(min(split * share + share, tile.prefix_len), 0)",
         "max(min(split * share + share, tile.prefix_len - 14), 0)",
@@ -95,8 +107,9 @@ def mutated(folder, mutation: Mutation) -> Build:
 
 @pytest.mark.parametrize("name", MUTATIONS if THOROUGH else DEFAULT)
 def test_mistake_is_caught(name, tmp_path):
-    build = mutated(tmp_path, MUTATIONS[name])
-    call = mixed_call("bf16", 64)
+    mutation = MUTATIONS[name]
+    build = mutated(tmp_path, mutation)
+    call = mixed_call(mutation.types, mutation.D)
     cotangents = cotangents_for(call)
     with pytest.raises((ptxemu.KernelFault, AssertionError)):
         results = []
