@@ -329,8 +329,8 @@ def _check_padding(padding: Tensor, tokens: Tensor, kwargs: dict[str, Any]) -> N
         seen = padding[:, :past].bool()
         if (seen.any(dim=1) & ~seen[:, -1] & padding[:, past].bool()).any():
             raise ValueError(
-                "attention_mask has rows that were padded on the right and go on behind their padding; generate() "
-                "needs padding on the left: tokenizer.padding_side = 'left', or ctkernels.tuning.left_padded"
+                "attention_mask must be padding whose rows are one run of ones; here rows padded on the right go on "
+                "behind their padding; pad on the left: tokenizer.padding_side = 'left', or tuning.left_padded"
             )
 
 

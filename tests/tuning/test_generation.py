@@ -83,7 +83,7 @@ def test_right_padding(model, tasks):
     batch = pad_rows(ROWS, "right")
     with tasks.attach(model, INDEX):
         assert torch.equal(generate(model, *left_padded(*batch)), expected)
-        with pytest.raises(ValueError, match="padded on the right and go on behind their padding"):
+        with pytest.raises(ValueError, match="rows padded on the right go on behind their padding"):
             generate(model, *batch)
 
 
