@@ -10,9 +10,13 @@ from safetensors.torch import load_file
 
 from ctkernels import cli
 from ctkernels.tuning.hf_parallel import own_heads
+from ctkernels.tuning.methods import get_method
 from ctkernels.tuning.prefix import KVPrefix
+from ctkernels.tuning.trainer import tune
 from tests.tuning.ranks import RUNS, tuned
 from tests.tuning.runs import tensors
+from tests.tuning.tasks import DEMONSTRATIONS, char_tokenizer
+from tests.tuning.tiny_models import make_model
 from tests.tuning.torchrun import launch, torchrun
 
 TOLERANCE = 2e-12  # of fp64 sums in another order, after the steps of AdamW
@@ -87,6 +91,19 @@ def test_heads_that_do_not_divide_are_refused():
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
 ACCELERATE = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "-m"]
+
+
+def test_example_of_a_sharded_model(files, tmp_path):
+    """As a user starts it: FSDP2, rows over both processes."""
+    arguments = ["--model", f"{files}/model", "--train", f"{files}/train.jsonl", "--out", tmp_path, "--epochs", "2"]
+    first = launch([*TORCHRUN[:-1], "examples/tune_sharded.py"], *arguments)
+    done(first)
+    assert [line[:8] for line in first.stdout.splitlines() if "loss" in line] == ["epoch 1:", "epoch 2:"]
+    model, tokenizer = make_model("llama", torch.float32), char_tokenizer()
+    expected = tune(model, tokenizer, DEMONSTRATIONS, settings=get_method("ct-kv").settings(epochs=2)).prefix
+    actual = KVPrefix.from_pretrained(tmp_path / "prefix", model, tokenizer)
+    for a, b in zip(actual.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
