@@ -42,14 +42,14 @@ test-gpu-full: .venv/built
 	OMP_NUM_THREADS=1 CTKERNELS_TEST_PROFILE=thorough .venv/bin/python -m pytest -q -n 2 tests/gpu tests/triton tests/ptxemu tests/cuda
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv/bin/python -m pytest -q -n 2 tests/op -k triton
 
-# The op against its peers, how it scales, training steps, and models without a prefix: writes the README's tables, and JSON, Markdown and plots to
+# The op against its peers, how it scales, training steps, and models without a prefix: writes the tables of the README and of docs, and JSON, Markdown and plots to
 # OUT; about a quarter of an hour on two cores
 bench: .venv/built
 	@if [ -z "$(MODEL)" ]; then .venv/bin/python examples/fetch_smollm2.py .models/smollm2-135m; fi
 	.venv/bin/python benchmarks/bench_attention.py --out $(OUT) --readme README.md
 	.venv/bin/python benchmarks/bench_scaling.py --out $(OUT) --readme README.md
 	.venv/bin/python benchmarks/bench_tuning.py --out $(OUT) --readme README.md --model $(or $(MODEL),.models/smollm2-135m)
-	.venv/bin/python benchmarks/bench_dropin.py --out $(OUT) --readme README.md --model $(or $(MODEL),.models/smollm2-135m)
+	.venv/bin/python benchmarks/bench_dropin.py --out $(OUT) --readme docs/guides/migrate.md --model $(or $(MODEL),.models/smollm2-135m)
 
 # Mistakes planted into copies of the CUDA kernels: every one must be caught
 mutations-cuda: .venv/installed
