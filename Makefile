@@ -6,12 +6,17 @@
 #   OUT    where benchmarks leave results    make bench OUT=benchmarks/results
 #   DATA   tasks in the MetaICL layout       make reproduce DATA=metaicl/data TASKS="sick qasc" SEEDS="13 21" FULL=1
 #   CUDA_TORCH  a CUDA build of torch        make cuda-bindings CUDA_TORCH=torch==2.13.0
+#   OLDEST, NEWEST  bounds of torch          make test-bounds
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 MODEL ?=
 OUT ?= runs/bench
 CUDA_TORCH ?= torch==2.14.1
+OLDEST ?= torch==2.6.0
+NEWEST ?= torch==2.14.1
+# what the op's own tests need beside torch
+OP_TESTS := hypothesis|iniconfig|ninja|numpy|packaging|pluggy|pygments|Pygments|pytest|setuptools|sortedcontainers
 PIP := .venv/bin/pip --quiet --disable-pip-version-check
 CXX_FILES := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh \
   python_bindings/*.h python_bindings/*.cpp benchmarks/gpu/*.cpp tests/cuda/*.cpp)
@@ -21,7 +26,7 @@ TORCH_BRINGS_TRITON := import importlib.metadata as m, sys; sys.exit(not any(r.s
 SANITIZE := -g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
 .PHONY: demo test test-gpu-full bench bench-full profile reproduce gpu-check gpu-report cuda-bindings mutations-cuda lint \
-  format sanitize clean
+  format sanitize wheel wheel-check test-bounds test-torch docs clean
 
 demo: .venv/built
 	@if [ -z "$(MODEL)" ]; then .venv/bin/python examples/fetch_smollm2.py .models/smollm2-135m; fi
@@ -37,14 +42,14 @@ test-gpu-full: .venv/built
 	OMP_NUM_THREADS=1 CTKERNELS_TEST_PROFILE=thorough .venv/bin/python -m pytest -q -n 2 tests/gpu tests/triton tests/ptxemu tests/cuda
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 CTKERNELS_TEST_PROFILE=interpreter .venv/bin/python -m pytest -q -n 2 tests/op -k triton
 
-# The op against its peers, how it scales, training steps, models without a prefix, and serving: writes the README's
-# tables, and JSON, Markdown and plots to OUT; about half an hour on two cores
+# The op against its peers, how it scales, training steps, models without a prefix, and serving: writes the tables of the
+# README and of docs, and JSON, Markdown and plots to OUT; about half an hour on two cores
 bench: .venv/built
 	@if [ -z "$(MODEL)" ]; then .venv/bin/python examples/fetch_smollm2.py .models/smollm2-135m; fi
 	.venv/bin/python benchmarks/bench_attention.py --out $(OUT) --readme README.md
 	.venv/bin/python benchmarks/bench_scaling.py --out $(OUT) --readme README.md
 	.venv/bin/python benchmarks/bench_tuning.py --out $(OUT) --readme README.md --model $(or $(MODEL),.models/smollm2-135m)
-	.venv/bin/python benchmarks/bench_dropin.py --out $(OUT) --readme README.md --model $(or $(MODEL),.models/smollm2-135m)
+	.venv/bin/python benchmarks/bench_dropin.py --out $(OUT) --readme docs/guides/migrate.md --model $(or $(MODEL),.models/smollm2-135m)
 	.venv/bin/python benchmarks/bench_serving.py --out $(OUT) --readme README.md --model $(or $(MODEL),.models/smollm2-135m)
 
 # Mistakes planted into copies of the CUDA kernels: every one must be caught
@@ -92,6 +97,13 @@ lint: .venv/installed
 	.venv/bin/ruff format --check .
 	.venv/bin/clang-format --dry-run -Werror $(CXX_FILES)
 
+	.venv/bin/mypy
+	.venv/bin/python docs/generate_api.py --check
+
+# The API reference from the docstrings
+docs: .venv/built
+	.venv/bin/python docs/generate_api.py
+
 format: .venv/installed
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
@@ -106,6 +118,41 @@ sanitize: .venv/installed
 	cd build/sanitize && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
 	  ../../.venv/bin/python -m pytest -q -n 2 tests/op -k "not compile and not memory"
+
+# Source distribution, and the wheel built from it, in dist; CPU kernels for every instruction set, chosen at run time
+wheel: .venv/installed
+	rm -rf dist
+	.venv/bin/python -m build --no-isolation --outdir dist .
+
+# The wheel in a virtual environment of its own, away from the sources: the op on every instruction set of this machine,
+# then the demo. A few minutes.
+wheel-check: wheel
+	rm -rf build/wheel-check && mkdir -p build/wheel-check
+	$(PYTHON) -m venv build/wheel-check/venv
+	build/wheel-check/venv/bin/pip --quiet install "$(TORCH)"
+	grep -vE '^nvidia-' requirements.txt > build/wheel-check/requirements.txt
+	build/wheel-check/venv/bin/pip --quiet install --no-deps -r build/wheel-check/requirements.txt dist/*.whl
+	cp -r benchmarks examples tests build/wheel-check
+	@if [ -z "$(MODEL)" ]; then .venv/bin/python examples/fetch_smollm2.py .models/smollm2-135m; fi
+	cd build/wheel-check && venv/bin/python tests/check_wheel.py
+	cd build/wheel-check && venv/bin/python examples/demo.py --model $(abspath $(or $(MODEL),.models/smollm2-135m)) --out demo
+
+# The op against the oldest and the newest torch that pyproject.toml stands for, in virtual environments of their own
+# (several GB where the index has CUDA builds of torch alone)
+test-bounds:
+	$(MAKE) test-torch TORCH="$(OLDEST)"
+	$(MAKE) test-torch TORCH="$(NEWEST)"
+
+test-torch:
+	rm -rf build/bounds && mkdir -p build/bounds
+	$(PYTHON) -m venv build/bounds/venv
+	build/bounds/venv/bin/pip --quiet install "$(TORCH)"
+	grep -E '^($(OP_TESTS))==' requirements.txt > build/bounds/requirements.txt
+	build/bounds/venv/bin/pip --quiet install --no-deps -r build/bounds/requirements.txt
+	cp -r ctkernels csrc python_bindings tests setup.py pyproject.toml README.md build/bounds
+	rm -f build/bounds/ctkernels/*.so
+	cd build/bounds && CTKERNELS_CUDA=0 venv/bin/python setup.py --quiet build_ext --inplace
+	cd build/bounds && OMP_NUM_THREADS=1 venv/bin/python -m pytest -q tests/op -k "not triton and not library"
 
 .venv/installed: requirements.txt
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv

@@ -54,7 +54,6 @@ def refusal(name: str, device: torch.device, dtype: torch.dtype = torch.float32)
     return reason
 
 
-@torch.compiler.assume_constant_result  # torch.compile keeps the answer, not the look-up
 def choose(backend: str | None, device: torch.device, dtype: torch.dtype = torch.float32, head_dim: int = 64) -> str:
     """The backend of a call. A named one is used or refused with the reason; "auto" says when it falls back.
 
@@ -81,6 +80,11 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype = torch
         return first  # nothing to choose
     picks = [dispatch_table.pick(architecture(device), dtype, head_dim, d) for d in dispatch_table.DIRECTIONS]
     return picks[0] if picks[0] == picks[1] else "+".join(picks)
+
+
+# torch.compile keeps the answer, not the look-up. This is all that torch.compiler.assume_constant_result does, but for
+# importing the whole compiler, which takes as long as importing torch.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def for_direction(chosen: str, direction: str) -> str:
