@@ -15,7 +15,7 @@ from tests.tuning.tiny_models import make_model, tokens
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
 # name -> (configuration, class of the weights, how far gradients may be from those of the dequantised model: the 8-bit
-# layers of bitsandbytes round activations, too, which makes 0.10 here; those of 4 bits compute with dequantised weights)
+# layers of bitsandbytes round activations, too, which makes 0.10 here; 4-bit ones compute with dequantised weights)
 QUANTISED = {
     "bitsandbytes 8 bit": (BitsAndBytesConfig(load_in_8bit=True), "Int8Params", 0.2),
     "bitsandbytes 4 bit": (
