@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 from transformers.utils import logging
 
 from benchmarks import harness
-from benchmarks.bench_tuning import TASK
+from benchmarks.bench_tuning import TASK, draw_out
 from benchmarks.harness import Laps, Spread
 from ctkernels.tuning import Demonstration, KVPrefix, PrefixSet, PrefixStore, encode_context, load_jsonl
 
@@ -139,7 +139,7 @@ def measure_store(model: PreTrainedModel, directory: Path, contexts: list[Tensor
 
     works = {
         "encode the demonstrations": lambda: KVPrefix.from_tokens(model, contexts[0], prefix.segments),
-        "put": lambda: kept.put("0", prefix),
+        "put": lambda: kept.put("spare", prefix),
         "get from disk": lambda: mapped.get("0"),
         "get from memory": lambda: kept.get("0"),
         "attach and detach": attach,
@@ -221,6 +221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="directory or hub id")
     parser.add_argument("--task", type=Path, default=TASK)
     parser.add_argument("--demonstrations", type=int, default=16)
+    parser.add_argument("--length", type=int, default=400, help="least tokens of a task's demonstrations")
     parser.add_argument("--rows", type=int, default=8, help="requests of a batch")
     parser.add_argument("--new-tokens", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
@@ -232,7 +233,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval().requires_grad_(False)
     train, test = load_jsonl(args.task / "train.jsonl"), load_jsonl(args.task / "test.jsonl")
-    contexts = task_contexts(tokenizer, train[: args.demonstrations], args.rows)
+    pairs = draw_out(tokenizer, train[: args.demonstrations], [item.input for item in test], args.length)
+    contexts = task_contexts(tokenizer, pairs, args.rows)
     texts = [f" {item.input} " for item in test[: args.rows]]
     rows = [tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0] for text in texts]
     machine = {**harness.describe_machine("cpu"), "model": args.model}

@@ -167,7 +167,7 @@ def test_loops_that_disagree_are_not_timed(monkeypatch, tmp_path):
 
 def serving_arguments(tmp_path):
     arguments = tuning_arguments(tmp_path)
-    small = ["--rows", "3", "--new-tokens", "2", "--rounds", "1", "--stored", "6"]
+    small = ["--length", "20", "--rows", "3", "--new-tokens", "2", "--rounds", "1", "--stored", "6"]
     return [*arguments[: arguments.index("--out")], "--out", f"{tmp_path}/bench_serving", *small]
 
 
