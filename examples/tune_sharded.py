@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Tune a prefix of a model that is spread over several processes, because one device cannot hold it.
 
-    torchrun --standalone --nproc-per-node 2 examples/tune_sharded.py --model .models/smollm2-135m --out runs/routing
+torchrun --standalone --nproc-per-node 2 examples/tune_sharded.py --model .models/smollm2-135m --out runs/routing
 
-    --shard fsdp   each process holds a part of every weight (FSDP2), and runs its share of the rows
-    --shard tp     each process runs some heads of every layer (transformers' tensor parallelism), and all rows
+--shard fsdp   each process holds a part of every weight (FSDP2), and runs its share of the rows
+--shard tp     each process runs some heads of every layer (transformers' tensor parallelism), and all rows
 """
 
 import argparse
