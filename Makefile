@@ -26,7 +26,7 @@ TORCH_BRINGS_TRITON := import importlib.metadata as m, sys; sys.exit(not any(r.s
 SANITIZE := -g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
 .PHONY: demo test test-gpu-full bench bench-full profile reproduce gpu-check gpu-report cuda-bindings mutations-cuda lint \
-  format sanitize wheel wheel-check test-bounds test-torch docs types clean
+  format sanitize wheel wheel-check test-bounds test-torch docs clean
 
 demo: .venv/built
 	@if [ -z "$(MODEL)" ]; then .venv/bin/python examples/fetch_smollm2.py .models/smollm2-135m; fi
@@ -96,10 +96,6 @@ lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/clang-format --dry-run -Werror $(CXX_FILES)
-
-
-# Type hints; what it still reports is not part of `make lint`
-types: .venv/installed
 	.venv/bin/mypy
 
 # The API reference from the docstrings

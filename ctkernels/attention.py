@@ -94,7 +94,7 @@ def prefix_attention(
         raise ValueError(f"k must have q's batch size {q.shape[0]}, got shape {tuple(k.shape)}")
     if k.shape[2] < q.shape[2]:
         raise ValueError(f"k must have at least as many positions as q (T >= S = {q.shape[2]}), got T = {k.shape[2]}")
-    return _attend(
+    out, lse = _attend(
         q,
         k,
         v,
@@ -112,9 +112,9 @@ def prefix_attention(
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         prefix_bias=prefix_bias,
-        return_lse=return_lse,
         backend=backend,
     )
+    return (out, lse) if return_lse else out
 
 
 def prefix_attention_varlen(
@@ -160,8 +160,10 @@ def prefix_attention_varlen(
         raise TypeError(f"cu_seqlens must be an int32 tensor [B+1], got {_kind(cu_seqlens)}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens must be an int32 tensor [B+1], got shape {tuple(cu_seqlens.shape)}")
-    result = _attend(
-        *(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)),
+    out, lse = _attend(
+        q.transpose(0, 1).unsqueeze(0),
+        k.transpose(0, 1).unsqueeze(0),
+        v.transpose(0, 1).unsqueeze(0),
         prefix_k,
         prefix_v,
         mask,
@@ -176,13 +178,10 @@ def prefix_attention_varlen(
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         prefix_bias=prefix_bias,
-        return_lse=return_lse,
         backend=backend,
     )
-    if not return_lse:
-        return result.squeeze(0).transpose(0, 1)
-    out, lse = result
-    return out.squeeze(0).transpose(0, 1), lse.squeeze(0).transpose(0, 1)
+    out, lse = (x.squeeze(0).transpose(0, 1) for x in (out, lse))
+    return (out, lse) if return_lse else out
 
 
 def _attend(
@@ -204,10 +203,9 @@ def _attend(
     softcap: float | None,
     alibi_slopes: Tensor | None,
     prefix_bias: Tensor | None,
-    return_lse: bool,
     backend: str | None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Both public calls in one form: q `[B, H, S, D]`, or `[1, H, N, D]` with cu_seqlens."""
+) -> tuple[Tensor, Tensor]:
+    """Both public calls in one form: q `[B, H, S, D]`, or `[1, H, N, D]` with cu_seqlens; returns (out, lse)."""
     prefix_k, prefix_v = _prefixes(q, k, prefix_k, prefix_v)
     G, _, P, D = prefix_k.shape
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -258,10 +256,8 @@ def _attend(
         if not torch.compiler.is_compiling():
             check_values(q, k, prefix_k, problem)
         with torch.autocast(q.device.type, enabled=False):
-            out, lse = reference.prefix_attention(q, k, v, prefix_k, prefix_v, prefix_bias, problem)
-    else:
-        out, lse = ops.attend(q, k, v, prefix_k, prefix_v, prefix_bias, *problem)
-    return (out, lse) if return_lse else out
+            return reference.prefix_attention(q, k, v, prefix_k, prefix_v, prefix_bias, problem)
+    return ops.attend(q, k, v, prefix_k, prefix_v, prefix_bias, *problem)
 
 
 def _rows(q: Tensor, k: Tensor, v: Tensor, q_shape: str, k_shape: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -198,10 +198,11 @@ def import_command(argv: list[str]) -> None:
 
 
 def _folders(config: ExportConfig | ImportConfig) -> tuple[Path, Path]:
-    for name in ("adapter", "out"):
-        if getattr(config, name) is None:
-            raise UsageError(f"{name} is required: a folder (--{name})")
-    return config.adapter, config.out
+    adapter, out = config.adapter, config.out
+    if adapter is None or out is None:
+        name = "adapter" if adapter is None else "out"
+        raise UsageError(f"{name} is required: a folder (--{name})")
+    return adapter, out
 
 
 def env_command(argv: list[str]) -> None:

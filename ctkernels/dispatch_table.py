@@ -72,7 +72,7 @@ def pick(architecture: str, dtype: torch.dtype, head_dim: int, direction: str) -
     if _overrides is None:
         use(os.environ.get(VARIABLE) or None)
     call = (architecture, DTYPES.get(dtype, str(dtype)), str(head_dim), direction)
-    for row in (*_overrides, *TABLE):
+    for row in (*(_overrides or ()), *TABLE):
         if all(fnmatchcase(value, pattern) for value, pattern in zip(call, row[:4], strict=True)):
             return row.backend
     raise AssertionError("the last row of the table matches every call")
@@ -81,16 +81,19 @@ def pick(architecture: str, dtype: torch.dtype, head_dim: int, direction: str) -
 def read(source: str | os.PathLike[str] | Iterable[Mapping[str, Any]]) -> list[Row]:
     """The rows of a file or of mappings. Raises as `use`."""
     where = "the dispatch table"
-    if isinstance(source, (str, os.PathLike)):
+    rows: Iterable[Mapping[str, Any]]
+    if not isinstance(source, (str, os.PathLike)):
+        rows = source
+    else:
         where = f"the dispatch table {source}"
         try:
             record = json.loads(Path(source).read_text())
         except ValueError as error:
             raise ValueError(f"{where} must be JSON, got: {error}") from error
-        source = record.get("rows") if isinstance(record, dict) else None
-        if not isinstance(source, list):
+        if not isinstance(record, dict) or not isinstance(record.get("rows"), list):
             raise ValueError(f'{where} must hold {{"rows": [...]}}')
-    return [_row(f"{where}, row {number}", fields) for number, fields in enumerate(source)]
+        rows = record["rows"]
+    return [_row(f"{where}, row {number}", fields) for number, fields in enumerate(rows)]
 
 
 def _row(where: str, fields: Mapping[str, Any]) -> Row:

@@ -49,8 +49,8 @@ def dropped_positions(row_ids: Tensor, length: int, drop_p: float, seed: int) ->
     quads = torch.arange((length + 3) // 4, device=row_ids.device)
     rows = row_ids.to(torch.int64)[:, None]
     zero = torch.zeros_like(rows)
-    words = philox4x32((quads[None, :] + zero, rows, zero, zero), (seed & LOW_32, (seed >> 32) & LOW_32))
-    words = torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, :length]
+    quad = philox4x32((quads[None, :] + zero, rows, zero, zero), (seed & LOW_32, (seed >> 32) & LOW_32))
+    words = torch.stack(torch.broadcast_tensors(*quad), dim=-1).flatten(1)[:, :length]
     return words < math.floor(drop_p * 2**32)
 
 

@@ -72,7 +72,8 @@ def forward(
     check_values(q, k, prefix_k, problem)
     plan = plan_forward(q, k, v, prefix_k, prefix_v, prefix_bias, problem, target(q.device))
     run(plan.launches)
-    return plan.outputs
+    out, lse = plan.outputs
+    return out, lse
 
 
 def backward(

@@ -128,7 +128,8 @@ class Decoder:
     @property
     def device(self) -> torch.device:
         """Where token ids enter."""
-        return self.base.get_input_embeddings().weight.device
+        embeddings: torch.Tensor = self.base.get_input_embeddings().weight
+        return embeddings.device
 
     @property
     def context_limit(self) -> int | None:
