@@ -51,19 +51,18 @@ def compile_all(names: Sequence[str], jobs: int) -> None:
 
 
 def write_resources(out: Path, names: Sequence[str], tuned: bool) -> list[str]:
-    """Measure `names`, all kernels or the tuned ones, and keep what else the table has if it is of this compiler: the
-    rules that are broken."""
+    """Measure `names`, all kernels or the tuned ones, and keep what else the table has if it is of this compiler and of
+    these sources: the rules that are broken."""
     path = out / "cuda_resources.json"
-    before = json.loads(path.read_text()) if path.exists() else {"nvcc": None}
-    kept = before["entries"] if before["nvcc"] == cuda_build.nvcc_version() else []
-    kernels = {kernel.name for kernel in cuda_build.kernels()}
-    table = {key: entry for key, entry in resources.read(kept).items() if entry.kernel in kernels}
+    origin = {"nvcc": cuda_build.nvcc_version(), "sources": cuda_build.digest()}
+    before = json.loads(path.read_text()) if path.exists() else {}
+    table = resources.read(before["entries"] if origin.items() <= before.items() else [])
     for name in names:
         measured = cuda_resources.measure(cuda_resources.NVIDIA[name], tuned)
         table |= {entry.key: entry for entry in measured}
         print(f"{name}: {len(measured)} kernels", flush=True)
     entries = sorted(table.values(), key=lambda e: (list(cuda_resources.NVIDIA).index(e.architecture), e.kernel))
-    record = {"nvcc": cuda_build.nvcc_version(), "entries": [asdict(entry) for entry in entries]}
+    record = {**origin, "entries": [asdict(entry) for entry in entries]}
     write(out, "cuda_resources", record, cuda_resources.markdown(entries))
     return [line for entry in entries for line in resources.violations(entry)]
 

@@ -101,6 +101,7 @@ def fakes(monkeypatch):
     monkeypatch.setattr(cuda_build, "cubin", lambda source, architecture: (b"", needs))
     monkeypatch.setattr(cuda_build, "kernels", lambda: kernels)
     monkeypatch.setattr(cuda_build, "nvcc_version", lambda: "13.0")
+    monkeypatch.setattr(cuda_build, "digest", lambda: "0123")
     return needs, kernels
 
 
@@ -158,7 +159,12 @@ def test_the_report_keeps_what_it_does_not_compile(fakes, tmp_path, monkeypatch)
     found = {(e["architecture"], e["kernel"]): e["registers"] for e in table["entries"]}
     assert found["sm_80", "ctk_pack"] == 28 and found["sm_90", "ctk_pack"] == 40
     assert "| forward_bf16_64_plain | 128 | 200 / 36 / 2 | 200 / 36 / 2 |" in text
-    monkeypatch.setattr(cuda_build, "nvcc_version", lambda: "13.1")  # of another compiler, nothing is kept
+
+
+@pytest.mark.parametrize("what", ["nvcc_version", "digest"])
+def test_the_report_keeps_nothing_of_another_compiler_or_other_sources(fakes, tmp_path, monkeypatch, what):
+    report(tmp_path, "--architectures", "sm_80")
+    monkeypatch.setattr(cuda_build, what, lambda: "another")
     _, table, _ = report(tmp_path, "--architectures", "sm_90")
     assert {e["architecture"] for e in table["entries"]} == {"sm_90"}
 
