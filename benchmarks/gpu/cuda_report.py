@@ -52,8 +52,8 @@ def compile_all(names: Sequence[str], files: Sequence[str] | None, jobs: int) ->
 
 
 def write_resources(out: Path, names: Sequence[str], tuned: bool, files: Sequence[str] | None) -> list[str]:
-    """Measure all kernels for `names`, or the tuned ones, or those of some files, and keep what else the table has if it
-    is of this compiler and of these sources: the rules that are broken."""
+    """Measure all kernels for `names`, or the tuned ones, or those of some files, and keep what else the table has if
+    it is of this compiler and of these sources: the rules that are broken."""
     path = out / "cuda_resources.json"
     origin = {"nvcc": cuda_build.nvcc_version(), "sources": cuda_build.digest()}
     before = json.loads(path.read_text()) if path.exists() else {}
