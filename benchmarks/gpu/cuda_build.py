@@ -122,9 +122,19 @@ def _compile(name: str, text: str, architecture: str) -> tuple[bytes, dict[str, 
 def _digest(text: str, architecture: str) -> str:
     """Of everything that decides what nvcc makes."""
     told = hashlib.sha256(repr((text, flags(), nvcc_version(), architecture)).encode())
-    for path in sorted((*SOURCES.glob("*.*h"), *SOURCES.parent.glob("*.h"))):
-        told.update(path.name.encode() + path.read_bytes())
+    told.update(_headers())
     return told.hexdigest()[:24]
+
+
+def _headers() -> bytes:
+    headers = sorted((*SOURCES.glob("*.*h"), *SOURCES.parent.glob("*.h")))
+    return b"".join(path.name.encode() + path.read_bytes() for path in headers)
+
+
+def digest() -> str:
+    """Of the sources of the kernels and their headers."""
+    text = b"".join(path.read_bytes() for path in sources())
+    return hashlib.sha256(text + _headers()).hexdigest()[:24]
 
 
 def read_log(log: str) -> dict[str, Needs]:

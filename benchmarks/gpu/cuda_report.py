@@ -42,28 +42,28 @@ def write(folder: Path, name: str, record: Mapping[str, Any], markdown: str) -> 
     atomic_write_bytes(folder / f"{name}.md", f"{head}\n\n{markdown}\n".encode())
 
 
-def compile_all(names: Sequence[str], jobs: int) -> None:
-    """Every source for every architecture, several compilers at once; what they make is kept on disk."""
+def compile_all(names: Sequence[str], files: Sequence[str] | None, jobs: int) -> None:
+    """Sources for every architecture, several compilers at once; what they make is kept on disk."""
+    sources = [source for source in cuda_build.sources() if files is None or source.stem in files]
     with ThreadPoolExecutor(jobs) as pool:
-        done = [pool.submit(cuda_build.cubin, source, name) for name in names for source in cuda_build.sources()]
+        done = [pool.submit(cuda_build.cubin, source, name) for name in names for source in sources]
         for compiled in done:
             compiled.result()
 
 
-def write_resources(out: Path, names: Sequence[str], tuned: bool) -> list[str]:
-    """Measure `names`, all kernels or the tuned ones, and keep what else the table has if it is of this compiler: the
-    rules that are broken."""
+def write_resources(out: Path, names: Sequence[str], tuned: bool, files: Sequence[str] | None) -> list[str]:
+    """Measure all kernels for `names`, or the tuned ones, or those of some files, and keep what else the table has if
+    it is of this compiler and of these sources: the rules that are broken."""
     path = out / "cuda_resources.json"
-    before = json.loads(path.read_text()) if path.exists() else {"nvcc": None}
-    kept = before["entries"] if before["nvcc"] == cuda_build.nvcc_version() else []
-    kernels = {kernel.name for kernel in cuda_build.kernels()}
-    table = {key: entry for key, entry in resources.read(kept).items() if entry.kernel in kernels}
+    origin = {"nvcc": cuda_build.nvcc_version(), "sources": cuda_build.digest()}
+    before = json.loads(path.read_text()) if path.exists() else {}
+    table = resources.read(before["entries"] if origin.items() <= before.items() else [])
     for name in names:
-        measured = cuda_resources.measure(cuda_resources.NVIDIA[name], tuned)
+        measured = cuda_resources.measure(cuda_resources.NVIDIA[name], tuned, files)
         table |= {entry.key: entry for entry in measured}
         print(f"{name}: {len(measured)} kernels", flush=True)
     entries = sorted(table.values(), key=lambda e: (list(cuda_resources.NVIDIA).index(e.architecture), e.kernel))
-    record = {"nvcc": cuda_build.nvcc_version(), "entries": [asdict(entry) for entry in entries]}
+    record = {**origin, "entries": [asdict(entry) for entry in entries]}
     write(out, "cuda_resources", record, cuda_resources.markdown(entries))
     return [line for entry in entries for line in resources.violations(entry)]
 
@@ -77,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--tuned", action="store_true", help="of the first table only the tuned kernels, which is quick"
     )
+    files = [source.stem for source in cuda_build.sources()]
+    parser.add_argument("--files", nargs="+", choices=files, help="of the first table only kernels of these sources")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at once, for the first table")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     args = parser.parse_args(argv)
@@ -92,8 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         tables["cuda_counters"] = cuda_counters.ratio_table(counted)
     if "resources" in args.parts:
         if not args.tuned:
-            compile_all(args.architectures, args.jobs)
-        broken = write_resources(args.out, args.architectures, args.tuned)
+            compile_all(args.architectures, args.files, args.jobs)
+        broken = write_resources(args.out, args.architectures, args.tuned, args.files)
         print(*broken, sep="\n")
     if args.docs is not None:
         for name, table in tables.items():

@@ -15,8 +15,9 @@ NVIDIA = {name: architecture for name, architecture in ARCHITECTURES.items() if 
 TUNED_TYPES, TUNED_VARIANT = ("bf16", "fp16"), "plain"
 
 
-def measure(architecture: Architecture, tuned: bool = False) -> list[Entry]:
-    """Compile every kernel for an architecture, or the tuned ones alone, which takes a tenth of the time.
+def measure(architecture: Architecture, tuned: bool = False, files: Sequence[str] | None = None) -> list[Entry]:
+    """Compile every kernel for an architecture, or those of some source files ("kernels_bf16", ...), or the tuned ones
+    alone, which takes a tenth of the time.
 
     Raises:
         ptxemu.CompileError: nvcc refuses a source.
@@ -28,9 +29,11 @@ def measure(architecture: Architecture, tuned: bool = False) -> list[Entry]:
             needs |= cuda_build.instances(dtype, TUNED_VARIANT, architecture.name)[1]
     else:
         for source in cuda_build.sources():
-            needs |= cuda_build.cubin(source, architecture.name)[1]
+            if files is None or source.stem in files:
+                needs |= cuda_build.cubin(source, architecture.name)[1]
     launched = {kernel.name: kernel for kernel in cuda_build.kernels()}
-    strange = needs.keys() - launched.keys() if tuned else needs.keys() ^ launched.keys()
+    whole = not tuned and files is None
+    strange = needs.keys() ^ launched.keys() if whole else needs.keys() - launched.keys()
     if strange:
         raise LookupError(f"in the plans or in the sources alone: {', '.join(sorted(strange))}")
     return [entry(launched[name], need, architecture) for name, need in needs.items()]
