@@ -31,6 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from benchmarks import harness, reproduce_scaling
 from ctkernels.cli import load_model
 from ctkernels.config import ModelOptions
+from ctkernels.tuning.distributed import local_device
 from ctkernels.tuning.storage import atomic_write_bytes, atomic_write_json
 from ctkernels.tuning.suites import SuiteOptions, get_suite
 from ctkernels.tuning.sweep.cells import CellResult
@@ -258,7 +259,7 @@ def main(argv: list[str] | None = None) -> None:
     tasks = suite.pick_tasks(folder, args.tasks)[: None if args.tasks else plan.most_tasks]
     machine = harness.describe_machine(args.device)
     workers = Workers()
-    model, tokenizer = load_model(ModelOptions(args.model, args.dtype, workers.device(args.device)))
+    model, tokenizer = load_model(ModelOptions(args.model, args.dtype, local_device(args.device)))
     out = args.out / ("full" if args.full else "quick") / Path(args.model).name
     results = args.results or out
     setting = Setting(workers, model, tokenizer, suite.name, folder, tasks, out, plan)

@@ -35,12 +35,6 @@ def build(request: pytest.FixtureRequest) -> Iterator[Backend]:
     yield from _select(request.param)
 
 
-@pytest.fixture(params=[b for b in builds() if b.kernel], ids=str)
-def kernel_build(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """Every build of a kernel: for what the reference, which computes through BLAS and autograd, does not promise."""
-    yield from _select(request.param)
-
-
 @pytest.fixture(params=[b for b in builds() if b.isa], ids=str)
 def cpu_build(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """Every build of the CPU kernels: for what concerns threads."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 
 
 def interpreting() -> bool:
@@ -10,11 +11,12 @@ def interpreting() -> bool:
 
 
 def repair() -> None:
-    """Make bf16 in Triton 3.9's interpreter what it is on a GPU, and let numpy be silent where a GPU is.
+    """Make bf16 in Triton 3.9's interpreter what it is on a GPU, let launches follow one another, and numpy be silent.
 
     The interpreter keeps bf16 as uint16 patterns. Its `tl.dot` hands those to numpy.matmul as integers, so that every
     product is wrong, and its conversion from fp32 cuts bits off instead of rounding to nearest even. Here operands of
-    16 bits become fp32 before they are multiplied, as tensor cores treat them, and torch does the conversion.
+    16 bits become fp32 before they are multiplied, as tensor cores treat them, and torch does the conversion. Which
+    program runs is a global variable of the interpreter, so that threads may launch kernels in turn only.
     """
     import numpy as np
     import torch
@@ -42,6 +44,13 @@ def repair() -> None:
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
         return handle(np.matmul(values(a), values(b), dtype=np.float32) + d.data, d.dtype.scalar)
 
+    launch, one_at_a_time = interpreter.GridExecutor.__call__, threading.Lock()
+
+    def call(self, *args, **kwargs):
+        with one_at_a_time:
+            return launch(self, *args, **kwargs)
+
     builder.cast_impl, builder.create_dot = cast_impl, create_dot
+    interpreter.GridExecutor.__call__ = call
     # what a mask or `where` discards afterwards: 2^s of a hidden logit, 0 * inf in a row that is another lane's
     np.seterr(over="ignore", invalid="ignore")
