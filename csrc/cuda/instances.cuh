@@ -17,15 +17,16 @@ struct KernelEntry {
 
 }  // namespace ctk::cuda
 
-// extern "C", so that no mangling comes between the names of plan.h and these.
-#define CTK_KERNEL(NAME, THREADS, ...) \
-  extern "C" __global__ void __launch_bounds__(THREADS) NAME(const __grid_constant__ Args args) { __VA_ARGS__(args); }
+// extern "C", so that no mangling comes between the names of plan.h and these. BOUNDS: threads of a block and, if the
+// compiler shall not save registers for more, how many blocks a multiprocessor must take.
+#define CTK_KERNEL(NAME, BOUNDS, ...) \
+  extern "C" __global__ void __launch_bounds__ BOUNDS NAME(const __grid_constant__ Args args) { __VA_ARGS__(args); }
 
 // TYPE: of the rows, NAME: its name.
-#define CTK_DEFINE_SMALL(TYPE, NAME)                     \
-  CTK_KERNEL(ctk_delta_##NAME, 128, delta<TYPE>)         \
-  CTK_KERNEL(ctk_merge_out_##NAME, 128, merge_out<TYPE>) \
-  CTK_KERNEL(ctk_merge_dq_##NAME, 128, merge_dq<TYPE>)
+#define CTK_DEFINE_SMALL(TYPE, NAME)                       \
+  CTK_KERNEL(ctk_delta_##NAME, (128), delta<TYPE>)         \
+  CTK_KERNEL(ctk_merge_out_##NAME, (128), merge_out<TYPE>) \
+  CTK_KERNEL(ctk_merge_dq_##NAME, (128), merge_dq<TYPE>)
 #define CTK_LIST_SMALL(TYPE, NAME) \
   CTK_ENTRY(ctk_delta_##NAME) CTK_ENTRY(ctk_merge_out_##NAME) CTK_ENTRY(ctk_merge_dq_##NAME)
 
@@ -35,8 +36,11 @@ struct KernelEntry {
              forward<TYPE, W, GENERAL>)
 #define CTK_LIST_FORWARD(TYPE, NAME, W, VARIANT, GENERAL) CTK_ENTRY(ctk_forward_##NAME##_##W##_##VARIANT)
 
-#define CTK_DEFINE_QUERY(TYPE, NAME, W, VARIANT, GENERAL)                                  \
-  CTK_KERNEL(ctk_query_##NAME##_##W##_##VARIANT, (query_shape(sizeof(TYPE), W).threads()), \
+// Options cost registers: with room for two blocks sm_120 would spill.
+#define CTK_QUERY_BOUNDS_plain(THREADS) (THREADS)
+#define CTK_QUERY_BOUNDS_general(THREADS) (THREADS, 1)
+#define CTK_DEFINE_QUERY(TYPE, NAME, W, VARIANT, GENERAL)                                                            \
+  CTK_KERNEL(ctk_query_##NAME##_##W##_##VARIANT, CTK_QUERY_BOUNDS_##VARIANT(query_shape(sizeof(TYPE), W).threads()), \
              backward_query<TYPE, W, GENERAL>)
 #define CTK_LIST_QUERY(TYPE, NAME, W, VARIANT, GENERAL) CTK_ENTRY(ctk_query_##NAME##_##W##_##VARIANT)
 

@@ -49,16 +49,16 @@ def test_tuned_kernels_do_not_spill_and_are_not_worse_than_committed(table, name
     assert not broken, "\n".join(broken)
 
 
-# 80 and 56 bytes, in loops of calls with options
-KNOWN_SPILLS = {("ctk_query_bf16_64_general", "sm_120"), ("ctk_query_bf16_80_general", "sm_120")}
+# 116 and 92 bytes: there the compiler keeps to 168 registers, for a third block on a multiprocessor
+KNOWN_SPILLS = {("ctk_forward_fp32_64_general", "sm_100"), ("ctk_forward_fp32_96_general", "sm_100")}
 
 
 def test_the_committed_table_has_every_kernel_and_breaks_no_other_rule(table):
     """No spill at D <= 128 but the known ones, shared memory within the limits, room for a block at least."""
     _, entries = table
     kernels = {kernel.name for kernel in cuda_build.kernels()}
-    assert {e.kernel for e in entries.values() if e.architecture == "sm_80"} == kernels
-    assert {e.kernel for e in entries.values()} == kernels
+    for name in cuda_resources.NVIDIA:
+        assert {e.kernel for e in entries.values() if e.architecture == name} == kernels, name
     assert {(e.kernel, e.architecture) for e in entries.values() if resources.violations(e)} == KNOWN_SPILLS
     assert all(e.shared <= e.shared_limit and e.blocks for e in entries.values())
 
