@@ -103,7 +103,7 @@ QUICK = Plan(
     },
     tuning_tasks=1,
     most_tasks=2,
-    shot_counts=(2, 4, 8, 16),
+    shot_counts=(2, 4, 8, 16, 32, 64),
     most_seconds=30,
 )
 FULL = Plan(
