@@ -12,7 +12,9 @@ MAX_JOBS              compilers that run at once
 from __future__ import annotations
 
 import os
+import re
 import shlex
+import subprocess
 import sys
 from glob import glob
 from importlib.util import find_spec
@@ -36,7 +38,6 @@ FLAGS = [
 NVCC_FLAGS = [
     "-O3",
     "-std=c++17",
-    "-Werror=all-warnings",
     "-Xcompiler=-fvisibility=hidden",
     # torch takes the conversions of 16-bit types away; the kernels, which know no torch, use CUDA's
     *(f"-U__CUDA_NO_{name}__" for name in ("HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF_OPERATORS")),
@@ -47,15 +48,27 @@ ARCHITECTURES_BEFORE_12_8 = "8.0;9.0+PTX"
 
 
 def find_toolkit() -> Path | None:
-    """A folder with nvcc, headers and the runtime library."""
-    home = cpp_extension.CUDA_HOME
-    if home and (Path(home) / "bin/nvcc").exists() and (Path(home) / "include/cuda_runtime.h").exists():
+    """A folder with nvcc of torch's major version, headers and the runtime library."""
+    home, major = cpp_extension.CUDA_HOME, torch.version.cuda.split(".")[0]
+    if home and (Path(home) / "include/cuda_runtime.h").exists() and _major(Path(home) / "bin/nvcc") in (major, ""):
         return Path(home)
-    spec, major = find_spec("nvidia"), torch.version.cuda.split(".")[0]
+    spec = find_spec("nvidia")
     for wheels in (Path(folder) / f"cu{major}" for folder in (spec.submodule_search_locations if spec else ())):
         if (wheels / "bin/nvcc").exists() and (wheels / "include/cuda_runtime.h").exists():
             return _as_toolkit(wheels)
     return None
+
+
+def _major(nvcc: Path) -> str | None:
+    """Major version of a compiler, "" if it does not say, None if there is none."""
+    if not nvcc.exists():
+        return None
+    try:
+        told = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    except OSError:
+        return ""
+    found = re.search(r"release (\d+)\.", told)
+    return found[1] if found else ""
 
 
 def _as_toolkit(wheels: Path) -> Path:
@@ -85,7 +98,9 @@ def cuda_left_out(choice: str) -> str | None:
     if torch.version.cuda is None:
         reason = f"torch {torch.__version__} is built without CUDA"
     elif find_toolkit() is None:
-        reason = f"nvcc was not found; set CUDA_HOME to a CUDA {torch.version.cuda} toolkit, as torch was built with"
+        reason = (
+            f"no fitting nvcc was found; set CUDA_HOME to a CUDA {torch.version.cuda} toolkit, as torch was built with"
+        )
     if choice == "1" and reason is not None:
         raise SystemExit(f"CTKERNELS_CUDA=1 asks for the CUDA kernels, but {reason}")
     return reason

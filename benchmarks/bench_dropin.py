@@ -50,10 +50,10 @@ WORKS = (
     Work("prefill", 1, 2048),
     Work("prefill of short prompts", 8, 32),
     Work("prefill, padded on the left", 8, 256, padded=True),
-    Work("training step", 4, 256, train=True),
-    Work("training step, padded on the left", 8, 128, padded=True, train=True),
+    Work("training step", 2, 256, train=True),
+    Work("training step, padded on the left", 4, 128, padded=True, train=True),
     Work("decoding", 1, 512, new=16),
-    Work("decoding, padded on the left", 8, 256, padded=True, new=16),
+    Work("decoding, padded on the left", 4, 256, padded=True, new=16),
 )
 
 
@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = harness.arguments(__doc__)
     parser.add_argument("--model", required=True, help="directory or hub id")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--seconds", type=float, default=20, help="time for each line of the table")
+    parser.add_argument("--seconds", type=float, default=30, help="time for each line of the table")
     args = parser.parse_args(argv)
     harness.prepare(args)
     logging.disable_progress_bar()

@@ -53,12 +53,12 @@ MASKS = {  # of CT-KV: what is hidden from a row, and how many of the other toke
 # each method's own range: what starts from random tokens has further to go than what starts from demonstrations, and
 # weights want smaller steps than either
 RATES = {
-    "prompt-tuning": ("lr=1e-2", "lr=3e-2", "lr=1e-1"),
-    "prefix-tuning": ("lr=3e-3", "lr=1e-2", "lr=3e-2"),
-    "ct-prompt": ("lr=1e-3", "lr=3e-3", "lr=1e-2"),
-    "ct-kv": ("lr=1e-3", "lr=3e-3", "lr=1e-2"),
-    "ttt": ("lr=1e-4", "lr=3e-4", "lr=1e-3"),
-    "ttt+ct-kv": ("ttt_lr=1e-4:lr=3e-3", "ttt_lr=3e-4:lr=3e-3", "ttt_lr=1e-3:lr=3e-3"),
+    "prompt-tuning": ("lr=3e-3", "lr=1e-2", "lr=3e-2", "lr=1e-1"),
+    "prefix-tuning": ("lr=3e-3", "lr=1e-2", "lr=3e-2", "lr=1e-1"),
+    "ct-prompt": ("lr=1e-3", "lr=3e-3", "lr=1e-2", "lr=3e-2"),
+    "ct-kv": ("lr=1e-3", "lr=3e-3", "lr=1e-2", "lr=3e-2"),
+    "ttt": ("lr=1e-4", "lr=3e-4", "lr=1e-3", "lr=3e-3"),
+    "ttt+ct-kv": ("ttt_lr=1e-4:lr=3e-3", "ttt_lr=3e-4:lr=3e-3", "ttt_lr=1e-3:lr=3e-3", "ttt_lr=3e-3:lr=3e-3"),
 }
 UNTRAINED = ("zero-shot", "icl")
 

@@ -34,12 +34,12 @@ struct Params {
   int64_t max_own;  // largest number of own keys of a row
   const Row* rows;  // [B]
   ContextRule rule;
-  Tensor4 q, k, v;             // [batch, H | Hk, token, D]
-  Tensor4 prefix_k, prefix_v;  // [G, Hk, P, D]
-  const void* bias;            // prefix bias in the compute type (f64 for f64 rows, else f32); null: none
-  int64_t bias_prefix, bias_head, bias_token;  // its strides in elements, 0 where it is shared
-  const void* alibi;                           // [H] in the compute type; null: none
-  double scale, softcap;                       // softcap 0: none
+  Tensor4 q, k, v;                 // [batch, H | Hk, token, D]
+  Tensor4 prefix_k, prefix_v;      // [G, Hk, P, D]
+  const void* bias;                // prefix bias in the compute type (f64 for f64 rows, else f32); null: none
+  int64_t bias_prefix, bias_head;  // its strides in elements, 0 where it is shared
+  const void* alibi;               // [H] in the compute type; null: none
+  double scale, softcap;           // softcap 0: none
   bool causal, window_prefix;
   int64_t window;  // 0: none
   Tensor4 out;     // as q

@@ -58,13 +58,14 @@ def prefix_attention(
 
     The prefix has no batch dimension: it is read in place by all rows, and its gradient is the sum over all rows, all
     their queries and all heads of a KV group, accumulated in fp32 (fp64) in a fixed order: same inputs, same bits.
+    Nothing of size B x P outlasts a pass; GPU kernels write one bit per row and prefix token for its duration.
 
     Args:
         q: `[B, H, S, D]`, fp32, bf16, fp16 (fp64 on CPU), D <= 256; any strides with a contiguous last dimension.
         k, v: `[B, Hk, T, D]`, type of q, T >= S, H divisible by Hk. With T > S (decoding) the queries are the last S of
             a row's valid keys.
         prefix_k, prefix_v: `[Hk, P, D]`, or `[G, Hk, P, D]` for G prefixes. Type of q, or fp32 with bf16/fp16 rows
-            (then rounded on load, with an fp32 gradient).
+            (then rounded on load, with an fp32 gradient). A NaN or infinity in there may reach rows that hide it.
         mask: context mask (leave-one-out spans, token dropout, explicit pattern).
         prefix_index: integer `[B]`, which of the G prefixes a row reads.
         prefix_lens: integer `[G]`, valid length of each prefix (default P).

@@ -38,10 +38,12 @@ class Row(NamedTuple):
 
 
 # Not measured yet. The CUDA kernels are written for mma.sync, which is all that these architectures have; Triton takes
-# the warp-group instructions of sm_90 and sm_100.
+# the warp-group instructions of sm_90 and sm_100, but multiplies fp32 without tensor cores, where the CUDA kernels take
+# three TF32 products.
 TABLE = (
     Row("sm_8?", backend="cuda"),
     Row("sm_12?", backend="cuda"),
+    Row(dtype="fp32", backend="cuda"),
     Row(backend="triton"),
 )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -133,6 +133,12 @@ class ContextMask:
             check_spans(self.hidden, self.length)
             check_row_ids(self.row_ids)
 
+    def to(self, device: torch.device | str) -> ContextMask:
+        """The same mask on another device."""
+        tensors = {name: getattr(self, name) for name in ("hidden", "row_ids", "keep")}
+        moved = {name: x.to(device) for name, x in tensors.items() if x is not None}
+        return self if all(x is tensors[name] for name, x in moved.items()) else replace(self, **moved)
+
     @classmethod
     def leave_one_out(
         cls,
@@ -150,16 +156,18 @@ class ContextMask:
             drop_p, seed, row_ids: as in the class.
 
         Raises:
-            ValueError, TypeError: wrong shape or type, decreasing offsets, an index outside [-1, K).
+            ValueError, TypeError: wrong shape or type; of CPU tensors also decreasing offsets and an index outside
+                [-1, K), which nobody looks for on other devices.
         """
         segments, held_out = torch.as_tensor(segments), torch.as_tensor(held_out)
         _check_integers("segments", segments, "[K+1] with K >= 0", lambda s: len(s) == 1 and s[0] >= 1)
         _check_integers("held_out", held_out, "[B]", lambda s: len(s) == 1)
         count = segments.shape[0] - 1
-        if not torch.compiler.is_compiling():
+        if segments.device.type == "cpu" and not torch.compiler.is_compiling():
             offsets = segments.tolist()
             if offsets[0] < 0 or any(a > b for a, b in pairwise(offsets)):
                 raise ValueError(f"segments must be non-decreasing offsets from >= 0, got {_shorten(offsets)}")
+        if held_out.device.type == "cpu" and not torch.compiler.is_compiling():
             bad = [i for i in held_out.tolist() if not -1 <= i < count]
             if bad:
                 raise ValueError(f"held_out must be in [-1, {count}) for {count} segments, got {bad[0]}")
@@ -169,7 +177,7 @@ class ContextMask:
         else:
             index = held_out.long()
             hides = index >= 0
-            index = index.clamp(min=0)
+            index = index.clamp(0, count - 1)
             hidden = torch.stack((segments[index], segments[index + 1]), dim=-1) * hides[:, None]
         return cls(hidden=hidden, drop_p=drop_p, seed=seed, row_ids=row_ids)
 

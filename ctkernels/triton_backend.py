@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -64,14 +65,20 @@ def target(device: torch.device):
     return Target(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count)
 
 
+def current(device: torch.device) -> AbstractContextManager:
+    """Triton launches on the current device and its stream, whatever device its arguments are on."""
+    return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, prefix_bias: Tensor | None, problem: Problem
 ) -> tuple[Tensor, Tensor]:
     from ctkernels.triton_kernels import plan_forward, run
 
     check_values(q, k, prefix_k, problem)
-    plan = plan_forward(q, k, v, prefix_k, prefix_v, prefix_bias, problem, target(q.device))
-    run(plan.launches)
+    with current(q.device):
+        plan = plan_forward(q, k, v, prefix_k, prefix_v, prefix_bias, problem, target(q.device))
+        run(plan.launches)
     out, lse = plan.outputs
     return out, lse
 
@@ -93,8 +100,9 @@ def backward(
     from ctkernels.triton_kernels import plan_backward, run
 
     check_values(q, k, prefix_k, problem)
-    plan = plan_backward(
-        dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, problem, target(q.device)
-    )
-    run(plan.launches)
+    with current(q.device):
+        plan = plan_backward(
+            dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, problem, target(q.device)
+        )
+        run(plan.launches)
     return plan.outputs

@@ -52,7 +52,6 @@ struct Call {
       p.bias = bias.const_data_ptr();
       p.bias_prefix = bias.size(0) > 1 ? bias.stride(0) : 0;
       p.bias_head = bias.size(1) > 1 ? bias.stride(1) : 0;
-      p.bias_token = 1;
     }
     if (problem.alibi_slopes) {
       alibi = problem.alibi_slopes->to(compute).contiguous();

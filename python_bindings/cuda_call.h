@@ -3,6 +3,7 @@
 // tensors).
 #pragma once
 #include <ATen/Context.h>
+#include <torch/version.h>
 
 #include <algorithm>
 #include <functional>
@@ -19,6 +20,21 @@ struct Executor {
   cuda::Device device;
   std::function<void(const cuda::Plan&)> run;  // its launches in order, on the current stream
 };
+
+// Whether the user lets fp32 matrix products take TF32. The old way to ask raises once the new one was used to say so.
+inline bool tf32_allowed() {
+#if TORCH_VERSION_MAJOR > 2 || (TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR >= 10)
+  const auto set = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
+  return set == at::Float32Precision::TF32;
+#else
+  return at::globalContext().allowTF32CuBLAS();
+#endif
+}
+
+// Whether tokens may belong to no row: padding, or what lies behind the last of packed rows. No kernel writes there.
+inline bool may_have_idle_tokens(const Problem& problem) {
+  return problem.seq_lens.has_value() || problem.cu_seqlens.has_value();
+}
 
 // Params of one call, and the tensors that its pointers point into.
 class CudaCall {
@@ -45,18 +61,18 @@ class CudaCall {
       p.bias = bias.const_data_ptr();
       p.bias_prefix = bias.size(0) > 1 ? bias.stride(0) : 0;
       p.bias_head = bias.size(1) > 1 ? bias.stride(1) : 0;
-      p.bias_token = 1;
     }
     if (problem.alibi_slopes) p.alibi = keep_alive(problem.alibi_slopes->to(at::kFloat).contiguous()).const_data_ptr();
     p.scale = problem.scale, p.softcap = problem.softcap;
-    p.causal = problem.causal, p.window = problem.window, p.window_prefix = problem.window_prefix;
+    p.causal = problem.causal, p.window_prefix = problem.window_prefix;
+    p.window = std::min(problem.window, p.P + call.T + 1);  // no key is farther away, and sums do not overflow
     p.rule = {problem.context_length, drop_threshold(problem.drop_p), uint64_t(problem.seed)};
     call.cu_seqlens = index("cu_seqlens", problem.cu_seqlens), call.seq_lens = index("seq_lens", problem.seq_lens);
     call.prefix_index = index("prefix_index", problem.prefix_index);
     call.prefix_lens = index("prefix_lens", problem.prefix_lens);
     call.hidden = index("hidden", problem.hidden), call.row_ids = index("row_ids", problem.row_ids);
     if (problem.keep) call.keep = static_cast<const uint8_t*>(keep_alive(problem.keep->contiguous()).const_data_ptr());
-    call.tf32 = q.scalar_type() == at::kFloat && at::globalContext().allowTF32CuBLAS();
+    call.tf32 = q.scalar_type() == at::kFloat && tf32_allowed();
   }
 
   // Plans the call, first for the size of its workspace, and runs it. False: there was nothing to run.
@@ -91,10 +107,10 @@ inline std::tuple<Tensor, Tensor> cuda_forward(const Executor& executor, const T
                                                const Tensor& v, const Tensor& prefix_k, const Tensor& prefix_v,
                                                const MaybeTensor& prefix_bias, const Problem& problem) {
   CudaCall call(q, k, v, prefix_k, prefix_v, prefix_bias, problem);
-  const bool padded = problem.seq_lens.has_value();
-  const Tensor out = empty_rows(q, padded);
+  const bool idle = may_have_idle_tokens(problem);
+  const Tensor out = empty_rows(q, idle);
   const Tensor lse = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat));
-  if (padded) lse.fill_(-std::numeric_limits<float>::infinity());
+  if (idle) lse.fill_(-std::numeric_limits<float>::infinity());
   call.call.p.out = tensor4(out), call.call.p.lse = tensor4(lse);
   call.run(executor, cuda::plan_forward, q);
   return {out, lse};
@@ -112,11 +128,11 @@ inline Gradients cuda_backward(const Executor& executor, const Tensor& dout, con
   p.lse = tensor4(call.keep_alive(lse.contiguous()));
   if (dlse) p.dlse = tensor4(call.keep_alive(dlse->to(at::kFloat).contiguous()));
 
-  const bool padded = problem.seq_lens.has_value();
+  const bool idle = may_have_idle_tokens(problem);
   Tensor dq, dk, dv, dprefix_k, dprefix_v, dbias;
-  if (needs[0]) dq = empty_rows(q, padded), p.dq = tensor4(dq);
-  if (needs[1]) dk = empty_rows(k, padded), p.dk = tensor4(dk);
-  if (needs[2]) dv = empty_rows(v, padded), p.dv = tensor4(dv);
+  if (needs[0]) dq = empty_rows(q, idle), p.dq = tensor4(dq);
+  if (needs[1]) dk = empty_rows(k, idle), p.dk = tensor4(dk);
+  if (needs[2]) dv = empty_rows(v, idle), p.dv = tensor4(dv);
   // accumulated in fp32 and rounded once, when they are stored
   if (needs[3]) dprefix_k = at::empty(prefix_k.sizes(), prefix_k.options()), p.dprefix_k = tensor4(dprefix_k);
   if (needs[4]) dprefix_v = at::empty(prefix_v.sizes(), prefix_v.options()), p.dprefix_v = tensor4(dprefix_v);

@@ -92,9 +92,15 @@ inline void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, cons
                         (q.scalar_type() == at::kDouble) == (prefix_k.scalar_type() == at::kDouble),
                     "prefix_k ", prefix_k.sizes(), " and prefix_v ", prefix_v.sizes(), " do not fit k ", k.sizes());
   const int64_t G = prefix_k.size(0), P = prefix_k.size(2), B = row_count(q, problem);
-  TORCH_CHECK_VALUE(!bias || (bias->dim() == 3 && (bias->size(0) == 1 || bias->size(0) == G) &&
-                              (bias->size(1) == 1 || bias->size(1) == H) && bias->size(2) == P),
-                    "prefix_bias must be [1 or ", G, ", 1 or ", H, ", ", P, "], got ", bias->sizes());
+  TORCH_CHECK_VALUE(
+      !bias || (bias->dim() == 3 && (bias->size(0) == 1 || bias->size(0) == G) &&
+                (bias->size(1) == 1 || bias->size(1) == H) && bias->size(2) == P && bias->device() == q.device()),
+      "prefix_bias must be [1 or ", G, ", 1 or ", H, ", ", P, "] on ", q.device(), ", got ", bias->sizes(), " on ",
+      bias->device());
+  TORCH_CHECK_VALUE(problem.drop_p >= 0 && problem.drop_p < 1, "drop_p must be in [0, 1), got ", problem.drop_p);
+  TORCH_CHECK_VALUE(problem.context_length >= 0 && problem.window >= 0,
+                    "context_length and window must not be negative, got ", problem.context_length, " and ",
+                    problem.window);
   TORCH_CHECK_VALUE(
       !problem.cu_seqlens || (problem.cu_seqlens->dim() == 1 && B >= 0 && problem.cu_seqlens->device() == q.device()),
       "cu_seqlens must be a tensor [B+1] on ", q.device(), ", got ", problem.cu_seqlens->sizes());

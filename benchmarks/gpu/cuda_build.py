@@ -72,8 +72,8 @@ def setup() -> ModuleType:
 
 
 def flags() -> tuple[str, ...]:
-    """nvcc's flags, as `setup.py` has them."""
-    return tuple(setup().NVCC_FLAGS)
+    """nvcc's flags as `setup.py` has them, and warnings as errors."""
+    return (*setup().NVCC_FLAGS, "-Werror=all-warnings")
 
 
 @cache

@@ -28,7 +28,7 @@ SMALL = Sizes("small", (32, 32), H=4, Hk=2, P=128, D=64, dtype=torch.bfloat16)
 
 def count(planned: plan.Plan) -> list[dict[str, Any]]:
     """Run the launches of a plan in the emulator: one record each, as `counters.count` has them, and `global_bytes`
-    moved, `wide_bytes` of them with instructions of 16 bytes per thread."""
+    moved, `wide_bytes` of them with instructions of 16 bytes per thread, `pass_bytes` of all buffers of the pass."""
     records = []
     for launch in planned.launches:
         name, grid = launch.name.decode(), tuple(launch.grid)
@@ -48,6 +48,7 @@ def count(planned: plan.Plan) -> list[dict[str, Any]]:
             .counters
         )
         records.append({"kernel": name, "blocks": grid[0] * grid[1] * grid[2], "warps": launch.block // 32})
+        records[-1]["pass_bytes"] = planned.footprint
         records[-1] |= figures(counted)
     return records
 
@@ -72,15 +73,20 @@ def figures(counted: ptxemu.Counters) -> dict[str, Any]:
     }
 
 
-def run(sizes: Sizes, multiprocessors: int) -> dict[str, list[dict[str, Any]]]:
-    """Forward and backward of a problem, planned for a GPU of so many multiprocessors: phase -> records."""
+def plans(sizes: Sizes, multiprocessors: int) -> dict[str, plan.Plan]:
+    """Forward and backward of a problem, planned for a GPU of so many multiprocessors: phase -> plan. The second reads
+    what the first leaves."""
     inputs = problems.make(sizes)
     *tensors, problem = inputs.forward
     outputs, forward = plan.forward(*inputs.forward, multiprocessors)
-    phases = {"forward": count(forward)}
     needs = [True] * 5 + [inputs.prefix_bias is not None]
     _, backward = plan.backward(inputs.dout, None, *tensors, *outputs, needs, problem, multiprocessors)
-    return {**phases, "backward": count(backward)}
+    return {"forward": forward, "backward": backward}
+
+
+def run(sizes: Sizes, multiprocessors: int) -> dict[str, list[dict[str, Any]]]:
+    """What the launches of both passes execute: phase -> records."""
+    return {phase: count(planned) for phase, planned in plans(sizes, multiprocessors).items()}
 
 
 def measure(sizes: Sizes = PROBLEM) -> dict[str, Any]:
@@ -98,9 +104,15 @@ def measure(sizes: Sizes = PROBLEM) -> dict[str, Any]:
 
 
 def ratios(kernels: Sequence[Mapping[str, Any]], sizes: Sizes, phase: str) -> dict[str, float]:
-    """Those of `counters.ratios`, and `wide`: the share of bytes that instructions of 16 bytes per thread move."""
+    """Those of `counters.ratios`, and two more.
+
+    wide: the share of bytes that instructions of 16 bytes per thread move.  cached: every byte of inputs, outputs and
+    scratch memory once, over the least. That is what memory sees if the L2 cache keeps the pass, whose kernels follow
+    one another; `traffic` is what it sees if every kernel finds the cache cold.
+    """
     moved, wide = (sum(kernel[name] for kernel in kernels) for name in ("global_bytes", "wide_bytes"))
-    return {**counters.ratios(kernels, sizes, phase), "wide": wide / max(1, moved)}
+    cached = kernels[0]["pass_bytes"] / counters.least_bytes(sizes, phase)
+    return {**counters.ratios(kernels, sizes, phase), "cached": cached, "wide": wide / max(1, moved)}
 
 
 def regressions(phase: str, now: Mapping[str, float], committed: Mapping[str, float]) -> list[str]:
@@ -114,7 +126,8 @@ def ratio_table(record: Mapping[str, Any]) -> str:
     """What is executed over what is needed, by phase."""
     names = {
         "tile_waste": "tensor FLOPs / kept by the mask",
-        "traffic": "bytes of memory / least",
+        "traffic": "bytes of memory / least, cold cache for each kernel",
+        "cached": "the same, pass kept in L2",
         "requests": "bytes asked of L2 / least",
         "coalescing": "sectors / fewest",
         "wide": "bytes moved 16 at a time",

@@ -37,7 +37,7 @@ struct Logits {
     for (int n = 0; n < block.count; ++n) {
       const int64_t j = block.index[n];
       if (p.bias && !own) {
-        const C* at = static_cast<const C*>(p.bias) + lanes.prefix() * p.bias_prefix + j * p.bias_token;
+        const C* at = static_cast<const C*>(p.bias) + lanes.prefix() * p.bias_prefix + j;
         for (int l = 0; l < lanes.count; ++l) bias[l] = at[(kv_head * group + lanes.head[l]) * p.bias_head];
       }
       for (int v = block.first_vector; v < block.last_vector; ++v) {

@@ -190,10 +190,6 @@ CTK_INLINE uint16_t to_f16(float f) {
 #endif
 }
 
-CTK_INLINE float round_to(float x, Type type) {
-  return type == Type::bf16 ? from_bf16(to_bf16(x)) : type == Type::f16 ? from_f16(to_f16(x)) : x;
-}
-
 // LANES elements at `offset` (in elements) of `t`, in the compute type.
 template <typename C>
 CTK_INLINE Vec<C> load_vector(const Tensor4& t, int64_t offset) {

@@ -30,9 +30,19 @@ struct KernelEntry {
 #define CTK_LIST_SMALL(TYPE, NAME) \
   CTK_ENTRY(ctk_delta_##NAME) CTK_ENTRY(ctk_merge_out_##NAME) CTK_ENTRY(ctk_merge_dq_##NAME)
 
+// sm_100 would spill fp32 rows for a third block.
+#define CTK_FORWARD_BOUNDS_bf16(THREADS) (THREADS)
+#define CTK_FORWARD_BOUNDS_fp16(THREADS) (THREADS)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+#define CTK_FORWARD_BOUNDS_fp32(THREADS) (THREADS, 1)
+#else
+#define CTK_FORWARD_BOUNDS_fp32(THREADS) (THREADS)
+#endif
+
 // W: padded head dimension, VARIANT: plain or general, GENERAL: whether it is the latter.
-#define CTK_DEFINE_FORWARD(TYPE, NAME, W, VARIANT, GENERAL)                                             \
-  CTK_KERNEL(ctk_forward_##NAME##_##W##_##VARIANT, (forward_shape(sizeof(TYPE), W, GENERAL).threads()), \
+#define CTK_DEFINE_FORWARD(TYPE, NAME, W, VARIANT, GENERAL)                                  \
+  CTK_KERNEL(ctk_forward_##NAME##_##W##_##VARIANT,                                           \
+             CTK_FORWARD_BOUNDS_##NAME((forward_shape(sizeof(TYPE), W, GENERAL).threads())), \
              forward<TYPE, W, GENERAL>)
 #define CTK_LIST_FORWARD(TYPE, NAME, W, VARIANT, GENERAL) CTK_ENTRY(ctk_forward_##NAME##_##W##_##VARIANT)
 

@@ -31,7 +31,7 @@ __device__ __forceinline__ float logit(const Args& a, float product, float bias,
 
 // The bias of prefix key `key`, 0 where there is none.
 __device__ __forceinline__ float bias_of(const Args& a, const LaneTerms& terms, int key, int prefix_len) {
-  return terms.bias && key < prefix_len ? terms.bias[key * a.call.p.bias_token] : 0.0f;
+  return terms.bias && key < prefix_len ? terms.bias[key] : 0.0f;
 }
 
 }  // namespace ctk::cuda

@@ -219,11 +219,19 @@ class Planner {
     return splits > 1 ? splits : 1;
   }
 
+  // Tiles that hold lanes: the others only fill up the rows of each prefix.
+  int64_t used_tiles() const {
+    const Params& p = a_.call.p;
+    const int64_t most = (a_.call.packed ? a_.call.S : p.B * a_.call.S) * a_.group;
+    const int64_t used = div_up(most, a_.tile_lanes) + (a_.runs < p.B ? a_.runs : p.B);
+    return used < a_.tiles ? used : a_.tiles;
+  }
+
   // Ranges of keys, each with partial results of `floats` numbers per lane.
   void split_keys(int64_t floats) {
     const Params& p = a_.call.p;
     const int64_t own = a_.call.packed ? 0 : a_.call.T / BLOCK;  // a tile walks at least these many own blocks
-    a_.key_splits = int32_t(split_count(int64_t(a_.tiles) * p.Hk, a_.prefix_blocks + own, BLOCKS_PER_SPLIT));
+    a_.key_splits = int32_t(split_count(used_tiles() * p.Hk, a_.prefix_blocks + own, BLOCKS_PER_SPLIT));
     if (a_.key_splits == 1) return;
     const int64_t count = a_.key_splits * p.Hk * a_.lanes;
     a_.part = arena_.take<float>(count * p.D);
@@ -249,6 +257,8 @@ class Planner {
     }
     const int64_t programs = a_.prefix_programs + (own ? a_.own_blocks * per_block : 0);
     const int shared = key_shared(bytes_, width_) + (p.dbias ? key_bias_shared(bytes_, width_, a_.group) : 0);
+    if (shared > SHARED_LIMIT)
+      throw std::invalid_argument("prefix_bias cannot have a gradient with so many query heads per KV head (H / Hk)");
     const bool k = p.dk.data || p.dprefix_k.data || p.dbias, v = p.dv.data || p.dprefix_v.data;
     if (!keys_apart(width_)) launch_tiles("keys", programs, 1, shape.threads(), shared);
     if (keys_apart(width_) && k) launch_tiles("keys_dk", programs, 1, shape.threads(), shared);

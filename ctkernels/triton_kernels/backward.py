@@ -136,7 +136,10 @@ def dq_kernel(
     first, count, skip, skipped = prefix_blocks(
         split * share, split * share + share, skip_start, skip_end, prefix_len, lowest, window, BLOCK_N, NEAR
     )
-    prefix_k, prefix_v = PREFIX_K + prefix * pk_g + kv * pk_h, PREFIX_V + prefix * pv_g + kv * pv_h
+    prefix_k, prefix_v = (
+        PREFIX_K + prefix * pk_g + kv.to(tl.int64) * pk_h,
+        PREFIX_V + prefix * pv_g + kv.to(tl.int64) * pv_h,
+    )
     for block in range(first, first + count):
         k0 = (block + tl.where(block >= skip, skipped, 0)) * BLOCK_N
         n = k0 + tl.arange(0, BLOCK_N)

@@ -61,8 +61,8 @@ def prefix_kernel(
     n = k0 + tl.arange(0, BLOCK_N)
     inside = n < P
     at = n.to(tl.int64)
-    k0_, k1_ = load_pieces(PREFIX_K + prefix.to(tl.int64) * pk_g + kv * pk_h, at * pk_t, inside, D, D0, D1)
-    v0, v1 = load_pieces(PREFIX_V + prefix.to(tl.int64) * pv_g + kv * pv_h, at * pv_t, inside, D, D0, D1)
+    k0_, k1_ = load_pieces(PREFIX_K + prefix.to(tl.int64) * pk_g + kv.to(tl.int64) * pk_h, at * pk_t, inside, D, D0, D1)
+    v0, v1 = load_pieces(PREFIX_V + prefix.to(tl.int64) * pv_g + kv.to(tl.int64) * pv_h, at * pv_t, inside, D, D0, D1)
     # zeros for what is not finite, which p = 0 would not hide; lanes that see it have an lse or delta of that kind
     k0_, k1_, v0, v1 = finite(k0_), finite(k1_), finite(v0), finite(v1)  # [BLOCK_N, D0 | D1]
     dk0 = tl.zeros([BLOCK_N, D0], tl.float32)

@@ -39,6 +39,12 @@ def check(
     if bias is not None:
         fits = bias.dim() == 3 and bias.shape[0] in (1, G) and bias.shape[1] in (1, H) and bias.shape[2] == P
         expect(fits, f"prefix_bias must be [1 or {G}, 1 or {H}, {P}], got {tuple(bias.shape)}")
+        expect(bias.device == q.device, f"prefix_bias must be on q's device {q.device}, got {bias.device}")
+    expect(0 <= problem.drop_p < 1, f"drop_p must be in [0, 1), got {problem.drop_p}")
+    least = min(problem.context_length, problem.window)
+    expect(
+        least >= 0, f"context_length and window must not be negative, got {problem.context_length}, {problem.window}"
+    )
     cu_seqlens, rows = problem.cu_seqlens, row_count(q, problem)
     if cu_seqlens is not None:
         fits = cu_seqlens.dim() == 1 and rows >= 0 and B == 1 and k.shape[2] == S and problem.seq_lens is None

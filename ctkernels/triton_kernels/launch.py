@@ -34,7 +34,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Plan:
-    """Outputs, and the launches that fill them, in order. Launches of an empty grid are left out."""
+    """Outputs, and the launches that fill them, in order."""
 
     outputs: tuple[Tensor, ...]
     launches: list[Launch]

@@ -19,6 +19,7 @@ from ctkernels.triton_kernels.config import Target, Tile
 from ctkernels.triton_kernels.forward import forward_kernel, merge_kernel
 from ctkernels.triton_kernels.launch import Launch, Plan
 from ctkernels.triton_kernels.mask import tile_words_kernel, words_kernel
+from ctkernels.triton_kernels.recall import tables_of
 from ctkernels.triton_kernels.rounding import round_kernel
 
 LOG2E = math.log2(math.e)
@@ -47,7 +48,8 @@ class Call:
         self.G, self.P = prefix_k.shape[0], prefix_k.shape[2]
         self.group, self.target = self.H // self.Hk, target
         self.config = config.config_for(target, self.D, q.dtype)
-        self.rows = tables.build_rows(q, k, self.G, self.P, problem)
+        self.tables = tables_of(q, k, self.G, self.P, problem)
+        self.rows = self.tables.rows
         self.lanes = self.rows.slots_bound * self.group
         self._tiles: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         table = self.rows.table
@@ -81,7 +83,7 @@ class Call:
         D0, D1 = config.pieces(self.D)
         hidden, dropped, kept = problem.hidden is not None, drop_below > 0, keep is not None and C > 0
         masked = hidden or dropped or kept
-        exact = q.dtype != torch.float32 or not torch.backends.cuda.matmul.allow_tf32
+        exact = q.dtype != torch.float32 or not tf32_allowed()
         self.flags = {
             "GROUP": self.group, "D": self.D, "D0": D0, "D1": D1, "W1": max(D1, 1), "MASKED": masked, "DROP": dropped,
             "KEPT": kept, "OWN_CONTEXT": C > self.P and masked, "CAUSAL": problem.causal,
@@ -148,7 +150,7 @@ class Call:
             most = min(most, self.row_lanes + self.row_lanes * (self.P + self.row_keys) // (2 * max(self.row_keys, 1)))
         tile = config.fit(tile, most)
         if tile.block_m not in self._tiles:
-            tiles, ranges = tables.build_tiles(self.rows, self.group, tile.block_m)
+            tiles, ranges = self.tables.tiles(tile.block_m)
             words, n_words, n_tiles = self.inputs["TILE_WORDS"], self.scalars["n_words"], tiles.shape[1]
             if n_words:
                 words = torch.empty(2, n_words, n_tiles, dtype=torch.int32, device=self.q.device)
@@ -187,6 +189,14 @@ class Call:
         return Launch(kernel, grid, args, fixed, tile.num_warps, tile.num_stages)
 
 
+def tf32_allowed() -> bool:
+    """Whether the user lets fp32 matrix products take TF32. torch 2.9 has two ways to say so, and the old one must not
+    be read after the new one was written."""
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)
+    return matmul.allow_tf32 if precision is None else precision == "tf32"
+
+
 def signed(word: int) -> int:
     """The int32 of the same bits: an argument whose type does not depend on its value."""
     return word - 2**32 if word >= 2**31 else word
@@ -202,6 +212,11 @@ def empty_rows(x: Tensor, zero: bool) -> Tensor:
     return (x.new_zeros if zero else x.new_empty)(B, S, H, D).transpose(1, 2)
 
 
+def may_have_idle_tokens(problem: Problem) -> bool:
+    """Whether tokens may belong to no row: padding, or what is behind the last packed row. No kernel writes there."""
+    return problem.seq_lens is not None or problem.cu_seqlens is not None
+
+
 def plan_forward(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, prefix_bias: Tensor | None, problem: Problem,
     target: Target = config.A100,
@@ -211,10 +226,10 @@ def plan_forward(
     Shapes as in `ops.py`. The last dimension of the tensors must be contiguous.
     """
     call = Call(q, k, v, prefix_k, prefix_v, prefix_bias, problem, target)
-    padded = problem.seq_lens is not None
-    out = empty_rows(q, padded)
+    idle = may_have_idle_tokens(problem)
+    out = empty_rows(q, idle)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    if padded:
+    if idle:
         lse.fill_(-math.inf)
     if call.empty:
         return Plan((out, lse), [])
@@ -243,9 +258,9 @@ def plan_backward(
     """
     check_gradients(q, dout, dlse, out, lse, prefix_bias, needs)
     call = Call(q, k, v, prefix_k, prefix_v, prefix_bias, problem, target)
-    padded = problem.seq_lens is not None
+    idle = may_have_idle_tokens(problem)
     dq, dk, dv = (
-        empty_rows(x, padded or call.empty) if need else x.new_empty(0)
+        empty_rows(x, idle or call.empty) if need else x.new_empty(0)
         for x, need in zip((q, k, v), needs[:3], strict=True)
     )
     dprefix_k, dprefix_v, dbias = (
@@ -258,7 +273,7 @@ def plan_backward(
     if call.empty:
         return Plan(outputs, [])
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-    dlse = None if dlse is None else dlse.float()
+    lse, dlse = lse.contiguous(), None if dlse is None else dlse.float()
     state = q.new_empty(3, call.Hk, call.lanes, dtype=torch.float32)
     call.inputs |= {"DOUT": dout, "OUT": out, "LSE": lse, "DLSE": lse if dlse is None else dlse, "STATE": state}
     call.scalars |= strides("dout", dout, "bht") | strides("out", out, "bht") | strides("lse", lse, "bh")
@@ -290,7 +305,7 @@ def _launch_dq(call: Call, dq: Tensor) -> list[Launch]:
 
 def _launch_own(call: Call, dk: Tensor, dv: Tensor, needs: list[bool]) -> list[Launch]:
     tile = call.config.own
-    own = tables.build_own_blocks(call.rows, tile.block_n)
+    own = call.tables.own_blocks(tile.block_n)
     if own.shape[1] == 0:
         return []
     values = dict(OWN=own, DK=dk, DV=dv, n_own=own.shape[1], NEED_K=needs[1], NEED_V=needs[2])

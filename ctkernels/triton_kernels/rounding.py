@@ -19,8 +19,10 @@ def round_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     at, inside = n.to(tl.int64), n < P
     kv, prefix = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    k0, k1 = load_pieces(PREFIX_K + prefix * pk_g + kv * pk_h, at * pk_t, inside, D, D0, D1)  # [BLOCK_N, D0 | D1]
-    v0, v1 = load_pieces(PREFIX_V + prefix * pv_g + kv * pv_h, at * pv_t, inside, D, D0, D1)
+    k0, k1 = load_pieces(
+        PREFIX_K + prefix * pk_g + kv.to(tl.int64) * pk_h, at * pk_t, inside, D, D0, D1
+    )  # [BLOCK_N, D0 | D1]
+    v0, v1 = load_pieces(PREFIX_V + prefix * pv_g + kv.to(tl.int64) * pv_h, at * pv_t, inside, D, D0, D1)
     to = ((prefix * tl.num_programs(1) + kv) * P + at) * D
     store_pieces(ROUNDED_K, to, k0, k1, inside, D, D0, D1)
     store_pieces(ROUNDED_V, to, v0, v1, inside, D, D0, D1)

@@ -57,7 +57,7 @@ INT32_MAX = 2**31 - 1
 
 
 class Rows(NamedTuple):
-    """A call's rows. `slots_bound`, `uniform` and the sizes are known to the host."""
+    """A call's rows. `slots_bound` and the sizes are known to the host."""
 
     table: Tensor  # int32 [ROW_COLUMNS, B]
     slots: Tensor  # int32 [SLOT_COLUMNS, slots_bound]
@@ -65,7 +65,6 @@ class Rows(NamedTuple):
     prefixes: int  # G
     slots_bound: int  # valid queries are at most these
     own_keys: int  # T, or N of a packed call
-    uniform: int  # queries of every row if they are all alike, else 0
     packed: bool
 
 
@@ -101,15 +100,14 @@ def build_rows(q: Tensor, k: Tensor, G: int, P: int, problem: Problem) -> Rows:
     ends = table[0].cumsum(0)
     table = torch.cat([(ends - table[0])[None], table])
     slots_bound = S if packed else B * S
-    uniform = 0 if packed or problem.seq_lens is not None else S
     if B == 0 or slots_bound == 0:
-        return Rows(table.int(), table.new_zeros(4, 0).int(), B, G, 0, T, uniform, packed)
+        return Rows(table.int(), table.new_zeros(4, 0).int(), B, G, 0, T, packed)
     slot = torch.arange(slots_bound, device=device)
     row = torch.searchsorted(ends, slot, right=True).clamp(max=B - 1)
     within = slot - table[ROW_FIRST][row]
     position = table[ROW_OFFSET][row] + within
     slots = torch.stack((row, table[ROW_BATCH][row], table[ROW_TOKEN][row] + within, position))
-    return Rows(table.int(), slots.int(), B, G, slots_bound, T, uniform, packed)
+    return Rows(table.int(), slots.int(), B, G, slots_bound, T, packed)
 
 
 def build_tiles(rows: Rows, group: int, block_m: int) -> tuple[Tensor, Tensor]:

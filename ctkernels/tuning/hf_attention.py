@@ -267,13 +267,16 @@ def attend(
 ) -> Tensor:
     """The op on layer `index`: q `[B, H, S, D]`, k and v `[B, Hk, T, D]` -> `[B, S, H, D]`."""
     prefix = [own_heads(x[index], key.shape[1], state.group) for x in (state.keys, state.values)]
-    settings |= {"backend": state.backend, "prefix_index": state.prefix_index, "prefix_lens": state.prefix_lens}
+    here = query.device  # a model may be spread over several
+    index_of_rows = {name: getattr(state, name) for name in ("prefix_index", "prefix_lens")}
+    settings |= {name: None if x is None else x.to(here) for name, x in index_of_rows.items()}
+    settings["backend"], mask = state.backend, None if state.mask is None else state.mask.to(here)
     state.consumed.add(index)
     if state.cu_seqlens is not None:
         rows = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [N, H, D]
-        return prefix_attention_varlen(*rows, state.cu_seqlens, *prefix, state.mask, **settings).unsqueeze(0)
+        return prefix_attention_varlen(*rows, state.cu_seqlens.to(here), *prefix, mask, **settings).unsqueeze(0)
     if layout is None or layout.shape[-1] == 0:
-        return prefix_attention(query, key, value, *prefix, state.mask, **settings).transpose(1, 2)
+        return prefix_attention(query, key, value, *prefix, mask, **settings).transpose(1, 2)
     lengths, row, forward, back = state.span(layout, key.shape[2])
     aligned = query.shape[2] == key.shape[2]
     if row is not None:
@@ -281,7 +284,7 @@ def attend(
         # there is one for every key; with a cache (T > S) they already are the last S of the valid keys.
         key, value = (x.transpose(1, 2)[row, forward].transpose(1, 2) for x in (key, value))
         query = query.transpose(1, 2)[row, forward].transpose(1, 2) if aligned else query
-    out = prefix_attention(query, key, value, *prefix, state.mask, seq_lens=lengths, **settings).transpose(1, 2)
+    out = prefix_attention(query, key, value, *prefix, mask, seq_lens=lengths, **settings).transpose(1, 2)
     return out if row is None or not aligned else out[row, back]
 
 

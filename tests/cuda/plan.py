@@ -42,7 +42,7 @@ class Params(ctypes.Structure):
         ("rule", ContextRule),
         *((name, Tensor4) for name in ("q", "k", "v", "prefix_k", "prefix_v")),
         ("bias", c_void_p),
-        *((name, c_int64) for name in ("bias_prefix", "bias_head", "bias_token")),
+        *((name, c_int64) for name in ("bias_prefix", "bias_head")),
         ("alibi", c_void_p),
         ("scale", c_double),
         ("softcap", c_double),
@@ -83,6 +83,11 @@ class Plan:
     launches: list[Launch]
     args: bytes
     buffers: list[Tensor]
+
+    @property
+    def footprint(self) -> int:
+        """Bytes of all buffers: inputs, outputs and scratch memory."""
+        return sum({x.data_ptr(): x.nbytes for x in self.buffers}.values())
 
 
 @cache
@@ -140,7 +145,7 @@ class Builder:
             self.call.keep = self.pointer(problem.keep.contiguous().view(torch.uint8))
         if bias is not None and bias.numel():
             bias = bias.detach().float().contiguous()
-            p.bias, p.bias_token = self.pointer(bias), 1
+            p.bias = self.pointer(bias)
             p.bias_prefix, p.bias_head = (bias.stride(i) if bias.shape[i] > 1 else 0 for i in range(2))
         if problem.alibi_slopes is not None:
             p.alibi = self.pointer(problem.alibi_slopes.float().contiguous())

@@ -10,6 +10,7 @@ import sys
 import sysconfig
 import tempfile
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import torch
 import ctkernels as ct
 from ctkernels import dispatch
 from ctkernels.problem import Problem
+from ctkernels.triton_kernels.plan import tf32_allowed
 from tests.op.backends import Backend
 from tests.op.cases import Call, cotangents_for, make_call, run
 from tests.op.compare import assert_matches
@@ -148,6 +150,21 @@ def test_padding():
     assert all(got[name][2, :, 7:].eq(0).all() for name in ("dq", "dk", "dv"))
 
 
+def test_a_window_without_end():
+    """Sums of positions and the window stay in 64 bits."""
+    check(make_call(B=2, H=2, Hk=1, S=9, P=20, D=64, types="bf16", window=2**63 - 1))
+
+
+def test_tokens_behind_the_last_packed_row():
+    """Values are not looked at on a GPU: what belongs to no row is zero, and not what memory held."""
+    call = make_call(H=4, Hk=2, P=20, D=64, types="bf16", lens=[5, 9, 7])
+    bounds = torch.tensor([0, 5, 14, 14], dtype=torch.int32)
+    got = run(replace(call, cu_seqlens=bounds), BACKEND, cotangents_for(call))
+    assert got["out"][14:].eq(0).all() and got["lse"][:, 14:].isneginf().all()
+    assert all(got[name][14:].eq(0).all() for name in ("dq", "dk", "dv"))
+    assert all(x.isfinite().all() for name, x in got.items() if name != "lse")
+
+
 def test_tensors_that_are_read_in_place():
     """Transposed rows as models pass them, and a window of a larger prefix: nothing is copied."""
     call = make_call(B=2, H=4, Hk=2, S=9, P=70, D=64, types="bf16", window_prefix=False)
@@ -170,18 +187,24 @@ def test_fp32_is_exact_unless_tf32_is_allowed():
     recorder = CALLBACK(record)
     library = ctypes.CDLL(str(build_library()))
     call = make_call(B=2, H=2, Hk=1, S=5, P=70, D=64, types="fp32")
-    before = torch.backends.cuda.matmul.allow_tf32
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
     library.set_callback(recorder)
     try:
         for allowed in (False, True):
-            torch.backends.cuda.matmul.allow_tf32 = allowed
+            matmul.allow_tf32 = allowed
             run(call, BACKEND)
             run(call.with_tensors(**{name: x.half() for name, x in call.tensors.items()}), BACKEND)
+            assert tf32_allowed() == allowed
+        matmul.fp32_precision = "ieee"  # torch's newer way to say so, after which the old one must not be read
+        run(call, BACKEND)
+        assert not tf32_allowed()
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        matmul.fp32_precision = "none"
+        matmul.allow_tf32 = before
         library.set_callback(execute)
     # Args begins with its Call
-    assert [args[plan.Call.tf32.offset] for args in received] == [0, 0, 1, 0]
+    assert [args[plan.Call.tf32.offset] for args in received] == [0, 0, 1, 0, 0]
 
 
 def test_only_what_is_asked_for_is_computed():
@@ -236,7 +259,11 @@ def call_directly(**changes):
         (dict(keep=torch.zeros(3, 11, dtype=torch.uint8)), ("keep", "bool")),
         (dict(cu_seqlens=torch.zeros(0, dtype=torch.int32)), ("cu_seqlens", "[B+1]")),
         (dict(prefix_bias=torch.zeros(1, 2, 11)), ("prefix_bias", "[1, 2, 11]")),
+        (dict(prefix_bias=torch.zeros(1, 4, 11, device="meta")), ("prefix_bias", "cpu", "meta")),
         (dict(alibi_slopes=torch.zeros(2)), ("alibi_slopes", "[4]")),
+        (dict(drop_p=1.0), ("drop_p", "[0, 1)", "1")),
+        (dict(window=-3), ("window", "-3")),
+        (dict(context_length=-1), ("context_length", "-1")),
     ],
 )
 def test_inconsistent_arguments_are_refused_by_name(changes, words):

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.gpu import cuda_build
+
 ROOT = Path(__file__).resolve().parents[2]
 VARIABLES = ("CTKERNELS_CUDA", "TORCH_CUDA_ARCH_LIST", "CTKERNELS_CXXFLAGS")
 
@@ -50,7 +52,9 @@ def test_a_cpu_build_says_what_it_leaves_out_in_one_line(build, monkeypatch, cap
     assert "without the CUDA kernels" in line and f"torch {torch.__version__} is built without CUDA" in line
 
 
-@pytest.mark.parametrize("version, told", [(None, "built without CUDA"), ("13.0", "nvcc was not found.*CUDA 13.0")])
+@pytest.mark.parametrize(
+    "version, told", [(None, "built without CUDA"), ("13.0", "no fitting nvcc was found.*CUDA 13.0")]
+)
 def test_cuda_asked_for_in_vain_ends_the_build(build, monkeypatch, version, told):
     monkeypatch.setattr(torch.version, "cuda", version)
     monkeypatch.setenv("CTKERNELS_CUDA", "1")
@@ -91,11 +95,26 @@ def test_architectures(build, monkeypatch, tmp_path, version, given, expected):
     assert build.os.environ["TORCH_CUDA_ARCH_LIST"] == expected
 
 
-def test_kernels_are_compiled_with_warnings_as_errors(build, monkeypatch, tmp_path):
+def test_a_toolkit_of_another_major_version_is_left_alone(build, monkeypatch, tmp_path, capsys):
+    """torch would refuse to build with it, and take the CPU kernels along."""
+    home = make_toolkit(tmp_path / "cuda")
+    monkeypatch.setattr(build.cpp_extension, "CUDA_HOME", str(home))
+    (home / "bin" / "nvcc").chmod(0o755)
+    for release, fits in (("12.4", False), ("13.2", True)):
+        (home / "bin" / "nvcc").write_text(
+            f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n"
+        )
+        assert names(build.extensions()) == ["ctkernels._C", "ctkernels._cuda"][: 1 + fits]
+        assert fits or "no fitting nvcc was found" in capsys.readouterr().err
+
+
+def test_warnings_are_errors_in_our_own_builds_alone(build, monkeypatch, tmp_path):
+    """A newer compiler may warn of what nobody has seen yet."""
     monkeypatch.setattr(build.cpp_extension, "CUDA_HOME", str(make_toolkit(tmp_path / "cuda")))
     monkeypatch.setenv("CTKERNELS_CXXFLAGS", "-g '-DNAME=a b'")
     cpu, cuda = build.extensions()
-    assert "-Werror=all-warnings" in cuda.extra_compile_args["nvcc"]
+    assert "-Werror=all-warnings" in cuda_build.flags()
+    assert not any("-Werror" in flag for flag in cuda.extra_compile_args["nvcc"])
     assert cuda.extra_compile_args["cxx"][-2:] == cpu.extra_compile_args[-2:] == ["-g", "-DNAME=a b"]
 
 

@@ -50,6 +50,10 @@ def test_auto_asks_the_table(gpu, architecture, expected):
     assert dispatch.choose(None, GPU, BF16, 64) == dispatch.choose("auto", GPU, BF16, 64) == expected
 
 
+def test_fp32_rows_are_multiplied_by_tensor_cores(gpu):
+    assert dispatch.choose(None, GPU, torch.float32, 64) == "cuda"
+
+
 def test_other_devices_do_not(gpu):
     dispatch_table.use([{"backend": "cuda"}])
     assert dispatch.choose(None, torch.device("cpu"), BF16, 64) == "cpu"

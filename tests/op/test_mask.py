@@ -95,6 +95,20 @@ def test_leave_one_out():
     assert torch.equal(mask.dense(4, 9), expected)
 
 
+def test_values_on_other_devices_are_not_waited_for():
+    """Reading them would stop the queue of a GPU in every step."""
+    segments, held_out = (torch.zeros(n, dtype=torch.int64, device="meta") for n in (4, 2))
+    mask = ct.ContextMask.leave_one_out(segments, held_out, 0.4, 99, held_out)
+    assert mask.hidden.shape == (2, 2) and mask.hidden.device.type == "meta"
+
+
+def test_a_mask_moves():
+    mask = ct.ContextMask(hidden=torch.tensor([[0, 2]]), drop_p=0.5, seed=7, row_ids=torch.tensor([3]), length=9)
+    moved = mask.to("meta")
+    assert moved.hidden.device == moved.row_ids.device == torch.device("meta") and moved.keep is None
+    assert (moved.drop_p, moved.seed, moved.length) == (0.5, 7, 9) and mask.to("cpu") is mask
+
+
 def test_leave_one_out_passes_the_random_stream_on():
     segments, held_out, ids = torch.tensor([0, 10, 30]), torch.tensor([1, 0]), torch.tensor([8, 3])
     mask = ct.ContextMask.leave_one_out(segments, held_out, 0.4, 99, ids)

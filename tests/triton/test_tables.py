@@ -159,3 +159,44 @@ def test_few_tiles_split_the_prefix_and_few_keys_split_the_queries():
     call = tensors(64, 100, 100, 1, NO_PROBLEM, P=40)
     splits = {x.name: x.constexprs["SPLITS"] for x in launches_of(call, NO_PROBLEM) if "SPLITS" in x.constexprs}
     assert splits["prefix_kernel"] > 1 == splits["forward_kernel"]
+
+
+def test_layers_of_a_step_share_tables(monkeypatch):
+    """They are made anew for another tensor, even one at the same place, and after a write to one of the old ones."""
+    made = []
+    build = tables.build_rows
+    monkeypatch.setattr(tables, "build_rows", lambda *args: made.append(args) or build(*args))
+
+    def rows(problem: Problem, S: int = 8):
+        return plan_forward(*tensors(2, S, S, 1, problem), problem).launches[-1].args["ROWS"]
+
+    problem = NO_PROBLEM._replace(hidden=torch.tensor([[0, 3], [3, 8]]), context_length=8)
+    first = rows(problem)
+    assert rows(problem) is first and rows(problem._replace(drop_p=0.5, seed=3)) is first and len(made) == 1
+    assert rows(problem, S=9) is not first and rows(problem._replace(context_length=7)) is not first
+    problem.hidden[1, 1] = 6
+    assert rows(problem)[tables.ROW_HIDE_END].tolist() == [3, 6]
+    copy = problem._replace(hidden=problem.hidden.clone())
+    assert rows(copy) is not rows(problem)
+    with torch.inference_mode():
+        frozen = problem._replace(hidden=torch.tensor([[0, 1], [1, 2]]))
+        assert rows(frozen) is not rows(frozen)  # such a tensor does not count writes
+
+
+def test_set_up_of_a_later_layer_is_a_few_operations():
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.calls += 1
+            return func(*args, **(kwargs or {}))
+
+    problem = NO_PROBLEM._replace(
+        cu_seqlens=torch.arange(0, 65, 4), hidden=torch.tensor([[0, 3]] * 16), context_length=50, drop_p=0.1
+    )
+    counts = []
+    for _ in range(2):
+        with Count() as counted:
+            plan_forward(*tensors(16, 64, 64, 1, problem), problem)
+        counts.append(counted.calls)
+    assert counts[1] <= 20 and counts[0] >= 60, counts

@@ -147,7 +147,7 @@ def test_encoders():
     "shape, dtype, small",
     [
         ((1, 9, 3, 16, 16), torch.float32, True),
-        ((1, 9, 3, 64, 64), torch.float32, False),
+        ((1, 9, 3, 128, 128), torch.float32, False),
         ((1, 9, 3, 1, 1024), torch.float32, True),
         ((1, 32, 8, 1, 4096), torch.float32, False),
         ((8, 12, 12, 1, 4096), torch.float32, True),
@@ -159,7 +159,7 @@ def test_what_is_small(shape, dtype, small):
     B, H, Hk, S, T = shape
     q, k = torch.empty(B, H, S, 8, dtype=dtype), torch.empty(B, Hk, T, 8, dtype=dtype)
     assert hf_plain.is_small(q, k) == small
-    assert not hf_plain.is_small(q.to("meta"), k.to("meta"))  # measured on a CPU alone
+    assert hf_plain.is_small(q.to("meta"), k.to("meta"))  # the op is known to be faster on a CPU alone
 
 
 def test_large_calls_reach_the_op(monkeypatch):
@@ -169,7 +169,7 @@ def test_large_calls_reach_the_op(monkeypatch):
     monkeypatch.setattr(hf_plain, "prefix_attention", lambda *a, **k: calls.append(1) or original(*a, **k))
     model(ROW)
     assert not calls
-    model(tokens(4, 60))
+    model(tokens(4, 100))
     assert len(calls) == len(model.model.layers)
 
 
