@@ -1,4 +1,4 @@
-"""Tables of the last few calls. All layers of a model, forward and backward, ask for the same ones in a step: made once,
+"""Tables of the last few calls. All layers of a model, forward and backward, ask for the same in a step: made once,
 they spare every other call dozens of small kernels."""
 
 from __future__ import annotations
