@@ -49,17 +49,13 @@ def test_tuned_kernels_do_not_spill_and_are_not_worse_than_committed(table, name
     assert not broken, "\n".join(broken)
 
 
-# 116 and 92 bytes: there the compiler keeps to 168 registers, for a third block on a multiprocessor
-KNOWN_SPILLS = {("ctk_forward_fp32_64_general", "sm_100"), ("ctk_forward_fp32_96_general", "sm_100")}
-
-
-def test_the_committed_table_has_every_kernel_and_breaks_no_other_rule(table):
-    """No spill at D <= 128 but the known ones, shared memory within the limits, room for a block at least."""
+def test_the_committed_table_has_every_kernel_and_breaks_no_rule(table):
+    """No spill at D <= 128, shared memory within the limits, room for a block at least."""
     _, entries = table
     kernels = {kernel.name for kernel in cuda_build.kernels()}
     for name in cuda_resources.NVIDIA:
         assert {e.kernel for e in entries.values() if e.architecture == name} == kernels, name
-    assert {(e.kernel, e.architecture) for e in entries.values() if resources.violations(e)} == KNOWN_SPILLS
+    assert not [line for entry in entries.values() for line in resources.violations(entry)]
     assert all(e.shared <= e.shared_limit and e.blocks for e in entries.values())
 
 
