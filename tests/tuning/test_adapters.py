@@ -70,17 +70,23 @@ def interrupted(*_args):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("killed", [False, True])
-def test_interrupted_saves_leave_the_old_adapter(tmp_path, monkeypatch, killed):
-    """Right before the new description; killed: nothing is cleaned up, either. Would catch parts of two adapters read
-    as one, and an update of the weights that is lost in silence."""
+@pytest.mark.parametrize(
+    ("step", "killed"), [("save", False), ("atomic_write_json", False), ("atomic_write_json", True)]
+)
+def test_interrupted_saves_leave_the_old_adapter(tmp_path, monkeypatch, step, killed):
+    """Before the prefix and before its description; killed: nothing is cleaned up, either. Would catch parts of two
+    adapters read as one, and an update of the weights that is lost in silence."""
     model = make_model("llama", torch.float32)
-    plain, updated = (run(name, model, options={"epochs": 1}).adapter for name in ("prefix-tuning", "ttt"))
+    update = Lora(2, 2.0, ("q_proj",))
+    with update.injected(model) as wrapped:
+        update.capture(wrapped)
+    prefixes = [KVPrefix.from_tokens(model, torch.tensor(ids(text)), torch.tensor([0])) for text in ("ice", "sun")]
+    plain, updated = Adapter(prefixes[0]), Adapter(prefixes[1], lora=update)
     for old, new in ((plain, updated), (updated, plain)):
         old.save_pretrained(tmp_path)
         before = {path.name for path in tmp_path.iterdir()}
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(prefix_file, "atomic_write_json", interrupted)
+            patch.setattr(prefix_file, step, interrupted)
             if killed:
                 patch.setattr(prefix_file, "remove_unnamed", lambda directory: None)
                 patch.setattr(adapter_file, "remove_unnamed", lambda directory: None)
