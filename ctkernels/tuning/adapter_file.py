@@ -1,9 +1,11 @@
 """A saved adapter: the folder of a saved prefix, and beside its files what the adapter holds besides.
 
-prefix-*.safetensors     see `prefix_file.py`
-prompt-*.safetensors     the soft prompt
-lora-*/                  the LoRA update, in peft's own format
-prefix.json              names them under "beside", which holds the pool, too; written last
+    prefix-*.safetensors     see `prefix_file.py`
+    prompt-*.safetensors     the soft prompt
+    lora-*/                  the LoRA update, in peft's own format
+    prefix.json              names them under "beside", which holds the pool, too
+
+The last is written last: replacing it replaces the adapter.
 """
 
 from __future__ import annotations
