@@ -1,11 +1,11 @@
 """A saved adapter: the folder of a saved prefix, and beside its files what the adapter holds besides.
 
-    prefix.json, prefix-*.safetensors     see `prefix_file.py`
-    prompt-*.safetensors                  the soft prompt
-    lora-*/                               the LoRA update, in peft's own format
-    adapter.json                          names them, and the prefix tensors they belong to; written last
+    prefix-*.safetensors     see `prefix_file.py`
+    prompt-*.safetensors     the soft prompt
+    lora-*/                  the LoRA update, in peft's own format
+    prefix.json              names them under "beside", which holds the pool, too
 
-An adapter that is a prefix and nothing else has the first two alone.
+The last is written last: replacing it replaces the adapter.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,44 +27,35 @@ from ctkernels.tuning.data import Demonstration
 from ctkernels.tuning.hf_models import find_decoder
 from ctkernels.tuning.lora import Lora
 from ctkernels.tuning.peft_export import CONFIG, WEIGHTS, export_peft
-from ctkernels.tuning.prefix_file import DESCRIPTION, PrefixFileError
+from ctkernels.tuning.prefix_file import DESCRIPTION, PrefixFileError, read_description, remove_unnamed
 from ctkernels.tuning.prompt import SoftPrompt
-from ctkernels.tuning.storage import atomic_file, atomic_write_json
+from ctkernels.tuning.storage import atomic_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-FORMAT = "ctkernels-adapter"
-FORMAT_VERSION = 1
-NAME = "adapter.json"
 
 
 def save(adapter: Adapter, directory: str | os.PathLike) -> None:
     """Write `adapter` into `directory`. See `Adapter.save_pretrained`."""
     directory, mark = Path(directory), secrets.token_hex(8)
-    description: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION}
-    if adapter.prompt is not None:
-        description["prompt"] = f"prompt-{mark}.safetensors"
-        tensors = {"embeddings": adapter.prompt.embeddings, "segments": adapter.prompt.segments}
-        _write_tensors(directory / description["prompt"], tensors)
-    if adapter.lora is not None:
-        description["lora"] = f"lora-{mark}"
-        export_peft(adapter, directory / description["lora"], "lora")
+    beside: dict[str, Any] = {}
     if adapter.pool:
-        description["pool"] = [
+        beside["pool"] = [
             {"input": d.input, "output": d.output, "options": d.options, "source": d.source, "references": d.references}
             for d in adapter.pool
         ]
-    adapter.prefix.save_pretrained(directory)
-    if len(description) > 2:
-        description["prefix"] = json.loads((directory / DESCRIPTION).read_bytes())["tensors"]
-        atomic_write_json(directory / NAME, description)
-    else:
-        (directory / NAME).unlink(missing_ok=True)
-    for other in (*directory.glob("prompt-*.safetensors"), *directory.glob("lora-*")):
-        if other.name in (description.get("prompt"), description.get("lora")):
-            continue
-        shutil.rmtree(other) if other.is_dir() else other.unlink(missing_ok=True)
+    try:
+        if adapter.prompt is not None:
+            beside["prompt"] = f"prompt-{mark}.safetensors"
+            tensors = {"embeddings": adapter.prompt.embeddings, "segments": adapter.prompt.segments}
+            _write_tensors(directory / beside["prompt"], tensors)
+        if adapter.lora is not None:
+            beside["lora"] = f"lora-{mark}"
+            export_peft(adapter, directory / beside["lora"], "lora")
+        prefix_file.save(adapter.prefix, directory, beside)
+    except BaseException:
+        remove_unnamed(directory)
+        raise
 
 
 def load(
@@ -75,39 +65,23 @@ def load(
 ) -> Adapter:
     """Read and verify an adapter. See `Adapter.from_pretrained`."""
     directory = Path(directory)
-    path = directory / NAME
+    path = directory / DESCRIPTION
     prefix = prefix_file.load(directory, model, tokenizer)
-    if not path.is_file():
-        return Adapter(prefix)
-    try:
-        description = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise PrefixFileError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise PrefixFileError(f'{path}: not an adapter saved by ctkernels (no "format": "{FORMAT}")')
-    if description.get("format_version") != FORMAT_VERSION:
-        raise PrefixFileError(
-            f"{path}: format version {description.get('format_version')}, this ctkernels reads {FORMAT_VERSION}"
-        )
-    if description.get("prefix") != json.loads((directory / DESCRIPTION).read_bytes())["tensors"]:
-        raise PrefixFileError(
-            f"{path}: belongs to another prefix than {DESCRIPTION}; saving was interrupted, save again"
-        )
-    device = prefix.keys[0].device
+    beside, device = read_description(path).get("beside", {}), prefix.keys[0].device
     try:
         prompt = lora = None
-        if "prompt" in description:
-            tensors = _read_tensors(directory / Path(description["prompt"]).name)
+        if "prompt" in beside:
+            tensors = _read_tensors(directory / Path(beside["prompt"]).name)
             prompt = SoftPrompt(tensors["embeddings"], tensors["segments"]).to(device)
             if model is not None:
                 prompt.to(find_decoder(model).prefix_dtype)
-        if "lora" in description:
-            lora = _read_lora(directory / Path(description["lora"]).name, device)
+        if "lora" in beside:
+            lora = _read_lora(directory / Path(beside["lora"]).name, device)
         pool = tuple(
             Demonstration(d["input"], d["output"], d["options"], d["source"], d["references"])
-            for d in description.get("pool", ())
+            for d in beside.get("pool", ())
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise PrefixFileError(f"{path}: damaged: {type(error).__name__}: {error}") from error
     return Adapter(prefix, prompt, lora, pool)
 

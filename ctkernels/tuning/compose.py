@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def moved(prefix: KVPrefix, model: PreTrainedModel, first_position: int) -> KVPrefix:
-    """The same prefix for rows that begin at another position: every key moves as far as the rows do.
+    """A copy for rows that begin at another position, every key moved as far as they are; `prefix` if they are not.
 
     Attention under rotary embedding depends on differences of positions alone, so that rows read the same.
 
@@ -47,7 +47,7 @@ def moved(prefix: KVPrefix, model: PreTrainedModel, first_position: int) -> KVPr
         rotated(decoder, layer, unrotated(decoder, layer, key.detach(), here), here + steps)
         for layer, key in enumerate(prefix.keys)
     ]
-    return KVPrefix(keys, [v.detach() for v in prefix.values], prefix.segments, first_position, prefix.metadata)
+    return KVPrefix(keys, [v.detach().clone() for v in prefix.values], prefix.segments, first_position, prefix.metadata)
 
 
 def concatenate(

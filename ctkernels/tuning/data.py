@@ -212,6 +212,16 @@ class Row:
         return tuple(range(self.first_label, self.first_label + len(self.answers[answer])))
 
 
+def start_tokens(tokenizer: PreTrainedTokenizerBase, text_format: TextFormat) -> tuple[int, ...]:
+    """What a sequence starts with: BOS, or nothing. Raises ValueError: BOS is asked of a tokenizer without one."""
+    bos, use_bos = tokenizer.bos_token_id, text_format.bos
+    if use_bos and bos is None:
+        raise ValueError("bos=True, but the tokenizer has no BOS token")
+    if use_bos is None:
+        use_bos = bos is not None and list(tokenizer("a").input_ids[:1]) == [bos]
+    return (bos,) if use_bos else ()
+
+
 class PairEncoder:
     """The tokens of pairs under one tokenizer and one `TextFormat`.
 
@@ -231,13 +241,7 @@ class PairEncoder:
                 f"{delimiter}; choose another delimiter, such as '\\n'"
             )
         self.delimiter = delimiter[0]
-        bos = tokenizer.bos_token_id
-        if self.format.bos and bos is None:
-            raise ValueError("bos=True, but the tokenizer has no BOS token")
-        use_bos = self.format.bos
-        if use_bos is None:
-            use_bos = bos is not None and list(tokenizer("a").input_ids[:1]) == [bos]
-        self.start: tuple[int, ...] = (bos,) if use_bos else ()
+        self.start = start_tokens(tokenizer, self.format)
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Tokens of a text, without special tokens."""
@@ -263,6 +267,11 @@ class PairEncoder:
                 f"{_place(demonstration)}the input {demonstration.input!r} has no tokens under this tokenizer"
             )
         room = self.format.max_pair_tokens - longest_answer - 1
+        if room < 1:
+            raise DataError(
+                f"{_place(demonstration)}max_pair_tokens={self.format.max_pair_tokens} leaves no room for an input "
+                f"before {longest_answer} tokens"
+            )
         if len(tokens) > room:
             self.cut_sources.append(demonstration.source or repr(demonstration.input[:30]))
         return (*tokens[:room], self.delimiter)

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from ctkernels.tuning.batches import make_batch, split_by_tokens
 from ctkernels.tuning.data import DataError, Demonstration, PairEncoder, Row, TextFormat
@@ -173,29 +175,42 @@ def _generate(
 ) -> list[str]:
     """Greedy continuations, each up to EOS, the delimiter, or `max_new_tokens`.
 
-    Prompts of equal length share a batch, so that no padding is needed.
+    Prompts are cut as in training. Those of equal length share a batch, so that no padding is needed.
     """
-    prompts = [_prompt(encoder, prefix, item, max_new_tokens) for item in items]
+    prompts = [_prompt(encoder, prefix, item, len(encoder.answer(item, item.output))) for item in items]
     check_row_lengths(model, prefix.first_position, [Row(p + (0,) * max_new_tokens, ((0,),)) for p in prompts])
     eos = encoder.tokenizer.eos_token_id
     stops = [encoder.delimiter] if eos is None else [eos, encoder.delimiter]
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=stops,
+        pad_token_id=encoder.delimiter,
+    )
     texts = [""] * len(items)
-    with prefix.attach(model, backend=backend):
-        for indices in _equal_lengths(prompts, max_tokens):
+    with prefix.attach(model, backend=backend), _only_settings(model, settings):
+        for indices in _equal_lengths(prompts, max_tokens, max_new_tokens):
             input_ids = torch.tensor([prompts[i] for i in indices], device=model.device)
             output = model.generate(
                 input_ids=input_ids,
                 attention_mask=torch.ones_like(input_ids),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                eos_token_id=stops,
-                pad_token_id=encoder.delimiter,
+                generation_config=settings,
             )
             for i, tokens in zip(indices, output[:, input_ids.shape[1] :].tolist(), strict=True):
                 end = next((t for t, token in enumerate(tokens) if token in stops), len(tokens))
                 texts[i] = encoder.tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
     return texts
+
+
+@contextmanager
+def _only_settings(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    """Within the block `generate` fills in nothing from the model's own settings, such as a repetition penalty."""
+    own, model.generation_config = model.generation_config, settings
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _prompt(encoder: PairEncoder, prefix: KVPrefix, item: Demonstration, longest_answer: int) -> tuple[int, ...]:
@@ -204,13 +219,13 @@ def _prompt(encoder: PairEncoder, prefix: KVPrefix, item: Demonstration, longest
     return ((encoder.delimiter,) if behind_prefix else ()) + encoder.prompt(item, longest_answer)
 
 
-def _equal_lengths(prompts: Sequence[tuple[int, ...]], max_tokens: int) -> Iterator[list[int]]:
-    """Indices of prompts of the same length, at most `max_tokens` prompt tokens at a time."""
+def _equal_lengths(prompts: Sequence[tuple[int, ...]], max_tokens: int, max_new_tokens: int) -> Iterator[list[int]]:
+    """Indices of prompts of the same length, at most `max_tokens` at a time with what they may grow by."""
     by_length: dict[int, list[int]] = defaultdict(list)
     for i, prompt in enumerate(prompts):
         by_length[len(prompt)].append(i)
     for length, indices in sorted(by_length.items()):
-        count = max(1, max_tokens // length)
+        count = max(1, max_tokens // (length + max_new_tokens))
         for start in range(0, len(indices), count):
             yield indices[start : start + count]
 

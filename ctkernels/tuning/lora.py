@@ -72,7 +72,7 @@ class Lora:
         wrapped = None
         try:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.seed)
+                torch.default_generator.manual_seed(self.seed)  # torch.manual_seed would seed the GPUs, too
                 config = self.config(find_decoder(model).family.causal)
                 wrapped = peft.LoraModel(model, {ADAPTER: config}, ADAPTER)
             for name, parameter in lora_parameters(wrapped).items():
@@ -87,11 +87,16 @@ class Lora:
 
     @contextmanager
     def merged(self, model: PreTrainedModel) -> Iterator[None]:
-        """Within the block the update is part of the model's weights; afterwards they have the bits they had before."""
+        """Within the block the update is part of the model's weights; afterwards they have the bits they had before.
+
+        Beside quantised weights it is computed on its own: in them it would be rounded like them.
+        """
         before = [(p, p.data) for p in model.parameters()]
         try:
             with self.injected(model) as wrapped:
-                wrapped.merge_and_unload(safe_merge=True)  # safe: into copies, the original tensors stay what they are
+                wrapped.requires_grad_(False)
+                if getattr(model, "hf_quantizer", None) is None:
+                    wrapped.merge_and_unload(safe_merge=True)  # safe: into copies, the original tensors stay
                 yield
         finally:
             for parameter, data in before:

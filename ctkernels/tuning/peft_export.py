@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ctkernels.tuning.adapter import Adapter
 from ctkernels.tuning.compose import moved
-from ctkernels.tuning.prefix import KVPrefix
+from ctkernels.tuning.prefix import KVPrefix, PrefixMetadata
 from ctkernels.tuning.storage import atomic_file
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def export_peft(
         config = replace(
             adapter.lora.config(metadata.model_class), base_model_name_or_path=model_id, inference_mode=True
         )
-        return write_peft(directory, config, adapter.lora.tensors)
+        return write_peft(directory, config, adapter.lora.tensors, _header(adapter.prefix.segments, metadata))
     if adapter.pool:
         warnings.warn("peft has no place for the demonstrations that this adapter puts in words", stacklevel=2)
     if kind == "prompt-tuning":
@@ -81,12 +81,13 @@ def export_peft(
     else:
         described = _from_own_length(adapter.prefix, model)
         tensor = flat_cache(described)
-    header = {
-        "segments": described.segments.tolist(),
-        "metadata": {**vars(metadata), "settings": dict(metadata.settings)},
-    }
     config = _prompt_config(kind, described, model_id)
-    write_peft(directory, config, {EMBEDDINGS: tensor}, {HEADER: json.dumps(header)})
+    write_peft(directory, config, {EMBEDDINGS: tensor}, _header(described.segments, metadata))
+
+
+def _header(segments: Tensor, metadata: PrefixMetadata) -> dict[str, str]:
+    described = {**vars(metadata), "settings": dict(metadata.settings)}
+    return {HEADER: json.dumps({"segments": segments.tolist(), "metadata": described})}
 
 
 def flat_cache(prefix: KVPrefix) -> Tensor:

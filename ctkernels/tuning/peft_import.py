@@ -3,7 +3,7 @@
 peft's type                        becomes
 CARTRIDGE, PREFIX_TUNING           a KV prefix of P tokens, rows from position P
 PROMPT_TUNING                      a soft prompt, and the KV prefix that it amounts to
-LORA                               a LoRA update beside an empty prefix
+LORA                               a LoRA update, and the prefix of what a sequence starts with: BOS, or nothing
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ctkernels.tuning.adapter import Adapter
+from ctkernels.tuning.data import TextFormat, start_tokens
+from ctkernels.tuning.encode import encode_tokens
 from ctkernels.tuning.hf_models import Decoder, config_hash, find_decoder
 from ctkernels.tuning.lora import Lora, lora_parameters
 from ctkernels.tuning.peft_export import CONFIG, EMBEDDINGS, HEADER, WEIGHTS
@@ -60,12 +62,13 @@ KEEPS_WEIGHTS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 @dataclass(frozen=True)
 class Source:
-    """What the two files of an adapter say; segments is None where they do not."""
+    """What the two files of an adapter say, and what it is read for; segments is None where the files do not say."""
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     segments: Tensor | None
     metadata: PrefixMetadata
+    tokenizer: PreTrainedTokenizerBase | None
 
     def embeddings(self) -> Tensor:
         """The one tensor of prompt learning, `[num_virtual_tokens, columns]`."""
@@ -91,7 +94,8 @@ def import_peft(
     """Read a CARTRIDGE, PREFIX_TUNING, PROMPT_TUNING or LORA adapter from a local folder, on the model's device.
 
     What `export_peft` wrote comes back with its demonstrations and settings; in what peft wrote, no token belongs to a
-    demonstration. `tokenizer` is recorded in the metadata.
+    demonstration. `tokenizer` is recorded in the metadata of what peft wrote, and says whether a LoRA update's
+    sequences start with BOS (without one they do not).
 
     Raises:
         PrefixFileError: missing or damaged files, another type of adapter, shapes of another model, LoRA with options
@@ -122,7 +126,7 @@ def import_peft(
         )
     try:
         segments, metadata = _described(decoder, tokenizer, kind, header)
-        return read(decoder, Source(config, tensors, segments, metadata))
+        return read(decoder, Source(config, tensors, segments, metadata, tokenizer))
     except (KeyError, TypeError, ValueError) as error:
         raise PrefixFileError(f"{path}: {_words(error)}") from error
 
@@ -224,8 +228,11 @@ def _read_lora(decoder: Decoder, source: Source) -> Adapter:
             raise ValueError(f"{name} must have shape {expected.get(name)}, got {found.get(name)}")
     dtype = decoder.prefix_dtype
     lora.tensors = {name: tensor.to(decoder.device, dtype) for name, tensor in tensors.items()}
-    empty = torch.tensor([], dtype=torch.int64)
-    prefix = KVPrefix.from_tokens(decoder.model, empty, torch.tensor([0]), method=source.metadata.method)
+    text_format = TextFormat(**source.metadata.settings.get("text_format", {}))
+    start = () if source.tokenizer is None else start_tokens(source.tokenizer, text_format)
+    with lora.merged(decoder.model):
+        keys, values = encode_tokens(decoder.model, torch.tensor(start, dtype=torch.int64))
+    prefix = KVPrefix(keys, values, torch.tensor([len(start)]), len(start), source.metadata)
     return Adapter(prefix, lora=lora)
 
 

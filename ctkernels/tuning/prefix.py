@@ -14,7 +14,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ctkernels import ContextMask
+from ctkernels.tuning.data import Demonstration, TextFormat, encode_context
 from ctkernels.tuning.encode import encode_tokens
 from ctkernels.tuning.hf import Attachment
 from ctkernels.tuning.hf_models import config_hash, find_decoder
+from ctkernels.tuning.limits import check_context_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from ctkernels.tuning.data import Demonstration
 
 
 @dataclass(frozen=True)
@@ -155,18 +155,13 @@ class KVPrefix(nn.Module):
             TypeError: a model class that is not supported, named; input_ids of a wrong type.
             ValueError: more tokens than the model's context (both numbers are named), a model with a prefix attached.
         """
-        decoder = find_decoder(model)
         input_ids = torch.as_tensor(input_ids)
         if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
             raise TypeError(f"input_ids must be integers [P], got {input_ids.dtype}")
         if input_ids.dim() != 1:
             raise ValueError(f"input_ids must have shape [P], got {tuple(input_ids.shape)}")
-        length, limit = input_ids.shape[0], decoder.context_limit
-        if limit is not None and length > limit:
-            raise ValueError(
-                f"the demonstrations have {length} tokens, more than the {limit} positions of "
-                f"{type(decoder.model).__name__} (max_position_embeddings); use fewer or shorter ones"
-            )
+        length = input_ids.shape[0]
+        check_context_length(model, length)
         _check_segments(torch.as_tensor(segments), length)
         keys, values = encode_tokens(model, input_ids)
         return cls(keys, values, segments, length, PrefixMetadata.of(model, tokenizer, method, settings))
@@ -177,21 +172,21 @@ class KVPrefix(nn.Module):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         demonstrations: Sequence[Demonstration],
-        **options: Any,
+        text_format: TextFormat | None = None,
     ) -> KVPrefix:
-        """The keys and values of the concatenated demonstrations; `options` go to `data.encode_context`.
+        """The keys and values of the concatenated demonstrations, with the text format recorded in the metadata.
 
         One demonstration is enough for in-context learning; see `num_demonstrations` for what it means for tuning.
 
         Raises:
             ValueError: no demonstrations; as `from_tokens` and `data.encode_context`.
         """
-        from ctkernels.tuning.data import encode_context
-
         if len(demonstrations) == 0:
             raise ValueError("demonstrations must hold at least one pair, got none")
-        context = encode_context(tokenizer, demonstrations, **options)
-        return cls.from_tokens(model, context.input_ids, context.segments, tokenizer)
+        text_format = text_format or TextFormat()
+        context = encode_context(tokenizer, demonstrations, text_format)
+        settings = {"text_format": asdict(text_format)}
+        return cls.from_tokens(model, context.input_ids, context.segments, tokenizer, settings=settings)
 
     def attach(
         self,
@@ -239,10 +234,10 @@ class KVPrefix(nn.Module):
         Raises:
             PrefixFileError: missing, damaged, foreign or too new files, or a prefix for another model or tokenizer.
         """
-        from ctkernels.tuning.prefix_file import load
+        from ctkernels.tuning.prefix_file import DESCRIPTION, load, read_description
 
         prefix = load(directory, model, tokenizer)
-        if any(Path(directory).glob("lora-*")):
+        if "lora" in read_description(Path(directory) / DESCRIPTION).get("beside", {}):
             warnings.warn(
                 f"{directory}: the prefix belongs to a LoRA update beside it; Adapter.from_pretrained reads both",
                 stacklevel=2,

@@ -1,8 +1,8 @@
 """A saved prefix: one safetensors file and `prefix.json`, which names it and says what it belongs to.
 
 `prefix.json` is the commit point: the tensors are written first, under a new name, then the JSON replaces its
-predecessor in one step, then tensors it no longer names are removed. Killed at any moment, or on a full disk, the
-directory holds either the old prefix or the new one.
+predecessor in one step, then files it no longer names are removed. Killed at any moment, or on a full disk, the
+directory holds either the old prefix or the new one, with what an adapter keeps beside it (see `adapter_file.py`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import json
 import os
 import re
 import secrets
+import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,14 +36,18 @@ FORMAT = "ctkernels-kv-prefix"
 FORMAT_VERSION = 1
 DESCRIPTION = "prefix.json"
 TENSORS = re.compile(r"prefix-[0-9a-f]{16}\.safetensors")
+WRITTEN = re.compile(r"(prefix|prompt)-[0-9a-f]{16}\.safetensors|lora-[0-9a-f]{16}")  # what we name; all else is users'
 
 
 class PrefixFileError(ValueError):
     """A saved prefix that cannot be used; the message names the file and the reason."""
 
 
-def save(prefix: KVPrefix, directory: str | os.PathLike) -> None:
-    """Write `prefix` into `directory`, atomically. See `KVPrefix.save_pretrained`."""
+def save(prefix: KVPrefix, directory: str | os.PathLike, beside: Mapping[str, Any] | None = None) -> None:
+    """Write `prefix` into `directory`, atomically. See `KVPrefix.save_pretrained`.
+
+    beside: JSON values that describe what else belongs to it, its files written before.
+    """
     directory = Path(directory)
     tensors = {
         f"{kind}.{index}": x.detach().cpu().contiguous()
@@ -49,18 +55,23 @@ def save(prefix: KVPrefix, directory: str | os.PathLike) -> None:
         for index, x in enumerate(getattr(prefix, kind))
     }
     name = f"prefix-{secrets.token_hex(8)}.safetensors"
-    description = _describe(prefix, tensors, name)
+    description = {**_describe(prefix, tensors, name), **({"beside": dict(beside)} if beside else {})}
     json.dumps(description)  # settings that JSON cannot hold are refused before anything is written
     try:
         with atomic_file(directory / name) as temporary:
             safetensors.torch.save_file(tensors, temporary)
         atomic_write_json(directory / DESCRIPTION, description)
-    except BaseException:
-        (directory / name).unlink(missing_ok=True)
-        raise
-    for other in directory.iterdir():
-        if TENSORS.fullmatch(other.name) and other.name != name:
-            other.unlink(missing_ok=True)
+    finally:  # an error may also come after the new description is in its place
+        remove_unnamed(directory)
+
+
+def remove_unnamed(directory: Path) -> None:
+    """Remove what saves wrote into `directory` and the description there does not name."""
+    path = directory / DESCRIPTION
+    named = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for other in directory.glob("*"):
+        if WRITTEN.fullmatch(other.name) and other.name not in named:
+            shutil.rmtree(other) if other.is_dir() else other.unlink(missing_ok=True)
 
 
 def load(
@@ -71,7 +82,7 @@ def load(
     """Read and verify a prefix. See `KVPrefix.from_pretrained`."""
     directory = Path(directory)
     path = directory / DESCRIPTION
-    description = _read_description(path)
+    description = read_description(path)
     try:
         metadata = PrefixMetadata(**description["metadata"])
         shapes = {key: tuple(shape) for key, shape in description["shapes"].items()}
@@ -112,7 +123,8 @@ def _describe(prefix: KVPrefix, tensors: dict[str, Tensor], name: str) -> dict[s
     }
 
 
-def _read_description(path: Path) -> dict[str, Any]:
+def read_description(path: Path) -> dict[str, Any]:
+    """The description of a saved prefix. Raises PrefixFileError: none, a damaged, foreign or too new one."""
     try:
         description = json.loads(path.read_bytes())
     except FileNotFoundError:

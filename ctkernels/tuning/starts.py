@@ -75,9 +75,8 @@ def tokens_prefix(run: Run) -> KVPrefix:
     if run.start_from is not None:
         other = run.start_from.prefix
         run.check_rows(other.first_position, run.rows)
-        return KVPrefix(
-            list(other.keys), list(other.values), other.segments[:1] * 0, other.first_position, metadata(run)
-        )
+        keys, values = ([x.detach().clone() for x in layers] for layers in (other.keys, other.values))
+        return KVPrefix(keys, values, other.segments[:1] * 0, other.first_position, metadata(run))
     ids = [*run.start_tokens, *_prompt_ids(run)]
     check_context_length(run.model, len(ids))
     run.check_rows(len(ids), run.rows)
@@ -180,15 +179,12 @@ def _pooled(
         ends += [min(e, end) for e in range(start + pool, end + pool, pool)]
         offsets.append(len(ends))
     edges = torch.tensor([0, *ends])
-    device = encoded[0][0].device
-    sizes = edges.diff().to(device)
-    owner = torch.repeat_interleave(torch.arange(len(ends), device=device), sizes)
+    device, sizes = encoded[0][0].device, edges.diff().tolist()
     positions = first + torch.arange(int(edges[-1]), device=device)
     last = first + edges[1:].to(device) - 1
 
-    def mean(x: Tensor) -> Tensor:
-        total = x.new_zeros(x.shape[0], len(ends), x.shape[2]).index_add_(1, owner.to(x.device), x)
-        return total / sizes.to(x.device)[:, None]
+    def mean(x: Tensor) -> Tensor:  # not by index_add_, which sums in any order on a GPU
+        return torch.stack([run.mean(dim=1) for run in x.split(sizes, dim=1)], dim=1)
 
     keys = [rotated(decoder, i, mean(unrotated(decoder, i, k, positions)), last) for i, k in enumerate(encoded[0])]
     return (keys, [mean(v) for v in encoded[1]]), torch.tensor(offsets)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 FORMAT, SUFFIX = "ctkernels-stored-prefix", ".safetensors"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Version = tuple[str, int, int, int]  # name, inode, time of change in ns, size of the file
-LONGEST_NAME = 240  # bytes of a quoted name; file systems have 255 for a file's
+LONGEST_NAME = 221  # bytes of a quoted name; file systems have 255 for a file's, a temporary one adds 34
 
 
 class PrefixStore:

@@ -91,6 +91,7 @@ def test_moved(name):
     torch.testing.assert_close(attached(model, far), attached(model, prefix), rtol=1e-4, atol=1e-4)
     assert far.first_position == 40 and (far.keys[1] - prefix.keys[1]).abs().max() > 0.1
     assert torch.equal(far.segments, prefix.segments)
+    assert far.values[0].data_ptr() != prefix.values[0].data_ptr()  # training one leaves the other alone
     back = moved(far, model, 5)
     for key, wanted in zip(back.keys, prefix.keys, strict=True):
         torch.testing.assert_close(key, wanted, rtol=1e-5, atol=1e-5)

@@ -10,6 +10,7 @@ from tokenizers import normalizers
 from ctkernels.tuning.data import (
     DataError,
     Demonstration,
+    PairEncoder,
     TextFormat,
     encode_context,
     encode_rows,
@@ -76,6 +77,10 @@ def test_an_output_that_leaves_no_room_is_refused_with_its_place():
     pair = Demonstration("ab", "xyzxyz", source="train.jsonl:3")
     with pytest.raises(DataError, match=r"^train\.jsonl:3: the output alone has 6 tokens; with max_pair_tokens=7"):
         encode_context(char_tokenizer(), [pair], TextFormat(max_pair_tokens=7))
+    with pytest.raises(
+        DataError, match=r"^train\.jsonl:3: max_pair_tokens=7 leaves no room for an input before 6 tokens"
+    ):
+        PairEncoder(char_tokenizer(), TextFormat(max_pair_tokens=7)).prompt(pair, 6)
 
 
 @pytest.mark.parametrize(

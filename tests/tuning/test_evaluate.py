@@ -80,7 +80,15 @@ def test_options_that_differ_in_their_last_token_share_a_run(model, prefix):
 
 def test_generation_equals_greedy_decoding_of_the_stock_model(model, prefix):
     items = [Demonstration(text, "warm") for text in ("ice", "sun", "a stove", "hot tea.")]
-    result = evaluate_prefix(model, TOKENIZER, items, prefix, max_new_tokens=6)
+    with pytest.MonkeyPatch.context() as patch:  # what a model's own settings add to greedy decoding does not count
+        patch.setattr(model.generation_config, "repetition_penalty", 5.0)
+        patch.setattr(model.generation_config, "suppress_tokens", list(ids("abcdefgh")))
+        own, rows = model.generation_config, []
+        generate = model.generate
+        patch.setattr(model, "generate", lambda **given: (rows.append(len(given["input_ids"])), generate(**given))[1])
+        result = evaluate_prefix(model, TOKENIZER, items, prefix, max_tokens=20, max_new_tokens=6)
+        assert model.generation_config is own
+    assert rows == [1, 1, 1, 1]  # two of 5 tokens each may grow to 22
     expected = []
     for item in items:
         tokens = [*CONTEXT.tolist(), SPACE, *ids(item.input), SPACE]
@@ -161,6 +169,16 @@ def test_the_text_format_of_the_tuning_run_is_the_default(model):
 def test_cut_inputs_are_reported(model, prefix):
     with pytest.warns(UserWarning, match=r"1 inputs lost their end .* test\.jsonl:4"):
         evaluate_prefix(model, TOKENIZER, ITEMS, prefix, text_format=TextFormat(max_pair_tokens=20))
+
+
+def test_prompts_of_generation_are_cut_as_in_training(model, prefix, recwarn):
+    """Whatever the answer may grow to; `max_pair_tokens` is less than `max_new_tokens` here."""
+    form = TextFormat(max_pair_tokens=12)
+    items = [Demonstration("a glacier", "warm"), Demonstration("hut", "ok")]  # 7 of the 9 tokens fit
+    result = evaluate_prefix(model, TOKENIZER, items, prefix, text_format=form, max_new_tokens=16)
+    cut = [Demonstration("a glaci", "warm"), items[1]]
+    assert [str(w.message).partition(" to keep")[0] for w in recwarn] == ["2 inputs lost their end"]  # loss, generation
+    assert result.predictions == evaluate_prefix(model, TOKENIZER, cut, prefix, max_new_tokens=16).predictions
 
 
 def test_the_model_is_left_as_it_was(model, prefix):

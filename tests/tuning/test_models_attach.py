@@ -460,7 +460,7 @@ def test_masks_that_do_not_fit(llama, prefix):
 def test_learned_positions_run_out(name):
     limit = {"gpt2": "n_positions", "opt": "max_position_embeddings"}[name]
     model = make_model(name, **{limit: 16})
-    with pytest.raises(ValueError, match=r"have 17 tokens, more than the 16 positions of"):
+    with pytest.raises(ValueError, match=r"have 17 tokens, more than the model's context of 16"):
         KVPrefix.from_tokens(model, tokens(17), torch.tensor([0, 17]))
     prefix = KVPrefix.from_tokens(model, CONTEXT, SEGMENTS)
     ids, mask = pad_rows([tokens(4), tokens(2)], "right")
@@ -479,9 +479,7 @@ def test_learned_positions_run_out(name):
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_context_longer_than_declared(name):
     model = make_model(name, max_position_embeddings=10)
-    with pytest.raises(
-        ValueError, match=r"have 12 tokens, more than the 10 positions of \w+ \(max_position_embeddings\)"
-    ):
+    with pytest.raises(ValueError, match=r"have 12 tokens, more than the model's context of 10"):
         KVPrefix.from_tokens(model, CONTEXT, SEGMENTS)
 
 

@@ -9,7 +9,7 @@ from peft import CartridgeConfig, LoraConfig, PeftModel, PrefixTuningConfig, Pro
 from ctkernels import cli
 from ctkernels.tuning import Adapter, KVPrefix, SoftPrompt, export_peft, import_peft
 from ctkernels.tuning.lora import Lora, lora_parameters, lora_targets
-from ctkernels.tuning.prefix import PrefixMetadata
+from ctkernels.tuning.prefix import PrefixMetadata, tokenizer_hash
 from ctkernels.tuning.prefix_file import PrefixFileError
 from tests.tuning.runs import ITEMS, TOKENIZER, run
 from tests.tuning.tiny_models import (
@@ -111,7 +111,8 @@ def test_peft_computes_the_same(name, tmp_path):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bloom"])
 def test_peft_computes_the_same_with_an_update_of_the_weights(name, tmp_path):
     model = make_model(name)
-    adapter = Adapter(KVPrefix.from_tokens(model, CONTEXT[:0], torch.tensor([0])), lora=update(model))
+    prefix = KVPrefix.from_tokens(model, CONTEXT[:0], torch.tensor([0]), TOKENIZER, "ttt", {"lr": 0.1})
+    adapter = Adapter(prefix, lora=update(model))
     plain = outputs(model)[0]
     with adapter.weights(model):
         expected = outputs(model)
@@ -120,7 +121,9 @@ def test_peft_computes_the_same_with_an_update_of_the_weights(name, tmp_path):
     described = json.loads((tmp_path / "adapter_config.json").read_text())
     assert described["fan_in_fan_out"] == (name == "gpt2")  # peft would correct it, with a warning
     assert_same(outputs(PeftModel.from_pretrained(make_model(name), tmp_path)), expected)
-    with import_peft(tmp_path, model).weights(model):
+    back = import_peft(tmp_path, model)
+    assert back.prefix.metadata == prefix.metadata
+    with back.weights(model):
         assert_same(outputs(model), expected)
     assert torch.equal(outputs(model)[0], plain)
 
@@ -156,11 +159,16 @@ def test_adapters_of_peft_load_into_ours(kind, name, tmp_path):
     expected = outputs(PeftModel.from_pretrained(make_model(name), tmp_path))
     model = make_model(name)
     assert (outputs(model)[0] - expected[0]).abs().max() > 1e-2
-    adapter = import_peft(tmp_path, model, TOKENIZER)
+    adapter = import_peft(tmp_path, model, None if "lora" in kind else TOKENIZER)
     with adapter.weights(model), adapter.prefix.attach(model):
         assert_same(outputs(model), expected, padded=kind != "prompt-tuning" and name not in WINDOWED)
+    adapter = import_peft(tmp_path, model, TOKENIZER)
     assert adapter.prefix.num_demonstrations == 0 and adapter.method.startswith("peft ")
-    adapter.evaluate(model, TOKENIZER, ITEMS)
+    assert adapter.prefix.metadata.tokenizer_hash == tokenizer_hash(TOKENIZER)
+    score = adapter.evaluate(model, TOKENIZER, ITEMS).gold_loss
+    if "lora" in kind:  # rows start with BOS, as under the updated model itself
+        with adapter.weights(model):
+            assert score == run("zero-shot", model).adapter.evaluate(model, TOKENIZER, ITEMS).gold_loss
 
 
 def test_an_older_file_of_peft(tmp_path):

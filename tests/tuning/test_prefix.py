@@ -13,8 +13,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ctkernels.tuning import prefix_file
-from ctkernels.tuning.data import Demonstration, EncodedContext, encode_context
+from ctkernels.tuning import prefix_file, storage
+from ctkernels.tuning.data import Demonstration, EncodedContext, TextFormat, encode_context
 from ctkernels.tuning.prefix import KVPrefix, PrefixMetadata, tokenizer_hash
 from ctkernels.tuning.prefix_file import PrefixFileError
 from ctkernels.tuning.storage import atomic_file, atomic_write_bytes, atomic_write_json
@@ -69,10 +69,12 @@ def test_module_state(prefix):
 
 def test_from_demonstrations(model, tokenizer):
     pairs = [Demonstration("the film was good", "good"), Demonstration("the food is bad", "bad")]
-    prefix = KVPrefix.from_demonstrations(model, tokenizer, pairs)
-    context = encode_context(tokenizer, pairs)
+    form = TextFormat(delimiter="is", bos=True)
+    prefix = KVPrefix.from_demonstrations(model, tokenizer, pairs, text_format=form)
+    context = encode_context(tokenizer, pairs, form)
     assert isinstance(context, EncodedContext)
     expected = KVPrefix.from_tokens(model, context.input_ids, context.segments, tokenizer)
+    expected.metadata = dataclasses.replace(expected.metadata, settings={"text_format": dataclasses.asdict(form)})
     assert equal(prefix, expected)
     assert prefix.length == len(context.input_ids) > 10
     assert prefix.metadata.tokenizer_id == "words"
@@ -220,6 +222,23 @@ def test_full_disk(prefix, tmp_path, monkeypatch, victim, there_before):
         assert equal(KVPrefix.from_pretrained(directory), old)
     prefix.save_pretrained(directory)
     assert equal(KVPrefix.from_pretrained(directory), prefix)
+
+
+def test_an_error_behind_the_last_step_leaves_the_new_prefix(prefix, tmp_path, monkeypatch):
+    """The description is in its place; making its rename durable fails."""
+    prefix.save_pretrained(tmp_path)
+    with torch.no_grad():
+        prefix.keys[0].add_(1.0)
+
+    def fails(path, mode, calls=[]):  # noqa: B006 (counts)
+        calls.append(path)
+        if calls.count(tmp_path) == 2:
+            no_space()
+
+    monkeypatch.setattr(storage, "_flush", fails)
+    with pytest.raises(OSError, match="No space left"):
+        prefix.save_pretrained(tmp_path)
+    assert equal(KVPrefix.from_pretrained(tmp_path), prefix) and len(list(tmp_path.iterdir())) == 2
 
 
 def test_settings_that_json_lacks(prefix, tmp_path):

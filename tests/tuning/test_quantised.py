@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from ctkernels.tuning.forward import frozen
 from ctkernels.tuning.prefix import KVPrefix
 from tests.tuning.runs import TOKENIZER, run
 from tests.tuning.tasks import DEMONSTRATIONS
@@ -41,9 +42,15 @@ def gradients(model: PreTrainedModel, prefix: KVPrefix) -> list[Tensor]:
     return [p.grad.clone() for p in prefix.parameters()]
 
 
+def logits(model: PreTrainedModel) -> Tensor:
+    with torch.no_grad(), frozen(model):
+        return model(tokens(3, 7)).logits
+
+
 @pytest.mark.parametrize("name", QUANTISED)
 def test_a_prefix_of_a_quantised_model(folder, name):
-    """Would catch: layers whose inference kernels have no derivative, weights that are unpacked or moved."""
+    """Would catch: layers whose inference kernels have no derivative, weights that are unpacked or moved, a LoRA
+    update that stays in them."""
     configuration, kind, tolerance = QUANTISED[name]
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=configuration, dtype=torch.float32)
     weight = model.model.layers[1].self_attn.q_proj.weight
@@ -55,6 +62,11 @@ def test_a_prefix_of_a_quantised_model(folder, name):
     assert result.history[-1].loss < result.history[0].loss
     assert model.model.layers[1].self_attn.q_proj.weight is weight and type(weight).__name__ == kind
     assert not any(module.training for module in model.modules())
+    before = logits(model)
+    adapter = run("ttt", model, options={"lr": 0.1}).adapter
+    with adapter.weights(model):
+        assert (logits(model) - before).abs().max() > 1e-2
+    assert torch.equal(logits(model), before)
     expected = gradients(model.dequantize(), prefix)
     assert type(model.model.layers[1].self_attn.q_proj.weight).__name__ == "Parameter"
     for a, b in zip(actual, expected, strict=True):
