@@ -34,7 +34,7 @@ from ctkernels.tuning.distributed import Ranks, is_sharded
 from ctkernels.tuning.forward import frozen
 from ctkernels.tuning.learners import Learner
 from ctkernels.tuning.methods import Run, get_method
-from ctkernels.tuning.methods.base import require_demonstrations, require_transferable
+from ctkernels.tuning.methods.base import require_demonstrations, require_transferable, require_weights
 from ctkernels.tuning.prefix import KVPrefix
 from ctkernels.tuning.settings import TrainSettings
 
@@ -113,7 +113,7 @@ def tune(
     Raises:
         DataError: too few demonstrations, or more tokens than the model takes.
         ValueError: an unknown method; settings that it does not read; an adapter it cannot start from; an unknown or
-            unavailable backend.
+            unavailable backend; sharded or offloaded weights that the method needs in one piece.
         TypeError: a model class that is not supported.
         CheckpointError: `resume` with other settings, data or model than the checkpoint's.
         TrainingError: the loss is not finite, or has no gradient.
@@ -157,6 +157,7 @@ def _tune(
     how.check(settings)
     require_demonstrations(how, len(demonstrations), settings)
     require_transferable(how, start_from, model)
+    require_weights(how, model)
     if settings.backend is not None:
         dispatch.choose(settings.backend, model.device)  # refuses an unusable one before the model runs
     if checkpoint_every < 1:

@@ -78,6 +78,8 @@ def tensor_parallel(folder: Path) -> None:
         plain = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float64)
         plain.requires_grad_(False).eval()
         check_same(model, plain, tokens(3, 7), slice(None), folder / f"{name}-run", None)
+        with pytest.raises(ValueError, match="ttt trains lora and needs weights in one piece"):
+            run("ttt", model)
 
 
 def fsdp(folder: Path) -> None:
@@ -89,6 +91,10 @@ def fsdp(folder: Path) -> None:
     rows = slice(dist.get_rank(), None, 2)
     check_same(model, make_model("llama"), tokens(4, 7), rows, folder / "fsdp-run", dist.group.WORLD)
     assert all(p.requires_grad for p in model.parameters())
+
+    for name in ("prompt-tuning", "ttt"):
+        with pytest.raises(ValueError, match=rf"{name} trains \w+ and needs weights in one piece"):
+            run(name, model)
 
     def fail(record, module):
         if dist.get_rank() == 1:
