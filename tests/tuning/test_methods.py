@@ -219,6 +219,8 @@ def test_deep_thinking_by_hand():
     one, icl = run("deep-thinking", model, options={"rounds": 1, "eta": 1.0}).prefix, run("icl", model).prefix
     assert not torch.equal(one.values[2], icl.values[2])
     torch.testing.assert_close(one.values[0], icl.values[0])  # the first layer's values read nothing
+    with pytest.raises(ValueError, match="at the same positions, which BloomForCausalLM does not have"):
+        run("deep-thinking", make_model("bloom"))
 
 
 @torch.no_grad()
