@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
-from ctkernels.tuning.distributed import is_sharded, reshard
+from ctkernels.tuning.distributed import PeerError, is_sharded, reshard
 from ctkernels.tuning.prefix import KVPrefix
 from tests.tuning.runs import TOKENIZER, run, tensors
 from tests.tuning.tasks import DEMONSTRATIONS
@@ -100,7 +100,7 @@ def fsdp(folder: Path) -> None:
         if dist.get_rank() == 1:
             raise MemoryError("no space left")
 
-    with pytest.raises(MemoryError if dist.get_rank() == 1 else RuntimeError) as caught:
+    with pytest.raises(MemoryError if dist.get_rank() == 1 else PeerError) as caught:
         run("ct-kv", model, options=OPTIONS, group=dist.group.WORLD, on_epoch=fail)
     assert dist.get_rank() == 1 or "Connection closed by peer" in str(caught.value)
 

@@ -24,7 +24,7 @@ def fit(run: Run) -> Adapter:
     decoder = find_decoder(run.model)
     if decoder.family.positions == ALIBI:
         raise ValueError(
-            f"{run.method} encodes the demonstrations again at the same positions, which {type(decoder.model).__name__} "
+            f"{run.method} encodes demonstrations again at the same positions, which {type(decoder.model).__name__} "
             "does not have: with ALiBi distances count keys"
         )
     prefix = context_prefix(run)
