@@ -29,7 +29,10 @@ from ctkernels.config import (
 )
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ctkernels.tuning.trainer import EpochRecord
 
 HELP = """usage: ctkernels COMMAND [OPTIONS]
 
@@ -91,9 +94,14 @@ def tune_command(argv: list[str]) -> None:
         first = group is None or group.rank() == 0
         model, tokenizer = load_model(replace(config, device=device))
         start_from = None if config.start_from is None else Adapter.from_pretrained(config.start_from, model, tokenizer)
-        if first:
-            atomic_write_bytes(config.out / "config.yaml", as_yaml(config).encode())
-        with epoch_bar(settings.epochs, enabled=None if first else False) as on_epoch:
+        written = config.out / "config.yaml"
+        with epoch_bar(settings.epochs, enabled=None if first else False) as show:
+
+            def on_epoch(record: EpochRecord, module: nn.Module) -> None:
+                if first and not written.exists():  # the run was accepted: it may be killed and resumed
+                    atomic_write_bytes(written, as_yaml(config).encode())
+                show(record, module)
+
             result = tune(
                 model,
                 tokenizer,
@@ -110,6 +118,7 @@ def tune_command(argv: list[str]) -> None:
             )
     if not first:
         return
+    atomic_write_bytes(written, as_yaml(config).encode())
     result.adapter.save_pretrained(config.out / "prefix")
     atomic_write_json(config.out / "history.json", [asdict(record) for record in result.history])
     if result.history:
@@ -129,7 +138,9 @@ def eval_command(argv: list[str]) -> None:
     config = parse(EvalConfig, "ctkernels eval", argv)
     if not config.methods and not config.prefix:
         raise UsageError("give methods (such as zero-shot icl ct-kv) or prefix (saved folders), or both")
-    settings = config.settings_of_each(config.methods)
+    if config.limit is not None and config.limit < 1:
+        raise UsageError(f"limit must be at least 1, got {config.limit}")
+    settings, given = config.settings_of_each(config.methods), config.given()
     items = config.load("test", config.test)[: config.limit]
     needs_train = any(name != "zero-shot" for name in config.methods)
     demonstrations = config.load("train", config.train) if needs_train else []
@@ -157,9 +168,9 @@ def eval_command(argv: list[str]) -> None:
             tokenizer,
             items,
             by=config.by,
-            max_tokens=config.max_tokens or TrainSettings().max_tokens,
+            max_tokens=given.get("max_tokens", TrainSettings().max_tokens),
             max_new_tokens=config.max_new_tokens,
-            backend=config.backend,
+            backend=given.get("backend"),
         )
         seconds = {"seconds_start": ready - started, "seconds_eval": time.perf_counter() - ready}
         results.append({"name": str(name), **asdict(scores), **seconds})
@@ -266,6 +277,12 @@ def load_model(options: ModelOptions) -> tuple[PreTrainedModel, PreTrainedTokeni
         device = torch.device(options.device)
     except RuntimeError:
         raise UsageError(f"device must be a torch device such as cpu or cuda:0, got {options.device!r}") from None
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # a torch that was built without it asserts
+        raise UsageError(f"device {options.device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # Triton launches on the current device
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(options.model)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import enum
 import io
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from ctkernels.tuning.data import Demonstration, TextFormat, load_jsonl, load_metaicl
 from ctkernels.tuning.settings import TrainSettings
@@ -88,7 +89,7 @@ class Preset:
         """The settings of `method`, those of the preset and the given ones in their place. Raises ValueError."""
         from ctkernels.tuning.methods import get_method
 
-        return get_method(method).settings(self.preset, **self._given())
+        return get_method(method).settings(self.preset, **self.given())
 
     def settings_of_each(self, methods: Sequence[str]) -> dict[str, TrainSettings]:
         """The settings of several methods, each with the given ones that it reads.
@@ -98,7 +99,7 @@ class Preset:
         """
         from ctkernels.tuning.methods import get_method
 
-        given, table = self._given(), {name: get_method(name) for name in methods}
+        given, table = self.given(), {name: get_method(name) for name in methods}
         unread = [name for name in given if table and not any(name in method.reads for method in table.values())]
         if unread:
             raise UsageError(f"none of {', '.join(table)} reads {', '.join(unread)}")
@@ -107,14 +108,22 @@ class Preset:
             for name, method in table.items()
         }
 
-    def _given(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(TrainSettings) if getattr(self, f.name) is not None}
+    def given(self) -> dict[str, Any]:
+        """The settings that were given, by name."""
+        values = {f.name: getattr(self, f.name) for f in fields(TrainSettings)}
+        return {name: value for name, value in values.items() if value is not Unset.DEFAULT}
+
+
+class Unset(enum.Enum):
+    """A setting that was not given. None is a value of some settings."""
+
+    DEFAULT = enum.auto()
 
 
 # a flag for every setting, without a default of its own; help texts come from the docstring
 TrainOptions = make_dataclass(
     "TrainOptions",
-    [(name, kind | None, field(default=None)) for name, kind in get_type_hints(TrainSettings).items()],
+    [(name, kind | Unset, field(default=Unset.DEFAULT)) for name, kind in get_type_hints(TrainSettings).items()],
     bases=(Preset,),
     frozen=True,
 )
@@ -205,7 +214,7 @@ def parse(kind: type[Config], prog: str, argv: Sequence[str]) -> Config:
     import tyro
 
     file, flags = take_config_flag(list(argv))
-    arguments = (yaml_arguments(kind, file) if file else []) + flags
+    arguments = _spell_none((yaml_arguments(kind, file) if file else []) + flags)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -252,7 +261,7 @@ def yaml_arguments(kind: type, path: str) -> list[str]:
             raise UsageError(f"{path}: unknown key {key!r}{_nearest(str(key), kind, '')}")
         if isinstance(value, dict):
             raise UsageError(f"{path}: {key} must be a plain value, got a mapping")
-        if value is None:
+        if value is None and type(None) not in get_args(types[key]):
             continue  # the default
         if types[key] is bool and isinstance(value, bool):
             arguments.append(f"--{key}" if value else f"--no_{key}")
@@ -272,7 +281,8 @@ def as_yaml(config: ModelOptions) -> str:
             return [plain(v) for v in value]
         return str(value) if isinstance(value, Path) else value
 
-    return yaml.safe_dump({name: plain(value) for name, value in asdict(config).items()}, sort_keys=False)
+    given = {name: plain(value) for name, value in asdict(config).items() if value is not Unset.DEFAULT}
+    return yaml.safe_dump(given, sort_keys=False)
 
 
 def take_config_flag(argv: list[str]) -> tuple[str | None, list[str]]:
@@ -285,6 +295,20 @@ def take_config_flag(argv: list[str]) -> tuple[str | None, list[str]]:
                 raise UsageError("--config needs a file")
             return argv[i + 1], argv[:i] + argv[i + 2 :]
     return None, argv
+
+
+def _spell_none(arguments: list[str]) -> list[str]:
+    """`none` as the flag parser has it, `None`, where a setting may be None."""
+    nullable = {name for name, kind in get_type_hints(TrainSettings).items() if type(None) in get_args(kind)}
+    spelled: list[str] = []
+    for word in arguments:
+        flag, equals, value = word.partition("=")
+        if not equals:
+            flag, value = (spelled[-1] if spelled else ""), word
+        if value == "none" and flag.lstrip("-").replace("-", "_") in nullable:
+            word = word.removesuffix("none") + "None"
+        spelled.append(word)
+    return spelled
 
 
 def _first_sentence(box: str) -> str:

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ctkernels.tuning import KVPrefix, get_method, load_jsonl, tune
+from ctkernels.tuning.data import PairEncoder
 
 TASK = Path(__file__).resolve().parent / "tasks" / "support-routing"
 
@@ -48,9 +49,10 @@ def main(argv: list[str] | None = None) -> None:
 
     # later, elsewhere: the model itself is untouched, the prefix is one small file
     prefix = KVPrefix.from_pretrained(args.out / "prefix", model=model, tokenizer=tokenizer)
+    pairs = PairEncoder(tokenizer)  # tokens as in training, where texts and delimiters are tokenised apart
+    question = torch.tensor([[pairs.delimiter, *pairs.encode(items[0].input), pairs.delimiter]])
     with prefix.attach(model), torch.no_grad():
-        question = tokenizer(f" {items[0].input} ", return_tensors="pt", add_special_tokens=False)
-        answer = model.generate(**question, max_new_tokens=8, do_sample=False)[0, question.input_ids.shape[1] :]
+        answer = model.generate(question, max_new_tokens=8, do_sample=False)[0, question.shape[1] :]
     print(f"{items[0].input!r} -> {tokenizer.decode(answer).strip()!r}")
 
 

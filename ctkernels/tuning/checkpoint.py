@@ -66,7 +66,11 @@ class Checkpoint:
             CheckpointError: not a checkpoint, of another run, or of other shapes.
         """
         metadata, tensors = self._read()
-        self._refuse_other_run(json.loads(metadata["run"]))
+        differing = changes(json.loads(metadata["run"]), self.run)
+        if differing:
+            raise CheckpointError(
+                f"cannot resume from {self.path}: {differing}; restore what differs, or start again elsewhere"
+            )
         saved = {name.removeprefix("parameter/"): t for name, t in tensors.items() if name.startswith("parameter/")}
         shapes = {name: (t.shape, t.dtype) for name, t in saved.items()}
         if shapes != {name: (p.shape, p.dtype) for name, p in parameters.items()}:
@@ -92,19 +96,17 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"cannot read the checkpoint {self.path}: {error}") from None
 
-    def _refuse_other_run(self, saved: dict[str, Any]) -> None:
-        now = json.loads(json.dumps(self.run))
-        differing = [name for name in sorted({*saved, *now}) if saved.get(name) != now.get(name)]
-        if differing:
-            changes = "; ".join(f"{name} was {saved.get(name)!r} and is now {now.get(name)!r}" for name in differing)
-            raise CheckpointError(
-                f"cannot resume from {self.path}: {changes}; restore what differs, or start again elsewhere"
-            )
-
     def _remove_leftovers(self) -> None:
         """Remove temporary files of a run that was killed while it wrote."""
         for leftover in self.path.parent.glob(f".{FILE_NAME}.*.tmp"):
             leftover.unlink(missing_ok=True)
+
+
+def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What a run depends on and that differs from a saved one, by name; "" if nothing does."""
+    now = json.loads(json.dumps(now))
+    differing = [name for name in sorted({*saved, *now}) if saved.get(name) != now.get(name)]
+    return "; ".join(f"{name} was {saved.get(name)!r} and is now {now.get(name)!r}" for name in differing)
 
 
 def fingerprint(parts: Iterable[Any]) -> str:
@@ -116,13 +118,15 @@ def fingerprint(parts: Iterable[Any]) -> str:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """A short hash of a model's parameter names, shapes, types and the first few values of each; the same however the
-    model is spread over processes, which all have to ask."""
+    """A short hash of a model's parameter names, shapes, types and the first few values of each that is not offloaded;
+    the same however the model is spread over processes, which all have to ask."""
     return fingerprint(
-        (name, tuple(p.shape), str(p.dtype), _whole(p.detach()).flatten()[:16].double().tolist())
-        for name, p in model.named_parameters()
+        (name, tuple(p.shape), str(p.dtype), _first_values(p.detach())) for name, p in model.named_parameters()
     )
 
 
-def _whole(x: Tensor) -> Tensor:
-    return x.full_tensor() if isinstance(x, DTensor) else x
+def _first_values(x: Tensor) -> list[float]:
+    if x.is_meta:
+        return []
+    whole = x.full_tensor() if isinstance(x, DTensor) else x
+    return whole.flatten()[:16].double().tolist()

@@ -10,7 +10,7 @@ Both start exactly at the prefix they are given, and can be attached like one.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -63,8 +63,8 @@ class TrainedPrefix(nn.Module, ABC):
         return self.prefix.metadata
 
     @abstractmethod
-    def update(self, kind: str, layer: int) -> Tensor:
-        """What is added to one layer's keys or values, `[P, Hk * D]`."""
+    def updates(self, kind: str) -> Iterator[tuple[int, Tensor]]:
+        """What is added to the keys or values of each trained layer: the layer and `[P, Hk * D]`."""
 
     @torch.no_grad()
     def materialised(self) -> KVPrefix:
@@ -75,11 +75,13 @@ class TrainedPrefix(nn.Module, ABC):
         tensors = list(getattr(self.prefix, kind))
         heads, length, dimension = tensors[0].shape
         trained = (torch.arange(length, device=tensors[0].device) >= self._frozen)[:, None]
-        for name, layer in self._order:
-            if name == kind:
-                update = (self.update(kind, layer) * trained).view(length, heads, dimension).transpose(0, 1)
-                tensors[layer] = tensors[layer] + update
+        for layer, update in self.updates(kind):
+            tensors[layer] = tensors[layer] + (update * trained).view(length, heads, dimension).transpose(0, 1)
         return tensors
+
+    def _layers(self, kind: str) -> Iterator[tuple[int, int]]:
+        """Each trained layer of a kind, and its place among all that is trained."""
+        return ((layer, at) for at, (name, layer) in enumerate(self._order) if name == kind)
 
 
 class LowRankPrefix(TrainedPrefix):
@@ -96,8 +98,8 @@ class LowRankPrefix(TrainedPrefix):
             self.left[f"{kind}_{layer}"] = nn.Parameter(start.to(like.device))
             self.right[f"{kind}_{layer}"] = nn.Parameter(like.new_zeros(rank, heads * dimension))
 
-    def update(self, kind: str, layer: int) -> Tensor:
-        return self.left[f"{kind}_{layer}"] @ self.right[f"{kind}_{layer}"]
+    def updates(self, kind: str) -> Iterator[tuple[int, Tensor]]:
+        return ((i, self.left[f"{kind}_{i}"] @ self.right[f"{kind}_{i}"]) for i, _ in self._layers(kind))
 
 
 class NetworkPrefix(TrainedPrefix):
@@ -110,9 +112,9 @@ class NetworkPrefix(TrainedPrefix):
         self._width = heads * dimension
         self.network = Network(length, hidden, len(self._order) * self._width, seed).to(like.device, like.dtype)
 
-    def update(self, kind: str, layer: int) -> Tensor:
-        at = self._order.index((kind, layer)) * self._width
-        return self.network.hidden() @ self.network.second[:, at : at + self._width]
+    def updates(self, kind: str) -> Iterator[tuple[int, Tensor]]:
+        hidden, outputs = self.network.hidden(), self.network.second.split(self._width, dim=1)
+        return ((layer, hidden @ outputs[at]) for layer, at in self._layers(kind))
 
 
 class Network(nn.Module):

@@ -23,7 +23,8 @@ class TrainSettings:
     Args:
         epochs: passes over all rows.
         lr: peak learning rate of AdamW (betas 0.9/0.999, no weight decay); it falls to 0 along a cosine.
-        batch_rows: rows of one optimiser step, drawn anew each epoch; None takes one step per epoch on all rows.
+        batch_rows: rows of one optimiser step, drawn anew each epoch; None takes one step per epoch on all rows. The
+            LoRA stage of ttt+ct-kv takes 4, whatever is set here.
         clip_norm: largest gradient norm; None does not clip.
         seed: of everything that is drawn, 0 to 2^31 - 1; the same seed gives the same bits.
         learn_stop: also train the delimiter after the answer, so that generation learns where to stop.
@@ -46,7 +47,8 @@ class TrainSettings:
         front_tokens: learned tokens in front of the demonstrations, visible to every row.
         frozen_tokens: the first so many prefix tokens stay as they were (an attention sink).
         pull: weight of the L2 pull towards the start: pull / 2 * sum of (weight * squared distance).
-        fisher: weigh the pull by the diagonal of the Fisher information at the start, scaled to mean 1.
+        fisher: weigh the pull by the diagonal of the Fisher information at the start, scaled to mean 1; without `rank`
+            and `hidden`.
         rank: train an update of the prefix of this rank in every layer instead of the prefix itself; None is full rank.
         prompt_tokens: length of a prefix or soft prompt that does not start from demonstrations.
         hidden: width of a two-layer network that writes the prefix or prompt while training; None trains it directly.
@@ -132,6 +134,8 @@ class TrainSettings:
             raise ValueError("rank and hidden exclude each other: both write the prefix; set one of them to None")
         if self.fisher and not self.pull:
             raise ValueError("fisher weighs the pull towards the start, which is 0; set pull, too")
+        if self.fisher and (self.rank is not None or self.hidden is not None):
+            raise ValueError("fisher needs the prefix itself to be trained; set rank and hidden to None")
         choices = {"layout": Layout, "leave_one_out": Hide, "start": Start, "trained": Trained}
         for name, kind in (choices | {"demonstrate": Demonstrate, "answers": Answers}).items():
             *others, last = get_args(kind)

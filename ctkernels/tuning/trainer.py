@@ -34,7 +34,7 @@ from ctkernels.tuning.distributed import Ranks, is_sharded
 from ctkernels.tuning.forward import frozen
 from ctkernels.tuning.learners import Learner
 from ctkernels.tuning.methods import Run, get_method
-from ctkernels.tuning.methods.base import require_demonstrations, require_transferable
+from ctkernels.tuning.methods.base import require_demonstrations, require_transferable, require_weights
 from ctkernels.tuning.prefix import KVPrefix
 from ctkernels.tuning.settings import TrainSettings
 
@@ -51,7 +51,7 @@ class TrainingError(ArithmeticError):
 class EpochRecord:
     """One epoch: its number from 1, the mean loss of its rows before their steps (without penalty), the learning rate
     of its first step, the gradient norm before clipping (mean over steps), and the time in seconds. `stage` names one
-    of several loops of a run, "" the last."""
+    of several loops of a run, "" the last. `stopped`: it was the last one, since `on_epoch` said so."""
 
     epoch: int
     loss: float
@@ -59,9 +59,10 @@ class EpochRecord:
     grad_norm: float
     seconds: float
     stage: str = ""
+    stopped: bool = False
 
 
-OnEpoch = Callable[[EpochRecord, nn.Module], None]
+OnEpoch = Callable[[EpochRecord, nn.Module], bool | None]
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ def tune(
             put its prefix or prompt in front of them, others take it in place of their own; ttt takes its LoRA.
         checkpoint_dir, checkpoint_every: where to keep a checkpoint, and after how many epochs to replace it.
         resume: continue from the checkpoint, if there is one; the run ends with the same bits as if never stopped.
-        on_epoch: called with the record and what is trained after every epoch, before its checkpoint.
+        on_epoch: called with the record and what is trained after every epoch, before its checkpoint, on every process;
+            nothing is attached then, so that it may evaluate. True (from any process) ends the stage with this epoch.
         group: a `torch.distributed` process group whose processes all make this call and share the rows of each step;
             all of them return the result of one process, the first one writes checkpoints, which all of them must be
             able to read. None: this process alone.
@@ -113,7 +115,7 @@ def tune(
     Raises:
         DataError: too few demonstrations, or more tokens than the model takes.
         ValueError: an unknown method; settings that it does not read; an adapter it cannot start from; an unknown or
-            unavailable backend.
+            unavailable backend; sharded or offloaded weights that the method needs in one piece.
         TypeError: a model class that is not supported.
         CheckpointError: `resume` with other settings, data or model than the checkpoint's.
         TrainingError: the loss is not finite, or has no gradient.
@@ -157,6 +159,7 @@ def _tune(
     how.check(settings)
     require_demonstrations(how, len(demonstrations), settings)
     require_transferable(how, start_from, model)
+    require_weights(how, model)
     if settings.backend is not None:
         dispatch.choose(settings.backend, model.device)  # refuses an unusable one before the model runs
     if checkpoint_every < 1:
@@ -229,19 +232,21 @@ def train_learner(
         store = Checkpoint(folder, identity | run)
         if store.exists() and not resume:
             raise ValueError(f"checkpoint_dir already holds {store.path}; resume from it, or choose another folder")
-    with frozen(model, but=parameters.values()), learner.attached(settings.backend):
+    with frozen(model, but=parameters.values()):
         singly = (make_batch(rows, [i], settings.layout, learner.lead).to(model.device) for i in range(len(rows)))
-        learner.before_training(singly)  # before a checkpoint replaces the start
+        with learner.attached(settings.backend):
+            learner.before_training(singly)  # before a checkpoint replaces the start
         if store is not None and store.exists():
             history = [EpochRecord(**record) for record in store.load(parameters, optimizer)]
         ranks.agree(checkpoint=f"checkpoint after {len(history)} epochs")
-        for epoch in range(len(history), settings.epochs):
-            record = _train_epoch(model, learner, settings, epoch, parameters, optimizer, ranks)
+        while len(history) < settings.epochs and not (history and history[-1].stopped):
+            with learner.attached(settings.backend):
+                record = _train_epoch(model, learner, settings, len(history), parameters, optimizer, ranks)
             record = replace(record, stage=stage)
-            history.append(record)
-            if on_epoch is not None:
-                on_epoch(record, learner.module)
-            due = record.epoch % checkpoint_every == 0 or record.epoch == settings.epochs
+            stop = on_epoch is not None and bool(on_epoch(record, learner.module))
+            stops = ranks.sum((), torch.tensor(float(stop), dtype=torch.float64))
+            history.append(replace(record, stopped=bool(stops)))
+            due = record.epoch % checkpoint_every == 0 or record.epoch == settings.epochs or bool(stops)
             if store is not None and due and ranks.writes:
                 store.save(parameters, optimizer, [asdict(r) for r in history])
     optimizer.zero_grad()

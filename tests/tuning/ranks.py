@@ -59,7 +59,8 @@ def checkpoints(folder: Path) -> None:
         tuned("plain", group=dist.group.WORLD, checkpoint_dir=mine, checkpoint_every=1, on_epoch=stop)
     if dist.get_rank() == 0:
         shutil.copy(mine / FILE_NAME, folder / "two-epochs.safetensors")
-    dist.barrier()
+    told = tuned("plain", group=dist.group.WORLD, on_epoch=lambda record, _: dist.get_rank() == 1 and record.epoch == 2)
+    assert [r.stopped for r in told.history] == [False, True]  # one of them is enough
 
 
 def resumed(folder: Path) -> None:

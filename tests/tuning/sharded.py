@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
-from ctkernels.tuning.distributed import is_sharded, reshard
+from ctkernels.tuning.distributed import PeerError, is_sharded, reshard
 from ctkernels.tuning.prefix import KVPrefix
 from tests.tuning.runs import TOKENIZER, run, tensors
 from tests.tuning.tasks import DEMONSTRATIONS
@@ -78,6 +78,8 @@ def tensor_parallel(folder: Path) -> None:
         plain = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float64)
         plain.requires_grad_(False).eval()
         check_same(model, plain, tokens(3, 7), slice(None), folder / f"{name}-run", None)
+        with pytest.raises(ValueError, match="ttt trains lora and needs weights in one piece"):
+            run("ttt", model)
 
 
 def fsdp(folder: Path) -> None:
@@ -90,11 +92,15 @@ def fsdp(folder: Path) -> None:
     check_same(model, make_model("llama"), tokens(4, 7), rows, folder / "fsdp-run", dist.group.WORLD)
     assert all(p.requires_grad for p in model.parameters())
 
+    for name in ("prompt-tuning", "ttt"):
+        with pytest.raises(ValueError, match=rf"{name} trains \w+ and needs weights in one piece"):
+            run(name, model)
+
     def fail(record, module):
         if dist.get_rank() == 1:
             raise MemoryError("no space left")
 
-    with pytest.raises(MemoryError if dist.get_rank() == 1 else RuntimeError) as caught:
+    with pytest.raises(MemoryError if dist.get_rank() == 1 else PeerError) as caught:
         run("ct-kv", model, options=OPTIONS, group=dist.group.WORLD, on_epoch=fail)
     assert dist.get_rank() == 1 or "Connection closed by peer" in str(caught.value)
 

@@ -55,6 +55,7 @@ def test_resume(files, tmp_path, capsys):
     assert len(json.loads((tmp_path / "run" / "history.json").read_text())) == 3
     message = complaint(capsys_clear(capsys), [*arguments, "--resume", "--lr", "0.5"])
     assert "cannot resume from" in message and "lr was 0.003 and is now 0.5" in message
+    assert "lr: 0.5" not in (tmp_path / "run" / "config.yaml").read_text()  # what was refused leaves no trace
 
 
 def capsys_clear(capsys):
@@ -118,6 +119,7 @@ def test_env_names_every_backend_and_says_why_not(capsys, monkeypatch):
         (["tune", "--out", "x", "--metaicl", "."], "metaicl needs task"),
         (["tune", "--out", "x", "--train", "/no/such.jsonl"], "cannot read /no/such.jsonl: No such file"),
         (["eval", "--test", "x"], "give methods (such as zero-shot icl ct-kv) or prefix"),
+        (["eval", "--test", "x", "--methods", "icl", "--limit", "-5"], "limit must be at least 1, got -5"),
         (["env", "--verbose"], "env takes no arguments, got '--verbose'"),
     ],
 )
@@ -139,6 +141,8 @@ def test_wrong_model_data_and_prefix(capsys, files, tmp_path):
     backend = ["--backend", "abacus"]
     assert "backend must be one of auto" in complaint(capsys, ["tune", *model, *out, *train, *backend])
     assert "device must be a torch device" in complaint(capsys, ["tune", *model, *out, *train, "--device", "gpu"])
+    elsewhere = complaint(capsys, ["tune", *model, *out, *train, "--device", "cuda:99"])
+    assert "device 'cuda:99' cannot be used: " in elsewhere
     scores = ["eval", *model, "--test", f"{files}/test.jsonl", "--prefix", tmp_path / "none"]
     assert str(tmp_path / "none") in complaint(capsys, scores)
     assert not (tmp_path / "run" / "prefix").exists()
@@ -196,15 +200,18 @@ def test_flags_win_over_the_file(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("lr: 3e-3\nepochs: 7\nresume: true\nleave_one_out: suffix\nout: runs/x\nseed:\ntask:\n")
     config = parse(TuneConfig, "ctkernels tune", ["--epochs", "3", "--config", str(path), "--no-resume"])
-    # 3e-3 is a string to YAML, and a number here
-    assert (config.lr, config.epochs, config.resume, config.leave_one_out, config.seed) == (
-        0.003,
-        3,
-        False,
-        "suffix",
-        None,
-    )
-    assert (str(config.out), config.task) == ("runs/x", "")
+    # 3e-3 is a string to YAML, and a number here; a key without a value is not given
+    assert config.given() == {"lr": 0.003, "epochs": 3, "leave_one_out": "suffix"}
+    assert (str(config.out), config.task, config.resume) == ("runs/x", "", False)
+
+
+@pytest.mark.parametrize("spelling", ["None", "none"])
+def test_none_is_a_value_of_some_settings(tmp_path, spelling):
+    config = parse(TuneConfig, "x", ["--batch-rows", spelling, f"--clip-norm={spelling}", "--leave-one-out", "none"])
+    settings = config.settings("ct-prompt")  # whose own batch_rows is 4
+    assert (settings.batch_rows, settings.clip_norm, settings.leave_one_out) == (None, None, "none")
+    (tmp_path / "c.yaml").write_text(as_yaml(config))
+    assert parse(TuneConfig, "x", [f"--config={tmp_path}/c.yaml"]) == config
 
 
 @pytest.mark.parametrize("kind", [TuneConfig, EvalConfig])

@@ -73,6 +73,8 @@ def test_presets_are_the_papers_table():
     assert (chosen.lr, chosen.epochs, chosen.ttt_epochs, chosen.ttt_lr, chosen.lora_rank) == (1.0, 50, 200, 1e-4, 64)
     assert get_method("prefix-tuning").settings("bbh").lr == get_method("ct-prompt").settings("bbh").lr == 3e-4
     assert get_method("icl").settings("bbh") == get_method("icl").settings()
+    with pytest.raises(ValueError, match="cpt has no preset 'arc'; the methods with one are ct-kv, ct-prompt, prefix-"):
+        get_method("cpt").settings("arc")
     assert all(set(preset) <= set(METHODS) for preset in PRESETS.values())
     with pytest.raises(ValueError, match="preset must be one of nlp-lr, mmlu, bbh, arc, got 'mml'"):
         ct_kv.settings("mml")
@@ -217,6 +219,8 @@ def test_deep_thinking_by_hand():
     one, icl = run("deep-thinking", model, options={"rounds": 1, "eta": 1.0}).prefix, run("icl", model).prefix
     assert not torch.equal(one.values[2], icl.values[2])
     torch.testing.assert_close(one.values[0], icl.values[0])  # the first layer's values read nothing
+    with pytest.raises(ValueError, match="at the same positions, which BloomForCausalLM does not have"):
+        run("deep-thinking", make_model("bloom"))
 
 
 @torch.no_grad()
@@ -258,6 +262,24 @@ def test_what_the_context_is_too_short_for_is_refused_by_name_before_the_model_r
         DataError, match=r"tokens, more than the model's context of 128|train\.jsonl:1: a row of .* 128"
     ):
         run(name, model, long, options)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ({}, {"top_layers": 4}, "top_layers must be at most the model's 3 layers"),
+        ({}, {"frozen_tokens": 110}, r"frozen_tokens must be less than the prefix's \d+ tokens, got 110"),
+        ({}, {"front_tokens": 50}, "a row of .* behind a prefix of .* exceeds the model's context of 128"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
+            {"start": "pooled"},
+            "start='pooled' moves keys to other positions",
+        ),
+    ],
+)
+def test_ct_kv_after_ttt_is_refused_before_ttt_is_trained(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        run("ttt+ct-kv", make_model("llama", torch.float32, **model), options=options, on_epoch=_fail)
 
 
 def _fail(*args):

@@ -1,6 +1,7 @@
 """Options of ct-kv and prefix tuning: what is trained, what stays, and what pulls it back."""
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from benchmarks import plain_ctkv
 from ctkernels.tuning.data import encode_context, encode_rows
 from ctkernels.tuning.learners import PrefixLearner
 from ctkernels.tuning.methods import get_method
+from ctkernels.tuning.reparametrise import Network, NetworkPrefix
 from ctkernels.tuning.trainer import TuneResult, tune
 from tests.tuning.tasks import DEMONSTRATIONS, char_tokenizer
 from tests.tuning.tiny_models import make_model, stock_masked_logits
@@ -79,6 +81,13 @@ def test_updates_start_at_the_start_and_learn(model, start, how):
     assert longer.history[0].loss != result.history[0].loss
 
 
+def test_the_network_runs_once_for_all_layers(model, start, monkeypatch):
+    calls, hidden = [], Network.hidden
+    monkeypatch.setattr(Network, "hidden", lambda self: calls.append(1) or hidden(self))
+    trained = {(kind, layer): True for kind in ("keys", "values") for layer in range(3)}
+    assert len(NetworkPrefix(deepcopy(start.prefix), trained, hidden=8, frozen=0, seed=0).keys) == 3 and len(calls) == 1
+
+
 def test_rank_of_the_update(model, start):
     result = tuned(model, epochs=3, rank=2)
     for kind in ("keys", "values"):
@@ -94,6 +103,9 @@ def test_options_that_make_no_sense_together():
         get_method("ct-kv").settings(rank=2, hidden=8)
     with pytest.raises(ValueError, match="fisher weighs the pull towards the start, which is 0"):
         get_method("ct-kv").settings(fisher=True)
+    for how in ({"rank": 2}, {"hidden": 8}):
+        with pytest.raises(ValueError, match="fisher needs the prefix itself to be trained"):
+            get_method("ct-kv").settings(fisher=True, pull=0.1, **how)
 
 
 def distance(result: TuneResult, start: TuneResult) -> float:

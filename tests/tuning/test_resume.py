@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from ctkernels.tuning import checkpoint as checkpoint_module
 from ctkernels.tuning.checkpoint import FILE_NAME, CheckpointError
+from ctkernels.tuning.evaluate import evaluate_prefix
 from ctkernels.tuning.methods import get_method
 from ctkernels.tuning.trainer import TuneResult, tune
 from tests.tuning.tasks import DEMONSTRATIONS, char_tokenizer
@@ -101,6 +102,20 @@ def test_a_killed_process_resumes_to_the_same_bits(tmp_path):
     finally:
         torch.set_num_threads(threads)
     assert [p.name for p in tmp_path.iterdir()] == [FILE_NAME]
+
+
+def test_a_run_that_was_told_to_stop_stays_stopped(tmp_path, uninterrupted):
+    """As early stopping does: the callback evaluates what is trained, and says when it is enough."""
+    model, losses = make_model("llama", torch.float32), []
+
+    def enough(record, prefix):
+        losses.append(evaluate_prefix(model, char_tokenizer(), DEMONSTRATIONS[:2], prefix).gold_loss)
+        return record.epoch == 3
+
+    stopped = run(tmp_path, model=model, on_epoch=enough)
+    assert [r.stopped for r in stopped.history] == [False, False, True] and len(set(losses)) == 3
+    assert [r.loss for r in stopped.history] == [r.loss for r in uninterrupted.history[:3]]
+    assert_same_run(run(tmp_path, resume=True), stopped)
 
 
 def test_a_checkpoint_is_not_overwritten_unasked(tmp_path):

@@ -198,7 +198,8 @@ def test_arc_reads_folders(tmp_path):
     assert task.metric == "exact_match" and task.generates
     assert [view.train[0].output for view in task.views] == ["7\n8", "87", "8\n7"]
     assert [view.undo(view.test[0].output) for view in task.views] == ["78"] * 3
-    assert task.views[0].undo("no grid") is None
+    assert task.views[0].undo("no grid") is task.undo("no grid") is None and task.undo("78") == "78"
+    assert load("arc", tmp_path, "ab12").undo is None  # nobody else votes
     assert len(load("arc", tmp_path, "ab12", options=SuiteOptions(shots=2)).train) == 2
     with pytest.raises(DataError, match="ab12: the task has no validation items"):
         task.items("validation")

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
 
 from ctkernels import cli
 from ctkernels.tuning.data import Demonstration
@@ -210,7 +211,10 @@ def test_bad_tasks_are_named_and_lose_nothing(files, folder, tmp_path, capsys):
     failures = "\n".join(report["failures"])
     assert "taste_16_21_test.jsonl:3: the field 'output' is missing" in failures
     assert "has no file taste_16_13_dev.jsonl" in failures
-    assert "icl on long, seed 13: the demonstrations have" in failures and "the model's context of 128" in failures
+    assert (
+        "icl on long, seed 13: DataError: the demonstrations have" in failures
+        and "the model's context of 128" in failures
+    )
     assert failures in captured.out.replace("- ", "")
 
     broken.write_text(good)
@@ -230,7 +234,10 @@ def test_finished_cells_of_another_sweep_are_refused(model, folder, tmp_path):
     other = make_model("gpt2", torch.float32)
     with pytest.raises(SweepError, match=r"model was .* choose another --out, or remove the file"):
         run_sweep(other, TOKENIZER, sweep, Workers(), Quiet())
-    assert [path.read_bytes() for path in files] == before
+    accepted = []
+    with pytest.raises(SweepError, match="model was"):
+        run_sweep(other, TOKENIZER, sweep, Workers(), Quiet(), lambda: accepted.append(1))
+    assert [path.read_bytes() for path in files] == before and not accepted
     files[1].write_text("{}")
     with pytest.raises(SweepError, match=r"taste/icl/21\.json is not the result of a cell .* remove it"):
         run_sweep(model, TOKENIZER, sweep, Workers(), Quiet())
@@ -238,24 +245,42 @@ def test_finished_cells_of_another_sweep_are_refused(model, folder, tmp_path):
     assert Cell("t", MethodSpec.parse("icl:seed=3"), 1).path(tmp_path) != Cell("t", MethodSpec("icl"), 1).path(tmp_path)
 
 
-def test_a_bug_is_no_failed_cell(model, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "tune", lambda *args: [][0])
-    with pytest.raises(IndexError):
-        run_sweep(model, TOKENIZER, sweep_of(folder, tmp_path / "out"), Workers(), Quiet())
-    assert not (tmp_path / "out" / "cells").exists()
+def test_finished_cells_of_methods_that_train_nothing_do_not_depend_on_training(model, folder, tmp_path):
+    sweep = sweep_of(folder, tmp_path / "out", ["icl", "deep-thinking:rounds=1"], tasks=["taste"], seeds=[13])
+    results = run_sweep(model, TOKENIZER, sweep, Workers(), Quiet())
+    assert [set(r.run) & {"seed", "eta", "epochs"} for r in results] == [{"seed"}, {"seed", "eta"}]
+    old = replace(results[0], run=results[0].run | {"epochs": 25, "pull": 0.5})  # as earlier versions wrote it
+    old.write(sweep.cells()[0].path(sweep.out))
+    again = Quiet()
+    run_sweep(model, TOKENIZER, replace(sweep, common={"epochs": 9}), Workers(), again)
+    assert again.computed == []
+    with pytest.raises(SweepError, match=r"icl/13\.json belongs to another sweep: seed was 14 and is now 13"):
+        replace(old, run=old.run | {"seed": 14}).write(sweep.cells()[0].path(sweep.out))
+        run_sweep(model, TOKENIZER, sweep, Workers(), Quiet())
 
 
-def test_too_little_memory_fails_the_cell_alone(model, folder, tmp_path, monkeypatch):
+def test_a_model_that_no_cell_could_use_is_refused_beforehand(folder, tmp_path):
+    other = GPTBigCodeForCausalLM(GPTBigCodeConfig(vocab_size=50, n_embd=8, n_layer=1, n_head=1))
+    with pytest.raises(TypeError, match="model class GPTBigCodeForCausalLM is not supported"):
+        run_sweep(other, TOKENIZER, sweep_of(folder, tmp_path / "out"), Workers(), Quiet())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("3 GiB"), RuntimeError("DefaultCPUAllocator"), ModuleNotFoundError("no peft")]
+)
+def test_an_error_fails_the_cell_alone(model, folder, tmp_path, monkeypatch, error):
     tune = run.tune
 
     def full(model, tokenizer, train, name, *args):
         if name == "ct-kv":
-            raise torch.OutOfMemoryError("out of memory: 3 GiB")
+            raise error
         return tune(model, tokenizer, train, name, *args)
 
     monkeypatch.setattr(run, "tune", full)
     results = run_sweep(model, TOKENIZER, sweep_of(folder, tmp_path / "out"), Workers(), Quiet())
-    assert {r.method: r.error for r in results} == {SPECS[0]: None, SPECS[1]: "out of memory: 3 GiB", SPECS[2]: None}
+    expected = f"{type(error).__name__}: {error}"
+    assert {r.method: r.error for r in results} == {SPECS[0]: None, SPECS[1]: expected, SPECS[2]: None}
     report = make_report("x", results, planned=4)
     assert [s.method for s in report.summaries] == [SPECS[0], SPECS[2]]  # compared on all tasks nevertheless
     assert report.tasks == ["taste", "warmth"]
@@ -269,7 +294,8 @@ def test_votes():
     assert vote([["a"], [None], ["b"], ["b"]]) == ["b"]
 
 
-def test_views_are_tuned_turned_back_and_counted(monkeypatch, tmp_path):
+@pytest.mark.parametrize(("undo", "second"), [(None, "zz"), ({"no": "no", "zz": None}.get, "cd")])
+def test_views_are_tuned_turned_back_and_counted(monkeypatch, tmp_path, undo, second):
     """Three views, the second in capitals, the third unreadable at its second item."""
     pairs = [Demonstration("x", "ab"), Demonstration("y", "cd")]
     capitals = tuple(replace(d, output=d.output.upper()) for d in pairs)
@@ -277,7 +303,7 @@ def test_views_are_tuned_turned_back_and_counted(monkeypatch, tmp_path):
         View(capitals, (), capitals, str.lower),
         View(tuple(pairs), (), tuple(pairs), lambda text: None if text == "??" else text),
     )
-    task = Task("t", tuple(pairs), (), tuple(pairs), by="generation", views=views)
+    task = Task("t", tuple(pairs), (), tuple(pairs), by="generation", views=views, undo=undo)
     answers = [["no", "zz"], ["AB", "CD"], ["ab", "??"]]
     seen = []
 
@@ -293,8 +319,9 @@ def test_views_are_tuned_turned_back_and_counted(monkeypatch, tmp_path):
     result = run.run_cell(None, None, sweep, sweep.cells()[0], {})
     assert [train for train, _ in seen] == [tuple(pairs), capitals, tuple(pairs)]
     assert all(learn_stop for _, learn_stop in seen)  # answers are generated
-    assert result.predictions == ["ab", "zz"]  # two votes to one, once turned back; one to one, and the first view wins
-    assert (result.score, result.gold_loss, result.run["views"]) == (0.5, 2.5, 3)
+    # two votes to one, once turned back; one to one, and the first view wins if it can be read
+    assert result.predictions == ["ab", second]
+    assert (result.score, result.gold_loss, result.run["views"]) == (0.5 if second == "zz" else 1.0, 2.5, 3)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -13,6 +14,7 @@ from ctkernels.tuning.data import DataError, Demonstration, encode_context, enco
 from ctkernels.tuning.methods import get_method
 from ctkernels.tuning.prefix import KVPrefix
 from ctkernels.tuning.trainer import TrainingError, tune
+from tests.tuning.runs import run
 from tests.tuning.tasks import DEMONSTRATIONS, char_tokenizer
 from tests.tuning.tiny_models import full_precision_norm, make_model
 
@@ -274,3 +276,14 @@ def test_no_graph_is_kept_behind_the_first_attention(model):
     handle.remove()
     last.remove()
     assert seen == {"first": False, "last": True}
+
+
+@pytest.mark.parametrize("method", ["ct-kv", "prompt-tuning"])
+def test_offloaded_layers(tmp_path, method):
+    """A layer whose weights come when it runs trains as one that is there, with a checkpoint, too."""
+    offloaded = make_model("llama")
+    cpu_offload(offloaded.model.layers[1], execution_device=torch.device("cpu"))
+    result = run(method, offloaded, checkpoint_dir=tmp_path)
+    assert_close(result.prefix, run(method, make_model("llama")).prefix)
+    with pytest.raises(ValueError, match="ttt trains lora and needs weights in one piece, but those of this LlamaFor"):
+        run("ttt", offloaded)

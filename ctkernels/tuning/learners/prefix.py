@@ -35,10 +35,7 @@ class PrefixLearner(Learner):
     def __init__(self, model: PreTrainedModel, prefix: KVPrefix, rows: Sequence[Row], settings: TrainSettings) -> None:
         self.model, self.prefix, self.settings, self._rows = model, prefix, settings, rows
         layers = len(prefix.keys)
-        if settings.frozen_tokens >= max(prefix.length, 1):
-            raise ValueError(
-                f"frozen_tokens must be less than the prefix's {prefix.length} tokens, got {settings.frozen_tokens}"
-            )
+        self.check(model, settings, prefix.length)
         first = layers - (settings.top_layers or layers)
         trained = {
             (kind, layer): kind in _KINDS[settings.trained] and layer >= first
@@ -58,11 +55,15 @@ class PrefixLearner(Learner):
         self._weights: list[Tensor | None] = [None] * len(self._start)
 
     @staticmethod
-    def check(model: PreTrainedModel, settings: TrainSettings) -> None:
-        """Refuse settings that the model cannot have, before anything is encoded. Raises ValueError."""
+    def check(model: PreTrainedModel, settings: TrainSettings, length: int | None = None) -> None:
+        """Refuse settings that the model, or a prefix of `length` tokens, cannot have. Raises ValueError."""
         layers = len(find_decoder(model).layers)
         if (settings.top_layers or 0) > layers:
             raise ValueError(f"top_layers must be at most the model's {layers} layers, got {settings.top_layers}")
+        if length is not None and settings.frozen_tokens >= max(length, 1):
+            raise ValueError(
+                f"frozen_tokens must be less than the prefix's {length} tokens, got {settings.frozen_tokens}"
+            )
 
     def rows(self, epoch: int) -> Sequence[Row]:
         return self._rows

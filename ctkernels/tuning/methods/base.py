@@ -12,7 +12,10 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
+from torch.distributed.fsdp import FSDPModule
+
 from ctkernels.tuning.data import DataError, Demonstration, EncodedContext, Row, TextFormat, encode_context, encode_rows
+from ctkernels.tuning.distributed import is_sharded
 from ctkernels.tuning.hf_models import config_hash, find_decoder
 from ctkernels.tuning.limits import check_context_length, check_row_lengths
 from ctkernels.tuning.methods.presets import PRESETS
@@ -106,7 +109,8 @@ class Method:
         """The method's default settings, those of a `preset` (see `presets.py`) above them, `overrides` on top.
 
         Raises:
-            ValueError: an unknown preset, a setting that this method does not read, or a value out of its range.
+            ValueError: an unknown preset, or one without values for this method's settings; a setting that this method
+                does not read, or a value out of its range.
         """
         for name in overrides:
             if name not in self.reads:
@@ -134,6 +138,9 @@ class Method:
             return {}
         if preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+        if self.name not in PRESETS[preset] and self.defaults:
+            there = ", ".join(PRESETS[preset])
+            raise ValueError(f"{self.name} has no preset {preset!r}; the methods with one are {there}")
         return PRESETS[preset].get(self.name, {})
 
 
@@ -158,6 +165,17 @@ def require_transferable(method: Method, adapter: Adapter | None, model: PreTrai
         raise ValueError(f"start_from was made by {adapter.method} and has no {method.transfers} for {method.name}")
 
 
+def require_weights(method: Method, model: PreTrainedModel) -> None:
+    """Refuse a model whose weights are not where the method needs them. Raises ValueError."""
+    gathered = any(isinstance(module, FSDPModule) for module in model.modules())  # only while all of it is called
+    elsewhere = is_sharded(model) or any(p.is_meta for p in model.parameters())
+    if (method.trains == "prompt" and gathered) or ("lora" in method.trains and elsewhere):
+        raise ValueError(
+            f"{method.name} trains {method.trains} and needs weights in one piece, but those of this "
+            f"{type(model).__name__} are sharded or offloaded; methods that train nothing or the prefix do not"
+        )
+
+
 def require_demonstrations(method: Method, count: int, settings: TrainSettings) -> None:
     """Refuse a task with too few demonstrations. Raises DataError."""
     if count < 1 <= method.needs_demonstrations:
@@ -172,4 +190,13 @@ def require_demonstrations(method: Method, count: int, settings: TrainSettings) 
         raise DataError(f"{method.name} needs at least {method.needs_demonstrations} demonstrations, got {count}")
 
 
-__all__ = ["DROPOUT", "LEAVE_ONE_OUT", "LOOP", "Method", "Run", "require_demonstrations", "require_transferable"]
+__all__ = [
+    "DROPOUT",
+    "LEAVE_ONE_OUT",
+    "LOOP",
+    "Method",
+    "Run",
+    "require_demonstrations",
+    "require_transferable",
+    "require_weights",
+]

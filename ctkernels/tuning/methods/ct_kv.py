@@ -7,15 +7,28 @@ reads the prefix minus its own segment (leave-one-out) and minus a random set of
 from types import MappingProxyType
 
 from ctkernels.tuning.adapter import Adapter
+from ctkernels.tuning.hf_models import find_decoder
 from ctkernels.tuning.learners import PrefixLearner
+from ctkernels.tuning.limits import check_context_length
 from ctkernels.tuning.methods.base import DROPOUT, LEAVE_ONE_OUT, Method, Run
 from ctkernels.tuning.prefix import KVPrefix
+from ctkernels.tuning.rotary import check_fixed_rotation
 from ctkernels.tuning.starts import demonstrations_prefix
 
 OPTIONS = DROPOUT | LEAVE_ONE_OUT | {"start", "permutations", "pool", "front_tokens"}
 PREFIX_OPTIONS = frozenset({"trained", "top_layers", "frozen_tokens", "pull", "fisher", "rank", "hidden"})
 STARTS = ("context", "separate", "permuted", "pooled", "labels")
 DEFAULTS = MappingProxyType({"lr": 3e-3, "epochs": 25, "drop_p": 0.05, "leave_one_out": "self"})
+
+
+def check(run: Run) -> None:
+    """Refuse what `tuned_prefix` would (but for `frozen_tokens` of a compressed start) before the model runs."""
+    length = len(run.context.input_ids) + run.settings.front_tokens
+    PrefixLearner.check(run.model, run.settings, length)
+    check_context_length(run.model, length)
+    run.check_rows(length, run.rows)
+    if run.settings.start in ("permuted", "pooled"):
+        check_fixed_rotation(find_decoder(run.model), f"start={run.settings.start!r}")
 
 
 def tuned_prefix(run: Run) -> KVPrefix:

@@ -3,6 +3,9 @@
 Yang and others: "Iterative Forward Tuning Boosts In-Context Learning in Language Models", arXiv 2305.13016. In each
 round the demonstrations are encoded again, at the same positions, reading the cache of the round before in front of
 their own keys; the cache then moves towards the result:  KV <- eta * KV_new + (1 - eta) * KV.
+
+With ALiBi, where distances count keys, there are no same positions: such models are refused. A sliding window counts
+keys, too, the cache's among them, so that late tokens of a long context read less of it in their windowed layers.
 """
 
 from types import MappingProxyType
@@ -11,12 +14,19 @@ import torch
 
 from ctkernels.tuning.adapter import Adapter
 from ctkernels.tuning.encode import encode_tokens
+from ctkernels.tuning.hf_models import ALIBI, find_decoder
 from ctkernels.tuning.methods.base import Method, Run
 from ctkernels.tuning.methods.icl import context_prefix
 
 
 @torch.no_grad()
 def fit(run: Run) -> Adapter:
+    decoder = find_decoder(run.model)
+    if decoder.family.positions == ALIBI:
+        raise ValueError(
+            f"{run.method} encodes demonstrations again at the same positions, which {type(decoder.model).__name__} "
+            "does not have: with ALiBi distances count keys"
+        )
     prefix = context_prefix(run)
     for _ in range(run.settings.rounds):
         keys, values = encode_tokens(run.model, run.context.input_ids, behind=prefix, position=0)

@@ -49,6 +49,7 @@ def load_task(folder: Path | None, name: str, seed: int, options: SuiteOptions) 
         text_format=TextFormat(max_pair_tokens=MOST_TOKENS),
         max_new_tokens=tokens,
         views=tuple(views[1:]),
+        undo=first.undo if views[1:] else None,
     )
 
 

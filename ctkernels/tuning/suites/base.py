@@ -42,6 +42,7 @@ class Task:
         text_format: how pairs become tokens.
         max_new_tokens: longest generated answer.
         views: further views of the task; predictions of all of them vote, the first of equals wins.
+        undo: None if a prediction cannot be read, which then has no vote; otherwise the prediction, perhaps tidied up.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Task:
     text_format: TextFormat = field(default_factory=TextFormat)
     max_new_tokens: int = 32
     views: tuple[View, ...] = ()
+    undo: Callable[[str], str | None] | None = None
 
     def items(self, split: Split) -> tuple[Demonstration, ...]:
         """The items of a split.

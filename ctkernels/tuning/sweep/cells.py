@@ -81,16 +81,3 @@ def read_cell(path: Path) -> CellResult | None:
         return None
     except (ValueError, TypeError) as error:
         raise SweepError(f"{path} is not the result of a cell ({error}); remove it to compute it anew") from None
-
-
-def refuse_other_run(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse a finished cell whose numbers depend on something else than the sweep that is asked for.
-
-    Raises:
-        SweepError: naming what differs.
-    """
-    now = json.loads(json.dumps(now))
-    differing = [name for name in sorted({*saved, *now}) if saved.get(name) != now.get(name)]
-    if differing:
-        changes = "; ".join(f"{name} was {saved.get(name)!r} and is now {now.get(name)!r}" for name in differing)
-        raise SweepError(f"{path} belongs to another sweep: {changes}; choose another --out, or remove the file")

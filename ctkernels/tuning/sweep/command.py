@@ -91,10 +91,13 @@ def sweep_command(argv: list[str]) -> None:
     workers = Workers()
     try:
         model, tokenizer = load_model(replace(config, device=local_device(config.device)))
-        if workers.rank == 0:
-            atomic_write_bytes(sweep.out / "config.yaml", as_yaml(config).encode())
+
+        def accepted() -> None:
+            if workers.rank == 0:
+                atomic_write_bytes(sweep.out / "config.yaml", as_yaml(config).encode())
+
         with SweepView(sweep, workers) as view:
-            results = run_sweep(model, tokenizer, sweep, workers, view)
+            results = run_sweep(model, tokenizer, sweep, workers, view, accepted)
     finally:
         workers.close()
     if workers.rank > 0:

@@ -5,23 +5,22 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-
-from ctkernels.tuning.checkpoint import model_fingerprint
+from ctkernels.tuning.checkpoint import changes, model_fingerprint
 from ctkernels.tuning.data import DataError, Demonstration
 from ctkernels.tuning.evaluate import EvalResult
+from ctkernels.tuning.hf_models import find_decoder
 from ctkernels.tuning.metrics import score_predictions
 from ctkernels.tuning.prefix import tokenizer_hash
 from ctkernels.tuning.settings import TrainSettings
 from ctkernels.tuning.suites import Suite, SuiteOptions, Task
 from ctkernels.tuning.suites.base import Split
-from ctkernels.tuning.sweep.cells import Cell, CellResult, read_cell, refuse_other_run
+from ctkernels.tuning.sweep.cells import Cell, CellResult, SweepError, read_cell
 from ctkernels.tuning.sweep.spec import MethodSpec
 from ctkernels.tuning.sweep.workers import Workers
 from ctkernels.tuning.trainer import tune
@@ -97,12 +96,17 @@ def run_sweep(
     sweep: Sweep,
     workers: Workers,
     observer: Observer,
+    accepted: Callable[[], None] = lambda: None,
 ) -> list[CellResult]:
     """Compute what is missing; returns the results of all cells, in order, once every process is done.
 
+    accepted: called once the finished cells have been found to belong to the sweep, before anything is computed.
+
     Raises:
         SweepError: a finished cell belongs to another sweep, or its file is damaged; found before anything is computed.
+        TypeError: a model class that is not supported.
     """
+    find_decoder(model)  # refuses a class that would fail every cell
     cells = sweep.cells()
     model_id = {"model": model_fingerprint(model), "tokenizer": tokenizer_hash(tokenizer)}
     for cell in cells:
@@ -110,6 +114,7 @@ def run_sweep(
     for leftover in sweep.out.glob("cells/*/*/.*.tmp"):  # of a process that was killed while it wrote
         leftover.unlink(missing_ok=True)
     workers.wait()  # until every process has looked at the finished cells, so that all agree on them
+    accepted()
     for number in workers.numbers():
         if number >= len(cells):
             break
@@ -134,14 +139,15 @@ def run_cell(
     cell: Cell,
     model_id: dict[str, str],
 ) -> CellResult:
-    """Tune and evaluate; unusable data or settings, a loss that is not finite, too little memory become the result."""
+    """Tune and evaluate; an error (unusable data, a loss that is not finite, too little memory) becomes the result."""
     run: dict[str, Any] = {}
     try:
         task = sweep.load(cell.task, cell.seed)
         run = _identity(sweep, cell, task, model_id)
         return _fit_and_score(model, tokenizer, sweep, cell, task, run)
-    except (ValueError, ArithmeticError, torch.OutOfMemoryError) as error:
-        return CellResult(cell.task, str(cell.spec), cell.seed, run, error=" ".join(str(error).split()))
+    except Exception as error:
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        return CellResult(cell.task, str(cell.spec), cell.seed, run, error=message)
 
 
 def vote(predictions: Sequence[Sequence[str | None]]) -> list[str]:
@@ -166,7 +172,7 @@ def _fit_and_score(
 ) -> CellResult:
     settings = sweep.settings(cell, task)
     items = sweep.items(task)
-    views = [(task.train, items, None)]
+    views = [(task.train, items, task.undo)]
     for view in task.views:
         turned = view.test if sweep.split == "test" else view.validation
         views.append((view.train, turned[: sweep.limit], view.undo))
@@ -226,18 +232,23 @@ def _check_finished(sweep: Sweep, cell: Cell, model_id: dict[str, str]) -> None:
         now = _identity(sweep, cell, task, model_id)
     except DataError:
         return
-    refuse_other_run(cell.path(sweep.out), saved.run, now)
+    # cells of an earlier version also hold settings that their method does not read
+    read = {name: value for name, value in saved.run.items() if name in now or not hasattr(TrainSettings, name)}
+    differing = changes(read, now)
+    if differing:
+        path = cell.path(sweep.out)
+        raise SweepError(f"{path} belongs to another sweep: {differing}; choose another --out, or remove the file")
 
 
 def _identity(sweep: Sweep, cell: Cell, task: Task, model_id: dict[str, str]) -> dict[str, Any]:
     """What the numbers of a cell depend on, by name. The attention backend and batch sizes are left out."""
-    settings = asdict(sweep.settings(cell, task))
-    for name in ("backend", "max_tokens", "layout"):
-        del settings[name]
+    settings, method = asdict(sweep.settings(cell, task)), cell.spec.method
+    trains = method.trains != "nothing"
+    used = settings.keys() - {"backend", "max_tokens", "layout"} if trains else method.options | {"seed"}
     data = [(d.input, d.output, d.options, d.references) for d in (*task.train, *sweep.items(task))]
     return {
         **model_id,
-        **settings,
+        **{name: settings[name] for name in settings if name in used},
         "data": hashlib.sha256(repr(data).encode()).hexdigest()[:16],
         "text_format": asdict(task.text_format),
         "views": len(task.views) + 1,
