@@ -30,7 +30,7 @@ Call call_of(Type type, int64_t D, bool general, bool bias) {
   p.k = p.v = p.dk = p.dv = tensor(type, Hk, S);
   p.prefix_k = p.prefix_v = p.dprefix_k = p.dprefix_v = tensor(Type::f32, Hk, P);
   p.lse = {SOMEWHERE, Type::f32, H * S, S, 1};
-  if (bias) p.bias = p.dbias = SOMEWHERE, p.bias_head = p.dbias_head = P, p.bias_token = 1;
+  if (bias) p.bias = p.dbias = SOMEWHERE, p.bias_head = p.dbias_head = P;
   call.S = call.T = S;
   return call;
 }

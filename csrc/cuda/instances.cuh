@@ -15,10 +15,21 @@ struct KernelEntry {
   const void* kernel;
 };
 
+// Blocks that a multiprocessor must take. 0: the compiler saves registers for a further one as it sees fit. 1: it takes
+// what it needs, where it would spill for another.
+constexpr int forward_blocks(int element_bytes, int width) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  if (element_bytes == 4) return 1;
+#endif
+  return element_bytes == 2 && width == 80;
+}
+
+constexpr int query_blocks(bool general) { return general; }
+
 }  // namespace ctk::cuda
 
-// extern "C", so that no mangling comes between the names of plan.h and these. BOUNDS: threads of a block and, if the
-// compiler shall not save registers for more, how many blocks a multiprocessor must take.
+// extern "C", so that no mangling comes between the names of plan.h and these. BOUNDS: threads of a block and, where it
+// matters, how many blocks a multiprocessor must take.
 #define CTK_KERNEL(NAME, BOUNDS, ...) \
   extern "C" __global__ void __launch_bounds__ BOUNDS NAME(const __grid_constant__ Args args) { __VA_ARGS__(args); }
 
@@ -30,27 +41,15 @@ struct KernelEntry {
 #define CTK_LIST_SMALL(TYPE, NAME) \
   CTK_ENTRY(ctk_delta_##NAME) CTK_ENTRY(ctk_merge_out_##NAME) CTK_ENTRY(ctk_merge_dq_##NAME)
 
-// sm_100 would spill fp32 rows for a third block.
-#define CTK_FORWARD_BOUNDS_bf16(THREADS) (THREADS)
-#define CTK_FORWARD_BOUNDS_fp16(THREADS) (THREADS)
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-#define CTK_FORWARD_BOUNDS_fp32(THREADS) (THREADS, 1)
-#else
-#define CTK_FORWARD_BOUNDS_fp32(THREADS) (THREADS)
-#endif
-
 // W: padded head dimension, VARIANT: plain or general, GENERAL: whether it is the latter.
-#define CTK_DEFINE_FORWARD(TYPE, NAME, W, VARIANT, GENERAL)                                  \
-  CTK_KERNEL(ctk_forward_##NAME##_##W##_##VARIANT,                                           \
-             CTK_FORWARD_BOUNDS_##NAME((forward_shape(sizeof(TYPE), W, GENERAL).threads())), \
+#define CTK_DEFINE_FORWARD(TYPE, NAME, W, VARIANT, GENERAL)                                        \
+  CTK_KERNEL(ctk_forward_##NAME##_##W##_##VARIANT,                                                 \
+             (forward_shape(sizeof(TYPE), W, GENERAL).threads(), forward_blocks(sizeof(TYPE), W)), \
              forward<TYPE, W, GENERAL>)
 #define CTK_LIST_FORWARD(TYPE, NAME, W, VARIANT, GENERAL) CTK_ENTRY(ctk_forward_##NAME##_##W##_##VARIANT)
 
-// Options cost registers: with room for two blocks sm_120 would spill.
-#define CTK_QUERY_BOUNDS_plain(THREADS) (THREADS)
-#define CTK_QUERY_BOUNDS_general(THREADS) (THREADS, 1)
-#define CTK_DEFINE_QUERY(TYPE, NAME, W, VARIANT, GENERAL)                                                            \
-  CTK_KERNEL(ctk_query_##NAME##_##W##_##VARIANT, CTK_QUERY_BOUNDS_##VARIANT(query_shape(sizeof(TYPE), W).threads()), \
+#define CTK_DEFINE_QUERY(TYPE, NAME, W, VARIANT, GENERAL)                                                         \
+  CTK_KERNEL(ctk_query_##NAME##_##W##_##VARIANT, (query_shape(sizeof(TYPE), W).threads(), query_blocks(GENERAL)), \
              backward_query<TYPE, W, GENERAL>)
 #define CTK_LIST_QUERY(TYPE, NAME, W, VARIANT, GENERAL) CTK_ENTRY(ctk_query_##NAME##_##W##_##VARIANT)
 

@@ -43,18 +43,20 @@ __device__ inline RowSize size_of_row(const Args& a, int b) {
   return row;
 }
 
-// In 64 bits: offsets of packed rows that do not ascend may add up to more than 32.
-__device__ __forceinline__ int64_t sum_over_warp(int64_t x) {
+// Slots and blocks are fewer than this; offsets of packed rows that do not ascend may add up to more.
+constexpr int MOST = (1 << 30) - 1;
+
+__device__ __forceinline__ int add(int a, int b) { return min(a + b, MOST); }
+
+__device__ __forceinline__ int sum_over_warp(int x) {
 #pragma unroll
-  for (int step = 16; step; step /= 2) x += __shfl_xor_sync(WARP, x, step);
+  for (int step = 16; step; step /= 2) x = add(x, __shfl_xor_sync(WARP, x, step));
   return x;
 }
 
 // The first slot of the rows of a prefix, `before` slots being those of all earlier prefixes: a multiple of `unit`, so
 // that a tile starts there, and far enough for what comes before, whatever its parts are.
-__device__ __forceinline__ int64_t run_start(int64_t before, int prefix, int unit) {
-  return (before / unit + prefix) * unit;
-}
+__device__ __forceinline__ int run_start(int before, int prefix, int unit) { return (before / unit + prefix) * unit; }
 
 __device__ __forceinline__ int slot_unit(int group) {
   int a = 128, b = group;
@@ -69,49 +71,49 @@ __device__ inline void set_up_row(const Args& a, int b) {
   const Call& call = a.call;
   const int thread = threadIdx.x % 32, B = int(call.p.B);
   RowSize row = size_of_row(a, b);
-  int64_t before_prefix = 0, before = 0, own = 0, rank = 0;
+  int before_prefix = 0, before = 0, rank = 0, own = 0;
   for (int other = thread; other < B; other += 32) {
     const RowSize x = size_of_row(a, other);
     const bool same = x.prefix == row.prefix;
-    before_prefix += x.prefix < row.prefix ? x.queries : 0;
-    before += same && other < b ? x.queries : 0;
+    before_prefix = add(before_prefix, x.prefix < row.prefix ? x.queries : 0);
+    before = add(before, same && other < b ? x.queries : 0);
     rank += x.prefix < row.prefix || (same && other < b);
-    own += other < b ? (x.keys + BLOCK - 1) / BLOCK : 0;
+    own = add(own, other < b ? (x.keys + BLOCK - 1) / BLOCK : 0);
   }
   before_prefix = sum_over_warp(before_prefix), before = sum_over_warp(before);
   rank = sum_over_warp(rank), own = sum_over_warp(own);
 
-  const int first = clamp(run_start(before_prefix, row.prefix, slot_unit(a.group)) + before, 0, a.slots);
+  const int run = min(run_start(before_prefix, row.prefix, slot_unit(a.group)), a.slots);
+  const int first = min(run + before, a.slots);
   row.queries = min(row.queries, a.slots - first);
   const int offset = call.T > call.S && !call.packed ? row.keys - int(call.S) : 0;
   if (thread == 0) {
     const int prefix_len = call.p.G ? clamp(read(call.prefix_lens, row.prefix, call.p.P), 0, call.p.P) : 0;
     a.rows[rank] = {first, row.queries, row.batch, row.token, row.keys, offset, b, prefix_len};
   }
-  for (int i = thread; i < row.queries; i += 32)
-    a.slot_table[first + i] = {int(rank), row.batch, row.token + i, offset + i};
+  for (int i = thread; i < row.queries; i += 32) a.slot_table[first + i] = {rank, row.batch, row.token + i, offset + i};
 
   // padded rows have all their blocks, so that gradients of padding are written, too
   const int per_row = int((call.T + BLOCK - 1) / BLOCK),
             blocks = call.packed ? (row.keys + BLOCK - 1) / BLOCK : per_row;
-  const int first_block = call.packed ? clamp(own, 0, a.own_blocks) : b * per_row;
+  const int first_block = call.packed ? min(own, a.own_blocks) : b * per_row;
   for (int i = thread; i < blocks && first_block + i < a.own_blocks; i += 32)
-    a.own_table[first_block + i] = {int(rank), i * BLOCK};
+    a.own_table[first_block + i] = {rank, i * BLOCK};
   if (b == B - 1)
     for (int i = first_block + blocks + thread; i < a.own_blocks; i += 32) a.own_table[i] = {-1, 0};
 }
 
 __device__ inline void set_up_run(const Args& a, int prefix) {
   const int thread = threadIdx.x % 32, unit = slot_unit(a.group);
-  int64_t before = 0, mine = 0;
+  int before = 0, mine = 0;
   for (int b = thread; b < a.call.p.B; b += 32) {
     const RowSize row = size_of_row(a, b);
-    before += row.prefix < prefix ? row.queries : 0;
-    mine += row.prefix == prefix ? row.queries : 0;
+    before = add(before, row.prefix < prefix ? row.queries : 0);
+    mine = add(mine, row.prefix == prefix ? row.queries : 0);
   }
   before = sum_over_warp(before), mine = sum_over_warp(mine);
-  const int first = clamp(run_start(before, prefix, unit), 0, a.slots), end = clamp(first + mine, 0, a.slots);
-  const int next = prefix + 1 < a.runs ? clamp(run_start(before + mine, prefix + 1, unit), 0, a.slots) : a.slots;
+  const int first = min(run_start(before, prefix, unit), a.slots), end = min(first + mine, a.slots);
+  const int next = prefix + 1 < a.runs ? min(run_start(add(before, mine), prefix + 1, unit), a.slots) : a.slots;
   if (thread == 0) {
     a.run_first[prefix] = first, a.run_end[prefix] = end;
     if (prefix + 1 == a.runs) a.run_first[a.runs] = a.slots;
