@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ctkernels.tuning import KVPrefix, get_method, load_jsonl, tune
-from ctkernels.tuning.data import PairEncoder
+from ctkernels.tuning import KVPrefix, encode_prompt, get_method, load_jsonl, tune
 
 TASK = Path(__file__).resolve().parent / "tasks" / "support-routing"
 
@@ -49,8 +48,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # later, elsewhere: the model itself is untouched, the prefix is one small file
     prefix = KVPrefix.from_pretrained(args.out / "prefix", model=model, tokenizer=tokenizer)
-    pairs = PairEncoder(tokenizer)  # tokens as in training, where texts and delimiters are tokenised apart
-    question = torch.tensor([[pairs.delimiter, *pairs.encode(items[0].input), pairs.delimiter]])
+    question = torch.tensor([encode_prompt(tokenizer, items[0].input)])  # as rows of training begin
     with prefix.attach(model), torch.no_grad():
         answer = model.generate(question, max_new_tokens=8, do_sample=False)[0, question.shape[1] :]
     print(f"{items[0].input!r} -> {tokenizer.decode(answer).strip()!r}")

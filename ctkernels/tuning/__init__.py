@@ -11,7 +11,16 @@ from typing import Any
 _HOMES = {
     "adapter": ("Adapter",),
     "compose": ("concatenate", "moved"),
-    "data": ("DataError", "Demonstration", "TextFormat", "encode_context", "encode_rows", "load_jsonl", "load_metaicl"),
+    "data": (
+        "DataError",
+        "Demonstration",
+        "TextFormat",
+        "encode_context",
+        "encode_prompt",
+        "encode_rows",
+        "load_jsonl",
+        "load_metaicl",
+    ),
     "distributed": ("PeerError",),
     "evaluate": ("EvalResult", "evaluate_prefix"),
     "methods": ("METHODS", "PRESETS", "Method", "get_method"),

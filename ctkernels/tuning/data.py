@@ -341,6 +341,17 @@ def encode_rows(
     return rows
 
 
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, text_format: TextFormat | None = None) -> list[int]:
+    """Token ids `_ x _` of an input behind a prefix, as rows of training begin: text and delimiters tokenised apart,
+    so that no space merges into the first word; nothing is cut.
+
+    Raises:
+        ValueError: a delimiter that is not one token.
+    """
+    encoder = PairEncoder(tokenizer, text_format)
+    return [encoder.delimiter, *encoder.encode(text), encoder.delimiter]
+
+
 def _place(demonstration: Demonstration) -> str:
     return f"{demonstration.source}: " if demonstration.source else ""
 

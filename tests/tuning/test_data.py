@@ -13,6 +13,7 @@ from ctkernels.tuning.data import (
     PairEncoder,
     TextFormat,
     encode_context,
+    encode_prompt,
     encode_rows,
     load_jsonl,
     load_metaicl,
@@ -37,6 +38,13 @@ def test_rows_start_with_the_delimiter_and_run_all_but_the_last_answer_token():
     assert [row.answers for row in rows] == [(ids("c"),), (ids("ef"),), (ids("i"),)]
     assert [row.first_label for row in rows] == [3, 2, 3]
     assert [row.held_out for row in rows] == [0, 1, 2]
+
+
+def test_a_prompt_is_what_a_row_begins_with():
+    for text_format in (None, TextFormat(delimiter="c")):
+        for pair, row in zip(PAIRS, encode_rows(char_tokenizer(), PAIRS, text_format), strict=True):
+            prompt = encode_prompt(char_tokenizer(), pair.input, text_format)
+            assert prompt == list(row.tokens[: len(prompt)]) and len(prompt) == len(pair.input) + 2
 
 
 def test_learn_stop_makes_the_next_delimiter_a_label():
