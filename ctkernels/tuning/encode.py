@@ -79,10 +79,7 @@ def _encode(
 
 def _empty(decoder: Decoder) -> Layers:
     shape = decoder.kv_heads, 0, decoder.head_dim
-    devices = [next(attention.parameters()).device for attention in decoder.attentions]
-    # meta: weights that are offloaded and come where they are needed
-    devices = [decoder.device if device.type == "meta" else device for device in devices]
-    return [torch.empty(shape, dtype=decoder.prefix_dtype, device=device) for device in devices]
+    return [torch.empty(shape, dtype=decoder.prefix_dtype, device=device) for device in decoder.devices]
 
 
 @contextmanager

@@ -132,6 +132,13 @@ class Decoder:
         return embeddings.device
 
     @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """Where each layer's keys and values belong: with its weights, or where token ids enter if those are offloaded
+        (on meta) and come when they are needed."""
+        found = [next(attention.parameters()).device for attention in self.attentions]
+        return tuple(self.device if device.type == "meta" else device for device in found)
+
+    @property
     def context_limit(self) -> int | None:
         """Most positions the model declares, or None where it declares none (ALiBi)."""
         return None if self.family.positions == ALIBI else getattr(self.config, "max_position_embeddings", None)

@@ -185,8 +185,7 @@ def _read_prefix(decoder: Decoder, source: Source) -> Adapter:
     if flat.shape[1] != layers * 2 * heads * dimension:
         raise ValueError(f"{EMBEDDINGS} must have {layers * 2 * heads * dimension} columns, got {flat.shape[1]}")
     own = flat.to(decoder.device, decoder.prefix_dtype).view(length, layers, 2, heads, dimension).permute(1, 2, 3, 0, 4)
-    devices = [next(attention.parameters()).device for attention in decoder.attentions]
-    keys, values = ([own[i, kind].to(devices[i]).contiguous() for i in range(layers)] for kind in (0, 1))
+    keys, values = ([own[i, kind].to(decoder.devices[i]).contiguous() for i in range(layers)] for kind in (0, 1))
     return Adapter(KVPrefix(keys, values, source.offsets(), length, source.metadata))
 
 

@@ -209,6 +209,15 @@ class KVPrefix(nn.Module):
         """
         return Attachment(self, model, mask=mask, cu_seqlens=cu_seqlens, backend=backend)
 
+    def place(self, devices: Sequence[torch.device]) -> KVPrefix:
+        """Move each layer to its device, and the segments to the first. Returns the prefix itself."""
+        self.to(devices[0])
+        for layers in (self.keys, self.values):
+            for index, device in enumerate(devices):
+                if layers[index].device != device:
+                    layers[index] = nn.Parameter(layers[index].detach().to(device), layers[index].requires_grad)
+        return self
+
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write the prefix into `directory`, replacing one that is there in one step (see `prefix_file.py`).
 

@@ -101,7 +101,7 @@ def load(
         raise PrefixFileError(f"{path}: {type(error).__name__}: {error}") from error
     if model is not None:
         decoder = find_decoder(model)
-        prefix.to(decoder.device, decoder.prefix_dtype)
+        prefix.to(dtype=decoder.prefix_dtype).place(decoder.devices)
     return prefix
 
 

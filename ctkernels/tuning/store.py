@@ -220,7 +220,7 @@ class PrefixStore:
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise PrefixFileError(f"{path}: damaged or cut off: {error}") from error
         try:
-            prefix.to(decoder.device).requires_grad_(False)
+            prefix.place(decoder.devices).requires_grad_(False)
             check_fit(prefix, decoder)
         except ValueError as error:
             raise PrefixFileError(f"{path}: {error}") from error

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ctkernels.tuning import prefix_file, storage
 from ctkernels.tuning.data import Demonstration, EncodedContext, TextFormat, encode_context
+from ctkernels.tuning.hf_models import Decoder
 from ctkernels.tuning.prefix import KVPrefix, PrefixMetadata, tokenizer_hash
 from ctkernels.tuning.prefix_file import PrefixFileError
 from ctkernels.tuning.storage import atomic_file, atomic_write_bytes, atomic_write_json
@@ -152,6 +153,16 @@ def test_round_trip(model, tokenizer, prefix, tmp_path):
         actual = model(row).logits
     with torch.no_grad(), prefix.attach(model):
         assert torch.equal(model(row).logits, actual)
+
+
+def test_layers_go_where_those_of_the_model_are(prefix, saved, monkeypatch):
+    """With "meta" in the place of a second GPU."""
+    spread = (torch.device("cpu"), torch.device("meta"), torch.device("cpu"))
+    monkeypatch.setattr(Decoder, "devices", spread)
+    loaded = KVPrefix.from_pretrained(saved, model=make_model("llama"))
+    assert tuple(key.device for key in loaded.keys) == tuple(value.device for value in loaded.values) == spread
+    assert torch.equal(loaded.keys[2], prefix.keys[2]) and loaded.segments.device == spread[0]
+    assert all(parameter.is_leaf and parameter.requires_grad for parameter in loaded.parameters())
 
 
 def test_what_is_written(prefix, tmp_path):
