@@ -127,7 +127,8 @@ def extensions() -> list:
         "ctkernels._cuda",
         ["python_bindings/cuda.cpp", *sorted(glob("csrc/cuda/*.cu"))],
         depends=[*glob("csrc/*.h"), *glob("csrc/cuda/*.*h"), *glob("python_bindings/*.h")],
-        extra_compile_args={"cxx": [*BINDING_FLAGS, *flags], "nvcc": NVCC_FLAGS},
+        # architectures of a file two at a time: the last file does not keep all but one core waiting
+        extra_compile_args={"cxx": [*BINDING_FLAGS, *flags], "nvcc": [*NVCC_FLAGS, "--threads=2"]},
         extra_link_args=flags,
     )
     return [cpu, cuda]
