@@ -53,12 +53,12 @@ def names(launched: list[str]) -> set[str]:
     return {name.removeprefix("ctk_") for name in launched}
 
 
-def mixed_call(types: str, D: int, **more: object) -> Call:
+def mixed_call(types: str, D: int, growth: float = 30.0, **more: object) -> Call:
     """Blocks of the prefix that a tile sees whole, in part, and not at all; rows that share tiles; grouped heads;
-    logits that grow along the prefix, so that what was summed up is rescaled."""
+    logits that grow along the prefix, so that what was summed up is rescaled (and early keys hardly count)."""
     hidden = torch.tensor([[0, 130], [128, 256], [0, 0], [64, 128]])
     call = make_call(H=4, Hk=2, P=270, D=D, types=types, lens=[20, 70, 1, 33], mask=dict(hidden=hidden), **more)
-    call.tensors["prefix_k"] *= torch.linspace(0.2, 6, 270)[:, None].to(call.tensors["prefix_k"].dtype)
+    call.tensors["prefix_k"] *= torch.linspace(0.2, 0.2 * growth, 270)[:, None].to(call.tensors["prefix_k"].dtype)
     return call
 
 

@@ -26,7 +26,7 @@ THOROUGH = os.environ.get("CTKERNELS_TEST_PROFILE") == "thorough"
 @dataclass(frozen=True)
 class Mutation:
     """Replace `old`, which must be there, by `new`; `nth` of several places, else the only one. The kernels of a call
-    of `types` and `D` have that code."""
+    of `types` and `D` have that code; `growth` of the logits along the prefix is as in `mixed_call`."""
 
     file: str
     old: str
@@ -35,6 +35,7 @@ class Mutation:
     places: int = 1
     types: str = "bf16"
     D: int = 64
+    growth: float = 30.0
 
 
 MUTATIONS = {
@@ -58,7 +59,12 @@ MUTATIONS = {
     "keys: states of another step": Mutation(
         "backward_keys.cuh", "next.ring == 2 * STATES ? 0", "next.ring == 1 * STATES ? 0"
     ),
-    "keys: delta forgotten": Mutation("backward_keys.cuh", "(ds[0][n][e] - lane.delta)", "ds[0][n][e]"),
+    "keys: delta forgotten where all is visible": Mutation(
+        "backward_keys.cuh", "(ds[0][n][e] - lane.delta)", "ds[0][n][e]", growth=1.0
+    ),
+    "keys: delta forgotten": Mutation(
+        "backward_keys.cuh", "need_k ? ds[0][n][e] - lane.delta : 0.0f", "need_k ? ds[0][n][e] : 0.0f"
+    ),
     "tile: columns of a fragment swapped": Mutation("tile.cuh", "8 * (n % 4) + e", "8 * (n % 4) + (1 - e)"),
     "mma: rows of a fragment swapped": Mutation(
         "mma.cuh", "{{pair_of(T{}, acc[2 * i][0], acc[2 * i][1]), pair_of(T{}, acc[2 * i][2], acc[2 * i][3])",
@@ -109,7 +115,7 @@ def mutated(folder, mutation: Mutation) -> Build:
 def test_mistake_is_caught(name, tmp_path):
     mutation = MUTATIONS[name]
     build = mutated(tmp_path, mutation)
-    call = mixed_call(mutation.types, mutation.D)
+    call = mixed_call(mutation.types, mutation.D, mutation.growth)
     cotangents = cotangents_for(call)
     with pytest.raises((ptxemu.KernelFault, AssertionError)):
         results = []
