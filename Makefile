@@ -16,7 +16,7 @@ CUDA_TORCH ?= torch==2.14.1
 OLDEST ?= torch==2.6.0
 NEWEST ?= torch==2.14.1
 # what the op's own tests need beside torch
-OP_TESTS := hypothesis|iniconfig|ninja|numpy|packaging|pluggy|pygments|Pygments|pytest|setuptools|sortedcontainers
+OP_TESTS := hypothesis|iniconfig|ninja|numpy|packaging|pluggy|psutil|pygments|Pygments|pytest|setuptools|sortedcontainers
 PIP := .venv/bin/pip --quiet --disable-pip-version-check
 CXX_FILES := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh \
   python_bindings/*.h python_bindings/*.cpp benchmarks/gpu/*.cpp tests/cuda/*.cpp)
