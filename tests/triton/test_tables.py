@@ -174,10 +174,9 @@ def test_layers_of_a_step_share_tables(monkeypatch):
     first = rows(problem)
     assert rows(problem) is first and rows(problem._replace(drop_p=0.5, seed=3)) is first and len(made) == 1
     assert rows(problem, S=9) is not first and rows(problem._replace(context_length=7)) is not first
+    assert rows(problem._replace(hidden=problem.hidden.clone())) is not first
     problem.hidden[1, 1] = 6
     assert rows(problem)[tables.ROW_HIDE_END].tolist() == [3, 6]
-    copy = problem._replace(hidden=problem.hidden.clone())
-    assert rows(copy) is not rows(problem)
     with torch.inference_mode():
         frozen = problem._replace(hidden=torch.tensor([[0, 1], [1, 2]]))
         assert rows(frozen) is not rows(frozen)  # such a tensor does not count writes
@@ -200,3 +199,17 @@ def test_set_up_of_a_later_layer_is_a_few_operations():
             plan_forward(*tensors(16, 64, 64, 1, problem), problem)
         counts.append(counted.calls)
     assert counts[1] <= 20 and counts[0] >= 60, counts
+
+
+def test_tokens_of_no_row_are_zero():
+    """No kernel writes what lies behind the last packed row, and the host cannot see whether there is any."""
+    problem = NO_PROBLEM._replace(cu_seqlens=torch.tensor([0, 3, 5], dtype=torch.int32))
+    inputs = tensors(2, 8, 8, 1, problem)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        out, lse = plan_forward(*inputs, problem).outputs
+        backward = plan_backward(out, None, *inputs, out, lse, [True] * 5 + [False], problem)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert out.eq(0).all() and lse.isneginf().all() and all(x.eq(0).all() for x in backward.outputs[:3])
