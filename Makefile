@@ -5,6 +5,7 @@
 #   MODEL  a Hugging Face id or a directory make demo MODEL=Qwen/Qwen2.5-0.5B
 #   OUT    where benchmarks leave results    make bench OUT=benchmarks/results
 #   DATA   tasks in the MetaICL layout       make reproduce DATA=metaicl/data TASKS="sick qasc" SEEDS="13 21" FULL=1
+#   MOST_SECONDS  longest epoch of the scaling   make reproduce MOST_SECONDS=600
 #   CUDA_TORCH  a CUDA build of torch        make cuda-bindings CUDA_TORCH=torch==2.13.0
 #   OLDEST, NEWEST  bounds of torch          make test-bounds
 
@@ -70,7 +71,8 @@ profile: .venv/built
 reproduce: .venv/built
 	@if [ -z "$(MODEL)" ]; then .venv/bin/python examples/fetch_smollm2.py .models/smollm2-135m; fi
 	.venv/bin/python benchmarks/reproduce.py --model $(or $(MODEL),.models/smollm2-135m) $(if $(DATA),--data $(DATA)) \
-	  $(if $(TASKS),--tasks $(TASKS)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(FULL),--full) --results $(OUT)/reproduce $(if $(DOCS),--docs $(DOCS))
+	  $(if $(TASKS),--tasks $(TASKS)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(FULL),--full) \
+	  $(if $(MOST_SECONDS),--most-seconds $(MOST_SECONDS)) --results $(OUT)/reproduce $(if $(DOCS),--docs $(DOCS))
 
 # On a machine with a GPU: all tests on it, then the op against its peers; writes runs/gpu-check/gpu_check.md and .json
 gpu-check: .venv/built

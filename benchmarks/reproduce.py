@@ -241,6 +241,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--suite", help="layout of the files (default: nlp_lr with --data, jsonl without)")
     parser.add_argument("--tasks", nargs="*", default=[], help="tasks (default: the first two; with --full all)")
     parser.add_argument("--seeds", nargs="*", type=int, help="seeds of the test (default: 13; with --full 13 and 21)")
+    parser.add_argument("--most-seconds", type=float, help="no k whose epoch would be longer (default: 30; full: 600)")
     parser.add_argument("--full", action="store_true", help="16 demonstrations, all tasks, two seeds")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "reproduce", help="folder of the cells")
     parser.add_argument("--results", type=Path, help="folder of the report and figures (default: OUT)")
@@ -252,6 +253,8 @@ def main(argv: list[str] | None = None) -> None:
     plan = FULL if args.full else QUICK
     if args.seeds:
         plan = replace(plan, seeds=tuple(args.seeds))
+    if args.most_seconds:
+        plan = replace(plan, most_seconds=args.most_seconds)
     if TUNING_SEED in plan.seeds:
         parser.error(f"argument --seeds: the demonstrations of {TUNING_SEED} choose the settings and are not tested")
     suite = get_suite(args.suite or ("nlp_lr" if args.data else "jsonl"))
@@ -302,6 +305,7 @@ def _command(args: argparse.Namespace) -> str:
     words = ["DATA=FOLDER"] if args.data else []
     words += [f'TASKS="{" ".join(args.tasks)}"'] if args.tasks else []
     words += [f'SEEDS="{" ".join(map(str, args.seeds))}"'] if args.seeds else []
+    words += [f"MOST_SECONDS={args.most_seconds:g}"] if args.most_seconds else []
     return " ".join(["make reproduce", *words, *(["FULL=1"] if args.full else [])])
 
 
