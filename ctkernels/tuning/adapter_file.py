@@ -67,7 +67,8 @@ def load(
     directory = Path(directory)
     path = directory / DESCRIPTION
     prefix = prefix_file.load(directory, model, tokenizer)
-    beside, device = read_description(path).get("beside", {}), prefix.keys[0].device
+    description, device = read_description(path), prefix.keys[0].device
+    beside = description.get("beside") or _kept_apart(directory, description["tensors"])
     try:
         prompt = lora = None
         if "prompt" in beside:
@@ -84,6 +85,16 @@ def load(
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise PrefixFileError(f"{path}: damaged: {type(error).__name__}: {error}") from error
     return Adapter(prefix, prompt, lora, pool)
+
+
+def _kept_apart(directory: Path, tensors: str) -> dict[str, Any]:
+    """What adapter.json says beside a prefix with these tensors: before prefix.json named all parts, it did."""
+    try:
+        description = json.loads((directory / "adapter.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    belongs = isinstance(description, dict) and description.get("prefix") == tensors
+    return description if belongs else {}
 
 
 def _read_lora(folder: Path, device: torch.device) -> Lora:

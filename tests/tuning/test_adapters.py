@@ -36,6 +36,24 @@ def test_saved_adapters_score_as_before(tmp_path, name):
     assert len(list(tmp_path.iterdir())) == 4 and Adapter.from_pretrained(tmp_path).lora is None
 
 
+@pytest.mark.parametrize("name", ["ttt", "ipt"])
+def test_adapters_that_were_described_apart(tmp_path, name):
+    """As they were saved before prefix.json named all parts; a description of another prefix does not count."""
+    adapter = run(name, make_model("llama", torch.float32)).adapter
+    adapter.save_pretrained(tmp_path)
+    path = tmp_path / "prefix.json"
+    whole = json.loads(path.read_text())
+    parts = whole.pop("beside")
+    path.write_text(json.dumps(whole))
+    (tmp_path / "adapter.json").write_text(json.dumps({**parts, "prefix": whole["tensors"]}))
+    loaded = Adapter.from_pretrained(tmp_path)
+    assert_same_bits(loaded, adapter)
+    assert loaded.pool == adapter.pool
+    (tmp_path / "adapter.json").write_text(json.dumps({**parts, "prefix": "prefix-0123456789abcdef.safetensors"}))
+    alone = Adapter.from_pretrained(tmp_path)
+    assert alone.lora is None and alone.prompt is None and not alone.pool
+
+
 def test_weights_matter_to_the_scores():
     """Would catch an evaluation that forgets the LoRA update."""
     model = make_model("llama")
