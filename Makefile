@@ -20,7 +20,7 @@ NEWEST ?= torch==2.14.1
 OP_TESTS := hypothesis|iniconfig|ninja|numpy|packaging|pluggy|psutil|pygments|Pygments|pytest|setuptools|sortedcontainers
 PIP := .venv/bin/pip --quiet --disable-pip-version-check
 CXX_FILES := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh \
-  python_bindings/*.h python_bindings/*.cpp benchmarks/gpu/*.cpp tests/cuda/*.cpp)
+  python_bindings/*.h python_bindings/*.cpp tools/gpu/cuda/*.cpp)
 SOURCES := setup.py $(filter csrc/% python_bindings/%,$(CXX_FILES))
 # a CUDA build of torch depends on the Triton that its own compiler needs, and on its CUDA runtime: those stay
 TORCH_BRINGS_TRITON := import importlib.metadata as m, sys; sys.exit(not any(r.startswith('triton') for r in m.requires('torch') or []))
@@ -35,12 +35,12 @@ demo: .venv/built
 
 # two workers with one thread each; the tests that need more threads ask for them
 test: .venv/built
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 tests
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2
 
 # The Triton kernels without a GPU, all of it: the whole suite of the op under Triton's interpreter, and compiled code in
 # the PTX emulator on both architectures and in more schedules; an hour or two
 test-gpu-full: .venv/built
-	OMP_NUM_THREADS=1 CTKERNELS_TEST_PROFILE=thorough .venv/bin/python -m pytest -q -n 2 tests/gpu tests/triton tests/ptxemu tests/cuda
+	OMP_NUM_THREADS=1 CTKERNELS_TEST_PROFILE=thorough .venv/bin/python -m pytest -q -n 2 tests/backends tools
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 CTKERNELS_TEST_PROFILE=interpreter .venv/bin/python -m pytest -q -n 2 tests/op -k triton
 
 # The op against its peers, how it scales, training steps, models without a prefix, and serving: writes the tables of the
@@ -55,7 +55,7 @@ bench: .venv/built
 
 # Mistakes planted into copies of the CUDA kernels: every one must be caught
 mutations-cuda: .venv/installed
-	CTKERNELS_TEST_PROFILE=thorough .venv/bin/python -m pytest -q tests/cuda/test_mutations.py
+	CTKERNELS_TEST_PROFILE=thorough .venv/bin/python -m pytest -q tests/backends/cuda/test_mutations.py
 
 # The op over all head shapes, prefix lengths, row lengths and batches, against its ceiling alone; about ten minutes
 bench-full: .venv/built
@@ -76,24 +76,24 @@ reproduce: .venv/built
 
 # On a machine with a GPU: all tests on it, then the op against its peers; writes runs/gpu-check/gpu_check.md and .json
 gpu-check: .venv/built
-	.venv/bin/python benchmarks/gpu_check.py --out runs/gpu-check
+	.venv/bin/python tools/gpu/check.py --out runs/gpu-check
 
-# What the GPU kernels need on every architecture, and what they execute: the tables in benchmarks/results.
+# What the GPU kernels need on every architecture, and what they execute: the tables in tools/gpu/results.
 # No GPU is needed; compiling everything takes long the first time, and seconds after that.
 gpu-report: .venv/installed
-	.venv/bin/python benchmarks/gpu_report.py --out benchmarks/results --docs docs/gpu.md
-	.venv/bin/python benchmarks/gpu/cuda_report.py --out benchmarks/results --docs docs/cuda.md
+	.venv/bin/python tools/gpu/triton/report.py --out tools/gpu/results --docs docs/gpu.md
+	.venv/bin/python tools/gpu/cuda/report.py --out tools/gpu/results --docs docs/cuda.md
 
 # The CUDA extension, whole, against a CUDA build of torch (several GB, in a virtual environment of its own): compiled for
 # every architecture, linked, imported, and its operators' registrations checked. No GPU is needed; five minutes
 # after the download.
 cuda-bindings: .venv-cuda/installed
 	mkdir -p build/cuda-bindings
-	cd build/cuda-bindings && rm -rf benchmarks ctkernels csrc python_bindings tests
-	cp -rp benchmarks ctkernels csrc python_bindings tests setup.py pyproject.toml README.md build/cuda-bindings
+	cd build/cuda-bindings && rm -rf ctkernels csrc python_bindings tools
+	cp -rp ctkernels csrc python_bindings tools setup.py pyproject.toml README.md build/cuda-bindings
 	rm -f build/cuda-bindings/ctkernels/*.so
 	cd build/cuda-bindings && CTKERNELS_CUDA=1 ../../.venv-cuda/bin/python setup.py --quiet build_ext --inplace
-	cd build/cuda-bindings && ../../.venv-cuda/bin/python tests/cuda/check_bindings.py
+	cd build/cuda-bindings && ../../.venv-cuda/bin/python tools/gpu/cuda/check_bindings.py
 
 lint: .venv/installed
 	.venv/bin/ruff check .
@@ -133,9 +133,9 @@ wheel-check: wheel
 	build/wheel-check/venv/bin/pip --quiet install "$(TORCH)"
 	grep -vE '^nvidia-' requirements.txt > build/wheel-check/requirements.txt
 	build/wheel-check/venv/bin/pip --quiet install --no-deps -r build/wheel-check/requirements.txt dist/*.whl
-	cp -r benchmarks examples tests build/wheel-check
+	cp -r benchmarks examples build/wheel-check
 	@if [ -z "$(MODEL)" ]; then .venv/bin/python examples/fetch_smollm2.py .models/smollm2-135m; fi
-	cd build/wheel-check && venv/bin/python tests/check_wheel.py
+	cd build/wheel-check && venv/bin/python ../../tests/check_wheel.py
 	cd build/wheel-check && venv/bin/python examples/demo.py --model $(abspath $(or $(MODEL),.models/smollm2-135m)) --out demo
 
 # The op against the oldest and the newest torch that pyproject.toml stands for, in virtual environments of their own
@@ -155,12 +155,13 @@ test-torch:
 	cd build/bounds && CTKERNELS_CUDA=0 venv/bin/python setup.py --quiet build_ext --inplace
 	cd build/bounds && OMP_NUM_THREADS=1 venv/bin/python -m pytest -q tests/op -k "not triton and not library"
 
-.venv/installed: requirements.txt
+.venv/installed: requirements.txt tools/ptxemu/pyproject.toml
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	$(PIP) install "$(TORCH)"
 	if .venv/bin/python -c "$(TORCH_BRINGS_TRITON)"; then grep -vE '^(triton|nvidia-cuda-runtime)==' requirements.txt; else cat requirements.txt; fi \
 	  > .venv/requirements.txt
 	$(PIP) install --no-deps -r .venv/requirements.txt
+	$(PIP) install --no-build-isolation --no-deps --editable tools/ptxemu
 	touch $@
 
 .venv-cuda/installed: requirements.txt

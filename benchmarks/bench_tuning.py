@@ -26,10 +26,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from benchmarks import harness, memory, plain_ctkv
+from benchmarks import harness
 from benchmarks.cases import FLOPS
 from benchmarks.harness import MatrixProduct, Spread
 from ctkernels import ContextMask
+from ctkernels.testing import memory, plain_ctkv
 from ctkernels.tuning import (
     Demonstration,
     TrainSettings,

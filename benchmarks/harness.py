@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 import ctkernels
-from benchmarks import memory
 from ctkernels import dispatch
+from ctkernels.testing import memory
 
 Value = TypeVar("Value")
 Laps = dict[str, float]  # phase -> seconds of one run

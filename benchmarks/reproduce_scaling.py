@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks import harness
-from ctkernels.tuning.data import Demonstration, encode_context
+from ctkernels.tuning.data.demonstrations import Demonstration, encode_context
+from ctkernels.tuning.data.suites import SuiteOptions, get_suite
+from ctkernels.tuning.evaluation.sweep.spec import MethodSpec
 from ctkernels.tuning.storage import atomic_file, atomic_write_json
-from ctkernels.tuning.suites import SuiteOptions, get_suite
-from ctkernels.tuning.sweep.spec import MethodSpec
-from ctkernels.tuning.trainer import tune
+from ctkernels.tuning.train.trainer import tune
 
 if TYPE_CHECKING:
     from benchmarks.reproduce import Setting

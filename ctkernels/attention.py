@@ -11,7 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from ctkernels import dispatch, dispatch_table, ops, reference
+from ctkernels import dispatch, dispatch_table, ops
+from ctkernels.backends import reference
 from ctkernels.mask import ContextMask
 from ctkernels.problem import Problem, check_values
 

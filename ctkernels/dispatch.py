@@ -16,10 +16,10 @@ from ctkernels import dispatch_table
 # on CPU tensors; on CUDA tensors the one that `dispatch_table` names, and where that one refuses, the other; on ROCm
 # tensors Triton's. Under TRITON_INTERPRET=1 Triton serves CPU tensors, if named.
 BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "cpu": ("ctkernels.cpu", ("cpu",)),
-    "cuda": ("ctkernels.cuda", ("cuda",)),
-    "triton": ("ctkernels.triton_backend", ("cuda", "cpu")),
-    "reference": ("ctkernels.reference", ()),  # () = every device
+    "cpu": ("ctkernels.backends.cpu", ("cpu",)),
+    "cuda": ("ctkernels.backends.cuda", ("cuda",)),
+    "triton": ("ctkernels.backends.triton.backend", ("cuda", "cpu")),
+    "reference": ("ctkernels.backends.reference", ()),  # () = every device
 }
 
 # of those that torch reports, what decides how fast an instruction set can be

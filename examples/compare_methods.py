@@ -16,7 +16,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ctkernels.tuning import load_jsonl, tune
-from ctkernels.tuning.sweep.spec import MethodSpec
+from ctkernels.tuning.evaluation.sweep.spec import MethodSpec
 
 TASK = Path(__file__).resolve().parent / "tasks" / "support-routing"
 METHODS = ("zero-shot", "icl", "prefix-tuning", "ct-kv", "ct-kv:leave_one_out=none:drop_p=0")

@@ -28,8 +28,9 @@ from rich.table import Table  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
-from benchmarks import memory, plain_ctkv  # noqa: E402
 from ctkernels import ContextMask  # noqa: E402
+from ctkernels.cli.progress import epoch_bar  # noqa: E402
+from ctkernels.testing import memory, plain_ctkv  # noqa: E402
 from ctkernels.tuning import (  # noqa: E402
     Demonstration,
     EvalResult,
@@ -42,7 +43,6 @@ from ctkernels.tuning import (  # noqa: E402
     load_jsonl,
     tune,
 )
-from ctkernels.tuning.progress import epoch_bar  # noqa: E402
 from ctkernels.tuning.storage import atomic_write_json  # noqa: E402
 
 METHODS = ("zero-shot", "icl", "ct-kv")

@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ctkernels.tuning import get_method, load_jsonl, tune
-from ctkernels.tuning.adapter import Adapter
+from ctkernels.tuning.adapters.adapter import Adapter
 
 TASK = Path(__file__).resolve().parent / "tasks" / "support-routing"
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from ctkernels.tuning import get_method, load_jsonl, tune
-from ctkernels.tuning.hf_models import find_decoder
+from ctkernels.tuning.hf.models import find_decoder
 
 TASK = Path(__file__).resolve().parent / "tasks" / "support-routing"
 

@@ -1,4 +1,4 @@
-// Torch side of the CPU backend: turns tensors into Params and registers the operators that ctkernels/cpu.py calls.
+// Torch side of the CPU backend: turns tensors into Params and registers the operators that ctkernels/backends/cpu.py calls.
 // Arguments have been checked in Python (attention.py for shapes and types, ops.py for values).
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>

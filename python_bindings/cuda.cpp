@@ -1,5 +1,5 @@
 // Torch side of the CUDA backend: launches the kernels on the current stream, and registers the operators that
-// ctkernels/cuda.py calls. Values that index memory are not looked at here, since that would wait for the GPU: the
+// ctkernels/backends/cuda.py calls. Values that index memory are not looked at here, since that would wait for the GPU: the
 // kernels clamp them.
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>

@@ -9,8 +9,8 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "adapter": ("Adapter",),
-    "compose": ("concatenate", "moved"),
+    "adapters.adapter": ("Adapter",),
+    "adapters.compose": ("concatenate", "moved"),
     "data": (
         "DataError",
         "Demonstration",
@@ -21,17 +21,17 @@ _HOMES = {
         "load_jsonl",
         "load_metaicl",
     ),
-    "distributed": ("PeerError",),
-    "evaluate": ("EvalResult", "evaluate_prefix"),
+    "train.distributed": ("PeerError",),
+    "evaluation.evaluate": ("EvalResult", "evaluate_prefix"),
     "methods": ("METHODS", "PRESETS", "Method", "get_method"),
-    "peft_export": ("export_peft",),
-    "peft_import": ("import_peft",),
-    "prefix": ("KVPrefix",),
-    "prefix_set": ("PrefixSet", "left_padded"),
-    "prompt": ("SoftPrompt",),
-    "store": ("PrefixStore",),
-    "settings": ("TrainSettings",),
-    "trainer": ("EpochRecord", "TrainingError", "TuneResult", "tune"),
+    "adapters.peft_export": ("export_peft",),
+    "adapters.peft_import": ("import_peft",),
+    "adapters.prefix": ("KVPrefix",),
+    "adapters.prefix_set": ("PrefixSet", "left_padded"),
+    "adapters.prompt": ("SoftPrompt",),
+    "adapters.store": ("PrefixStore",),
+    "train.settings": ("TrainSettings",),
+    "train.trainer": ("EpochRecord", "TrainingError", "TuneResult", "tune"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

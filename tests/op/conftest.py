@@ -5,9 +5,8 @@ from collections.abc import Iterator
 import pytest
 
 from ctkernels import dispatch
-
-from .backends import Backend, backends, builds
-from .interpreter import interpreting, repair
+from ctkernels.testing.backends import Backend, backends, builds
+from ctkernels.testing.interpreter import interpreting, repair
 
 if interpreting():
     repair()

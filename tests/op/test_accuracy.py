@@ -7,7 +7,7 @@ the result: by the largest error of a tensor, and by the root mean square.
 import pytest
 import torch
 
-from .cases import cotangents_for, make_call, run, run_dense
+from ctkernels.testing.calls import cotangents_for, make_call, run, run_dense
 
 ORDINARY = {
     "leave-one-out rows": dict(

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from ctkernels import dispatch
-
-from .cases import cotangents_for, make_call, run
-from .compare import assert_matches
+from ctkernels.testing.calls import cotangents_for, make_call, run
+from ctkernels.testing.compare import assert_matches
 
 HIDDEN = torch.tensor([[20 * (b % 10), 20 * (b % 10) + 20] for b in range(40)])
 LENS = [1 + 7 * b % 23 for b in range(40)]

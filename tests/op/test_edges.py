@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from .cases import Call, cotangents_for, cu_seqlens_of, make_call, run
-from .compare import assert_matches
+from ctkernels.testing.calls import Call, cotangents_for, cu_seqlens_of, make_call, run
+from ctkernels.testing.compare import assert_matches
 
 INF = float("inf")
 

@@ -11,8 +11,8 @@ import torch
 
 import ctkernels as ct
 from ctkernels import dispatch
+from ctkernels.testing.calls import Call, call_op, make_call
 
-from .cases import Call, call_op, make_call
 from .test_gradients import Recorder
 
 Z = torch.zeros
@@ -335,7 +335,7 @@ HOSTILE = """
 import sys
 import torch
 sys.path.insert(0, {root!r})
-from tests.op.cases import call_op, make_call
+from ctkernels.testing.calls import call_op, make_call
 from tests.op.test_gradients import Recorder
 
 call = make_call(types="fp32", G=2, B=3, bias=(4, 11), prefix_index=torch.tensor([0, 1, 0]),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .cases import DIFFERENTIABLE, call_op, cotangents_for, make_call, run
+from ctkernels.testing.calls import DIFFERENTIABLE, call_op, cotangents_for, make_call, run
 
 SMALL = dict(B=2, H=2, Hk=1, S=3, P=4, D=2)
 CHECKED = {

@@ -8,9 +8,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import scaled_dot_product_attention
 
 import ctkernels as ct
+from ctkernels.testing.backends import Backend, backends
+from ctkernels.testing.calls import call_op, cotangents_for, make_call, run
 
-from .backends import Backend, backends
-from .cases import call_op, cotangents_for, make_call, run
 from .test_gradients import Recorder
 
 OPCHECKED = {

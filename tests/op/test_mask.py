@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 
 import ctkernels as ct
 from ctkernels.mask import philox4x32
-
-from . import oracle
-from .strategies import SEEDS, masks
+from ctkernels.testing import oracle
+from ctkernels.testing.strategies import SEEDS, masks
 
 # (counter, key, output) of philox4x32-10 as published with Random123
 KNOWN_ANSWERS = [

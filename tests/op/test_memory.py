@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from .backends import backends
+from ctkernels.testing.backends import backends
 
 SCRIPT = """
 import resource
@@ -55,7 +55,7 @@ RELEASE = """
 import sys
 import psutil
 sys.path.insert(0, {root!r})
-from ctkernels import cpu
+from ctkernels.backends import cpu
 
 exec(sys.stdin.read())  # defines step
 def resident():  # bytes

@@ -7,10 +7,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import ctkernels as ct
-
-from . import oracle
-from .cases import Call, cotangents_for, cu_seqlens_of, make_call, run
-from .compare import assert_matches
+from ctkernels.testing import oracle
+from ctkernels.testing.calls import Call, cotangents_for, cu_seqlens_of, make_call, run
+from ctkernels.testing.compare import assert_matches
 
 ROWS = ("q", "k", "v")
 NAN = float("nan")

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from . import oracle
-from .backends import Backend
-from .cases import DIFFERENTIABLE, Call, cotangents_for, dense, make_call, results, run
+from ctkernels.testing import oracle
+from ctkernels.testing.backends import Backend
+from ctkernels.testing.calls import DIFFERENTIABLE, Call, cotangents_for, dense, make_call, results, run
 
 REFERENCE = Backend("reference")
 

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from .cases import TYPES, cotangents_for, run
-from .compare import assert_matches
-from .strategies import calls
+from ctkernels.testing.calls import TYPES, cotangents_for, run
+from ctkernels.testing.compare import assert_matches
+from ctkernels.testing.strategies import calls
 
 COTANGENT_LAYOUTS = st.sampled_from(["plain", "transposed", "expanded"])
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .cases import Call, call_op, cotangents_for, make_call, run
+from ctkernels.testing.calls import Call, call_op, cotangents_for, make_call, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # vmap runs entry by entry
 NAMES = ("prefix_k", "prefix_v", "q", "prefix_bias")

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 import ctkernels as ct
-
-from .cases import cotangents_for, make_call, run
-from .compare import assert_matches
+from ctkernels.testing.calls import cotangents_for, make_call, run
+from ctkernels.testing.compare import assert_matches
 
 HALVES = [torch.float16, torch.bfloat16]
 

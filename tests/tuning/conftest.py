@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests.tuning.tasks import DEMONSTRATIONS, char_tokenizer, write_jsonl
-from tests.tuning.tiny_models import make_model
+from ctkernels.testing.models import make_model
+from ctkernels.testing.tasks import DEMONSTRATIONS, char_tokenizer, write_jsonl
 
 
 @pytest.fixture(scope="module")

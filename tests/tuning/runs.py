@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from ctkernels.tuning.adapter import Adapter
-from ctkernels.tuning.data import Demonstration
+from ctkernels.testing.tasks import DEMONSTRATIONS, char_tokenizer
+from ctkernels.tuning.adapters.adapter import Adapter
+from ctkernels.tuning.data.demonstrations import Demonstration
 from ctkernels.tuning.methods import get_method
-from ctkernels.tuning.settings import TrainSettings
-from ctkernels.tuning.trainer import TuneResult, tune
-from tests.tuning.tasks import DEMONSTRATIONS, char_tokenizer
+from ctkernels.tuning.train.settings import TrainSettings
+from ctkernels.tuning.train.trainer import TuneResult, tune
 
 NAMES = (
     "zero-shot",

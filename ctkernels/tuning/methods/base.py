@@ -14,17 +14,25 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch.distributed.fsdp import FSDPModule
 
-from ctkernels.tuning.data import DataError, Demonstration, EncodedContext, Row, TextFormat, encode_context, encode_rows
-from ctkernels.tuning.distributed import is_sharded
-from ctkernels.tuning.hf_models import config_hash, find_decoder
-from ctkernels.tuning.limits import check_context_length, check_row_lengths
+from ctkernels.tuning.data.demonstrations import (
+    DataError,
+    Demonstration,
+    EncodedContext,
+    Row,
+    TextFormat,
+    encode_context,
+    encode_rows,
+)
+from ctkernels.tuning.hf.limits import check_context_length, check_row_lengths
+from ctkernels.tuning.hf.models import config_hash, find_decoder
 from ctkernels.tuning.methods.presets import PRESETS
-from ctkernels.tuning.settings import TrainSettings
+from ctkernels.tuning.train.distributed import is_sharded
+from ctkernels.tuning.train.settings import TrainSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ctkernels.tuning.adapter import Adapter
+    from ctkernels.tuning.adapters.adapter import Adapter
 
 LOOP = frozenset({"epochs", "lr", "batch_rows", "clip_norm", "seed", "learn_stop", "layout", "max_tokens", "backend"})
 DROPOUT = frozenset({"drop_p", "drop_from"})

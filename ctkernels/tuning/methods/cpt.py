@@ -9,8 +9,8 @@ from types import MappingProxyType
 
 import torch
 
-from ctkernels.tuning.adapter import Adapter
-from ctkernels.tuning.data import DELIMITER, INPUT
+from ctkernels.tuning.adapters.adapter import Adapter
+from ctkernels.tuning.data.demonstrations import DELIMITER, INPUT
 from ctkernels.tuning.methods.base import DROPOUT, LEAVE_ONE_OUT, Method, Run
 from ctkernels.tuning.methods.ct_prompt import context_prompt, tuned
 

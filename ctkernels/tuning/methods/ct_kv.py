@@ -6,14 +6,14 @@ reads the prefix minus its own segment (leave-one-out) and minus a random set of
 
 from types import MappingProxyType
 
-from ctkernels.tuning.adapter import Adapter
-from ctkernels.tuning.hf_models import find_decoder
-from ctkernels.tuning.learners import PrefixLearner
-from ctkernels.tuning.limits import check_context_length
+from ctkernels.tuning.adapters.adapter import Adapter
+from ctkernels.tuning.adapters.prefix import KVPrefix
+from ctkernels.tuning.hf.limits import check_context_length
+from ctkernels.tuning.hf.models import find_decoder
+from ctkernels.tuning.hf.rotary import check_fixed_rotation
 from ctkernels.tuning.methods.base import DROPOUT, LEAVE_ONE_OUT, Method, Run
-from ctkernels.tuning.prefix import KVPrefix
-from ctkernels.tuning.rotary import check_fixed_rotation
-from ctkernels.tuning.starts import demonstrations_prefix
+from ctkernels.tuning.methods.starts import demonstrations_prefix
+from ctkernels.tuning.train.learners import PrefixLearner
 
 OPTIONS = DROPOUT | LEAVE_ONE_OUT | {"start", "permutations", "pool", "front_tokens"}
 PREFIX_OPTIONS = frozenset({"trained", "top_layers", "frozen_tokens", "pull", "fisher", "rank", "hidden"})

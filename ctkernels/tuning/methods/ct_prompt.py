@@ -8,12 +8,12 @@ from types import MappingProxyType
 
 import torch
 
-from ctkernels.tuning.adapter import Adapter
-from ctkernels.tuning.learners import PromptLearner
-from ctkernels.tuning.limits import check_context_length
+from ctkernels.tuning.adapters.adapter import Adapter
+from ctkernels.tuning.adapters.prompt import SoftPrompt
+from ctkernels.tuning.hf.limits import check_context_length
 from ctkernels.tuning.methods.base import DROPOUT, LEAVE_ONE_OUT, Method, Run
-from ctkernels.tuning.prompt import SoftPrompt
-from ctkernels.tuning.starts import metadata
+from ctkernels.tuning.methods.starts import metadata
+from ctkernels.tuning.train.learners import PromptLearner
 
 
 def context_prompt(run: Run) -> SoftPrompt:

@@ -12,9 +12,9 @@ from types import MappingProxyType
 
 import torch
 
-from ctkernels.tuning.adapter import Adapter
-from ctkernels.tuning.encode import encode_tokens
-from ctkernels.tuning.hf_models import ALIBI, find_decoder
+from ctkernels.tuning.adapters.adapter import Adapter
+from ctkernels.tuning.hf.encode import encode_tokens
+from ctkernels.tuning.hf.models import ALIBI, find_decoder
 from ctkernels.tuning.methods.base import Method, Run
 from ctkernels.tuning.methods.icl import context_prefix
 

@@ -1,8 +1,8 @@
 """In-context learning: the demonstrations' KV cache as it is."""
 
-from ctkernels.tuning.adapter import Adapter
+from ctkernels.tuning.adapters.adapter import Adapter
+from ctkernels.tuning.adapters.prefix import KVPrefix
 from ctkernels.tuning.methods.base import Method, Run
-from ctkernels.tuning.prefix import KVPrefix
 
 
 def context_prefix(run: Run) -> KVPrefix:

@@ -3,11 +3,11 @@
 Sun, Liu, Iter, Zhu, Iyyer: "How Does In-Context Learning Help Prompt Tuning?", arXiv 2302.11521.
 """
 
-from ctkernels.tuning.adapter import Adapter
-from ctkernels.tuning.data import encode_rows
+from ctkernels.tuning.adapters.adapter import Adapter
+from ctkernels.tuning.data.demonstrations import encode_rows
+from ctkernels.tuning.data.retrieval import InWordsEncoder
 from ctkernels.tuning.methods.base import Method, Run
 from ctkernels.tuning.methods.prompt_tuning import DEFAULTS, OPTIONS, STARTS, fit_prompt
-from ctkernels.tuning.retrieval import InWordsEncoder
 
 
 def fit(run: Run) -> Adapter:

@@ -5,11 +5,11 @@ Li and Liang: "Prefix-Tuning: Optimizing Continuous Prompts for Generation", arX
 
 from types import MappingProxyType
 
-from ctkernels.tuning.adapter import Adapter
-from ctkernels.tuning.learners import PrefixLearner
+from ctkernels.tuning.adapters.adapter import Adapter
 from ctkernels.tuning.methods.base import DROPOUT, Method, Run
 from ctkernels.tuning.methods.ct_kv import PREFIX_OPTIONS
-from ctkernels.tuning.starts import tokens_prefix
+from ctkernels.tuning.methods.starts import tokens_prefix
+from ctkernels.tuning.train.learners import PrefixLearner
 
 
 def fit(run: Run) -> Adapter:

@@ -8,13 +8,13 @@ from types import MappingProxyType
 
 import torch
 
-from ctkernels.tuning.adapter import Adapter
-from ctkernels.tuning.data import Demonstration, Row
-from ctkernels.tuning.learners import PromptLearner
-from ctkernels.tuning.limits import check_context_length
+from ctkernels.tuning.adapters.adapter import Adapter
+from ctkernels.tuning.adapters.prompt import SoftPrompt
+from ctkernels.tuning.data.demonstrations import Demonstration, Row
+from ctkernels.tuning.hf.limits import check_context_length
 from ctkernels.tuning.methods.base import DROPOUT, Method, Run
-from ctkernels.tuning.prompt import SoftPrompt
-from ctkernels.tuning.starts import metadata, prompt_embeddings
+from ctkernels.tuning.methods.starts import metadata, prompt_embeddings
+from ctkernels.tuning.train.learners import PromptLearner
 
 OPTIONS = DROPOUT | {"start", "prompt_tokens", "hidden"}
 STARTS = ("vocabulary", "first-ids", "uniform")

@@ -8,13 +8,13 @@ the demonstrations under the updated weights.
 from dataclasses import replace
 from types import MappingProxyType
 
-from ctkernels.tuning.adapter import Adapter
-from ctkernels.tuning.data import PairEncoder
-from ctkernels.tuning.learners import LoraLearner
-from ctkernels.tuning.lora import Lora, lora_targets
+from ctkernels.tuning.adapters.adapter import Adapter
+from ctkernels.tuning.adapters.lora import Lora, lora_targets
+from ctkernels.tuning.data.demonstrations import PairEncoder
 from ctkernels.tuning.methods.base import Method, Run
 from ctkernels.tuning.methods.icl import context_prefix
-from ctkernels.tuning.settings import TrainSettings
+from ctkernels.tuning.train.learners import LoraLearner
+from ctkernels.tuning.train.settings import TrainSettings
 
 OPTIONS = frozenset({"lora_rank", "lora_alpha", "lora_targets", "answers"})
 

@@ -7,7 +7,7 @@ the rows of its steps, which are always 4.
 from dataclasses import replace
 from types import MappingProxyType
 
-from ctkernels.tuning.adapter import Adapter
+from ctkernels.tuning.adapters.adapter import Adapter
 from ctkernels.tuning.methods import ct_kv, ttt
 from ctkernels.tuning.methods.base import Method, Run
 

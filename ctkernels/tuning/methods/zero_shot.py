@@ -2,9 +2,9 @@
 
 import torch
 
-from ctkernels.tuning.adapter import Adapter
+from ctkernels.tuning.adapters.adapter import Adapter
+from ctkernels.tuning.adapters.prefix import KVPrefix
 from ctkernels.tuning.methods.base import Method, Run
-from ctkernels.tuning.prefix import KVPrefix
 
 
 def fit(run: Run) -> Adapter:

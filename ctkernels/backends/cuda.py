@@ -1,0 +1,65 @@
+"""CUDA backend: the CUDA C++ kernels of `csrc/cuda`, bound by `python_bindings/cuda.cpp`."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ctkernels.backends import extension
+from ctkernels.problem import Problem
+
+LEAST_CAPABILITY = (8, 0)  # mma.sync of bf16 and cp.async
+
+
+@cache
+def load_library() -> str | None:
+    """Register the compiled operators, which needs no GPU: None, or the reason in words."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    return extension.load(
+        "_cuda",
+        "the CUDA extension is not built; run `CTKERNELS_CUDA=1 pip install --no-build-isolation -e .` (needs nvcc)",
+    )
+
+
+@cache
+def unavailable() -> str | None:
+    """None if the kernels can run on this machine, else the reason in words."""
+    return load_library() or (None if torch.cuda.is_available() else "torch finds no GPU")
+
+
+def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot take rows of `dtype` on `device`, or None."""
+    if dtype == torch.float64:
+        return "it computes in fp32, got fp64 tensors"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < LEAST_CAPABILITY:
+        return f"it needs compute capability 8.0 (Ampere) or newer, got {major}.{minor}"
+    return None
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, prefix_bias: Tensor | None, problem: Problem
+) -> tuple[Tensor, Tensor]:
+    return torch.ops.ctkernels.cuda_forward(q, k, v, prefix_k, prefix_v, prefix_bias, *problem[:-1])
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    prefix_bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    needs: list[bool],
+    problem: Problem,
+) -> tuple[Tensor, ...]:
+    return torch.ops.ctkernels.cuda_backward(
+        dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, *problem[:-1]
+    )

@@ -1,0 +1,5 @@
+"""`python -m ctkernels.cli`."""
+
+from ctkernels.cli.main import main
+
+main()

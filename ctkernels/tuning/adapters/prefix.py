@@ -1,0 +1,287 @@
+"""KVPrefix: the trainable key/value prefix of a causal language model, all layers together.
+
+prefix = KVPrefix.from_demonstrations(model, tokenizer, demonstrations)
+with prefix.attach(model):                       # the model now sees the demonstrations before every row
+    model(input_ids, labels=labels).loss.backward()
+    model.generate(input_ids)
+prefix.save_pretrained("runs/task")
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ctkernels import ContextMask
+from ctkernels.tuning.data.demonstrations import Demonstration, TextFormat, encode_context
+from ctkernels.tuning.hf.attach import Attachment
+from ctkernels.tuning.hf.encode import encode_tokens
+from ctkernels.tuning.hf.limits import check_context_length
+from ctkernels.tuning.hf.models import config_hash, find_decoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class PrefixMetadata:
+    """Which model and tokenizer a prefix belongs to, and how it was made.
+
+    model_class, model_id: class name and `name_or_path`.  config_hash: see `hf_models.config_hash`.
+    tokenizer_id, tokenizer_hash: `name_or_path` and `tokenizer_hash`, None if the prefix was made from tokens alone.
+    method, settings: name of the tuning method and its settings, JSON values.
+    """
+
+    model_class: str
+    model_id: str
+    config_hash: str
+    tokenizer_id: str | None = None
+    tokenizer_hash: str | None = None
+    method: str = "icl"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        method: str = "icl",
+        settings: Mapping[str, Any] | None = None,
+    ) -> PrefixMetadata:
+        """Metadata of a prefix for `model`."""
+        decoder = find_decoder(model)
+        return cls(
+            model_class=type(decoder.model).__name__,
+            model_id=decoder.model.name_or_path,
+            config_hash=config_hash(decoder.config),
+            tokenizer_id=None if tokenizer is None else tokenizer.name_or_path,
+            tokenizer_hash=None if tokenizer is None else tokenizer_hash(tokenizer),
+            method=method,
+            settings=dict(settings or {}),
+        )
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of a tokenizer's vocabulary: every token, added ones included, with its id."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
+
+
+class KVPrefix(nn.Module):
+    """Keys and values of P prefix tokens for every layer of one model.
+
+    Args:
+        keys, values: per layer `[Hk, P, D]`, keys after rotary embedding; fp32, or fp64 for an fp64 model.
+        segments: int `[K+1]`, offsets of the K demonstrations in the prefix, non-decreasing within [0, P].
+        first_position: position id of a row's first own token, normally P.
+        metadata: what the prefix belongs to.
+
+    `keys` and `values` become ParameterLists, `segments` an int64 buffer.
+
+    Raises:
+        ValueError, TypeError: shapes, types or offsets that do not fit together.
+    """
+
+    def __init__(
+        self,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        segments: Tensor,
+        first_position: int,
+        metadata: PrefixMetadata,
+    ) -> None:
+        super().__init__()
+        keys, values, segments = list(keys), list(values), torch.as_tensor(segments)
+        _check_layers(keys, values)
+        length = keys[0].shape[1]
+        _check_segments(segments, length)
+        if isinstance(first_position, bool) or not isinstance(first_position, int) or first_position < 0:
+            raise ValueError(f"first_position must be an integer >= 0, got {first_position!r}")
+        with torch.inference_mode(False):  # tensors made in inference mode could not be trained
+            self.keys = nn.ParameterList(nn.Parameter(_trainable(x)) for x in keys)
+            self.values = nn.ParameterList(nn.Parameter(_trainable(x)) for x in values)
+            self.segments: Tensor
+            self.register_buffer("segments", _trainable(segments).to(keys[0].device, torch.int64))
+        self.first_position = first_position
+        self.metadata = metadata
+
+    @property
+    def length(self) -> int:
+        """P, the number of prefix tokens."""
+        return self.keys[0].shape[1]
+
+    @property
+    def num_demonstrations(self) -> int:
+        """K. With K = 1, leave-one-out would hide every demonstration from every row."""
+        return self.segments.shape[0] - 1
+
+    def extra_repr(self) -> str:
+        heads, length, dimension = self.keys[0].shape
+        return (
+            f"{self.metadata.method} for {self.metadata.model_class}: {len(self.keys)} layers of [{heads}, {length}, "
+            f"{dimension}], {self.num_demonstrations} demonstrations, rows from position {self.first_position}"
+        )
+
+    @classmethod
+    def from_tokens(
+        cls,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        segments: Tensor,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        method: str = "icl",
+        settings: Mapping[str, Any] | None = None,
+    ) -> KVPrefix:
+        """The keys and values of a context: one forward pass of the stock model, without logits and without gradients.
+
+        Args:
+            input_ids: int `[P]`; P = 0 gives an empty prefix.
+            segments: int `[K+1]`, offsets of the demonstrations in `input_ids`.
+            tokenizer: recorded in the metadata.
+            method, settings: recorded in the metadata.
+
+        Raises:
+            TypeError: a model class that is not supported, named; input_ids of a wrong type.
+            ValueError: more tokens than the model's context (both numbers are named), a model with a prefix attached.
+        """
+        input_ids = torch.as_tensor(input_ids)
+        if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+            raise TypeError(f"input_ids must be integers [P], got {input_ids.dtype}")
+        if input_ids.dim() != 1:
+            raise ValueError(f"input_ids must have shape [P], got {tuple(input_ids.shape)}")
+        length = input_ids.shape[0]
+        check_context_length(model, length)
+        _check_segments(torch.as_tensor(segments), length)
+        keys, values = encode_tokens(model, input_ids)
+        return cls(keys, values, segments, length, PrefixMetadata.of(model, tokenizer, method, settings))
+
+    @classmethod
+    def from_demonstrations(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        demonstrations: Sequence[Demonstration],
+        text_format: TextFormat | None = None,
+    ) -> KVPrefix:
+        """The keys and values of the concatenated demonstrations, with the text format recorded in the metadata.
+
+        One demonstration is enough for in-context learning; see `num_demonstrations` for what it means for tuning.
+
+        Raises:
+            ValueError: no demonstrations; as `from_tokens` and `data.encode_context`.
+        """
+        if len(demonstrations) == 0:
+            raise ValueError("demonstrations must hold at least one pair, got none")
+        text_format = text_format or TextFormat()
+        context = encode_context(tokenizer, demonstrations, text_format)
+        settings = {"text_format": asdict(text_format)}
+        return cls.from_tokens(model, context.input_ids, context.segments, tokenizer, settings=settings)
+
+    def attach(
+        self,
+        model: PreTrainedModel,
+        mask: ContextMask | None = None,
+        cu_seqlens: Tensor | None = None,
+        backend: str | None = None,
+    ) -> Attachment:
+        """A context manager in which `model` reads this prefix before every row; it yields the `Attachment`.
+
+        Args:
+            model: of the class and configuration the prefix was made for; its weights and their requires_grad stay.
+            mask: which prefix positions each row sees (default: all).
+            cu_seqlens: int32 `[B+1]`, if rows are packed into one sequence `[1, N]`.
+            backend: as in `ctkernels.prefix_attention`.
+
+        Raises:
+            TypeError: an unsupported model class, named; a prefix in a type the model cannot read.
+            ValueError: a prefix for another model, on another device, or a model that already has one attached.
+        """
+        return Attachment(self, model, mask=mask, cu_seqlens=cu_seqlens, backend=backend)
+
+    def place(self, devices: Sequence[torch.device]) -> KVPrefix:
+        """Move each layer to its device, and the segments to the first. Returns the prefix itself."""
+        self.to(devices[0])
+        for layers in (self.keys, self.values):
+            for index, device in enumerate(devices):
+                if layers[index].device != device:
+                    layers[index] = nn.Parameter(layers[index].detach().to(device), layers[index].requires_grad)
+        return self
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Write the prefix into `directory`, replacing one that is there in one step (see `prefix_file.py`).
+
+        Raises:
+            TypeError: settings that JSON cannot hold.
+            OSError: the disk; what was there before is unharmed and nothing half-written remains.
+        """
+        from ctkernels.tuning.adapters.prefix_file import save
+
+        save(self, directory)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | os.PathLike,
+        model: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> KVPrefix:
+        """Read a prefix. With `model` and `tokenizer` it is checked against them, and put on the model's device.
+
+        Warns where the folder also holds an update of the weights, which `Adapter.from_pretrained` reads.
+
+        Raises:
+            PrefixFileError: missing, damaged, foreign or too new files, or a prefix for another model or tokenizer.
+        """
+        from ctkernels.tuning.adapters.prefix_file import DESCRIPTION, load, read_description
+
+        prefix = load(directory, model, tokenizer)
+        if "lora" in read_description(Path(directory) / DESCRIPTION).get("beside", {}):
+            warnings.warn(
+                f"{directory}: the prefix belongs to a LoRA update beside it; Adapter.from_pretrained reads both",
+                stacklevel=2,
+            )
+        return prefix
+
+
+def _trainable(x: Tensor) -> Tensor:
+    return x.clone() if x.is_inference() else x.detach()
+
+
+def _check_layers(keys: list[Tensor], values: list[Tensor]) -> None:
+    if not keys or len(keys) != len(values):
+        raise ValueError(f"keys and values must hold one tensor per layer, got {len(keys)} and {len(values)}")
+    for index, (key, value) in enumerate(zip(keys, values, strict=True)):
+        for name, x in (("keys", key), ("values", value)):
+            if not isinstance(x, Tensor) or not x.is_floating_point():
+                raise TypeError(f"{name}[{index}] must be a floating tensor [Hk, P, D], got {_kind(x)}")
+            if x.dim() != 3:
+                raise ValueError(f"{name}[{index}] must have shape [Hk, P, D], got {tuple(x.shape)}")
+        if key.shape != value.shape or key.dtype != value.dtype:
+            raise ValueError(f"values[{index}] must be like keys[{index}], {_kind(key)}, got {_kind(value)}")
+        if key.shape[1] != keys[0].shape[1]:
+            raise ValueError(
+                f"keys[{index}] must have the P = {keys[0].shape[1]} tokens of keys[0], got {key.shape[1]}"
+            )
+
+
+def _check_segments(segments: Tensor, length: int) -> None:
+    if segments.is_floating_point() or segments.dtype == torch.bool or segments.dim() != 1 or not segments.numel():
+        raise ValueError(f"segments must be an integer tensor [K+1], got {_kind(segments)}")
+    offsets = segments.tolist()
+    if offsets[0] < 0 or offsets[-1] > length or any(a > b for a, b in pairwise(offsets)):
+        raise ValueError(f"segments must be non-decreasing offsets within the {length} prefix tokens, got {offsets}")
+
+
+def _kind(value: object) -> str:
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

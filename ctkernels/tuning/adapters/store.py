@@ -1,0 +1,248 @@
+"""PrefixStore: many prefixes of one model on disk, the ones in use in memory.
+
+    store = PrefixStore("prefixes", model, memory_bytes=4 << 30)
+    store.put("routing", prefix)
+    with store.attach(["routing", "sentiment", "routing"]):        # one batch, a task per row
+        model.generate(**rows)
+
+One safetensors file per prefix, `QUOTED NAME.safetensors`, with its description in the header: a name is there with all
+that belongs to it, or not at all. Files are mapped, not read, so that a prefix costs memory as its keys are used, and
+processes that serve the same prefix share it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote, unquote
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ctkernels.tuning.adapters.prefix import KVPrefix, PrefixMetadata
+from ctkernels.tuning.adapters.prefix_file import PrefixFileError
+from ctkernels.tuning.adapters.prefix_set import PrefixSet
+from ctkernels.tuning.hf.attach import Attachment, check_fit
+from ctkernels.tuning.hf.models import find_decoder
+from ctkernels.tuning.storage import atomic_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FORMAT, SUFFIX = "ctkernels-stored-prefix", ".safetensors"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+Version = tuple[str, int, int, int]  # name, inode, time of change in ns, size of the file
+LONGEST_NAME = 221  # bytes of a quoted name; file systems have 255 for a file's, a temporary one adds 34
+
+
+class PrefixStore:
+    """Prefixes by name. All methods may be called by several threads at once.
+
+    Args:
+        directory: of the files; made when the first prefix is put.
+        model: which all prefixes are for; read ones are checked against it and put on its device.
+        memory_bytes: how much the prefixes kept in memory may take together, the least recently used leaving first. A
+            larger prefix is read anew each time. What a batch uses stays until the batch is done with it.
+        dtype: how prefixes are written; None keeps their own type. bfloat16 halves fp32, and equals it in a bf16 model.
+
+    Raises:
+        TypeError: a model class that is not supported, a dtype that is none of fp32, bf16, fp16, fp64.
+        ValueError: a negative budget.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        model: PreTrainedModel,
+        memory_bytes: int = 1 << 30,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if dtype is not None and dtype not in DTYPES:
+            raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))} or None, got {dtype}")
+        if memory_bytes < 0:
+            raise ValueError(f"memory_bytes must be >= 0, got {memory_bytes}")
+        self.directory, self.memory_bytes, self.dtype = Path(directory), memory_bytes, dtype
+        self._decoder = find_decoder(model)
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[Version, KVPrefix] = OrderedDict()  # least recently used first
+        self._loading: dict[Version, Future[KVPrefix]] = {}
+        self._bytes = 0
+
+    @property
+    def bytes_in_memory(self) -> int:
+        """Bytes of the prefixes that are kept."""
+        return self._bytes
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._path(name).is_file()
+
+    def __iter__(self) -> Iterator[str]:
+        """Names on disk, in alphabetical order."""
+        files = self.directory.iterdir() if self.directory.is_dir() else ()
+        return iter(sorted(unquote(f.name[: -len(SUFFIX)]) for f in files if f.suffix == SUFFIX and f.name[0] != "."))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def put(self, name: str, prefix: KVPrefix) -> None:
+        """Write a prefix, replacing one of this name in one step; batches that read the old one go on with it.
+
+        Raises:
+            ValueError: a prefix for another model; a name that is empty or too long.
+            OSError: the disk; the old prefix is unharmed.
+        """
+        check_fit(prefix, self._decoder)
+        path, dtype = self._path(name), self.dtype or prefix.keys[0].dtype
+        tensors = {
+            f"{kind}.{index}": x.detach().to("cpu", dtype).contiguous()
+            for kind in ("keys", "values")
+            for index, x in enumerate(getattr(prefix, kind))
+        }
+        description = {
+            "segments": prefix.segments.tolist(),
+            "first_position": prefix.first_position,
+            "metadata": {**vars(prefix.metadata), "settings": dict(prefix.metadata.settings)},
+        }
+        with atomic_file(path) as temporary:
+            safetensors.torch.save_file(tensors, temporary, {"format": "pt", FORMAT: json.dumps(description)})
+        with self._lock:
+            self._forget(name)
+
+    def remove(self, name: str) -> None:
+        """Delete a prefix from disk and memory.
+
+        Raises:
+            PrefixFileError: no such name.
+        """
+        try:
+            self._path(name).unlink()
+        except FileNotFoundError:
+            raise self._unknown(name) from None
+        with self._lock:
+            self._forget(name)
+
+    def get(self, name: str) -> KVPrefix:
+        """A prefix, from memory or disk; shared by all who ask for it and frozen: make a copy to train it.
+
+        Raises:
+            PrefixFileError: no such name (near ones are named), a damaged file, or one of another model.
+        """
+        try:
+            status = self._path(name).stat()
+        except FileNotFoundError:
+            raise self._unknown(name) from None
+        version = name, status.st_ino, status.st_mtime_ns, status.st_size  # another process may have put it anew
+        with self._lock:
+            if version in self._kept:
+                self._kept.move_to_end(version)
+                return self._kept[version]
+            loading, mine = self._loading.get(version), False
+            if loading is None:
+                loading, mine = self._loading.setdefault(version, Future()), True
+        if not mine:
+            return loading.result()
+        try:
+            prefix = self._read(name)
+        except BaseException as error:
+            with self._lock:
+                del self._loading[version]
+            loading.set_exception(error)
+            raise
+        with self._lock:
+            del self._loading[version]
+            self._keep(version, prefix)
+        loading.set_result(prefix)
+        return prefix
+
+    def attach(self, names: Sequence[str], backend: str | None = None) -> Attachment:
+        """A context manager in which row b of a batch reads the prefix `names[b]` (see `PrefixSet.attach`).
+
+        A batch whose rows share one prefix reads it in place; different ones are copied side by side.
+
+        Raises:
+            PrefixFileError: as `get`.  ValueError: no names; a model that has a prefix attached (on entering).
+        """
+        if not names:
+            raise ValueError("names must hold the name of a prefix for each row, got none")
+        different = list(dict.fromkeys(names))
+        prefixes = [self.get(name) for name in different]
+        if len(prefixes) == 1:
+            return prefixes[0].attach(self._decoder.model, backend=backend)
+        index = [different.index(name) for name in names]
+        return PrefixSet(prefixes).attach(self._decoder.model, index, backend=backend)
+
+    def _path(self, name: str) -> Path:
+        if not isinstance(name, str):
+            raise TypeError(f"name must be a string, got {type(name).__name__}")
+        quoted = quote(name, safe=" ").replace(".", "%2E")  # no name is a path, a hidden or a temporary file
+        if not 0 < len(quoted) <= LONGEST_NAME:
+            raise ValueError(f"name must have 1 to {LONGEST_NAME} bytes when quoted, got {len(quoted)}: {name[:40]!r}")
+        return self.directory / f"{quoted}{SUFFIX}"
+
+    def _unknown(self, name: str) -> PrefixFileError:
+        near = get_close_matches(name, list(self), n=3)
+        hint = f"; near names are {', '.join(map(repr, near))}" if near else ""
+        return PrefixFileError(f"{self.directory}: no prefix named {name!r}{hint}")
+
+    def _read(self, name: str) -> KVPrefix:
+        path, decoder = self._path(name), self._decoder
+        dtypes = (decoder.dtype, decoder.prefix_dtype)
+        try:
+            with safe_open(path, "pt") as file:
+                description = json.loads((file.metadata() or {}).get(FORMAT, "null"))
+                if description is None:
+                    raise PrefixFileError(f"{path}: not a prefix of a store")
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            count = len(tensors) // 2
+            keys, values = (
+                [x if x.dtype in dtypes else x.to(dtypes[1]) for x in (tensors[f"{kind}.{i}"] for i in range(count))]
+                for kind in ("keys", "values")
+            )
+            prefix = KVPrefix(
+                keys,
+                values,
+                torch.tensor(description["segments"]),
+                description["first_position"],
+                PrefixMetadata(**description["metadata"]),
+            )
+        except FileNotFoundError:
+            raise self._unknown(name) from None
+        except PrefixFileError:
+            raise
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise PrefixFileError(f"{path}: damaged or cut off: {error}") from error
+        try:
+            prefix.place(decoder.devices).requires_grad_(False)
+            check_fit(prefix, decoder)
+        except ValueError as error:
+            raise PrefixFileError(f"{path}: {error}") from error
+        return prefix
+
+    def _keep(self, version: Version, prefix: KVPrefix) -> None:
+        """Add to memory in the place of older versions, and let others go; called with the lock held."""
+        self._forget(version[0])
+        size = _size(prefix)
+        if size > self.memory_bytes:
+            return
+        while self._bytes + size > self.memory_bytes:
+            _, other = self._kept.popitem(last=False)
+            self._bytes -= _size(other)
+        self._kept[version] = prefix
+        self._bytes += size
+
+    def _forget(self, name: str) -> None:
+        """Let all versions of a name go; called with the lock held."""
+        for version in [version for version in self._kept if version[0] == name]:
+            self._bytes -= _size(self._kept.pop(version))
+
+
+def _size(prefix: KVPrefix) -> int:
+    return sum(p.numel() * p.element_size() for p in prefix.parameters())

@@ -1,0 +1,29 @@
+"""Tasks as data: demonstrations, their tokens, batches of rows, metrics, retrieval, and suites of tasks."""
+
+from ctkernels.tuning.data.demonstrations import (
+    DataError,
+    Demonstration,
+    EncodedContext,
+    PairEncoder,
+    Row,
+    TextFormat,
+    encode_context,
+    encode_prompt,
+    encode_rows,
+    load_jsonl,
+    load_metaicl,
+)
+
+__all__ = [
+    "DataError",
+    "Demonstration",
+    "EncodedContext",
+    "PairEncoder",
+    "Row",
+    "TextFormat",
+    "encode_context",
+    "encode_prompt",
+    "encode_rows",
+    "load_jsonl",
+    "load_metaicl",
+]

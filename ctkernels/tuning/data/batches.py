@@ -1,0 +1,138 @@
+"""Rows into batches: packed without padding, or right-padded; logits only where a label is.
+
+Three rows in the two layouts (`.` is padding):
+
+    packed   input_ids [1, N]   a0 a1 a2 a3 b0 b1 c0 c1 c2      padded   input_ids [B, S]   a0 a1 a2 a3
+             cu_seqlens [B+1]   0           4     6        9                                b0 b1 .  .
+                                                                                            c0 c1 c2 .
+
+With a `lead` every row starts with that many positions for a soft prompt, whose embeddings are filled in later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from ctkernels.tuning.data.demonstrations import Row
+
+Layout = Literal["packed", "padded"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows ready for a model call with a prefix attached.
+
+    input_ids, position_ids: int64 [1, N] packed or [B, S] padded; positions count a row's own tokens from 0.
+    cu_seqlens: int32 [B+1], packed only.  attention_mask: int64 [B, S], padded only (1 = a token, 0 = padding).
+    row_ids: int64 [B], each row's index in the list it came from.  held_out: int64 [B].
+    logit_positions: int64 [U], where along dim 1 logits are wanted (the model's `logits_to_keep`).
+    label_index: int64 [M], which of the kept logits, seen as [-1, V], predicts a label.  labels: int64 [M].
+    answer_sizes: number of labels of each answer, in order; they sum to M.
+    lead: number of soft prompt positions at the start of each row; their input_ids mean nothing.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor | None
+    attention_mask: Tensor | None
+    row_ids: Tensor
+    held_out: Tensor
+    logit_positions: Tensor
+    label_index: Tensor
+    labels: Tensor
+    answer_sizes: tuple[int, ...]
+    lead: int = 0
+
+    def with_prompt(self, embedded: Tensor, prompt: Tensor) -> Tensor:
+        """The embeddings of `input_ids`, `[1, N, E]` or `[B, S, E]`, with `prompt` `[lead, E]` in front of each row."""
+        if self.cu_seqlens is None:
+            return torch.cat((prompt.expand(len(embedded), -1, -1), embedded[:, self.lead :]), dim=1)
+        starts = self.cu_seqlens[:-1].long()
+        where = (starts[:, None] + torch.arange(self.lead, device=starts.device)).flatten()
+        prompts = prompt.expand(len(starts), -1, -1).flatten(0, 1)
+        return embedded[0].index_copy(0, where, prompts)[None]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        return Batch(**moved)
+
+
+def split_by_tokens(rows: Sequence[Row], max_tokens: int, layout: Layout = "packed", lead: int = 0) -> list[list[int]]:
+    """Indices of the rows of each batch, in order, so that a batch runs at most `max_tokens` tokens, padding and a soft
+    prompt of `lead` tokens in front of each row included.
+
+    A row longer than `max_tokens` gets a batch of its own.
+    """
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+    groups: list[list[int]] = []
+    total = longest = 0
+    for i, row in enumerate(rows):
+        size = lead + len(row.tokens)
+        longest, total = max(longest, size), total + size
+        cost = total if layout == "packed" else longest * (len(groups[-1]) + 1 if groups else 1)
+        if not groups or cost > max_tokens:
+            groups.append([])
+            longest = total = size
+        groups[-1].append(i)
+    return groups
+
+
+def make_batch(rows: Sequence[Row], indices: Sequence[int], layout: Layout = "packed", lead: int = 0) -> Batch:
+    """A batch of `rows[i] for i in indices` with room for a soft prompt of `lead` tokens before each, on the CPU."""
+    picked = [rows[i] for i in indices]
+    sizes = [lead + len(row.tokens) for row in picked]
+    positions = [torch.arange(size) for size in sizes]
+    tokens = [torch.tensor((0,) * lead + row.tokens, dtype=torch.long) for row in picked]
+    cu_seqlens = attention_mask = None
+    if layout == "packed":
+        cu_seqlens = torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
+        starts = cu_seqlens.tolist()[:-1]
+        input_ids, position_ids = torch.cat(tokens)[None], torch.cat(positions)[None]
+    else:
+        starts = [0] * len(picked)
+        input_ids = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
+        position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+        attention_mask = (position_ids < torch.tensor(sizes)[:, None]).long()
+
+    labels, where, answer_sizes = [], [], []  # where: (row, position along dim 1) of each label's logits
+    for b, row in enumerate(picked):
+        for number, answer in enumerate(row.answers):
+            labels += answer
+            where += [(b, starts[b] + lead + t) for t in row.label_positions(number)]
+            answer_sizes.append(len(answer))
+    kept = sorted({position for _, position in where})
+    index = {position: u for u, position in enumerate(kept)}
+    stride = 0 if layout == "packed" else len(kept)
+    return Batch(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        cu_seqlens=cu_seqlens,
+        attention_mask=attention_mask,
+        row_ids=torch.tensor(list(indices), dtype=torch.long),
+        held_out=torch.tensor([row.held_out for row in picked], dtype=torch.long),
+        logit_positions=torch.tensor(kept, dtype=torch.long),
+        label_index=torch.tensor([b * stride + index[position] for b, position in where], dtype=torch.long),
+        labels=torch.tensor(labels, dtype=torch.long),
+        answer_sizes=tuple(answer_sizes),
+        lead=lead,
+    )
+
+
+def answer_losses(logits: Tensor, batch: Batch) -> Tensor:
+    """Mean cross-entropy of each answer's tokens in nats, [number of answers], fp32 (fp64 for fp64 logits).
+
+    logits: [1, U, V] or [B, U, V], at `batch.logit_positions`.
+    """
+    flat = logits.flatten(0, 1).index_select(0, batch.label_index)
+    flat = flat if flat.dtype == torch.float64 else flat.float()
+    losses = cross_entropy(flat, batch.labels, reduction="none")
+    # split and mean rather than a scatter: the same order, hence the same bits, on every device
+    return torch.stack([part.mean() for part in losses.split(batch.answer_sizes)])

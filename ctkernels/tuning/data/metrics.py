@@ -1,0 +1,70 @@
+"""Scores of predictions, all within [0, 1].
+
+accuracy     share of items whose prediction is their output
+macro-F1     mean, over the labels that occur as outputs, of 2 * precision * recall / (precision + recall), 0 where
+             both are 0; as in MetaICL
+exact match  accuracy of generated answers
+BLEU         corpus BLEU of sacrebleu (Post, arXiv 1804.08771) over 100, against the output and further references
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from ctkernels.tuning.data.demonstrations import Demonstration
+
+Metric = Literal["macro_f1", "accuracy", "exact_match", "bleu"]
+
+
+def default_metric(items: Sequence[Demonstration], by: Literal["options", "generation"]) -> Metric:
+    """Exact match for generation; macro-F1 for classification, that is, if all items have the same set of options;
+    accuracy otherwise."""
+    if by == "generation":
+        return "exact_match"
+    return "macro_f1" if len({frozenset(item.options or ()) for item in items}) == 1 else "accuracy"
+
+
+def score_predictions(metric: Metric, predictions: Sequence[str], items: Sequence[Demonstration]) -> float:
+    """The score of one prediction per item; white space around a text does not count.
+
+    Raises:
+        ValueError: an unknown metric.
+    """
+    if metric not in get_args(Metric):
+        raise ValueError(f"metric must be one of {', '.join(get_args(Metric))}, got {metric!r}")
+    predictions = [prediction.strip() for prediction in predictions]
+    if metric == "bleu":
+        return bleu(predictions, [(item.output.strip(), *item.references) for item in items])
+    outputs = [item.output.strip() for item in items]
+    return macro_f1(predictions, outputs) if metric == "macro_f1" else accuracy(predictions, outputs)
+
+
+def accuracy(predictions: Sequence[str], outputs: Sequence[str]) -> float:
+    """Share of predictions equal to their output."""
+    return sum(p == o for p, o in zip(predictions, outputs, strict=True)) / len(outputs)
+
+
+def macro_f1(predictions: Sequence[str], outputs: Sequence[str]) -> float:
+    """Unweighted mean F1 over the labels that occur in `outputs`."""
+    scores = []
+    for label in sorted(set(outputs)):
+        hits = sum(p == o == label for p, o in zip(predictions, outputs, strict=True))
+        scores.append(2 * hits / (predictions.count(label) + outputs.count(label)))
+    return sum(scores) / len(scores)
+
+
+def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Corpus BLEU over 100; an item may have any number of references.
+
+    Raises:
+        ValueError: sacrebleu is not installed.
+    """
+    try:
+        import sacrebleu
+    except ImportError:
+        raise ValueError("metric bleu needs the package sacrebleu (pip install 'ctkernels[suites]')") from None
+    longest = max(map(len, references))
+    # sacrebleu wants one list per reference position, None where an item has no further one
+    streams = [[texts[n] if n < len(texts) else None for texts in references] for n in range(longest)]
+    return sacrebleu.corpus_bleu(list(predictions), streams).score / 100

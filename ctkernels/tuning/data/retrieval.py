@@ -1,0 +1,73 @@
+"""Demonstrations in words before an input: which ones, and as which tokens."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from ctkernels.tuning.data.demonstrations import Demonstration, PairEncoder, TextFormat
+from ctkernels.tuning.train.settings import Demonstrate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SATURATION, LENGTH = 1.5, 0.75  # k1 and b of BM25
+
+
+class InWordsEncoder(PairEncoder):
+    """Encodes an input behind `shots` demonstrations of a pool in words: `x0 _ y0 _ x1 _ y1 _ x _`.
+
+    demonstrate: "similar" takes the pairs whose inputs have the highest BM25 score for the input (Robertson and
+    Zaragoza, 2009; over tokens), the best one last; "fixed" the same pairs, drawn once from `seed`. A pair is never
+    shown before itself.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text_format: TextFormat | None,
+        pool: Sequence[Demonstration],
+        shots: int,
+        demonstrate: Demonstrate,
+        seed: int,
+    ) -> None:
+        super().__init__(tokenizer, text_format)
+        self.pool, self.shots = list(pool), shots
+        self._fixed: list[Demonstration] | None = None
+        if demonstrate == "fixed":
+            order = torch.randperm(len(self.pool), generator=torch.Generator().manual_seed(seed))
+            self._fixed = [self.pool[i] for i in order.tolist()]
+        self._counts = [Counter(self.encode(d.input)) for d in self.pool]
+        self._frequency = Counter(token for counts in self._counts for token in counts)
+        self._mean_length = sum(c.total() for c in self._counts) / max(len(self.pool), 1)
+
+    def prompt(self, demonstration: Demonstration, longest_answer: int) -> tuple[int, ...]:
+        shown: tuple[int, ...] = ()
+        for pair in self.choose(demonstration):
+            answer = self.answer(pair, pair.output)
+            shown += (*super().prompt(pair, len(answer)), *answer, self.delimiter)
+        return shown + super().prompt(demonstration, longest_answer)
+
+    def choose(self, demonstration: Demonstration) -> list[Demonstration]:
+        """The pairs to show before an input, in order."""
+        if self._fixed is not None:
+            return [pair for pair in self._fixed if pair != demonstration][: self.shots]
+        query = set(self.encode(demonstration.input))
+        others = [i for i, pair in enumerate(self.pool) if pair != demonstration]
+        best = sorted(others, key=lambda i: (-self._score(query, i), i))[: self.shots]
+        return [self.pool[i] for i in reversed(best)]
+
+    def _score(self, query: set[int], index: int) -> float:
+        """BM25: sum over shared tokens of idf * tf (k1 + 1) / (tf + k1 (1 - b + b * length / mean length))."""
+        counts = self._counts[index]
+        norm = SATURATION * (1 - LENGTH + LENGTH * counts.total() / self._mean_length)
+        total = 0.0
+        for token in sorted(query & counts.keys()):  # sorted: the same sum, to the bit, in every process
+            containing = self._frequency[token]
+            idf = math.log(1 + (len(self.pool) - containing + 0.5) / (containing + 0.5))
+            total += idf * counts[token] * (SATURATION + 1) / (counts[token] + norm)
+        return total

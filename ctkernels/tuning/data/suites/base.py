@@ -1,0 +1,151 @@
+"""What a suite is: where its tasks lie, and how one task becomes demonstrations, validation items and test items."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from ctkernels.tuning.data.demonstrations import DataError, Demonstration, TextFormat
+from ctkernels.tuning.data.metrics import Metric
+
+Split = Literal["validation", "test"]
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class View:
+    """A task as seen through a transformation of its texts (a turned grid, say).
+
+    undo: turns a prediction of the view into one of the task, or into None if it cannot be read.
+    """
+
+    train: tuple[Demonstration, ...]
+    validation: tuple[Demonstration, ...]
+    test: tuple[Demonstration, ...]
+    undo: Callable[[str], str | None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task, ready to be tuned on and evaluated.
+
+    Args:
+        name: within its suite.
+        train: the demonstrations.
+        validation: items to choose settings by, disjoint from `test`; may be empty.
+        test: the items whose score is reported.
+        metric: the score; None takes macro-F1 for classification, accuracy for other choices, exact match otherwise.
+        by: "options" or "generation"; None takes options if every item has some.
+        text_format: how pairs become tokens.
+        max_new_tokens: longest generated answer.
+        views: further views of the task; predictions of all of them vote, the first of equals wins.
+        undo: None if a prediction cannot be read, which then has no vote; otherwise the prediction, perhaps tidied up.
+    """
+
+    name: str
+    train: tuple[Demonstration, ...]
+    validation: tuple[Demonstration, ...]
+    test: tuple[Demonstration, ...]
+    metric: Metric | None = None
+    by: Literal["options", "generation"] | None = None
+    text_format: TextFormat = field(default_factory=TextFormat)
+    max_new_tokens: int = 32
+    views: tuple[View, ...] = ()
+    undo: Callable[[str], str | None] | None = None
+
+    def items(self, split: Split) -> tuple[Demonstration, ...]:
+        """The items of a split.
+
+        Raises:
+            DataError: the task has none.
+        """
+        items = self.test if split == "test" else self.validation
+        if not items:
+            raise DataError(f"{self.name}: the task has no {split} items")
+        return items
+
+    @property
+    def generates(self) -> bool:
+        """Whether answers are generated, so that training should teach where to stop."""
+        return self.by == "generation" or (self.by is None and not all(item.options for item in self.test))
+
+
+@dataclass(frozen=True)
+class SuiteOptions:
+    """What a user can ask of a suite.
+
+    shots: demonstrations per task; None takes the suite's own number.
+    views: of 1, 2, 4 or 8 geometric views of a grid task (`arc` alone).
+    """
+
+    shots: int | None = None
+    views: int = 1
+
+    def __post_init__(self) -> None:
+        if self.shots is not None and self.shots < 1:
+            raise ValueError(f"shots must be at least 1, got {self.shots}")
+        if self.views not in (1, 2, 4, 8):
+            raise ValueError(f"views must be 1, 2, 4 or 8, got {self.views}")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A row of the suite table.
+
+    Args:
+        name: as users write it, and the name of its folder within a data directory.
+        summary: the layout, in one line.
+        list_tasks: folder -> names of the tasks there.
+        load_task: (folder, task, seed, options) -> the task; equal arguments give equal tasks.
+        needs_folder: False if the data come with a package.
+    """
+
+    name: str
+    summary: str
+    list_tasks: Callable[[Path | None], list[str]]
+    load_task: Callable[[Path | None, str, int, SuiteOptions], Task]
+    needs_folder: bool = True
+
+    def folder(self, data_dir: Path | None) -> Path | None:
+        """The suite's folder: `data_dir/NAME` if there is one, else `data_dir` itself.
+
+        Raises:
+            DataError: no such directory, or none given to a suite that needs one.
+        """
+        if data_dir is None:
+            if self.needs_folder:
+                raise DataError(f"the suite {self.name} needs data_dir, the folder of its files: {self.summary}")
+            return None
+        if not data_dir.is_dir():
+            raise DataError(f"data_dir must be a folder, got {data_dir}")
+        return data_dir / self.name if (data_dir / self.name).is_dir() else data_dir
+
+    def pick_tasks(self, folder: Path | None, names: Sequence[str] = ()) -> list[str]:
+        """`names`, all of which must exist, or every task there.
+
+        Raises:
+            DataError: an unknown task, or a folder without tasks; the message lists what is there.
+        """
+        found = self.list_tasks(folder)
+        if not found:
+            raise DataError(f"{folder} holds no task of the suite {self.name}: {self.summary}")
+        unknown = [name for name in names if name not in found]
+        if unknown:
+            raise DataError(f"the suite {self.name} has no task {', '.join(unknown)}; it has {', '.join(found)}")
+        return list(dict.fromkeys(names)) or found
+
+
+def draw(items: Sequence[Item], seed: int, *counts: int) -> list[tuple[Item, ...]]:
+    """Disjoint random samples of `counts` items each, and then the rest in its order. The seed decides alone.
+
+    A sample that is larger than what is left takes what is left.
+    """
+    order = random.Random(seed).sample(range(len(items)), len(items))
+    parts, start = [], 0
+    for count in counts:
+        parts.append(tuple(items[i] for i in order[start : start + count]))
+        start += count
+    return [*parts, tuple(items[i] for i in sorted(order[start:]))]

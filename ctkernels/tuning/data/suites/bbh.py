@@ -1,0 +1,98 @@
+"""BIG-Bench Hard (Suzgun et al., arXiv 2210.09261).
+
+    FOLDER/TASK.json        {"examples": [{"input": ..., "target": ...}, ...]}
+
+A seed draws 10 demonstrations and 20 validation items; all others are tested. Options are read from the text:
+`(A) ...` is chosen by its letter, `- Yes` by its text. Where none are listed, a task with two answers is a choice
+between these, any other is generated up to the end of the line. Inputs are never cut: the question comes last.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+from ctkernels.tuning.data.demonstrations import DataError, Demonstration, TextFormat, parse_demonstration
+from ctkernels.tuning.data.suites.base import Suite, SuiteOptions, Task, draw
+
+SHOTS = 10
+VALIDATION = 20
+UNCUT = 1 << 20  # more tokens than any item has
+
+
+def list_tasks(folder: Path) -> list[str]:
+    return sorted(p.stem for p in folder.glob("*.json"))
+
+
+def load_task(folder: Path, name: str, seed: int, options: SuiteOptions) -> Task:
+    items = read_examples(folder / f"{name}.json")
+    shots = options.shots or SHOTS
+    if len(items) <= shots + VALIDATION:
+        raise DataError(f"{name}: {len(items)} examples are too few for {shots} demonstrations and {VALIDATION} others")
+    train, validation, test = draw(items, seed, shots, VALIDATION)
+    if items[0].options:
+        return Task(name, train, validation, test, "accuracy", "options", TextFormat(max_pair_tokens=UNCUT))
+    # answers of several words: generation must not stop at a space
+    text_format = TextFormat("\n", max_pair_tokens=UNCUT)
+    return Task(name, train, validation, test, "exact_match", "generation", text_format, max_new_tokens=48)
+
+
+def read_examples(path: Path) -> list[Demonstration]:
+    """The examples of a task; all have options, or none has.
+
+    The published data hold an example whose answer is not among its options, and one with a single option: such are
+    left out with a warning that names them.
+    """
+    records = _read(path)
+    listed = [listed_options(record.input) for record in records]
+    answers = sorted({record.output for record in records})
+    kept, broken = [], []
+    for record, options in zip(records, listed, strict=True):
+        if not any(listed):
+            options = tuple(answers) if len(answers) == 2 else ()
+        elif len(options) < 2 or record.output not in options:
+            broken.append(record.source)
+            continue
+        kept.append(Demonstration(record.input, record.output, options or None, record.source))
+    if broken:
+        shown = ", ".join(str(source) for source in broken[:3]) + (", ..." if len(broken) > 3 else "")
+        warnings.warn(f"left out, since the answer is not one of two options or more: {shown}", stacklevel=2)
+    return kept
+
+
+def listed_options(text: str) -> tuple[str, ...]:
+    """The options at the end of an input, `(A)` for `(A) ...` and `Yes` for `- Yes`; empty without a list."""
+    _, found, lines = text.rpartition("\nOptions:\n")
+    if not found:
+        return ()
+    letters = re.findall(r"^(\([A-Z]\))", lines, re.MULTILINE)
+    return tuple(letters or (line[2:].strip() for line in lines.splitlines() if line.startswith("- ")))
+
+
+def _read(path: Path) -> list[Demonstration]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+    except ValueError as error:  # of JSON, and of UTF-8
+        raise DataError(f"{path}: not JSON: {error}") from None
+    examples = content.get("examples") if isinstance(content, dict) else None
+    if not isinstance(examples, list) or not examples:
+        raise DataError(f'{path}: expected {{"examples": [...]}} with at least one example')
+    items = []
+    for number, example in enumerate(examples, start=1):
+        source = f"{path}: example {number}"
+        if isinstance(example, dict) and "target" in example:
+            example = {"input": example.get("input"), "output": _stripped(example["target"])}
+        items.append(parse_demonstration(example, source))
+    return items
+
+
+def _stripped(value: Any) -> Any:
+    return value.strip() if isinstance(value, str) else value
+
+
+BBH = Suite("bbh", "TASK.json with examples of input and target", list_tasks, load_task)

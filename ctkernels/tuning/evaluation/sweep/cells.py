@@ -1,0 +1,83 @@
+"""The unit of a sweep: one method on one task with one seed, and the file that holds its result.
+
+    OUT/cells/TASK/METHOD/SEED.json
+
+A file is either whole or not there, so that a sweep can be killed at any time and goes on with what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ctkernels.tuning.evaluation.sweep.spec import MethodSpec
+from ctkernels.tuning.storage import atomic_write_json
+
+
+class SweepError(ValueError):
+    """Finished cells that do not belong to the sweep that is asked for, or cannot be read."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method on one task with one seed."""
+
+    task: str
+    spec: MethodSpec
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.spec} on {self.task}, seed {self.seed}"
+
+    def path(self, out: Path) -> Path:
+        """The file of the result. Windows has no colon in file names."""
+        return out / "cells" / self.task / str(self.spec).replace(":", "@") / f"{self.seed}.json"
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """What came out of a cell.
+
+    task, method, seed: which cell.  run: what its numbers depend on, as JSON values by name.
+    error: why there is no result; then all that follows is empty.
+    metric, score, accuracy, gold_loss, items, predictions: as in `EvalResult`; with views, of the votes.
+    losses: training loss of each epoch, over all stages, of the first view.
+    seconds: time of tuning, all views together.  seconds_eval: of evaluation.
+    cpu_seconds: of tuning, by all threads of the process: what other programs on the machine change least.
+    """
+
+    task: str
+    method: str
+    seed: int
+    run: dict[str, Any]
+    error: str | None = None
+    metric: str = ""
+    score: float = 0.0
+    accuracy: float = 0.0
+    gold_loss: float = 0.0
+    items: int = 0
+    predictions: list[str] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    seconds_eval: float = 0.0
+    cpu_seconds: float = 0.0
+
+    def write(self, path: Path) -> None:
+        """Replace the cell's file."""
+        atomic_write_json(path, asdict(self))
+
+
+def read_cell(path: Path) -> CellResult | None:
+    """The result in a cell's file, or None if there is no such file.
+
+    Raises:
+        SweepError: a file that is not the result of a cell.
+    """
+    try:
+        return CellResult(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise SweepError(f"{path} is not the result of a cell ({error}); remove it to compute it anew") from None

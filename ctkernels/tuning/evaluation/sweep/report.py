@@ -1,0 +1,189 @@
+"""From cells to tables: means, spread over seeds, paired significance, and what is missing, as Markdown and JSON."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+
+from ctkernels.tuning.evaluation.sweep.cells import CellResult
+from ctkernels.tuning.evaluation.sweep.significance import holm, sign_flip_test
+from ctkernels.tuning.storage import atomic_write_bytes, atomic_write_json
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A method over all tasks that every method finished with every seed.
+
+    score, accuracy, gold_loss: mean over tasks and seeds.  spread: standard deviation, over seeds, of the mean score of
+    the tasks; None with a single seed.  seconds: mean time of tuning.  cpu_seconds: of all threads.
+    finished: cells with a result, these and others.
+    """
+
+    method: str
+    score: float
+    spread: float | None
+    accuracy: float
+    gold_loss: float
+    seconds: float
+    cpu_seconds: float
+    finished: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Method `a` minus method `b`, paired by task and seed.
+
+    difference: mean of the scores' differences.  better, worse: in how many pairs a is above or below b.
+    p: of the sign-flip test over the pairs.  p_holm: corrected for the number of comparisons.
+    p_tasks: of the same test over the means of the tasks, since seeds of a task share its test items.
+    """
+
+    a: str
+    b: str
+    difference: float
+    better: int
+    worse: int
+    pairs: int
+    p: float
+    p_holm: float
+    p_tasks: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a sweep found.
+
+    summaries, comparisons: over `tasks`, those that every method finished with every seed.
+    left_out: tasks where a method lacks a result.  failures: why, one line per cell.  planned: cells of each method.
+    scores: method -> task -> mean score over the seeds that it finished.
+    """
+
+    title: str
+    tasks: list[str]
+    seeds: list[int]
+    summaries: list[Summary]
+    comparisons: list[Comparison]
+    left_out: list[str]
+    failures: list[str]
+    planned: int
+    scores: dict[str, dict[str, float]]
+
+    def markdown(self) -> str:
+        """The tables; scores in percent."""
+        parts = [f"# {self.title}", self.overview()]
+        if self.comparisons:
+            parts.append(self.pairs())
+        parts.append(self.by_task())
+        if self.failures:
+            parts.append("## Cells without a result\n\n" + "\n".join(f"- {line}" for line in self.failures))
+        return "\n\n".join(parts) + "\n"
+
+    def write(self, out: Path) -> None:
+        """OUT/report.md and OUT/report.json."""
+        atomic_write_bytes(out / "report.md", self.markdown().encode())
+        atomic_write_json(out / "report.json", asdict(self))
+
+    def overview(self) -> str:
+        """The table of the methods, and what its columns mean."""
+        lines = [
+            "| method | score | accuracy | gold loss | tuning, s per task | CPU s | cells |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for s in self.summaries:
+            spread = "" if s.spread is None else f" ± {100 * s.spread:.1f}"
+            numbers = f"{100 * s.score:.1f}{spread} | {100 * s.accuracy:.1f} | {s.gold_loss:.3f}"
+            times = f"{s.seconds:.1f} | {s.cpu_seconds:.1f}"
+            lines.append(f"| {s.method} | {numbers} | {times} | {s.finished}/{self.planned} |")
+        seeds = ", ".join(map(str, self.seeds))
+        notes = [
+            f"Means over tasks ({len(self.tasks)}) and seeds ({seeds}), ± the standard deviation over seeds. Score in "
+            "percent: macro-F1 for classification, BLEU or exact match for generation, accuracy otherwise. Gold loss: "
+            "cross-entropy of the correct answer, nats per token. CPU s: of all threads together, for the same tuning."
+        ]
+        if self.left_out:
+            notes.append(f"Left out, since a method lacks a result: {', '.join(self.left_out)}.")
+        return "\n\n".join(["\n".join(lines), *notes])
+
+    def pairs(self) -> str:
+        """The table of paired differences."""
+        lines = [
+            "| a | b | a - b | a above / below b | p | p, Holm | p over tasks |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for c in self.comparisons:
+            counts = f"{c.better} / {c.worse} of {c.pairs}"
+            p_values = f"{c.p:.4f} | {c.p_holm:.4f} | {c.p_tasks:.4f}"
+            lines.append(f"| {c.a} | {c.b} | {100 * c.difference:+.1f} | {counts} | {p_values} |")
+        note = (
+            "Two-sided sign-flip permutation test on the differences of the scores, paired over tasks and seeds; Holm "
+            f"corrects for the number of comparisons ({len(self.comparisons)}). The last column tests the means of the "
+            f"tasks ({len(self.tasks)}) instead, since seeds of a task share its test items."
+        )
+        return "\n\n".join(["## Paired differences", "\n".join(lines), note])
+
+    def by_task(self) -> str:
+        """The table of scores by task."""
+        methods = list(self.scores)
+        lines = [f"| task | {' | '.join(methods)} |", "| --- |" + " --- |" * len(methods)]
+        for task in dict.fromkeys(task for scores in self.scores.values() for task in scores):
+            cells = (self.scores[method].get(task) for method in methods)
+            shown = " | ".join("" if score is None else f"{100 * score:.1f}" for score in cells)
+            lines.append(f"| {task} | {shown} |")
+        return "\n\n".join(["## By task", "\n".join(lines), "Mean score over the seeds that have a result."])
+
+
+def make_report(title: str, results: Sequence[CellResult], planned: int) -> Report:
+    """The report of the cells of a sweep, in the order of its methods, tasks and seeds.
+
+    planned: number of cells of each method.
+    """
+    methods = list(dict.fromkeys(r.method for r in results))
+    tasks = list(dict.fromkeys(r.task for r in results))
+    seeds = list(dict.fromkeys(r.seed for r in results))
+    finished = {(r.method, r.task, r.seed): r for r in results if r.error is None}
+    compared = [m for m in methods if any(method == m for method, _, _ in finished)]
+    common = [t for t in tasks if compared and all((m, t, s) in finished for m in compared for s in seeds)]
+    by_method = {m: {(t, s): finished[m, t, s] for t in common for s in seeds} for m in compared}
+    scores: dict[str, dict[str, float]] = {}
+    for m in compared:
+        found = {t: [finished[m, t, s].score for s in seeds if (m, t, s) in finished] for t in tasks}
+        scores[m] = {t: statistics.mean(values) for t, values in found.items() if values}
+    return Report(
+        title=title,
+        tasks=common,
+        seeds=seeds,
+        summaries=[_summary(m, by_method[m], seeds, sum(key[0] == m for key in finished)) for m in compared if common],
+        comparisons=_compare(by_method, common, seeds) if common else [],
+        left_out=[t for t in tasks if t not in common],
+        failures=[f"{r.method} on {r.task}, seed {r.seed}: {r.error}" for r in results if r.error is not None],
+        planned=planned,
+        scores=scores,
+    )
+
+
+def _summary(method: str, results: dict[tuple[str, int], CellResult], seeds: Sequence[int], finished: int) -> Summary:
+    def mean(name: str) -> float:
+        return statistics.mean(getattr(r, name) for r in results.values())
+
+    by_seed = [statistics.mean(r.score for (_, seed), r in results.items() if seed == s) for s in seeds]
+    spread = statistics.stdev(by_seed) if len(seeds) > 1 else None
+    times = mean("seconds"), mean("cpu_seconds")
+    return Summary(method, mean("score"), spread, mean("accuracy"), mean("gold_loss"), *times, finished)
+
+
+def _compare(
+    by_method: dict[str, dict[tuple[str, int], CellResult]], tasks: Sequence[str], seeds: Sequence[int]
+) -> list[Comparison]:
+    found = []
+    for a, b in combinations(by_method, 2):
+        differences = {key: r.score - by_method[b][key].score for key, r in by_method[a].items()}
+        values = list(differences.values())
+        by_task = [statistics.mean(differences[t, s] for s in seeds) for t in tasks]
+        better, worse = sum(d > 0 for d in values), sum(d < 0 for d in values)
+        p, p_tasks = sign_flip_test(values), sign_flip_test(by_task)
+        found.append((a, b, statistics.mean(values), better, worse, len(values), p, p_tasks))
+    corrected = holm([entry[6] for entry in found])
+    return [Comparison(*entry[:7], adjusted, entry[7]) for entry, adjusted in zip(found, corrected, strict=True)]

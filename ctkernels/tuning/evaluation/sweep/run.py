@@ -1,0 +1,260 @@
+"""Running the cells of a sweep: finished ones are kept, the others computed, a failed one does not stop the rest."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ctkernels.tuning.adapters.prefix import tokenizer_hash
+from ctkernels.tuning.data.demonstrations import DataError, Demonstration
+from ctkernels.tuning.data.metrics import score_predictions
+from ctkernels.tuning.data.suites import Suite, SuiteOptions, Task
+from ctkernels.tuning.data.suites.base import Split
+from ctkernels.tuning.evaluation.evaluate import EvalResult
+from ctkernels.tuning.evaluation.sweep.cells import Cell, CellResult, SweepError, read_cell
+from ctkernels.tuning.evaluation.sweep.spec import MethodSpec
+from ctkernels.tuning.evaluation.sweep.workers import Workers
+from ctkernels.tuning.hf.models import find_decoder
+from ctkernels.tuning.train.checkpoint import changes, model_fingerprint
+from ctkernels.tuning.train.settings import TrainSettings
+from ctkernels.tuning.train.trainer import tune
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is asked for: every method on every task with every seed.
+
+    folder: of the suite's files, None if they come with a package.  split: which items are scored.
+    limit: score only the first so many items of each task.  preset: name of settings by benchmark, see `methods`.
+    common: settings of all methods, below those of a `MethodSpec`.
+    text_format: fields of `TextFormat` instead of those of the suite.
+    """
+
+    suite: Suite
+    folder: Path | None
+    tasks: Sequence[str]
+    specs: Sequence[MethodSpec]
+    seeds: Sequence[int]
+    out: Path
+    split: Split = "test"
+    limit: int | None = None
+    options: SuiteOptions = field(default_factory=SuiteOptions)
+    preset: str | None = None
+    common: dict[str, Any] = field(default_factory=dict)
+    text_format: dict[str, Any] = field(default_factory=dict)
+
+    def cells(self) -> list[Cell]:
+        """All cells; seeds outermost, so that early results cover all tasks and methods."""
+        return [Cell(task, spec, seed) for seed in self.seeds for task in self.tasks for spec in self.specs]
+
+    def load(self, task: str, seed: int) -> Task:
+        """A task; the last few are remembered.
+
+        Raises:
+            DataError: a file that is missing or holds an unusable line.
+        """
+        loaded = _load(self.suite, self.folder, task, seed, self.options)
+        return replace(loaded, text_format=replace(loaded.text_format, **self.text_format))
+
+    def items(self, task: Task) -> tuple[Demonstration, ...]:
+        """The items that are scored."""
+        return task.items(self.split)[: self.limit]
+
+    def settings(self, cell: Cell, task: Task) -> TrainSettings:
+        """The settings of a cell. Where answers are generated, methods that train learn where to stop, too."""
+        others = {**self.common, "seed": cell.seed}
+        if task.generates and cell.spec.method.trains != "nothing":
+            others["learn_stop"] = True
+        return cell.spec.settings(self.preset, **others)
+
+
+class Observer(Protocol):
+    """Who wants to know how the sweep goes."""
+
+    def started(self, cell: Cell) -> None:
+        """A cell of this process begins."""
+
+    def finished(self, cell: Cell, result: CellResult) -> None:
+        """A cell of this process ended, perhaps in an error."""
+
+    def refresh(self) -> None:
+        """Nothing happens here, other processes go on."""
+
+
+def run_sweep(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sweep: Sweep,
+    workers: Workers,
+    observer: Observer,
+    accepted: Callable[[], None] = lambda: None,
+) -> list[CellResult]:
+    """Compute what is missing; returns the results of all cells, in order, once every process is done.
+
+    accepted: called once the finished cells have been found to belong to the sweep, before anything is computed.
+
+    Raises:
+        SweepError: a finished cell belongs to another sweep, or its file is damaged; found before anything is computed.
+        TypeError: a model class that is not supported.
+    """
+    find_decoder(model)  # refuses a class that would fail every cell
+    cells = sweep.cells()
+    model_id = {"model": model_fingerprint(model), "tokenizer": tokenizer_hash(tokenizer)}
+    for cell in cells:
+        _check_finished(sweep, cell, model_id)
+    for leftover in sweep.out.glob("cells/*/*/.*.tmp"):  # of a process that was killed while it wrote
+        leftover.unlink(missing_ok=True)
+    workers.wait()  # until every process has looked at the finished cells, so that all agree on them
+    accepted()
+    for number in workers.numbers():
+        if number >= len(cells):
+            break
+        cell = cells[number]
+        path = cell.path(sweep.out)
+        saved = read_cell(path)
+        if saved is not None and saved.error is None:
+            continue
+        observer.started(cell)
+        result = run_cell(model, tokenizer, sweep, cell, model_id)
+        result.write(path)
+        observer.finished(cell, result)
+    workers.wait(observer.refresh)
+    results = [read_cell(cell.path(sweep.out)) for cell in cells]
+    return [result for result in results if result is not None]
+
+
+def run_cell(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sweep: Sweep,
+    cell: Cell,
+    model_id: dict[str, str],
+) -> CellResult:
+    """Tune and evaluate; an error (unusable data, a loss that is not finite, too little memory) becomes the result."""
+    run: dict[str, Any] = {}
+    try:
+        task = sweep.load(cell.task, cell.seed)
+        run = _identity(sweep, cell, task, model_id)
+        return _fit_and_score(model, tokenizer, sweep, cell, task, run)
+    except Exception as error:
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        return CellResult(cell.task, str(cell.spec), cell.seed, run, error=message)
+
+
+def vote(predictions: Sequence[Sequence[str | None]]) -> list[str]:
+    """The most frequent text at each place of several lists; of equally frequent ones the one that comes first.
+
+    None abstains; where all abstain, the prediction is empty.
+    """
+    winners = []
+    for place in zip(*predictions, strict=True):
+        counts = Counter(text for text in place if text is not None)
+        winners.append(max(counts, key=counts.__getitem__) if counts else "")
+    return winners
+
+
+def _fit_and_score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sweep: Sweep,
+    cell: Cell,
+    task: Task,
+    run: dict[str, Any],
+) -> CellResult:
+    settings = sweep.settings(cell, task)
+    items = sweep.items(task)
+    views = [(task.train, items, task.undo)]
+    for view in task.views:
+        turned = view.test if sweep.split == "test" else view.validation
+        views.append((view.train, turned[: sweep.limit], view.undo))
+    seconds = seconds_eval = cpu_seconds = 0.0
+    losses: list[float] = []
+    scores: list[EvalResult] = []
+    predictions: list[list[str | None]] = []
+    for train, turned, undo in views:
+        started, cpu_started = time.perf_counter(), time.process_time()
+        tuned = tune(model, tokenizer, train, cell.spec.name, settings, task.text_format)
+        ready, cpu_ready = time.perf_counter(), time.process_time()
+        scores.append(
+            tuned.adapter.evaluate(
+                model,
+                tokenizer,
+                turned,
+                by=task.by,
+                metric=task.metric,
+                text_format=task.text_format,
+                max_tokens=settings.max_tokens,
+                max_new_tokens=task.max_new_tokens,
+                backend=settings.backend,
+            )
+        )
+        seconds, seconds_eval = seconds + ready - started, seconds_eval + time.perf_counter() - ready
+        cpu_seconds += cpu_ready - cpu_started
+        losses = losses or [record.loss for record in tuned.history]
+        found = scores[-1].predictions
+        predictions.append([undo(text) for text in found] if undo else list(found))
+    first = scores[0]
+    voted = vote(predictions)
+    return CellResult(
+        task=cell.task,
+        method=str(cell.spec),
+        seed=cell.seed,
+        run=run,
+        metric=first.metric,
+        score=score_predictions(first.metric, voted, items),
+        accuracy=score_predictions("accuracy", voted, items),
+        gold_loss=first.gold_loss,
+        items=len(items),
+        predictions=voted,
+        losses=losses,
+        seconds=seconds,
+        seconds_eval=seconds_eval,
+        cpu_seconds=cpu_seconds,
+    )
+
+
+def _check_finished(sweep: Sweep, cell: Cell, model_id: dict[str, str]) -> None:
+    """Refuse a finished cell of another sweep. A task whose files are gone since keeps its results."""
+    saved = read_cell(cell.path(sweep.out))
+    if saved is None or saved.error is not None:
+        return
+    try:
+        task = sweep.load(cell.task, cell.seed)
+        now = _identity(sweep, cell, task, model_id)
+    except DataError:
+        return
+    # cells of an earlier version also hold settings that their method does not read
+    read = {name: value for name, value in saved.run.items() if name in now or not hasattr(TrainSettings, name)}
+    differing = changes(read, now)
+    if differing:
+        path = cell.path(sweep.out)
+        raise SweepError(f"{path} belongs to another sweep: {differing}; choose another --out, or remove the file")
+
+
+def _identity(sweep: Sweep, cell: Cell, task: Task, model_id: dict[str, str]) -> dict[str, Any]:
+    """What the numbers of a cell depend on, by name. The attention backend and batch sizes are left out."""
+    settings, method = asdict(sweep.settings(cell, task)), cell.spec.method
+    trains = method.trains != "nothing"
+    used = settings.keys() - {"backend", "max_tokens", "layout"} if trains else method.options | {"seed"}
+    data = [(d.input, d.output, d.options, d.references) for d in (*task.train, *sweep.items(task))]
+    return {
+        **model_id,
+        **{name: settings[name] for name in settings if name in used},
+        "data": hashlib.sha256(repr(data).encode()).hexdigest()[:16],
+        "text_format": asdict(task.text_format),
+        "views": len(task.views) + 1,
+    }
+
+
+@lru_cache(maxsize=256)
+def _load(suite: Suite, folder: Path | None, task: str, seed: int, options: SuiteOptions) -> Task:
+    return suite.load_task(folder, task, seed, options)

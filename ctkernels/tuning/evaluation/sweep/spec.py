@@ -1,0 +1,99 @@
+"""A method with some of its settings, as one word: `ct-kv`, or `ct-kv:lr=1e-3:leave_one_out=none`."""
+
+from __future__ import annotations
+
+import types
+from dataclasses import dataclass, field
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from ctkernels.tuning.methods import Method, get_method
+from ctkernels.tuning.train.settings import TrainSettings
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """A row of a comparison.
+
+    name: of the method.  overrides: settings that differ from the method's defaults.
+    """
+
+    name: str
+    overrides: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def __str__(self) -> str:
+        return ":".join([self.name, *(f"{name}={_write(value)}" for name, value in self.overrides.items())])
+
+    @classmethod
+    def parse(cls, text: str) -> MethodSpec:
+        """The method and settings of a word.
+
+        Raises:
+            ValueError: an unknown method or setting, a value of the wrong type.
+        """
+        name, *assignments = text.split(":")
+        get_method(name)  # refuses an unknown one before its settings are looked at
+        types_of = get_type_hints(TrainSettings)
+        overrides = {}
+        for assignment in assignments:
+            key, equals, value = assignment.partition("=")
+            if not equals or not key:
+                raise ValueError(f"settings of a method are written {name}:setting=value, got {text!r}")
+            if key not in types_of:
+                raise ValueError(f"{text}: there is no setting {key!r}; there are {', '.join(types_of)}")
+            try:
+                overrides[key] = _read(types_of[key], value)
+            except ValueError as error:
+                raise ValueError(f"{text}: {key} must be {error}, got {value!r}") from None
+        spec = cls(name, overrides)
+        spec.settings()  # refuses values out of their range
+        return spec
+
+    @property
+    def method(self) -> Method:
+        """The row of the method table."""
+        return get_method(self.name)
+
+    def settings(self, preset: str | None = None, **others: Any) -> TrainSettings:
+        """The method's settings, with those of a preset, then `others`, then the overrides in their place.
+
+        Raises:
+            ValueError: a value out of its range, or a setting that the method does not read.
+        """
+        return self.method.settings(preset, **{**others, **self.overrides})
+
+
+def split_words(words: tuple[str, ...]) -> list[str]:
+    """Words that were given apart or joined by commas, each once, in order."""
+    parts = [part.strip() for word in words for part in word.split(",")]
+    return list(dict.fromkeys(part for part in parts if part))
+
+
+def _read(kind: Any, text: str) -> Any:
+    """A value of a setting's type. Raises ValueError, whose message says what was expected."""
+    choices = get_args(kind)
+    if get_origin(kind) is Literal:
+        if text not in choices:
+            raise ValueError(f"one of {', '.join(choices)}")
+        return text
+    if get_origin(kind) in (Union, types.UnionType):
+        if text == "none":
+            return None
+        (inner,) = (choice for choice in choices if choice is not types.NoneType)
+        return _read(inner, text)
+    if get_origin(kind) is tuple:
+        return tuple(text.split("+"))
+    if kind is bool:
+        if text not in ("true", "false"):
+            raise ValueError("true or false")
+        return text == "true"
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError({int: "a whole number", float: "a number"}[kind]) from None
+
+
+def _write(value: Any) -> str:
+    """A value as `_read` reads it."""
+    if isinstance(value, tuple):
+        return "+".join(value)
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -1,0 +1,404 @@
+"""Attaching a prefix to a transformers model.
+
+    KVPrefix.attach(model) -> Attachment      this file: switches the model over, sees every forward pass in and out
+        hf_models.py                          which model classes, where their layers are
+        hf_attention.py                       the attention and mask functions that the layers call
+        hf_alibi.py                           BLOOM, which does not call them
+        hf_parallel.py                        KV heads of models spread over processes
+
+While attached, a model runs as usual (`forward`, loss, `generate`, gradient checkpointing) on a row's own tokens;
+caches and 2D padding masks cover only those. The prefix is read in place by every layer, never copied per row.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+from contextlib import ExitStack
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ctkernels import ContextMask
+from ctkernels.tuning.hf.alibi import ALIBI_IMPLEMENTATION, serve_alibi
+from ctkernels.tuning.hf.attention import ATTACHED, IMPLEMENTATION, ForwardState, is_layout, no_padding
+from ctkernels.tuning.hf.models import ALIBI, LEARNED, Decoder, config_hash, find_decoder, rope_switch
+from ctkernels.tuning.hf.parallel import head_group
+
+if TYPE_CHECKING:
+    from ctkernels.tuning.adapters.prefix import KVPrefix
+    from ctkernels.tuning.adapters.prefix_set import PrefixSet
+
+STATE = "ctkernels_state"  # keyword argument that carries the state of a forward pass to the layers
+
+
+class Attachment:
+    """A prefix attached to a model, as a context manager; made by `KVPrefix.attach`, or `PrefixSet.attach` for several.
+
+    mask: ContextMask over the prefix for the rows of the next forward, or None; may be set at any time.
+    cu_seqlens: int32 `[B+1]` if `input_ids` is `[1, N]` with B rows packed one after another, else None; ditto.
+    prefix_index: of a PrefixSet, integer `[B]`: which prefix each row reads; ditto.
+
+    Position ids, given or computed, count a row's own tokens from 0; the prefix's `first_position` is added. Padding is
+    a 2D `attention_mask` over own tokens, on the left or on the right.
+    """
+
+    def __init__(
+        self,
+        prefix: KVPrefix | PrefixSet,
+        model: PreTrainedModel,
+        mask: ContextMask | None = None,
+        cu_seqlens: Tensor | None = None,
+        backend: str | None = None,
+        prefix_index: Tensor | None = None,
+    ) -> None:
+        self.prefix, self.mask, self.cu_seqlens, self.backend = prefix, mask, cu_seqlens, backend
+        self.prefix_index = prefix_index
+        self._decoder = find_decoder(model)
+        self._prefixes: tuple[KVPrefix, ...] = getattr(prefix, "prefixes", (prefix,))
+        for each in self._prefixes:
+            check_fit(each, self._decoder)
+        self._trainable = (prefix,) if self._prefixes == (prefix,) else ()  # a set of prefixes is a copy
+        self._last_first = max(each.first_position for each in self._prefixes)
+        family, config = self._decoder.family, self._decoder.config
+        self._name = type(self._decoder.model).__name__
+        self._implementation = ALIBI_IMPLEMENTATION if family.positions == ALIBI else IMPLEMENTATION
+        self._position_limit = config.max_position_embeddings if family.positions == LEARNED else None
+        switches = (rope_switch(config, each.first_position) for each in self._prefixes)
+        self._rope_switch = min((switch for switch in switches if switch is not None), default=None)
+        self._group = head_group(self._decoder.attentions[0])
+        self._parameters = list(inspect.signature(self._decoder.base.forward).parameters)
+        self._stack: ExitStack | None = None
+        self._thread = threading.local()
+
+    def __enter__(self) -> Attachment:
+        decoder = self._decoder
+        if any(hasattr(attention, ATTACHED) for attention in decoder.attentions):
+            raise ValueError(f"this {self._name} already has a prefix attached; leave that block first")
+        with ExitStack() as stack:
+            for index, attention in enumerate(decoder.attentions):
+                setattr(attention, ATTACHED, index)
+                stack.callback(delattr, attention, ATTACHED)
+            _switch_implementation(decoder, self._implementation, stack)
+            if self._implementation == ALIBI_IMPLEMENTATION:
+                serve_alibi(decoder, stack, lambda: getattr(self._thread, "state", None))
+            base, embedding = decoder.base, decoder.base.get_input_embeddings()
+            for handle in (
+                base.register_forward_pre_hook(self._before, with_kwargs=True),
+                base.register_forward_hook(self._after, with_kwargs=True),
+                embedding.register_forward_hook(lambda module, args, out: self._carry_gradient(out)),
+                *(
+                    layer.register_forward_pre_hook(partial(self._check_recorded, index), with_kwargs=True)
+                    for index, layer in enumerate(decoder.layers)
+                ),
+            ):
+                stack.callback(handle.remove)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        stack, self._stack = self._stack, None
+        if stack is not None:
+            stack.close()
+
+    def _before(self, base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Runs before the decoder: shifts positions, and hands the layers the state of this forward pass."""
+        kwargs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        self._check_implementation(base)
+        _check_mask_argument(kwargs.get("attention_mask"))
+        tokens = kwargs.get("input_ids")
+        if tokens is None and kwargs.get("inputs_embeds") is not None:
+            tokens = kwargs["inputs_embeds"] = self._carry_gradient(kwargs["inputs_embeds"])
+        if tokens is None:
+            return (), kwargs  # the model itself says what is missing
+        if self.mask is not None and not isinstance(self.mask, ContextMask):
+            raise TypeError(f"attachment.mask must be a ContextMask or None, got {type(self.mask).__name__}")
+        prepare = self._prepare_padded if self.cu_seqlens is None else self._prepare_packed
+        positions = prepare(tokens, kwargs)
+        index = self._index_of_rows(tokens)
+        first = self.prefix.first_position if index is None else self._first_positions(index, tokens)
+        self._check_positions(positions, first, tokens.shape[1], kwargs)
+        state = ForwardState(
+            tuple(self.prefix.keys),
+            tuple(self.prefix.values),
+            self.mask,
+            self.cu_seqlens,
+            self.backend,
+            self._group,
+            torch.is_grad_enabled(),
+            index,
+            None if index is None else self.prefix.lengths,
+        )
+        kwargs[STATE] = state
+        if self._decoder.family.positions == ALIBI:  # BLOOM has no position ids and passes no keyword arguments on
+            self._thread.state = state
+        else:
+            kwargs["position_ids"] = positions + first
+        return (), kwargs
+
+    def _index_of_rows(self, tokens: Tensor) -> Tensor | None:
+        """Which prefix each row of this pass reads, int64 `[B]`, or None where there is one for all."""
+        index = self.prefix_index
+        if self._prefixes == (self.prefix,):
+            if index is not None:
+                raise ValueError("attachment.prefix_index needs several prefixes: PrefixSet(...).attach")
+            return None
+        count, rows = len(self._prefixes), tokens.shape[0] if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+        if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype not in _INTEGERS:
+            raise TypeError("attachment.prefix_index must be an int32 or int64 tensor [B]")
+        if not len(index) or rows % len(index):
+            raise ValueError(f"attachment.prefix_index must have an entry for each of {rows} rows, got {len(index)}")
+        if not torch.compiler.is_compiling() and not 0 <= int(index.min()) <= int(index.max()) < count:
+            raise ValueError(f"attachment.prefix_index must lie in [0, {count}), got {index.tolist()}")
+        return index.to(tokens.device, torch.int64).repeat_interleave(rows // len(index))
+
+    def _first_positions(self, index: Tensor, tokens: Tensor) -> Tensor:
+        """Position of the first own token for each row, int64 `[B, 1]`; if rows are packed for each token, `[1, N]`."""
+        first = self.prefix.first_positions.to(tokens.device)[index]
+        if self.cu_seqlens is None:
+            return first[:, None]
+        return first.repeat_interleave(self.cu_seqlens.diff().to(tokens.device), output_size=tokens.shape[1])[None]
+
+    def _prepare_padded(self, tokens: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Own position of each token, int64 `[B, S]` or `[1, S]`, of a batch with or without padding."""
+        S = tokens.shape[1]
+        mask, given, cache = (kwargs.get(name) for name in ("attention_mask", "position_ids", "past_key_values"))
+        padding = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        if padding is not None:
+            _check_padding(padding, tokens, kwargs)
+        elif mask is None and not getattr(cache, "is_compileable", False):
+            kwargs["attention_mask"] = no_padding(tokens.device)
+        elif mask is None and self._decoder.family.positions == ALIBI:  # to have build_alibi_tensor called
+            kwargs["attention_mask"] = torch.ones(
+                tokens.shape[0], _past_length(kwargs) + S, dtype=torch.bool, device=tokens.device
+            )
+        if given is not None:
+            if mask is None and cache is None and not torch.compiler.is_compiling() and (given.diff() != 1).any():
+                raise ValueError(
+                    "position_ids are not consecutive: rows packed into one sequence need attachment.cu_seqlens, "
+                    "padded rows an attention_mask"
+                )
+            return given
+        past = _past_length(kwargs)
+        if padding is not None:
+            return (padding.long().cumsum(dim=1) - 1).clamp(min=0)[:, past : past + S].to(tokens.device)
+        return torch.arange(past, past + S, device=tokens.device)[None]
+
+    def _prepare_packed(self, tokens: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Own position of each token, int64 `[1, N]`, of rows packed into one sequence."""
+        cu_seqlens = self.cu_seqlens
+        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.dtype not in _INTEGERS:
+            raise TypeError("attachment.cu_seqlens must be an int32 tensor [B+1] or None")
+        if tokens.shape[0] != 1:
+            raise ValueError(
+                "with attachment.cu_seqlens, input_ids must be one packed sequence [1, N], "
+                f"got a batch of {tokens.shape[0]}"
+            )
+        if kwargs.get("attention_mask") is not None:
+            raise ValueError("with attachment.cu_seqlens, attention_mask must be None: packed rows have no padding")
+        if kwargs.get("past_key_values") is not None:
+            raise ValueError(
+                "with attachment.cu_seqlens, past_key_values must be None: packed rows cannot be continued"
+            )
+        kwargs["use_cache"] = False
+        kwargs["attention_mask"] = no_padding(tokens.device)
+        given = kwargs.get("position_ids")
+        if given is not None:
+            return given
+        N = tokens.shape[1]
+        token = torch.arange(N, device=tokens.device)
+        starts = cu_seqlens.long()
+        row = torch.searchsorted(starts, token, right=True) - 1
+        return (token - starts[row])[None]
+
+    def _after(self, base: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """Runs after the decoder: every layer must have read the prefix."""
+        state, self._thread.state = kwargs.get(STATE), None
+        missing = sorted(set(range(len(self._decoder.attentions))) - (state.consumed if state else set()))
+        if missing:
+            raise ValueError(
+                f"the attention of layers {missing} of {self._name} did not read the attached prefix, so this output "
+                "ignores it (layers skipped or replaced?)"
+            )
+        trainable = any(x.requires_grad for x in (*state.keys, *state.values))
+        if state.recording and trainable and torch.is_grad_enabled() and not output[0].requires_grad:
+            raise ValueError(
+                f"this output of {self._name} depends on a trainable prefix, but no gradient would reach it (quantised "
+                "layers that were run in eval mode before, or kernels without a derivative?); if none is wanted, use "
+                "torch.no_grad()"
+            )
+        if self._recomputes() and output[0].requires_grad:
+            block = self._stack
+            output[0].register_hook(lambda gradient: self._check_still_in(block))
+
+    def _carry_gradient(self, hidden: Tensor) -> Tensor:
+        """Let embeddings require a gradient where reentrant checkpointing would otherwise cut the graph.
+
+        A reentrant checkpoint records a gradient only if one of its inputs requires one, and with a frozen model no
+        input of the first layer does, although the prefix inside needs it.
+        """
+        trainable = any(p.requires_grad for each in self._trainable for p in each.parameters())
+        if not self._recomputes() or hidden.requires_grad or not trainable:
+            return hidden
+        options = getattr(self._decoder.layers[0]._gradient_checkpointing_func, "keywords", {})
+        return hidden if options.get("use_reentrant") is False else hidden.detach().requires_grad_()
+
+    def _check_recorded(self, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Runs before each layer: a reentrant checkpoint put around it by hand must not lose the prefix's gradient."""
+        if torch.is_grad_enabled():
+            return
+        state = kwargs.get(STATE) or getattr(self._thread, "state", None)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if state is None or not state.recording or hidden.requires_grad:
+            return
+        if state.keys[index].requires_grad or state.values[index].requires_grad:
+            raise ValueError(
+                f"layer {index} of {self._name} runs in a reentrant checkpoint (or under no_grad) and its input "
+                "requires no gradient, so the prefix would get none from it; pass use_reentrant=False to the "
+                "checkpoint, or call model.enable_input_require_grads()"
+            )
+
+    def _recomputes(self) -> bool:
+        """Whether the layers of a forward pass will run once more in its backward pass."""
+        layer = self._decoder.layers[0]
+        return getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
+
+    def _check_still_in(self, block: ExitStack | None) -> None:
+        """Runs first in a backward pass with gradient checkpointing."""
+        if self._stack is not block:
+            raise ValueError(
+                "backward() was called after leaving the attach block; gradient checkpointing runs the layers again, "
+                "which must still have the prefix: call backward() inside the block"
+            )
+
+    def _check_implementation(self, base: nn.Module) -> None:
+        current = base.config._attn_implementation
+        if current != self._implementation:
+            raise ValueError(
+                f"the attention implementation was changed to {current!r} while a prefix is attached, which would "
+                "ignore the prefix; change it before or after"
+            )
+
+    def _check_positions(self, own: Tensor, first: int | Tensor, S: int, kwargs: dict[str, Any]) -> None:
+        limits = [limit for limit in (self._position_limit, self._rope_switch) if limit is not None]
+        if not limits or torch.compiler.is_compiling() or own.numel() == 0:
+            return
+        if self._last_first + _past_length(kwargs) + S <= min(limits):
+            return  # the values are read only if the shapes do not settle the question
+        own, first = (x.flatten() for x in torch.broadcast_tensors(own, torch.as_tensor(first, device=own.device)))
+        furthest = int((own + first).argmax())
+        count, before = int(own[furthest]) + 1, int(first[furthest])
+        end = before + count
+        what = f"rows of {count} own tokens after a prefix of {before} positions"
+        if self._position_limit is not None and end > self._position_limit:
+            raise ValueError(f"{what} need {end} positions; {self._name} has {self._position_limit}")
+        if self._rope_switch is not None and end > self._rope_switch:
+            raise ValueError(
+                f"{what} pass position {self._rope_switch}, where {self._name} rotates all keys differently; the "
+                "prefix cannot follow"
+            )
+
+
+_INTEGERS = (torch.int32, torch.int64)
+
+
+def _past_length(kwargs: dict[str, Any]) -> int:
+    """Own tokens in the cache."""
+    cache = kwargs.get("past_key_values")
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def _check_padding(padding: Tensor, tokens: Tensor, kwargs: dict[str, Any]) -> None:
+    """A padding mask is `[B, own tokens]`; with a static cache it may run ahead of them."""
+    B, own = tokens.shape[0], _past_length(kwargs) + tokens.shape[1]
+    ahead = getattr(kwargs.get("past_key_values"), "is_compileable", False)
+    if padding.shape[0] != B or padding.shape[1] < own or (padding.shape[1] > own and not ahead):
+        raise ValueError(
+            f"attention_mask must cover the rows' own tokens alone, [{B}, {own}], got {list(padding.shape)}; "
+            "the prefix needs no mask"
+        )
+    past = own - tokens.shape[1]
+    if past and not torch.compiler.is_compiling():
+        seen = padding[:, :past].bool()
+        if (seen.any(dim=1) & ~seen[:, -1] & padding[:, past].bool()).any():
+            raise ValueError(
+                "attention_mask must be padding whose rows are one run of ones; here rows padded on the right go on "
+                "behind their padding; pad on the left: tokenizer.padding_side = 'left', or tuning.left_padded"
+            )
+
+
+def _check_mask_argument(mask: Any) -> None:
+    """Refuse masks that are not padding. Layouts come from `generate`, which prepares masks ahead for static caches."""
+    for entry in mask.values() if isinstance(mask, dict) else (mask,):
+        if entry is None or is_layout(entry) or (isinstance(entry, Tensor) and entry.dim() == 2):
+            continue
+        what = list(entry.shape) if isinstance(entry, Tensor) else type(entry).__name__
+        raise ValueError(
+            "attention_mask of an attached model must be a 2D padding mask [B, own tokens], whose rows are one run of "
+            f"ones; got {what}"
+        )
+
+
+def check_fit(prefix: KVPrefix, decoder: Decoder) -> None:
+    """Refuse a prefix that was made for another model, or lies elsewhere."""
+    name = type(decoder.model).__name__
+    if len(prefix.keys) != len(decoder.attentions):
+        raise ValueError(f"prefix has {len(prefix.keys)} layers, {name} has {len(decoder.attentions)}")
+    for index, key in enumerate(prefix.keys):
+        heads, _, dimension = key.shape
+        if (heads, dimension) != (decoder.kv_heads, decoder.head_dim):
+            raise ValueError(
+                f"prefix layer {index} has {heads} KV heads of dimension {dimension}, {name} has {decoder.kv_heads} of "
+                f"dimension {decoder.head_dim}"
+            )
+        device = next(decoder.attentions[index].parameters()).device
+        if key.device != device and device.type != "meta":  # meta: weights are offloaded and come where they are needed
+            raise ValueError(
+                f"prefix layer {index} is on {key.device}, the layer is on {device}; move the prefix there"
+            )
+        if key.dtype not in (decoder.dtype, decoder.prefix_dtype):
+            raise TypeError(
+                f"prefix must be {decoder.prefix_dtype} or the model's type {decoder.dtype}, got {key.dtype}; "
+                f"convert it with prefix.to({decoder.prefix_dtype})"
+            )
+    if prefix.metadata.config_hash != config_hash(decoder.config):
+        raise ValueError(
+            f"prefix was made for {prefix.metadata.model_class} {prefix.metadata.model_id!r}, whose configuration "
+            f"differs from this {name} {decoder.model.name_or_path!r}"
+        )
+    if decoder.family.positions == ALIBI and prefix.first_position != prefix.length:
+        raise ValueError(
+            f"{name} counts distances along the keys, so first_position must be the prefix's length {prefix.length}, "
+            f"got {prefix.first_position}"
+        )
+
+
+def _switch_implementation(decoder: Decoder, implementation: str, stack: ExitStack) -> None:
+    """Give this model a config with another attention implementation until `stack` is closed.
+
+    A copy, since models made from one config object share it, and only this one is switched over. What is changed in
+    the copy meanwhile is carried back.
+    """
+    old = decoder.config
+    new = copy.copy(old)
+    new._attn_implementation = implementation
+    before = dict(vars(new))
+    holders = [module for module in decoder.model.modules() if vars(module).get("config") is old]
+
+    def restore() -> None:
+        for module in holders:
+            module.config = old
+        for name, value in vars(new).items():
+            if name != "_attn_implementation_internal" and before.get(name) is not value:
+                setattr(old, name, value)
+
+    stack.callback(restore)
+    for module in holders:
+        module.config = new

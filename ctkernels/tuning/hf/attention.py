@@ -1,0 +1,292 @@
+"""The attention function and the mask function that transformers calls under `attn_implementation="ctkernels"`.
+
+    model's forward -> row_layout (once per forward and layer type): 2D padding mask -> where each row's keys lie
+                    -> attention_forward (every layer): [prefix of this layer | own keys] through ctkernels
+
+transformers builds a `[B, 1, S, T]` mask for most attention functions. The op needs only where a row's valid keys begin
+and end, so `row_layout` returns a small int64 tensor in the mask's place, of four dimensions because transformers
+passes on whatever has four:
+
+    None                    every key is valid
+    [B, 1, 1, 1]            end of each row's valid keys (right padding, static caches)
+    [B, 1, 1, 2]            first and end of each row's valid keys (left padding, too)
+    [1, 1, 1, 0]            the same, said by an attachment to spare transformers the search for masks
+
+A module without an attached prefix behaves as under "sdpa" (hf_plain.py). Importing this module, or anything that
+attaches a prefix, registers the name with transformers.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from ctkernels import ContextMask, prefix_attention, prefix_attention_varlen
+from ctkernels.tuning.hf.parallel import own_heads
+from ctkernels.tuning.hf.plain import plain_attention
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+IMPLEMENTATION = "ctkernels"
+ATTACHED = "_ctkernels_layer_index"  # attribute of an attention module while a prefix is attached to it
+# arguments of other models' attention that change the result and that the op has no place for
+UNSUPPORTED_ARGUMENTS = ("position_bias", "s_aux", "cache", "head_mask")
+COMPILED_MASK = "under torch.compile, a padding mask must have rows that are one run of ones, up to the last query"
+
+
+class KeySpan(NamedTuple):
+    """Where the valid ones of T keys lie in each row.
+
+    lengths: int64 `[B]`.  With left padding, else None: row int64 `[B, 1]`; forward int64 `[B, T]`, indices that bring
+    each row's first valid key to the front; back int64 `[B, T]`, indices that undo it.
+    """
+
+    lengths: Tensor
+    row: Tensor | None = None
+    forward: Tensor | None = None
+    back: Tensor | None = None
+
+
+@dataclass(eq=False)
+class ForwardState:
+    """What one forward pass of an attached model needs in every layer.
+
+    It travels through the model as a keyword argument rather than on the attachment, so that gradient checkpointing
+    recomputes a layer with the mask of its own forward, and two threads can run one model.
+
+    keys, values: per layer `[Hk, P, D]`, or `[G, Hk, P, D]` with prefix_index (int `[B]`) and prefix_lens (int `[G]`).
+    group: see `hf_parallel.head_group`.  recording: whether gradients are recorded around the model.  consumed: layers
+    whose attention has read keys and values.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    mask: ContextMask | None
+    cu_seqlens: Tensor | None
+    backend: str | None
+    group: ProcessGroup | None = None
+    recording: bool = False
+    prefix_index: Tensor | None = None
+    prefix_lens: Tensor | None = None
+    consumed: set[int] = field(default_factory=set)
+    spans: dict[int, tuple[Tensor, KeySpan]] = field(default_factory=dict)
+
+    def span(self, layout: Tensor, T: int) -> KeySpan:
+        """`key_span` of a layout over T keys, computed once for all layers that share it."""
+        known = self.spans.get(id(layout))
+        if known is None:
+            known = self.spans[id(layout)] = layout, key_span(layout, T)
+        return known[1]
+
+
+def key_span(layout: Tensor, T: int) -> KeySpan:
+    if layout.shape[-1] == 1:
+        return KeySpan(layout.flatten())
+    first, end = layout.flatten(0, 2).split(1, dim=-1)  # [B, 1]
+    row, position = torch.arange(len(first), device=first.device)[:, None], torch.arange(T, device=first.device)
+    return KeySpan((end - first).flatten(), row, (position + first) % T, (position - first) % T)
+
+
+def no_padding(device: torch.device) -> Tensor:
+    """The layout that says that every key is valid, or that rows are packed."""
+    return torch.empty(1, 1, 1, 0, dtype=torch.int64, device=device)
+
+
+def is_layout(mask: Any) -> bool:
+    """Whether `mask` came from `row_layout` rather than from a user (whose 4D masks are bool or floating)."""
+    return (
+        isinstance(mask, Tensor)
+        and mask.dim() == 4
+        and mask.dtype == torch.int64
+        and mask.shape[1:3] == (1, 1)
+        and mask.shape[3] <= 2
+    )
+
+
+def row_layout(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    config: PreTrainedConfig | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The layout of a batch (see the top of this file), or a dense bool `[B, 1, S, T]` for what a layout cannot say.
+
+    Called by transformers; the arguments are those of its mask functions. attention_mask: bool `[B, L]`, True = token.
+    A layout is possible if the rule is causal (with or without a sliding window, which the op applies itself) and each
+    row's tokens are one run that, with a cache (T > S), ends at the last query.
+    """
+    plain = (
+        not use_vmap
+        and "allow_is_bidirectional_skip" not in kwargs
+        and (allow_is_causal_skip or q_length == 1)  # transformers forbids the skip when a mask is not just causal
+        and (local_size is None or local_size == getattr(config, "sliding_window", None))
+    )
+    limit = q_offset + q_length - kv_offset  # keys up to the last query
+    bounded = isinstance(limit, Tensor) or limit < kv_length
+    if plain and attention_mask is None:
+        if not bounded:
+            return None
+        return torch.as_tensor(limit, device=device).reshape(1, 1, 1, 1).expand(batch_size, 1, 1, 1)
+    if plain:
+        valid = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
+        valid = nn.functional.pad(valid, (0, kv_length - valid.shape[1]))
+        position = torch.arange(kv_length, device=valid.device)
+        if bounded:
+            valid = valid & (position < limit)
+        count = valid.sum(dim=1)
+        end = ((position + 1) * valid).amax(dim=1)
+        first = end - count
+        one_run = (valid == ((first[:, None] <= position) & (position < end[:, None]))).all()
+        ends_at_query = ((end == limit) | (count == 0)).all() if kv_length > q_length else one_run
+        if torch.compiler.is_compiling():  # a graph cannot depend on values: the general layout, checked as it runs
+            torch._assert_async(one_run & ends_at_query, COMPILED_MASK)
+            return torch.stack((first, end), dim=-1)[:, None, None]
+        # one transfer from the device for all questions
+        complete, representable, from_start = torch.stack(
+            ((count == kv_length).all(), one_run & ends_at_query, (first == 0).all())
+        ).tolist()
+        if complete:
+            return None
+        if representable:
+            return (end[:, None] if from_start else torch.stack((first, end), dim=-1))[:, None, None]
+    kwargs["allow_is_bidirectional_skip"] = False
+    return sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        allow_is_causal_skip=False,
+        use_vmap=use_vmap,
+        device=device,
+        config=config,
+        **kwargs,
+    )
+
+
+def registered_row_layout(*args: Any, config: PreTrainedConfig | None = None, **kwargs: Any) -> Tensor | None:
+    """`row_layout` for models that call the registered attention function; others would ignore what it returns.
+
+    Raises:
+        ValueError: the model class has attention of its own (BLOOM, for one; `KVPrefix.attach` serves it).
+    """
+    if config is not None and not _calls_registry(type(config)):
+        raise ValueError(
+            f"{config.model_type} computes attention itself instead of calling the registered function; "
+            f'attn_implementation="{IMPLEMENTATION}" would run it without its causal mask'
+        )
+    return row_layout(*args, config=config, **kwargs)
+
+
+def _calls_registry(config_class: type[PreTrainedConfig]) -> bool:
+    modeling = sys.modules.get(config_class.__module__.replace(".configuration_", ".modeling_"))
+    return modeling is None or hasattr(modeling, "ALL_ATTENTION_FUNCTIONS")
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    ctkernels_state: ForwardState | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer, as transformers calls it.
+
+    query `[B, H, S, D]`, key and value `[B, Hk, T, D]` (transposed views, read in place), T > S with a cache.
+    Returns (`[B, S, H, D]`, None); there are no attention weights to return.
+
+    Raises:
+        ValueError: attention dropout, a mask that is not padding, an argument the op has no place for, or a layer with
+            a prefix that runs outside of its model's forward.
+    """
+    index = getattr(module, ATTACHED, None)
+    name = type(module).__name__
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    layout = attention_mask if is_layout(attention_mask) else None
+    if index is None:
+        return plain_attention(
+            module,
+            query,
+            key,
+            value,
+            layout,
+            mask=attention_mask if layout is None else None,
+            scaling=scaling,
+            window=sliding_window,
+            softcap=softcap or None,
+            dropout=dropout,
+            is_causal=is_causal,
+            **kwargs,
+        )
+    unsupported = [argument for argument in UNSUPPORTED_ARGUMENTS if kwargs.get(argument) is not None]
+    if dropout > 0:
+        raise ValueError(
+            f"{name}: attention dropout {dropout} is not supported; a frozen model belongs in eval mode (model.eval())"
+        )
+    if ctkernels_state is None:
+        raise ValueError(f"{name}: a layer with an attached prefix was called outside of its model's forward")
+    if not is_causal or unsupported or (layout is None and attention_mask is not None):
+        raise ValueError(
+            f"{name}: an attached model takes causal attention with a 2D padding mask whose rows are one run of ones"
+            + (f", got {', '.join(unsupported)}" if unsupported else ", got another mask or bidirectional attention")
+            + "; rows packed into one sequence need attachment.cu_seqlens"
+        )
+    settings = {"scale": scaling, "window": sliding_window, "softcap": softcap or None}
+    return attend(ctkernels_state, index, query, key, value, layout, **settings), None
+
+
+def attend(
+    state: ForwardState, index: int, query: Tensor, key: Tensor, value: Tensor, layout: Tensor | None, **settings: Any
+) -> Tensor:
+    """The op on layer `index`: q `[B, H, S, D]`, k and v `[B, Hk, T, D]` -> `[B, S, H, D]`."""
+    prefix = [own_heads(x[index], key.shape[1], state.group) for x in (state.keys, state.values)]
+    here = query.device  # a model may be spread over several
+    index_of_rows = {name: getattr(state, name) for name in ("prefix_index", "prefix_lens")}
+    settings |= {name: None if x is None else x.to(here) for name, x in index_of_rows.items()}
+    settings["backend"], mask = state.backend, None if state.mask is None else state.mask.to(here)
+    state.consumed.add(index)
+    if state.cu_seqlens is not None:
+        rows = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [N, H, D]
+        return prefix_attention_varlen(*rows, state.cu_seqlens.to(here), *prefix, mask, **settings).unsqueeze(0)
+    if layout is None or layout.shape[-1] == 0:
+        return prefix_attention(query, key, value, *prefix, mask, **settings).transpose(1, 2)
+    lengths, row, forward, back = state.span(layout, key.shape[2])
+    aligned = query.shape[2] == key.shape[2]
+    if row is not None:
+        # The op wants padding behind a row's keys: bring each row's first valid key to the front. Queries move along if
+        # there is one for every key; with a cache (T > S) they already are the last S of the valid keys.
+        key, value = (x.transpose(1, 2)[row, forward].transpose(1, 2) for x in (key, value))
+        query = query.transpose(1, 2)[row, forward].transpose(1, 2) if aligned else query
+    out = prefix_attention(query, key, value, *prefix, mask, seq_lens=lengths, **settings).transpose(1, 2)
+    return out if row is None or not aligned else out[row, back]
+
+
+AttentionInterface.register(IMPLEMENTATION, attention_forward)
+AttentionMaskInterface.register(IMPLEMENTATION, registered_row_layout)

@@ -1,0 +1,104 @@
+"""Keys and values of contexts: the model run without gradients, its cache taken as the prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import DynamicCache, PreTrainedModel
+
+from ctkernels.tuning.hf.attention import ATTACHED
+from ctkernels.tuning.hf.models import ALIBI, Decoder, find_decoder
+from ctkernels.tuning.hf.parallel import all_heads, head_group
+
+if TYPE_CHECKING:
+    from ctkernels.tuning.adapters.prefix import KVPrefix
+
+Layers = list[Tensor]  # [Hk, P, D] per layer
+
+
+def encode_tokens(
+    model: PreTrainedModel, input_ids: Tensor, behind: KVPrefix | None = None, position: int | None = None
+) -> tuple[Layers, Layers]:
+    """Keys and values `[Hk, P, D]` of every layer for a context, int `[P]`.
+
+    Args:
+        behind: a prefix that the context reads; its own keys and values are not in the result.
+        position: position id of the first token; default: 0, or the first one behind the prefix.
+
+    Raises:
+        ValueError: the model has a prefix attached already.
+    """
+    decoder = find_decoder(model)
+    return _encode(decoder, {"input_ids": torch.as_tensor(input_ids).to(decoder.device)[None]}, behind, position)
+
+
+def encode_embeddings(model: PreTrainedModel, embeddings: Tensor) -> tuple[Layers, Layers]:
+    """Keys and values `[Hk, P, D]` of every layer for input embeddings `[P, E]`. Raises as `encode_tokens`."""
+    decoder = find_decoder(model)
+    return _encode(decoder, {"inputs_embeds": embeddings.to(decoder.device, decoder.dtype)[None]}, None, None)
+
+
+def _encode(
+    decoder: Decoder, inputs: dict[str, Tensor], behind: KVPrefix | None, position: int | None
+) -> tuple[Layers, Layers]:
+    if any(hasattr(attention, ATTACHED) for attention in decoder.attentions):
+        raise ValueError(
+            f"this {type(decoder.model).__name__} has a prefix attached; leave that block to encode another"
+        )
+    length = next(iter(inputs.values())).shape[1]
+    if length == 0:
+        return _empty(decoder), _empty(decoder)
+    first = 0 if behind is None else behind.first_position
+    start = first if position is None else position
+    # an attached model counts positions from the prefix's first one
+    positions = torch.arange(start - first, start - first + length, device=decoder.device)[None]
+    attached = nullcontext() if behind is None else behind.attach(decoder.model)
+    # without a config every layer of the cache keeps all positions; with one, windowed layers would lose the early ones
+    cache = DynamicCache()
+    with torch.no_grad(), _eval_mode(decoder.model), attached:
+        mask = torch.ones(1, length, dtype=torch.int64, device=decoder.device)
+        numbered = {} if decoder.family.positions == ALIBI else {"position_ids": positions}
+        run = decoder.base
+        if isinstance(decoder.model, FSDPModule):  # gathers its weights when all of it is called
+            run = partial(decoder.model, logits_to_keep=1)
+        run(**inputs, **numbered, attention_mask=mask, past_key_values=cache, use_cache=True)
+    # a copy of its own: the cache may share memory between layers or with the model
+    dtype, group = decoder.prefix_dtype, head_group(decoder.attentions[0])
+
+    def own(x: Tensor) -> Tensor:
+        return all_heads(x[0].to(dtype, copy=True).contiguous(), decoder.kv_heads, group)
+
+    return [own(layer.keys) for layer in cache.layers], [own(layer.values) for layer in cache.layers]
+
+
+def _empty(decoder: Decoder) -> Layers:
+    shape = decoder.kv_heads, 0, decoder.head_dim
+    return [torch.empty(shape, dtype=decoder.prefix_dtype, device=device) for device in decoder.devices]
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout off and checkpointing (which drops caches) asleep; afterwards each module is as it was."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        for module, _ in before:
+            module.training = differentiable_mode(module)
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def differentiable_mode(module: nn.Module) -> bool:
+    """Whether a module must run in training mode to have a derivative, now or later: on some CPUs the 4-bit layers of
+    bitsandbytes turn their weights into a format without one the first time that they run in eval mode."""
+    return any(
+        kind.__module__.startswith("bitsandbytes.") and kind.__name__ == "Linear4bit" for kind in type(module).__mro__
+    )

@@ -1,0 +1,1 @@
+"""The training loop, what it trains, its masks, checkpoints and processes."""

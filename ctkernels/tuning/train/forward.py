@@ -1,0 +1,63 @@
+"""Running rows through a frozen model with something attached."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from ctkernels.tuning.data.batches import Batch, answer_losses
+from ctkernels.tuning.hf.attach import Attachment
+from ctkernels.tuning.hf.encode import differentiable_mode
+from ctkernels.tuning.train.distributed import reshard
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def row_losses(model: PreTrainedModel, attachment: Attachment, batch: Batch, prompt: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy in nats of every answer of a batch, with a prefix attached; logits only where a label is.
+
+    prompt: embeddings `[batch.lead, E]` of a soft prompt in front of every row.
+    """
+    attachment.cu_seqlens = batch.cu_seqlens
+    tokens = {"input_ids": batch.input_ids}
+    if prompt is not None:
+        embedded = model.get_input_embeddings()(batch.input_ids)
+        tokens = {"inputs_embeds": batch.with_prompt(embedded, prompt.to(embedded.dtype))}
+    logits = model(
+        **tokens,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        logits_to_keep=batch.logit_positions,
+        use_cache=False,
+    ).logits
+    return answer_losses(logits, batch)
+
+
+@contextlib.contextmanager
+def frozen(model: PreTrainedModel, but: Iterable[nn.Parameter] = ()) -> Iterator[None]:
+    """Within the block no weight but those of `but` takes a gradient and no dropout is active; afterwards all is as it
+    was.
+
+    Modules under gradient checkpointing stay in training mode, since transformers checkpoints nothing outside of it; so
+    do those of `differentiable_mode`.
+    """
+    reshard(model)
+    needs_grad = [(p, p.requires_grad) for p in model.parameters()]
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        model.requires_grad_(False).eval()
+        for module, _ in training:
+            module.training = bool(getattr(module, "gradient_checkpointing", False)) or differentiable_mode(module)
+        for parameter in but:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        reshard(model)
+        for parameter, flag in needs_grad:
+            parameter.requires_grad_(flag)
+        for module, flag in training:
+            module.training = flag

@@ -1,0 +1,56 @@
+"""A learner: parameters, the rows they are trained on, and the loss of a batch of rows."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+
+from torch import Tensor, nn
+
+from ctkernels.tuning.data.batches import Batch
+from ctkernels.tuning.data.demonstrations import Row
+
+
+class Learner(ABC):
+    """What the loop in `trainer.py` trains.
+
+    module: owns what is trained (those of its parameters that require a gradient) and is handed to callbacks.
+    lead: soft prompt positions in front of each row.
+    """
+
+    module: nn.Module
+    lead: int = 0
+
+    @abstractmethod
+    def rows(self, epoch: int) -> Sequence[Row]:
+        """The rows of an epoch, of the same number in each."""
+
+    @abstractmethod
+    def attached(self, backend: str | None) -> AbstractContextManager[object]:
+        """The block in which `losses` is called; the model is as it was after it."""
+
+    @abstractmethod
+    def losses(self, batch: Batch, seed: int) -> Tensor:
+        """Loss of each row of a batch, fp32 (or fp64) `[B]`, in nats; `seed` decides what is drawn."""
+
+    def identity(self) -> object:
+        """What the result depends on besides settings, model and rows: something with a faithful repr."""
+        return None
+
+    def penalty(self) -> Tensor | None:
+        """A term of the loss that does not depend on rows, or None."""
+        return None
+
+    def before_training(self, rows: Iterable[Batch]) -> None:  # noqa: B027 (most learners have nothing to do)
+        """Called once at the start, attached, with the rows of the first epoch, one batch each."""
+
+    def before_step(self) -> None:  # noqa: B027
+        """Called with the gradients of a step, before they are clipped."""
+
+    def after_step(self) -> None:  # noqa: B027
+        """Called after every optimiser step: projections belong here."""
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name."""
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}

@@ -1,0 +1,83 @@
+"""Training a LoRA update on in-context sequences: the demonstrations in random orders, each as one row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ctkernels.tuning.adapters.lora import lora_parameters
+from ctkernels.tuning.data.batches import Batch
+from ctkernels.tuning.data.demonstrations import Demonstration, PairEncoder, Row
+from ctkernels.tuning.hf.attach import Attachment
+from ctkernels.tuning.train.forward import row_losses
+from ctkernels.tuning.train.learners.base import Learner
+from ctkernels.tuning.train.learners.prompt import empty_prefix
+from ctkernels.tuning.train.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from peft import LoraModel
+    from transformers import PreTrainedModel
+
+
+class LoraLearner(Learner):
+    """Trains the A and B that `wrapped` (of `Lora.injected`) carries.
+
+    Row i of an epoch is a random order of all demonstrations that ends with demonstration i, drawn anew each epoch.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        wrapped: LoraModel,
+        encoder: PairEncoder,
+        demonstrations: Sequence[Demonstration],
+        settings: TrainSettings,
+    ) -> None:
+        self.model, self.settings = model, settings
+        self.module: nn.Module = wrapped
+        self._start, self._delimiter = encoder.start, encoder.delimiter
+        self._sources = [d.source for d in demonstrations]
+        self._pairs = []  # (tokens of `x _`, tokens of y)
+        for d in demonstrations:
+            answer = encoder.answer(d, d.output)
+            self._pairs.append((encoder.prompt(d, len(answer)), answer))
+        encoder.report_cuts()
+
+    def rows(self, epoch: int) -> Sequence[Row]:
+        generator = torch.Generator().manual_seed(self.settings.dropout_seed(epoch))
+        count = len(self._pairs)
+        rows = []
+        for last in range(count):
+            others = [i for i in range(count) if i != last]
+            order = [others[i] for i in torch.randperm(count - 1, generator=generator).tolist()]
+            rows.append(self._row([*order, last]))
+        return rows
+
+    @contextmanager
+    def attached(self, backend: str | None) -> Iterator[None]:
+        with Attachment(empty_prefix(self.model), self.model, backend=backend) as self._attachment:
+            yield
+
+    def losses(self, batch: Batch, seed: int) -> Tensor:
+        return row_losses(self.model, self._attachment, batch)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return lora_parameters(self.module)
+
+    def _row(self, order: Sequence[int]) -> Row:
+        """`x _ y _ x _ y ...` in that order; the labels are all answers, or the last one."""
+        tokens, labels, predicted_at = list(self._start), [], []
+        for place, i in enumerate(order):
+            prompt, answer = self._pairs[i]
+            tokens += ((self._delimiter,) if place else ()) + prompt
+            if self.settings.answers == "all" or place == len(order) - 1:
+                target = (*answer, self._delimiter) if self.settings.learn_stop else answer
+                predicted_at += range(len(tokens) - 1, len(tokens) - 1 + len(target))
+                labels += target
+            tokens += answer
+        last = predicted_at[-1] + 1  # what follows the last token that predicts something is not needed
+        return Row(tuple(tokens[:last]), (tuple(labels),), -1, self._sources[order[-1]], tuple(predicted_at))

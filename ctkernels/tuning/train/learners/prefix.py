@@ -1,0 +1,128 @@
+"""Training a KV prefix: rows read it in every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ctkernels.tuning.adapters.prefix import KVPrefix
+from ctkernels.tuning.data.batches import Batch
+from ctkernels.tuning.data.demonstrations import Row
+from ctkernels.tuning.hf.attach import Attachment
+from ctkernels.tuning.hf.models import find_decoder
+from ctkernels.tuning.train.forward import row_losses
+from ctkernels.tuning.train.learners.base import Learner
+from ctkernels.tuning.train.masks import context_mask
+from ctkernels.tuning.train.reparametrise import LowRankPrefix, NetworkPrefix, TrainedPrefix
+from ctkernels.tuning.train.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel
+
+
+class PrefixLearner(Learner):
+    """Trains `prefix` in place, or, with a `rank` or a `hidden` network, what is added to it; `result` has the outcome.
+
+    settings: the mask's, and `trained`, `top_layers`, `frozen_tokens`, `pull`, `fisher`, `rank` and `hidden`.
+    """
+
+    def __init__(self, model: PreTrainedModel, prefix: KVPrefix, rows: Sequence[Row], settings: TrainSettings) -> None:
+        self.model, self.prefix, self.settings, self._rows = model, prefix, settings, rows
+        layers = len(prefix.keys)
+        self.check(model, settings, prefix.length)
+        first = layers - (settings.top_layers or layers)
+        trained = {
+            (kind, layer): kind in _KINDS[settings.trained] and layer >= first
+            for kind in ("keys", "values")
+            for layer in range(layers)
+        }
+        self.module: KVPrefix | TrainedPrefix = prefix
+        if settings.rank is not None:
+            self.module = LowRankPrefix(prefix, trained, settings.rank, settings.frozen_tokens, settings.seed)
+        elif settings.hidden is not None:
+            self.module = NetworkPrefix(prefix, trained, settings.hidden, settings.frozen_tokens, settings.seed)
+        else:
+            for (kind, layer), flag in trained.items():
+                getattr(prefix, kind)[layer].requires_grad_(flag)
+        self._trained = [key for key, flag in trained.items() if flag]
+        self._start = [x.detach().clone() for x in self._tensors()] if settings.pull else []
+        self._weights: list[Tensor | None] = [None] * len(self._start)
+
+    @staticmethod
+    def check(model: PreTrainedModel, settings: TrainSettings, length: int | None = None) -> None:
+        """Refuse settings that the model, or a prefix of `length` tokens, cannot have. Raises ValueError."""
+        layers = len(find_decoder(model).layers)
+        if (settings.top_layers or 0) > layers:
+            raise ValueError(f"top_layers must be at most the model's {layers} layers, got {settings.top_layers}")
+        if length is not None and settings.frozen_tokens >= max(length, 1):
+            raise ValueError(
+                f"frozen_tokens must be less than the prefix's {length} tokens, got {settings.frozen_tokens}"
+            )
+
+    def rows(self, epoch: int) -> Sequence[Row]:
+        return self._rows
+
+    @contextmanager
+    def attached(self, backend: str | None) -> Iterator[None]:
+        with Attachment(self.module, self.model, backend=backend) as self._attachment:
+            yield
+
+    def losses(self, batch: Batch, seed: int) -> Tensor:
+        self._attachment.mask = context_mask(self.settings, self.prefix.segments, batch, seed, self.prefix.length)
+        return row_losses(self.model, self._attachment, batch)
+
+    def identity(self) -> object:
+        return self.prefix.segments.tolist(), self.prefix.first_position
+
+    def before_training(self, rows: Iterable[Batch]) -> None:
+        """Fisher weights, where asked for: mean over rows of the squared gradient of the row's loss, all of it visible
+        but what leave-one-out hides; scaled to mean 1."""
+        if not (self.settings.pull and self.settings.fisher):
+            return
+        still = TrainSettings(
+            leave_one_out=self.settings.leave_one_out, leave_one_out_from=self.settings.leave_one_out_from
+        )
+        squares = [torch.zeros_like(x) for x in self._start]
+        for batch in rows:
+            self._attachment.mask = context_mask(still, self.prefix.segments, batch, 0, self.prefix.length)
+            loss = row_losses(self.model, self._attachment, batch).sum()
+            for total, gradient in zip(squares, torch.autograd.grad(loss, self._tensors()), strict=True):
+                total += gradient.square()
+        entries = sum(x.numel() for x in squares)
+        mean = sum(x.sum() for x in squares) / entries
+        self._weights = [x / mean.clamp(min=torch.finfo(x.dtype).tiny) for x in squares]
+
+    def before_step(self) -> None:
+        """AdamW without decay leaves an entry whose gradient was always zero exactly where it is."""
+        if self.settings.frozen_tokens and self.module is self.prefix:
+            for tensor in self._tensors():
+                tensor.grad[:, : self.settings.frozen_tokens] = 0
+
+    def penalty(self) -> Tensor | None:
+        if not self.settings.pull:
+            return None
+        total = torch.zeros((), dtype=self._start[0].dtype, device=self._start[0].device)
+        for now, start, weight in zip(self._tensors(), self._start, self._weights, strict=True):
+            square = (now - start).square()
+            total = total + (square if weight is None else weight * square).sum()
+        return 0.5 * self.settings.pull * total
+
+    def result(self) -> KVPrefix:
+        """The trained prefix."""
+        if isinstance(self.module, KVPrefix):
+            return self.module.requires_grad_(True)
+        return self.module.materialised()
+
+    def _tensors(self) -> list[Tensor]:
+        """The trained keys and values `[Hk, P, D]` as they are now."""
+        both = {"keys": list(self.module.keys), "values": list(self.module.values)}
+        return [both[kind][layer] for kind, layer in self._trained]
+
+
+_KINDS = {"both": ("keys", "values"), "keys": ("keys",), "values": ("values",)}

@@ -1,0 +1,62 @@
+"""What a training row sees of the context: leave-one-out in its variants, and token dropout.
+
+    context          demo 0   demo 1   demo 2   demo 3
+row of demo 1
+    self             ######   ......   ######   ######
+    suffix           ######   ......   ......   ......
+    power            ......   ......   ######   ......     a random half of the others, drawn anew each epoch
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ctkernels.mask import ContextMask, dropped_positions
+from ctkernels.tuning.data.batches import Batch
+from ctkernels.tuning.train.settings import TrainSettings
+
+SUBSETS = 1 << 63  # tells the random stream of subsets from that of token dropout, whose seeds are below 2^63
+
+
+def context_mask(
+    settings: TrainSettings, segments: Tensor, batch: Batch, seed: int, length: int, in_row: bool = False
+) -> ContextMask:
+    """The mask of a batch of training rows.
+
+    Args:
+        settings: `leave_one_out`, `leave_one_out_from`, `drop_p` and `drop_from` decide.
+        segments: int64 `[K+1]`, offsets of the K demonstrations in the context; no demonstrations, nothing to hide.
+        seed: of this epoch.
+        length: number of context positions.
+        in_row: the context lies in each row's own keys (a soft prompt) instead of the prefix.
+    """
+    count = segments.shape[0] - 1
+    hide = settings.leave_one_out if count and count >= settings.leave_one_out_from else "none"
+    common = {"row_ids": batch.row_ids, "length": length if in_row else None}
+    hidden = None if hide == "none" else _hidden(segments, batch.held_out, to_end=hide == "suffix")
+    keep = None
+    if hide == "power":
+        keep = _subsets(segments, batch.row_ids, seed, length)
+    if settings.drop_p == 0 or settings.drop_from == 0:
+        return ContextMask(hidden=hidden, keep=keep, drop_p=settings.drop_p, seed=seed, **common)
+    dropped = dropped_positions(batch.row_ids, length, settings.drop_p, seed)
+    dropped[:, : settings.drop_from] = False
+    return ContextMask(hidden=hidden, keep=~dropped if keep is None else keep & ~dropped, **common)
+
+
+def _hidden(segments: Tensor, held_out: Tensor, to_end: bool) -> Tensor:
+    """Spans `[B, 2]` that rows must not see: their own demonstration, or also all after it; none for held_out = -1."""
+    index = held_out.clamp(min=0)
+    end = segments[-1].expand_as(held_out) if to_end else segments[index + 1]
+    return torch.stack((segments[index], end), dim=-1) * (held_out >= 0)[:, None]
+
+
+def _subsets(segments: Tensor, row_ids: Tensor, seed: int, length: int) -> Tensor:
+    """A random half of the demonstrations for each row, bool `[B, length]`; what is no demonstration stays visible."""
+    count = segments.shape[0] - 1
+    hides = dropped_positions(row_ids, count, 0.5, seed | SUBSETS)  # [B, K]
+    position = torch.arange(length, device=row_ids.device)
+    owner = torch.searchsorted(segments, position, right=True) - 1  # -1 before the first, K behind the last
+    inside = (owner >= 0) & (owner < count)
+    return ~(hides[:, owner.clamp(0, count - 1)] & inside)

@@ -1,0 +1,286 @@
+"""What the bindings make of tensors: python_bindings/cuda_call.h, compiled for CPU tensors, its launches executed by
+the PTX emulator. Only the launching itself (python_bindings/cuda.cpp) is not run here; it needs a GPU, and
+`make cuda-bindings` compiles and links it.
+"""
+
+import ctypes
+import hashlib
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from ptxemu.launch import cache_directory
+
+import ctkernels as ct
+from ctkernels import dispatch
+from ctkernels.backends.triton.plan import tf32_allowed
+from ctkernels.problem import Problem
+from ctkernels.testing.backends import Backend
+from ctkernels.testing.calls import Call, cotangents_for, make_call, run
+from ctkernels.testing.compare import assert_matches
+from tools.gpu.cuda import plan
+from tools.gpu.cuda.emulated import shipped
+
+ROOT = Path(__file__).resolve().parents[3]
+SOURCE = ROOT / "tools/gpu/cuda/emulated_bindings.cpp"
+BACKEND = Backend("cuda-bindings")
+CALLBACK = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.POINTER(plan.Launch), ctypes.c_int64, ctypes.POINTER(ctypes.c_char), ctypes.c_int64
+)
+# not the bounds: the bindings allocate what no test knows of
+CHECKS = ("uninitialised_shared", "shared_race", "sync")
+launched: list[str] = []
+
+
+def build_library() -> Path:
+    """emulated_bindings.cpp against this torch, kept by content."""
+    headers = [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.h"), *ROOT.glob("python_bindings/*.h"), SOURCE]
+    told = hashlib.sha256(torch.__version__.encode() + b"".join(path.read_bytes() for path in sorted(headers)))
+    target = cache_directory() / f"bindings-{told.hexdigest()[:20]}.so"
+    if not target.exists():
+        torch_root = Path(torch.__file__).parent
+        includes = [torch_root / "include", torch_root / "include/torch/csrc/api/include"]
+        includes.append(sysconfig.get_paths()["include"])
+        command = ["g++", "-std=c++20", "-O1", "-Wall", "-Wno-psabi", "-Werror", "-fPIC", "-shared", str(SOURCE)]
+        command += [*(f"-isystem{path}" for path in includes), f"-L{torch_root}/lib", "-lc10", "-ltorch_cpu"]
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            built = Path(folder) / "bindings.so"
+            done = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-4000:]
+            built.replace(target)
+    return target
+
+
+@CALLBACK
+def execute(launches, count, args, size) -> int:
+    """Runs what the bindings would launch."""
+    try:
+        for launch in launches[:count]:
+            name = launch.name.decode()
+            launched.append(name)
+            module = shipped().module(name)
+            grid, block = tuple(launch.grid), launch.block
+            module.launch(name, grid, block, [args[:size]], shared_bytes=launch.shared, check=CHECKS)
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bindings():
+    """Inside, backend "cuda-bindings" computes CPU tensors."""
+    library = build_library()
+    torch.ops.load_library(str(library))
+    ctypes.CDLL(str(library)).set_callback(execute)
+    dispatch.BACKENDS[BACKEND.name] = (__name__, ("cpu",))
+    yield
+    del dispatch.BACKENDS[BACKEND.name]
+
+
+@pytest.fixture(autouse=True)
+def nan_filled_memory():
+    """New tensors hold NaN where nothing was written yet."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    launched.clear()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def unavailable() -> None:
+    return None
+
+
+def forward(*args):
+    *tensors, problem = args
+    return torch.ops.ctkernels_emulated.cuda_forward(*tensors, *problem[:-1])
+
+
+def backward(*args):
+    *tensors, problem = args
+    return torch.ops.ctkernels_emulated.cuda_backward(*tensors, *problem[:-1])
+
+
+def check(call: Call, layout: str = "plain") -> dict[str, torch.Tensor]:
+    cotangents = cotangents_for(call, layout=layout)
+    got = run(call, BACKEND, cotangents)
+    assert_matches(call, got, cotangents)
+    return got
+
+
+def test_packed_rows_with_master_weights():
+    """Spans, dropout, int64 row ids, an fp32 prefix whose gradient is fp32."""
+    mask = dict(
+        hidden=torch.tensor([[0, 25], [25, 50], [0, 0], [75, 100]]),
+        drop_p=0.2,
+        seed=2**63 + 5,
+        row_ids=torch.tensor([3, 1, 4, 2**32 - 1]),
+    )
+    got = check(make_call(H=4, Hk=2, P=100, D=64, types="bf16+fp32", lens=[5, 17, 0, 30], mask=mask))
+    assert got["dprefix_k"].dtype == torch.float32 and got["dq"].dtype == torch.bfloat16
+    assert {"ctk_setup_rows", "ctk_pack", "ctk_forward_bf16_64_plain", "ctk_keys_bf16_64_plain"} <= set(launched)
+
+
+@pytest.mark.parametrize("bias", [(90,), (6, 90), (2, 6, 90)])
+def test_every_option(bias):
+    """Two prefixes, padded decoding rows, a bias of each shape, int32 and int64 vectors, strided ones, a pattern."""
+    keep = torch.rand(90, 4, generator=torch.Generator().manual_seed(1)).t() < 0.7
+    call = make_call(
+        B=4, H=6, Hk=2, S=7, T=20, P=90, D=40, G=2, types="bf16", bias=bias, mask=dict(keep=keep),
+        prefix_index=torch.tensor([1, 9, 0, 9, 1, 9, 1, 9])[::2], prefix_lens=torch.tensor([90, 61], dtype=torch.int32),
+        seq_lens=torch.tensor([20, 9, 7, 15], dtype=torch.int32), window=60, softcap=15.0, causal=True,
+        alibi_slopes=torch.linspace(0.01, 0.3, 6),
+    )  # fmt: skip
+    got = check(call, "expanded")
+    assert got["dprefix_bias"].shape == bias and got["dprefix_k"].dtype == torch.bfloat16
+
+
+def test_padding():
+    """Queries and keys behind the end of a row: zeros, and lse = -inf."""
+    got = check(make_call(B=3, H=4, Hk=2, S=20, P=70, D=64, types="bf16", seq_lens=torch.tensor([20, 0, 7])))
+    assert got["out"][1].eq(0).all() and got["lse"][2, :, 7:].isneginf().all()
+    assert all(got[name][2, :, 7:].eq(0).all() for name in ("dq", "dk", "dv"))
+
+
+def test_a_window_without_end():
+    """Sums of positions and the window stay in 64 bits."""
+    check(make_call(B=2, H=2, Hk=1, S=9, P=20, D=64, types="bf16", window=2**63 - 1))
+
+
+def test_tokens_behind_the_last_packed_row():
+    """Values are not looked at on a GPU: what belongs to no row is zero, and not what memory held."""
+    call = make_call(H=4, Hk=2, P=20, D=64, types="bf16", lens=[5, 9, 7])
+    bounds = torch.tensor([0, 5, 14, 14], dtype=torch.int32)
+    got = run(replace(call, cu_seqlens=bounds), BACKEND, cotangents_for(call))
+    assert got["out"][14:].eq(0).all() and got["lse"][:, 14:].isneginf().all()
+    assert all(got[name][14:].eq(0).all() for name in ("dq", "dk", "dv"))
+    assert all(x.isfinite().all() for name, x in got.items() if name != "lse")
+
+
+def test_tensors_that_are_read_in_place():
+    """Transposed rows as models pass them, and a window of a larger prefix: nothing is copied."""
+    call = make_call(B=2, H=4, Hk=2, S=9, P=70, D=64, types="bf16", window_prefix=False)
+    call = call.with_tensors(
+        q=call.tensors["q"].transpose(1, 2).contiguous().transpose(1, 2),
+        prefix_k=torch.cat([call.tensors["prefix_k"]] * 2, dim=1)[:, 70:],
+    )
+    check(call, "transposed")
+    assert "ctk_pack" not in launched
+
+
+def test_fp32_is_exact_unless_tf32_is_allowed():
+    """As in PyTorch: the flag that the kernels get follows torch's own. Nothing is executed."""
+    received = []
+
+    def record(launches, count, args, size):
+        received.append(args[:size])
+        return 0
+
+    recorder = CALLBACK(record)
+    library = ctypes.CDLL(str(build_library()))
+    call = make_call(B=2, H=2, Hk=1, S=5, P=70, D=64, types="fp32")
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    library.set_callback(recorder)
+    try:
+        for allowed in (False, True):
+            matmul.allow_tf32 = allowed
+            run(call, BACKEND)
+            run(call.with_tensors(**{name: x.half() for name, x in call.tensors.items()}), BACKEND)
+            assert tf32_allowed() == allowed
+        matmul.fp32_precision = "ieee"  # torch's newer way to say so, after which the old one must not be read
+        run(call, BACKEND)
+        assert not tf32_allowed()
+    finally:
+        matmul.fp32_precision = "none"
+        matmul.allow_tf32 = before
+        library.set_callback(execute)
+    # Args begins with its Call
+    assert [args[plan.Call.tf32.offset] for args in received] == [0, 0, 1, 0, 0]
+
+
+def test_only_what_is_asked_for_is_computed():
+    call = make_call(B=2, H=4, Hk=2, S=9, P=70, D=64, types="bf16")
+    full = run(call, BACKEND, cotangents_for(call))
+    t = call.tensors
+    t["prefix_v"].requires_grad_()
+    launched.clear()
+    out = ct.prefix_attention(t["q"], t["k"], t["v"], t["prefix_k"], t["prefix_v"], backend=BACKEND.name)
+    (grad,) = torch.autograd.grad(out, [t["prefix_v"]], cotangents_for(call)[0])
+    assert not [name for name in launched if "query" in name]
+    assert torch.equal(grad, full["dprefix_v"])  # dv does not depend on dlse
+
+
+@pytest.mark.parametrize(
+    "sizes", [dict(B=0), dict(S=0, T=0), dict(lens=[0, 0]), dict(P=0), dict(P=0, bias=(0,))], ids=str
+)
+def test_nothing_to_do_gives_zero_gradients(sizes):
+    check(make_call(H=4, Hk=2, D=64, types="bf16+fp32", **sizes))
+
+
+def test_a_failing_launch_is_an_error(monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "shipped", None)
+    with pytest.raises(RuntimeError, match="the emulator failed"):
+        run(make_call(B=1, H=2, Hk=1, S=2, P=3, D=64, types="bf16"), BACKEND)
+
+
+def call_directly(**changes):
+    """The operator, past attention.py: the arguments of a small call, with changes."""
+    call = make_call(B=3, H=4, Hk=2, S=5, P=11, D=64, types="fp32")
+    problem = dict.fromkeys(Problem._fields) | dict(
+        context_length=11, drop_p=0.0, seed=0, scale=0.1, causal=True, window=0, window_prefix=True, softcap=0.0
+    )
+    del problem["backend"]
+    t = {name: x[None] if x.dim() == 3 else x for name, x in call.tensors.items()}
+    arguments = t | dict(prefix_bias=None) | problem
+    assert changes.keys() <= arguments.keys()
+    return torch.ops.ctkernels_emulated.cuda_forward(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(k=torch.zeros(3, 2, 4, 64)), ("q", "k", "do not fit")),
+        (dict(q=torch.zeros(3, 4, 5, 64, dtype=torch.bfloat16)), ("do not fit",)),
+        (dict(prefix_v=torch.zeros(1, 2, 10, 64)), ("prefix_v", "[1, 2, 10, 64]")),
+        (dict(prefix_k=torch.zeros(0, 2, 11, 64), prefix_v=torch.zeros(0, 2, 11, 64)), ("prefix_k", "G = 0")),
+        (dict(prefix_k=torch.zeros(1, 2, 11, 64, device="meta")), ("cpu", "meta")),
+        (dict(seq_lens=torch.zeros(2, dtype=torch.int32)), ("seq_lens", "[3]", "[2]")),
+        (dict(seq_lens=torch.zeros(3)), ("seq_lens", "int32 or int64", "Float")),
+        (dict(hidden=torch.zeros(3, 2, dtype=torch.int64, device="meta")), ("hidden", "meta")),
+        (dict(keep=torch.zeros(3, 11, dtype=torch.uint8)), ("keep", "bool")),
+        (dict(cu_seqlens=torch.zeros(0, dtype=torch.int32)), ("cu_seqlens", "[B+1]")),
+        (dict(prefix_bias=torch.zeros(1, 2, 11)), ("prefix_bias", "[1, 2, 11]")),
+        (dict(prefix_bias=torch.zeros(1, 4, 11, device="meta")), ("prefix_bias", "cpu", "meta")),
+        (dict(alibi_slopes=torch.zeros(2)), ("alibi_slopes", "[4]")),
+        (dict(drop_p=1.0), ("drop_p", "[0, 1)", "1")),
+        (dict(window=-3), ("window", "-3")),
+        (dict(context_length=-1), ("context_length", "-1")),
+    ],
+)
+def test_inconsistent_arguments_are_refused_by_name(changes, words):
+    with pytest.raises((ValueError, TypeError)) as caught:
+        call_directly(**changes)
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert launched == []
+
+
+def test_fp64_is_refused():
+    x = {name: torch.zeros(3, h, 5, 64, dtype=torch.float64) for name, h in (("q", 4), ("k", 2), ("v", 2))}
+    prefix = torch.zeros(1, 2, 11, 64, dtype=torch.float64)
+    with pytest.raises(TypeError, match="q must be fp32, bf16 or fp16, got Double"):
+        call_directly(**x, prefix_k=prefix, prefix_v=prefix)
+
+
+def test_more_queries_than_the_tables_count_are_refused():
+    """Before anything is allocated: the rows here are views of 64 numbers."""
+    rows = {name: torch.zeros(64).expand(3, heads, 2**28, 64) for name, heads in (("q", 4), ("k", 2), ("v", 2))}
+    with pytest.raises(ValueError, match="fewer than 1073741824"):
+        call_directly(**rows)

@@ -1,0 +1,242 @@
+"""PrefixStore: what is put is what rows read, in little memory, whatever else goes on."""
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+
+import psutil
+import pytest
+import safetensors.torch
+import torch
+
+from ctkernels.testing.models import make_model, tokens
+from ctkernels.tuning import KVPrefix, PrefixStore
+from ctkernels.tuning.adapters.prefix_file import PrefixFileError
+
+ROWS = torch.stack([tokens(5, seed=n) for n in range(3)])
+NAMES = ["routing", "a/b: Ä.x", ".hidden"]
+SIZE = 3 * 2 * 2 * 8 * 4  # bytes of a prefix in fp32, per token
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model("llama", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def prefixes(model) -> list[KVPrefix]:
+    return [KVPrefix.from_tokens(model, tokens(n, seed=n), torch.tensor([0, 2, n])) for n in (6, 9, 4)]
+
+
+@pytest.fixture
+def store(tmp_path, model, prefixes) -> PrefixStore:
+    store = PrefixStore(tmp_path / "store", model)
+    for name, prefix in zip(NAMES, prefixes, strict=True):
+        store.put(name, prefix)
+    return store
+
+
+def same(a: KVPrefix, b: KVPrefix) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@torch.no_grad()
+def test_what_is_put_is_read(store, model, prefixes):
+    """Through another store on the same folder, as after a restart: names of any kind, all that belongs to a prefix."""
+    again = PrefixStore(store.directory, model)
+    assert list(again) == sorted(NAMES) and len(again) == 3 and ".hidden" in again and "hidden" not in again
+    for name, prefix in zip(NAMES, prefixes, strict=True):
+        read = again.get(name)
+        assert same(read, prefix) and torch.equal(read.segments, prefix.segments)
+        assert read.metadata == prefix.metadata and read.first_position == prefix.length
+        assert not any(p.requires_grad for p in read.parameters())
+        with prefix.attach(model):
+            expected = model(ROWS).logits
+        with again.attach([name] * 3) as attachment:
+            assert attachment.prefix is read  # in place, not a copy
+            assert torch.equal(model(ROWS).logits, expected)
+
+
+@torch.no_grad()
+def test_a_batch_of_several_tasks(store, model, prefixes):
+    expected = []
+    for row, prefix in zip(ROWS, (prefixes[2], prefixes[0], prefixes[2]), strict=True):
+        with prefix.attach(model):
+            expected.append(model(row[None]).logits[0])
+    with store.attach([NAMES[2], NAMES[0], NAMES[2]]) as attachment:
+        assert len(attachment.prefix) == 2
+        torch.testing.assert_close(model(ROWS).logits, torch.stack(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_the_least_recently_used_leave_memory(store, model):
+    store = PrefixStore(store.directory, model, memory_bytes=15 * SIZE)  # 6 + 9 tokens, or 9 + 4
+    first, second = store.get(NAMES[0]), store.get(NAMES[1])
+    assert store.bytes_in_memory == 15 * SIZE
+    assert store.get(NAMES[0]) is first
+    third = store.get(NAMES[2])  # the second has to go
+    assert store.bytes_in_memory == 10 * SIZE
+    assert store.get(NAMES[0]) is first and store.get(NAMES[2]) is third
+    assert store.get(NAMES[1]) is not second and store.bytes_in_memory == 13 * SIZE
+    small = PrefixStore(store.directory, model, memory_bytes=8 * SIZE)
+    kept = small.get(NAMES[0])
+    assert small.get(NAMES[1]).length == 9  # read, too large to keep, and nothing leaves for it
+    assert small.bytes_in_memory == 6 * SIZE and small.get(NAMES[0]) is kept
+
+
+def test_files_are_mapped(store):
+    """A prefix's tensors lie in its file one behind the other, and the file stays mapped for as long as it is held."""
+
+    def mapped() -> bool:
+        return any(Path(entry.path).name == store._path(NAMES[1]).name for entry in psutil.Process().memory_maps())
+
+    store.memory_bytes = 0
+    prefix = store.get(NAMES[1])
+    addresses = sorted(p.data_ptr() for p in prefix.parameters())
+    assert {b - a for a, b in pairwise(addresses)} == {prefix.keys[0].nbytes}
+    assert mapped()
+    del prefix
+    assert not mapped()
+
+
+@torch.no_grad()
+def test_half_the_bytes(tmp_path, prefixes):
+    """bf16 on disk: the same logits in a bf16 model, which reads the file in place; fp32 again in an fp32 model."""
+    half = make_model("llama", torch.bfloat16)
+    prefix = KVPrefix.from_tokens(half, tokens(20, seed=1), torch.tensor([0, 20]))
+    for dtype in (None, torch.bfloat16):
+        store = PrefixStore(tmp_path / str(dtype), half, dtype=dtype)
+        store.put("x", prefix)
+        with prefix.attach(half):
+            expected = half(ROWS).logits
+        with store.attach(["x"] * 3):
+            assert torch.equal(half(ROWS).logits, expected)
+    sizes = [next((tmp_path / str(dtype)).iterdir()).stat().st_size for dtype in (None, torch.bfloat16)]
+    assert sizes[0] - sizes[1] == pytest.approx(20 * SIZE / 2, abs=200)
+    assert store.get("x").keys[0].dtype == torch.bfloat16
+    full = PrefixStore(store.directory, make_model("llama", torch.float32)).get("x")
+    assert full.keys[0].dtype == torch.float32
+    torch.testing.assert_close(full.keys[0], prefix.keys[0], rtol=2**-8, atol=0)
+
+
+def test_replaced_and_removed(store, model, prefixes):
+    """Here and by another process; a batch that holds the old one goes on with it."""
+    other = PrefixStore(store.directory, model)
+    old = store.get(NAMES[0])
+    other.put(NAMES[0], prefixes[1])
+    assert same(store.get(NAMES[0]), prefixes[1]) and same(old, prefixes[0])
+    assert store.bytes_in_memory == 9 * SIZE  # the old version is not kept
+    store.put(NAMES[0], prefixes[2])
+    assert store.bytes_in_memory == 0 and same(store.get(NAMES[0]), prefixes[2])
+    other.remove(NAMES[0])
+    for work in (store.get, store.remove):
+        with pytest.raises(PrefixFileError, match=r"no prefix named 'routing'"):
+            work(NAMES[0])
+    assert NAMES[0] not in store and len(store) == 2
+
+
+def test_a_full_disk_leaves_the_old_prefix(store, prefixes, monkeypatch):
+    def full(tensors, path, *_args):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ctkernels.tuning.adapters.store.safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        store.put(NAMES[0], prefixes[1])
+    assert same(store.get(NAMES[0]), prefixes[0]) and len(os.listdir(store.directory)) == 3
+
+
+def test_errors(store, model, prefixes, tmp_path):
+    with pytest.raises(PrefixFileError, match=r"no prefix named 'rooting'; near names are 'routing'"):
+        store.get("rooting")
+    with pytest.raises(PrefixFileError, match=r"no prefix named '\.\./routing'"):
+        store.get("../routing")
+    other = make_model("llama", torch.float32, intermediate_size=48)
+    with pytest.raises(PrefixFileError, match=r"routing\.safetensors: prefix was made for LlamaForCausalLM"):
+        PrefixStore(store.directory, other).get("routing")
+    with pytest.raises(ValueError, match="prefix was made for LlamaForCausalLM"):
+        PrefixStore(store.directory, other).put("routing", prefixes[0])
+    path = store.directory / "routing.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-4])
+    with pytest.raises(PrefixFileError, match=r"routing\.safetensors: damaged or cut off"):
+        store.get("routing")
+    path.write_bytes(whole)
+    assert same(store.get("routing"), prefixes[0])  # a failure is not remembered
+    safetensors.torch.save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(PrefixFileError, match=r"routing\.safetensors: not a prefix of a store"):
+        store.get("routing")
+    for name in ("", "x" * 222):
+        with pytest.raises(ValueError, match="name must have 1 to 221 bytes"):
+            store.put(name, prefixes[0])
+    store.put("x" * 221, prefixes[0])  # a name that is accepted is one that the disk takes
+    with pytest.raises(TypeError, match="name must be a string, got int"):
+        store.get(3)
+    with pytest.raises(ValueError, match="names must hold"):
+        store.attach([])
+    with pytest.raises(TypeError, match="dtype must be one of"):
+        PrefixStore(tmp_path, model, dtype=torch.int8)
+    with pytest.raises(ValueError, match="memory_bytes must be >= 0"):
+        PrefixStore(tmp_path, model, memory_bytes=-1)
+    assert list(PrefixStore(tmp_path / "none", model)) == []
+
+
+def test_one_read_for_all_who_wait(store, monkeypatch):
+    """Eight threads ask at once: one reads, all get the same; if it fails all hear of it, and the next one reads."""
+    read, started, reads = PrefixStore._read, threading.Event(), []
+
+    def slow(self, name):
+        reads.append(name)
+        started.wait(5)
+        if len(reads) == 1:
+            raise PrefixFileError("no")
+        return read(self, name)
+
+    monkeypatch.setattr(PrefixStore, "_read", slow)
+    for expected in (1, 2):
+        with ThreadPoolExecutor(8) as pool:
+            started.clear()
+            asked = [pool.submit(store.get, "routing") for _ in range(8)]
+            while sum(f.running() for f in asked) < 8 or not reads:
+                pass
+            threading.Timer(0.05, started.set).start()
+            results = [f.exception() or f.result() for f in asked]
+        assert len(reads) == expected
+        assert len({id(result) for result in results}) == 1
+        assert isinstance(results[0], PrefixFileError if expected == 1 else KVPrefix)
+
+
+def test_threads_that_put_get_and_remove(store, model, prefixes):
+    """Never a wrong prefix, never more memory than allowed, no error but that of a name that is gone."""
+    store.memory_bytes = 12 * SIZE
+    lengths = {f"task {i}": (6, 9, 4)[i % 3] for i in range(6)}
+
+    def work(seed: int) -> int:
+        generator = torch.Generator().manual_seed(seed)
+        found = 0
+        for draw in torch.randint(600, (60,), generator=generator).tolist():
+            i, action = draw % 6, draw // 6 % 10
+            name = f"task {i}"
+            if action == 0:
+                try:
+                    store.remove(name)
+                except PrefixFileError as error:
+                    assert "no prefix named" in str(error)
+            elif action < 4:
+                store.put(name, prefixes[i % 3])
+            else:
+                try:
+                    prefix = store.get(name)
+                except PrefixFileError as error:
+                    assert "no prefix named" in str(error)
+                    continue
+                assert prefix.length == lengths[name] and same(prefix, prefixes[i % 3])
+                found += 1
+            assert store.bytes_in_memory <= 12 * SIZE
+        return found
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sum(pool.map(work, range(4))) > 20
+    held = sum(p.numel() * 4 for prefix in store._kept.values() for p in prefix.parameters())
+    assert store.bytes_in_memory == held <= 12 * SIZE and not store._loading
