@@ -27,7 +27,7 @@ from ctkernels.tuning.adapters.prefix_file import PrefixFileError
 from ctkernels.tuning.adapters.prompt import SoftPrompt
 from ctkernels.tuning.data.demonstrations import TextFormat, start_tokens
 from ctkernels.tuning.hf.encode import encode_tokens
-from ctkernels.tuning.hf.models import Decoder, config_hash, find_decoder
+from ctkernels.tuning.hf.models import Decoder, find_decoder, other_architecture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -166,11 +166,10 @@ def _described(
     if not header:
         return None, PrefixMetadata.of(decoder.model, tokenizer, f"peft {kind.lower().replace('_', '-')}")
     metadata = PrefixMetadata(**header["metadata"])
-    if metadata.config_hash != config_hash(decoder.config):
-        raise ValueError(
-            f"made for {metadata.model_class} {metadata.model_id!r}, whose configuration differs from this "
-            f"{type(decoder.model).__name__}"
-        )
+    other = other_architecture(metadata, decoder.config)
+    if other is not None:
+        name = type(decoder.model).__name__
+        raise ValueError(f"made for {metadata.model_class} {metadata.model_id!r}; this {name} has {other}")
     return torch.tensor(header["segments"]), metadata
 
 

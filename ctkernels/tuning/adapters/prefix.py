@@ -28,7 +28,7 @@ from ctkernels.tuning.data.demonstrations import Demonstration, TextFormat, enco
 from ctkernels.tuning.hf.attach import Attachment
 from ctkernels.tuning.hf.encode import encode_tokens
 from ctkernels.tuning.hf.limits import check_context_length
-from ctkernels.tuning.hf.models import config_hash, find_decoder
+from ctkernels.tuning.hf.models import architecture, config_hash, find_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 class PrefixMetadata:
     """Which model and tokenizer a prefix belongs to, and how it was made.
 
-    model_class, model_id: class name and `name_or_path`.  config_hash: see `hf_models.config_hash`.
+    model_class, model_id: class name and `name_or_path`.  config_hash, architecture: see `hf/models.py`.
     tokenizer_id, tokenizer_hash: `name_or_path` and `tokenizer_hash`, None if the prefix was made from tokens alone.
     method, settings: name of the tuning method and its settings, JSON values.
     """
@@ -50,6 +50,7 @@ class PrefixMetadata:
     tokenizer_hash: str | None = None
     method: str = "icl"
     settings: Mapping[str, Any] = field(default_factory=dict)
+    architecture: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -69,6 +70,7 @@ class PrefixMetadata:
             tokenizer_hash=None if tokenizer is None else tokenizer_hash(tokenizer),
             method=method,
             settings=dict(settings or {}),
+            architecture=architecture(decoder.config),
         )
 
 

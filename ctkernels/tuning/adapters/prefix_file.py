@@ -14,6 +14,7 @@ import secrets
 import shutil
 import warnings
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from transformers import PreTrainedModel
 
 import ctkernels
 from ctkernels.tuning.adapters.prefix import KVPrefix, PrefixMetadata, tokenizer_hash
-from ctkernels.tuning.hf.models import config_hash, find_decoder
+from ctkernels.tuning.hf.models import find_decoder, other_architecture
 from ctkernels.tuning.storage import atomic_file, atomic_write_json
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def _describe(prefix: KVPrefix, tensors: dict[str, Tensor], name: str) -> dict[s
         "shapes": {key: list(x.shape) for key, x in tensors.items()},
         "segments": prefix.segments.tolist(),
         "first_position": prefix.first_position,
-        "metadata": {**vars(metadata), "settings": dict(metadata.settings)},
+        "metadata": asdict(metadata),
         "versions": {
             "ctkernels": ctkernels.__version__,
             "torch": torch.__version__,
@@ -172,11 +173,11 @@ def _check_belongs(
     if model is not None:
         decoder = find_decoder(model)
         own_id = decoder.model.name_or_path
-        if metadata.config_hash != config_hash(decoder.config):
+        other = other_architecture(metadata, decoder.config)
+        if other is not None:
             raise PrefixFileError(
-                f"{path}: made for {metadata.model_class} {metadata.model_id!r} (configuration "
-                f"{metadata.config_hash}), not for this {type(decoder.model).__name__} {own_id!r} (configuration "
-                f"{config_hash(decoder.config)})"
+                f"{path}: made for {metadata.model_class} {metadata.model_id!r}; this {type(decoder.model).__name__} "
+                f"{own_id!r} has {other}"
             )
         if metadata.model_id and own_id and metadata.model_id != own_id:
             warnings.warn(

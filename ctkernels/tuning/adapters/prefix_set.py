@@ -16,6 +16,7 @@ from torch import Tensor
 from ctkernels import ContextMask
 from ctkernels.tuning.adapters.prefix import KVPrefix
 from ctkernels.tuning.hf.attach import Attachment
+from ctkernels.tuning.hf.models import other_architecture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,10 +42,13 @@ class PrefixSet:
             raise ValueError("prefixes must hold at least one KVPrefix, got none")
         first = self.prefixes[0]
         for index, prefix in enumerate(self.prefixes):
-            if prefix.metadata.config_hash != first.metadata.config_hash or len(prefix.keys) != len(first.keys):
+            other = other_architecture(first.metadata, prefix.metadata)
+            if other is None and len(prefix.keys) != len(first.keys):
+                other = f"{len(prefix.keys)} layers instead of {len(first.keys)}"
+            if other is not None:
                 raise ValueError(
                     f"prefixes[{index}] was made for {prefix.metadata.model_class} {prefix.metadata.model_id!r}, "
-                    f"prefixes[0] for {first.metadata.model_class} {first.metadata.model_id!r}"
+                    f"prefixes[0] for {first.metadata.model_class} {first.metadata.model_id!r}: it has {other}"
                 )
         device = first.keys[0].device
         self.lengths = torch.tensor([prefix.length for prefix in self.prefixes], device=device)

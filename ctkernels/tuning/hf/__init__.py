@@ -2,5 +2,6 @@
 
 from ctkernels.tuning.hf.attach import Attachment
 from ctkernels.tuning.hf.attention import IMPLEMENTATION
+from ctkernels.tuning.hf.proof import prove
 
-__all__ = ["IMPLEMENTATION", "Attachment"]
+__all__ = ["IMPLEMENTATION", "Attachment", "prove"]

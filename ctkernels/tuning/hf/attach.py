@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from ctkernels import ContextMask
 from ctkernels.tuning.hf.alibi import ALIBI_IMPLEMENTATION, serve_alibi
 from ctkernels.tuning.hf.attention import ATTACHED, IMPLEMENTATION, ForwardState, is_layout, no_padding
-from ctkernels.tuning.hf.models import ALIBI, LEARNED, Decoder, config_hash, find_decoder, rope_switch
+from ctkernels.tuning.hf.models import ALIBI, LEARNED, Decoder, find_decoder, other_architecture, rope_switch
 from ctkernels.tuning.hf.parallel import head_group
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Attachment:
         family, config = self._decoder.family, self._decoder.config
         self._name = type(self._decoder.model).__name__
         self._implementation = ALIBI_IMPLEMENTATION if family.positions == ALIBI else IMPLEMENTATION
-        self._position_limit = config.max_position_embeddings if family.positions == LEARNED else None
+        self._position_limit = self._decoder.context_limit if family.positions == LEARNED else None
         switches = (rope_switch(config, each.first_position) for each in self._prefixes)
         self._rope_switch = min((switch for switch in switches if switch is not None), default=None)
         self._group = head_group(self._decoder.attentions[0])
@@ -140,7 +140,7 @@ class Attachment:
         if self._decoder.family.positions == ALIBI:  # BLOOM has no position ids and passes no keyword arguments on
             self._thread.state = state
         else:
-            kwargs["position_ids"] = positions + first
+            kwargs["position_ids"] = positions + first + self._decoder.first_position_id
         return (), kwargs
 
     def _index_of_rows(self, tokens: Tensor) -> Tensor | None:
@@ -353,10 +353,11 @@ def check_fit(prefix: KVPrefix, decoder: Decoder) -> None:
         raise ValueError(f"prefix has {len(prefix.keys)} layers, {name} has {len(decoder.attentions)}")
     for index, key in enumerate(prefix.keys):
         heads, _, dimension = key.shape
-        if (heads, dimension) != (decoder.kv_heads, decoder.head_dim):
+        shape = decoder.shapes[index]
+        if (heads, dimension) != (shape.heads, shape.key_dim):
             raise ValueError(
-                f"prefix layer {index} has {heads} KV heads of dimension {dimension}, {name} has {decoder.kv_heads} of "
-                f"dimension {decoder.head_dim}"
+                f"prefix layer {index} has {heads} KV heads of dimension {dimension}, {name} has {shape.heads} of "
+                f"dimension {shape.key_dim}"
             )
         device = next(decoder.attentions[index].parameters()).device
         if key.device != device and device.type != "meta":  # meta: weights are offloaded and come where they are needed
@@ -368,10 +369,11 @@ def check_fit(prefix: KVPrefix, decoder: Decoder) -> None:
                 f"prefix must be {decoder.prefix_dtype} or the model's type {decoder.dtype}, got {key.dtype}; "
                 f"convert it with prefix.to({decoder.prefix_dtype})"
             )
-    if prefix.metadata.config_hash != config_hash(decoder.config):
+    other = other_architecture(prefix.metadata, decoder.config)
+    if other is not None:
         raise ValueError(
-            f"prefix was made for {prefix.metadata.model_class} {prefix.metadata.model_id!r}, whose configuration "
-            f"differs from this {name} {decoder.model.name_or_path!r}"
+            f"prefix was made for {prefix.metadata.model_class} {prefix.metadata.model_id!r}; this {name} "
+            f"{decoder.model.name_or_path!r} has {other}"
         )
     if decoder.family.positions == ALIBI and prefix.first_position != prefix.length:
         raise ValueError(

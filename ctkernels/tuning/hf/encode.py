@@ -53,11 +53,12 @@ def _encode(
         )
     length = next(iter(inputs.values())).shape[1]
     if length == 0:
-        return _empty(decoder), _empty(decoder)
+        return _empty(decoder, "key_dim"), _empty(decoder, "value_dim")
     first = 0 if behind is None else behind.first_position
     start = first if position is None else position
     # an attached model counts positions from the prefix's first one
-    positions = torch.arange(start - first, start - first + length, device=decoder.device)[None]
+    own = torch.arange(start - first, start - first + length, device=decoder.device)[None]
+    positions = own + (0 if behind is not None else decoder.first_position_id)
     attached = nullcontext() if behind is None else behind.attach(decoder.model)
     # without a config every layer of the cache keeps all positions; with one, windowed layers would lose the early ones
     cache = DynamicCache()
@@ -71,15 +72,29 @@ def _encode(
     # a copy of its own: the cache may share memory between layers or with the model
     dtype, group = decoder.prefix_dtype, head_group(decoder.attentions[0])
 
-    def own(x: Tensor) -> Tensor:
-        return all_heads(x[0].to(dtype, copy=True).contiguous(), decoder.kv_heads, group)
+    def own_copies(kind: str, dim: str) -> Layers:
+        copies = []
+        for index, (attention, shape) in enumerate(zip(decoder.attentions, decoder.shapes, strict=True)):
+            layer = cache.layers[attention.layer_idx] if attention.layer_idx < len(cache.layers) else None
+            if not isinstance(getattr(layer, kind, None), Tensor):
+                raise ValueError(f"layer {index} of {type(decoder.model).__name__} caches no {kind} of its own")
+            cached = getattr(layer, kind)[0].to(dtype, copy=True).contiguous()
+            copies.append(all_heads(cached, shape.heads, group))
+            if copies[-1].shape != (shape.heads, length, getattr(shape, dim)):
+                raise ValueError(
+                    f"layer {index} of {type(decoder.model).__name__} caches {kind} {list(copies[-1].shape)}, expected "
+                    f"{[shape.heads, length, getattr(shape, dim)]}"
+                )
+        return copies
 
-    return [own(layer.keys) for layer in cache.layers], [own(layer.values) for layer in cache.layers]
+    return own_copies("keys", "key_dim"), own_copies("values", "value_dim")
 
 
-def _empty(decoder: Decoder) -> Layers:
-    shape = decoder.kv_heads, 0, decoder.head_dim
-    return [torch.empty(shape, dtype=decoder.prefix_dtype, device=device) for device in decoder.devices]
+def _empty(decoder: Decoder, dim: str) -> Layers:
+    return [
+        torch.empty(shape.heads, 0, getattr(shape, dim), dtype=decoder.prefix_dtype, device=device)
+        for shape, device in zip(decoder.shapes, decoder.devices, strict=True)
+    ]
 
 
 @contextmanager

@@ -1,61 +1,241 @@
-"""Which transformers models a prefix can be attached to, and what has to be known about each.
+"""The parts of a transformers model that a prefix is attached to, and what its configuration says about them.
 
-To add a model: one row in FAMILIES, and one row in the table of `tests/tuning/hf/test_models.py`, which compares the
-attached model with the stock one on the concatenated context.
+find_decoder(model) -> Decoder     read off the model (`discover.py`), of a class that is proved (`served.py`)
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-LEARNED, ROTARY, ALIBI = "learned", "rotary", "alibi"
+from ctkernels.attention import MAX_HEAD_DIM
+from ctkernels.tuning.hf.discover import ALIBI as ALIBI  # for those who ask how a decoder encodes positions
+from ctkernels.tuning.hf.discover import LEARNED as LEARNED
+from ctkernels.tuning.hf.discover import ROTARY as ROTARY
+from ctkernels.tuning.hf.discover import (
+    Layout,
+    Shape,
+    find_layout,
+    first_position_id,
+    positions_of,
+    shape_of,
+    unsupported,
+)
+from ctkernels.tuning.hf.served import admit
 
 
 @dataclass(frozen=True)
 class Family:
-    """Where a model class keeps its decoder and how it encodes positions.
+    """What kind of decoder it is. causal: the model's class.  positions: how it encodes them (see `positions_of`)."""
 
-    module: the modeling file.  causal: the class with the language model head.  base: the class that owns the layers
-    and computes positions.  layers, attention: attribute of the layer list in base, and of the attention in a layer.
+    causal: str
+    positions: str
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The parts of a model.
+
+    model: the class with the head, or the base itself.  base: the module that owns the layers.  layers, attentions:
+    the layers with attention, and that.  shapes: of each layer's keys and values.  first_position_id: what the position
+    of a sequence's first token is called.
     """
 
-    module: str
-    causal: str
-    base: str
-    layers: str = "layers"
-    attention: str = "self_attn"
-    positions: str = ROTARY
+    family: Family
+    model: PreTrainedModel
+    base: PreTrainedModel
+    layers: tuple[nn.Module, ...]
+    attentions: tuple[nn.Module, ...]
+    shapes: tuple[Shape, ...]
+    first_position_id: int = 0
 
-    def matches(self, module: nn.Module, name: str) -> bool:
-        path = f"transformers.models.{self.module}", name
-        return any((kind.__module__, kind.__qualname__) == path for kind in type(module).__mro__)
+    @property
+    def config(self) -> PreTrainedConfig:
+        return self.base.config
+
+    @property
+    def kv_heads(self) -> int:
+        """Of the first layer."""
+        return self.shapes[0].heads
+
+    @property
+    def head_dim(self) -> int:
+        """Of the first layer's keys."""
+        return self.shapes[0].key_dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.dtype
+
+    @property
+    def prefix_dtype(self) -> torch.dtype:
+        """fp32 master keys and values, fp64 for an fp64 model."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids enter."""
+        embeddings: torch.Tensor = self.base.get_input_embeddings().weight
+        return embeddings.device
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """Where each layer's keys and values belong: with its weights, or where token ids enter if those are offloaded
+        (on meta) and come when they are needed."""
+        found = [next(attention.parameters()).device for attention in self.attentions]
+        return tuple(self.device if device.type == "meta" else device for device in found)
+
+    @property
+    def context_limit(self) -> int | None:
+        """Most positions the model declares, or None where it declares none (ALiBi)."""
+        limit = None if self.family.positions == ALIBI else getattr(self.config, "max_position_embeddings", None)
+        return None if limit is None else limit - self.first_position_id
 
 
-FAMILIES: tuple[Family, ...] = (
-    Family("gpt2.modeling_gpt2", "GPT2LMHeadModel", "GPT2Model", "h", "attn", LEARNED),
-    Family("opt.modeling_opt", "OPTForCausalLM", "OPTDecoder", positions=LEARNED),
-    Family("bloom.modeling_bloom", "BloomForCausalLM", "BloomModel", "h", "self_attention", ALIBI),
-    Family("llama.modeling_llama", "LlamaForCausalLM", "LlamaModel"),
-    Family("mistral.modeling_mistral", "MistralForCausalLM", "MistralModel"),
-    Family("qwen2.modeling_qwen2", "Qwen2ForCausalLM", "Qwen2Model"),
-    Family("qwen3.modeling_qwen3", "Qwen3ForCausalLM", "Qwen3Model"),
-    Family("gemma2.modeling_gemma2", "Gemma2ForCausalLM", "Gemma2Model"),
-    Family("gemma3.modeling_gemma3", "Gemma3ForCausalLM", "Gemma3TextModel"),
-    Family("phi3.modeling_phi3", "Phi3ForCausalLM", "Phi3Model"),
-    Family("gpt_neox.modeling_gpt_neox", "GPTNeoXForCausalLM", "GPTNeoXModel", attention="attention"),
-)
+def find_decoder(model: nn.Module) -> Decoder:
+    """The parts of `model`, which may be wrapped by peft.
 
-# Two models whose configs agree on these compute the same function of their weights. A list of what counts, rather than
-# of what does not, so that a new transformers release with new fields does not disown saved prefixes.
-ARCHITECTURE_FIELDS = (
+    The first time that a class, or a kind of configuration of it, is met that ctkernels was not shipped with, it is
+    proved, which takes some seconds (`proof.py`).
+
+    Raises:
+        TypeError: not a transformers model, or a class whose attention cannot be served, or whose proof failed; the
+            message names the class and the reason.
+        ValueError: a variant that is not served (cross attention, and the like).
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(inner, PreTrainedModel):
+        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(inner).__name__}")
+    known, settings = _known.get(inner), str(vars(inner.config))
+    parts = known.layout.parts(inner) if known is not None and known.settings == settings else None
+    if known is None or parts is None:
+        layout = find_layout(inner)
+        parts = layout.parts(inner)
+        known = _Known(
+            layout,
+            settings,
+            Family(type(inner).__name__, positions_of(inner, parts)),
+            tuple(shape_of(attention, parts.base.config) for attention in parts.attentions),
+            first_position_id(parts.base),
+        )
+        widest = max(max(shape.key_dim, shape.value_dim) for shape in known.shapes)
+        if widest > MAX_HEAD_DIM:
+            raise unsupported(inner, f"it has heads of dimension {widest}; the kernels have them up to {MAX_HEAD_DIM}")
+        _check_variant(inner, parts.base.config)
+        admit(inner, layout)
+        _known[inner] = known
+    return Decoder(known.family, inner, *parts, known.shapes, known.first_position_id)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What was found out about a model, for as long as it does not change."""
+
+    layout: Layout
+    settings: str
+    family: Family
+    shapes: tuple[Shape, ...]
+    first_position_id: int
+
+
+_known: weakref.WeakKeyDictionary[PreTrainedModel, _Known] = weakref.WeakKeyDictionary()
+
+
+def _check_variant(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    name = type(model).__name__
+    for field, why in (
+        ("add_cross_attention", "only decoders without cross attention are supported"),
+        ("use_bidirectional_attention", "only causal attention is supported"),
+        ("slow_but_exact", "emulated tensor parallelism is not supported"),
+    ):
+        if getattr(config, field, False) not in (None, False, "vision"):  # vision: only between tokens of an image
+            raise ValueError(f"{name} with config.{field}={getattr(config, field)}: {why}")
+
+
+# Fields of a configuration that do not change what the weights make of tokens in a context: how it is trained and run,
+# names and ids, and sizes of the vocabulary, which may grow behind a prefix.
+_NO_ARCHITECTURE = {
+    "vocab_size",
+    "vocab_size_per_layer_input",
+    "unpadded_vocab_size",
+    "use_cache",
+    "tie_word_embeddings",
+    "pretraining_tp",
+    "output_router_logits",
+    "router_aux_loss_coef",
+    "router_z_loss_coef",
+    "router_jitter_noise",
+    "initializer_range",
+    "init_std",
+    "initializer_factor",
+    "gradient_checkpointing",
+    "quantization_config",
+    "num_logits_to_keep",
+    "layerdrop",
+}
+_NO_ARCHITECTURE_ENDINGS = ("token_id", "token_ids", "token_index", "dropout", "_pdrop", "_dropout_prob")
+
+
+def architecture(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a configuration says about the function that the weights compute, by field, as JSON values.
+
+    Models of one architecture may read each other's prefixes. All fields that the class of the configuration declares
+    count, multipliers, scales and lists of layers without positions among them, but those that change nothing.
+    """
+    names = {f.name for f in dataclasses.fields(config)} - {f.name for f in dataclasses.fields(PreTrainedConfig)}
+    counts = (n for n in names if n not in _NO_ARCHITECTURE and not n.endswith(_NO_ARCHITECTURE_ENDINGS))
+    values = {"model_type": config.model_type, **{name: vars(config).get(name) for name in sorted(counts)}}
+    if config.is_heterogeneous:
+        values["per_layer_config"] = config.to_dict()["per_layer_config"]
+    nested = {name: architecture(x) for name, x in values.items() if isinstance(x, PreTrainedConfig)}
+    return dict(json.loads(json.dumps({**values, **nested}, default=str)))
+
+
+def other_architecture(made_for: Origin, own: PreTrainedConfig | Origin) -> str | None:
+    """How a model, or that of another prefix, differs from the one that a prefix was made for, field by field; None if
+    it does not.
+
+    Fields that only one of the two knows are those of other releases of transformers, and do not count.
+    """
+    recorded, config = made_for.architecture, isinstance(own, PreTrainedConfig)
+    fields = architecture(own) if config else own.architecture
+    if not recorded or not fields:  # of an older file
+        same = made_for.config_hash == (config_hash(own) if config else own.config_hash)
+        return None if same else "another configuration, of which the prefix holds no more than a hash"
+    names = [name for name in recorded if name in fields and recorded[name] != fields[name]]
+    if "model_type" in names:
+        names = ["model_type"]
+    return ", ".join(f"{name} {_brief(fields[name])} instead of {_brief(recorded[name])}" for name in names) or None
+
+
+class Origin(Protocol):
+    """What the metadata of a prefix say about the model it was made for."""
+
+    @property
+    def architecture(self) -> Mapping[str, Any]:
+        """`architecture` of its configuration; empty in older files."""
+
+    @property
+    def config_hash(self) -> str:
+        """`config_hash` of its configuration."""
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# What older files hold a hash of, instead of the architecture.
+HASHED_FIELDS = (
     "model_type",
     "vocab_size",
     "hidden_size",
@@ -90,101 +270,16 @@ ARCHITECTURE_FIELDS = (
 )
 
 
-@dataclass(frozen=True)
-class Decoder:
-    """The parts of a supported model.
-
-    model: the class with the head, or the base itself.  base: the module that owns the layers.  attentions: the
-    attention module of each layer.  kv_heads, head_dim: shape of a layer's keys and values, `[kv_heads, P, head_dim]`.
-    """
-
-    family: Family
-    model: PreTrainedModel
-    base: PreTrainedModel
-    layers: tuple[nn.Module, ...]
-    attentions: tuple[nn.Module, ...]
-
-    @property
-    def config(self) -> PreTrainedConfig:
-        return self.base.config
-
-    @property
-    def kv_heads(self) -> int:
-        return getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
-
-    @property
-    def head_dim(self) -> int:
-        return getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.base.dtype
-
-    @property
-    def prefix_dtype(self) -> torch.dtype:
-        """fp32 master keys and values, fp64 for an fp64 model."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
-
-    @property
-    def device(self) -> torch.device:
-        """Where token ids enter."""
-        embeddings: torch.Tensor = self.base.get_input_embeddings().weight
-        return embeddings.device
-
-    @property
-    def devices(self) -> tuple[torch.device, ...]:
-        """Where each layer's keys and values belong: with its weights, or where token ids enter if those are offloaded
-        (on meta) and come when they are needed."""
-        found = [next(attention.parameters()).device for attention in self.attentions]
-        return tuple(self.device if device.type == "meta" else device for device in found)
-
-    @property
-    def context_limit(self) -> int | None:
-        """Most positions the model declares, or None where it declares none (ALiBi)."""
-        return None if self.family.positions == ALIBI else getattr(self.config, "max_position_embeddings", None)
-
-
-def find_decoder(model: nn.Module) -> Decoder:
-    """The parts of `model`, which may be wrapped by peft.
-
-    Raises:
-        TypeError: not a transformers model, or a class that is not in FAMILIES; the message names it.
-        ValueError: a variant of a known class that is not served (cross attention, and the like).
-    """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not isinstance(inner, PreTrainedModel):
-        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(inner).__name__}")
-    for family in FAMILIES:
-        if not (family.matches(inner, family.causal) or family.matches(inner, family.base)):
-            continue
-        base = next(m for m in inner.modules() if family.matches(m, family.base))
-        layers = tuple(getattr(base, family.layers))
-        decoder = Decoder(family, inner, base, layers, tuple(getattr(layer, family.attention) for layer in layers))
-        _check_variant(decoder)
-        return decoder
-    raise TypeError(
-        f"model class {type(inner).__name__} is not supported: a prefix could be ignored without notice; "
-        f"supported are {', '.join(family.causal for family in FAMILIES)}"
-    )
-
-
-def _check_variant(decoder: Decoder) -> None:
-    config, name = decoder.config, type(decoder.model).__name__
-    for field, why in (
-        ("add_cross_attention", "only decoders without cross attention are supported"),
-        ("use_bidirectional_attention", "only causal attention is supported"),
-        ("slow_but_exact", "emulated tensor parallelism is not supported"),
-    ):
-        if getattr(config, field, False):
-            raise ValueError(f"{name} with config.{field}={getattr(config, field)}: {why}")
-    if not decoder.attentions:
-        raise ValueError(f"{name} has no layers to attach a prefix to")
-
-
 def config_hash(config: PreTrainedConfig) -> str:
-    """Hash of the config's fields that decide what the weights compute (ARCHITECTURE_FIELDS)."""
-    fields = {name: getattr(config, name, None) for name in ARCHITECTURE_FIELDS}
+    """Hash of HASHED_FIELDS."""
+    fields = {name: _field(config, name) for name in HASHED_FIELDS}
     return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _field(config: PreTrainedConfig, name: str) -> Any:
+    """Like `config.name`, but of a field that differs between layers what most of them have."""
+    own = config.attribute_map.get(name, name)
+    return vars(config)[own] if own in vars(config) else getattr(config, name, None)
 
 
 def rope_switch(config: PreTrainedConfig, prefix_positions: int) -> int | None:
@@ -196,9 +291,11 @@ def rope_switch(config: PreTrainedConfig, prefix_positions: int) -> int | None:
     switches = []
     for parameters in _rope_parameters(getattr(config, "rope_parameters", None)):
         kind = parameters["rope_type"]
+        if "dynamic" not in kind and kind != "longrope":
+            continue
         at = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
         # longrope knows two sets of frequencies, and a prefix beyond the switch already has the second
-        if "dynamic" in kind or (kind == "longrope" and prefix_positions <= at):
+        if kind != "longrope" or prefix_positions <= at:
             switches.append(at)
     return min(switches, default=None)
 

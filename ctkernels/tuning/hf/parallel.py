@@ -40,7 +40,9 @@ def own_heads(x: Tensor, heads: int, group: ProcessGroup | None) -> Tensor:
     """
     if x.shape[-3] == heads:
         return x
-    size = 1 if group is None else dist.get_world_size(group)
+    if group is None:
+        raise ValueError(f"the prefix has {x.shape[-3]} KV heads and this layer {heads}")
+    size = dist.get_world_size(group)
     if x.shape[-3] != heads * size:
         raise ValueError(
             f"the prefix has {x.shape[-3]} KV heads and this layer {heads} in each of {size} processes; tensor "
@@ -51,7 +53,7 @@ def own_heads(x: Tensor, heads: int, group: ProcessGroup | None) -> Tensor:
 
 def all_heads(x: Tensor, heads: int, group: ProcessGroup | None) -> Tensor:
     """The opposite: `[own heads, P, D]` of every process as one `[heads, P, D]`."""
-    return x if x.shape[-3] == heads else _gather(x, group)
+    return x if x.shape[-3] == heads or group is None else _gather(x, group)
 
 
 class _OwnHeads(torch.autograd.Function):

@@ -24,7 +24,7 @@ from ctkernels.tuning.data.demonstrations import (
     encode_rows,
 )
 from ctkernels.tuning.hf.limits import check_context_length, check_row_lengths
-from ctkernels.tuning.hf.models import config_hash, find_decoder
+from ctkernels.tuning.hf.models import find_decoder, other_architecture
 from ctkernels.tuning.methods.presets import PRESETS
 from ctkernels.tuning.train.distributed import is_sharded
 from ctkernels.tuning.train.settings import TrainSettings
@@ -157,10 +157,11 @@ def require_transferable(method: Method, adapter: Adapter | None, model: PreTrai
     if adapter is None:
         return
     made_for, decoder = adapter.prefix.metadata, find_decoder(model)
-    if made_for.config_hash != config_hash(decoder.config):
+    other = other_architecture(made_for, decoder.config)
+    if other is not None:
         raise ValueError(
-            f"start_from was made for {made_for.model_class} {made_for.model_id!r}, whose configuration differs from "
-            f"this {type(decoder.model).__name__} {decoder.model.name_or_path!r}"
+            f"start_from was made for {made_for.model_class} {made_for.model_id!r}; this "
+            f"{type(decoder.model).__name__} {decoder.model.name_or_path!r} has {other}"
         )
     if method.transfers == "nothing":
         raise ValueError(f"start_from must be None for {method.name}, which starts from nothing but its own task")

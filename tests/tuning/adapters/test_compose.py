@@ -104,7 +104,7 @@ def test_refusals():
         concatenate([], model)
     with pytest.raises(ValueError, match="positions must be 'consecutive' or 'shared', got 'any'"):
         concatenate(prefixes, model, "any")
-    with pytest.raises(ValueError, match="whose configuration differs"):
+    with pytest.raises(ValueError, match="has intermediate_size 40 instead of 48"):
         concatenate([*prefixes, parts(make_model("llama", intermediate_size=48))[0]], model)
     with pytest.raises(ValueError, match="136 tokens, more than the model's context of 128"):
         concatenate([prefixes[1]] * 17, model)

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ctkernels.testing.models import make_model, tokens
+from ctkernels.testing.models import make_model, stock_logits, tokens
 from ctkernels.tuning import storage
 from ctkernels.tuning.adapters import prefix_file
 from ctkernels.tuning.adapters.prefix import KVPrefix, PrefixMetadata, tokenizer_hash
@@ -338,8 +338,31 @@ def test_damaged_descriptions(saved, change, message):
 
 
 def test_another_model(saved):
-    refuses(saved, "made for LlamaForCausalLM 'tiny/llama' .* not for this MistralForCausalLM", make_model("mistral"))
-    refuses(saved, "not for this LlamaForCausalLM", make_model("llama", rms_norm_eps=0.5))
+    made = "made for LlamaForCausalLM 'tiny/llama'; this"
+    refuses(saved, f"{made} MistralForCausalLM .* has model_type .mistral. instead of .llama.$", make_model("mistral"))
+    other = make_model("llama", rms_norm_eps=0.5, max_position_embeddings=64)
+    differs = "max_position_embeddings 64 instead of 128, rms_norm_eps 0.5 instead of 1e-06$"
+    refuses(saved, f"{made} LlamaForCausalLM '' has {differs}", other)
+
+
+def test_a_resized_vocabulary(saved):
+    """Keys and values do not depend on how many tokens there are."""
+    model = make_model("llama")
+    context, row = tokens(9), tokens(4, seed=2)
+    expected = stock_logits(model, context, row)
+    model.resize_token_embeddings(128)
+    loaded = KVPrefix.from_pretrained(saved, model)
+    with loaded.attach(model):
+        own = model(row[None]).logits[0, :, : expected.shape[1]]
+    torch.testing.assert_close(own, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_files_that_hold_a_hash_alone(saved):
+    """As older releases wrote them."""
+    description = json.loads((saved / "prefix.json").read_text())
+    edit(saved, metadata={key: x for key, x in description["metadata"].items() if key != "architecture"})
+    assert KVPrefix.from_pretrained(saved, make_model("llama")).metadata.architecture == {}
+    refuses(saved, "has another configuration, of which the prefix holds", make_model("llama", rms_norm_eps=0.5))
 
 
 def test_other_weights_of_the_same_architecture(saved):

@@ -1,0 +1,233 @@
+"""Where the decoder, its layers and their attention are in a transformers model, read off the model itself.
+
+    attention   modules whose forward looks up transformers' table of attention functions, the registry
+    base        the PreTrainedModel that owns them: it gets token ids, positions and the mask
+    layers      the elements of its ModuleList that hold one attention each
+    shapes      KV heads and head dimensions of each layer, from its attention module
+    positions   rotary, learned, ALiBi or none, and what the first token's position is called
+
+What is found here is an assumption. A class is served only after its proof (`proof.py`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from operator import attrgetter
+from typing import NamedTuple
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedConfig, PreTrainedModel
+
+LEARNED, ROTARY, ALIBI, NONE = "learned", "rotary", "alibi", "none"
+REGISTRY = "ALL_ATTENTION_FUNCTIONS"  # the name of the table in modeling files
+# attention with code of its own that a file here serves, and how its decoder encodes positions
+OWN_ATTENTION = {"transformers.models.bloom.modeling_bloom.BloomAttention": ALIBI}  # alibi.py
+# methods of caches that keep other things than keys and values
+KEEPS_STATE = {
+    "update_conv_state",
+    "update_recurrent_state",
+    "set_linear_cache",
+    "update_indexer",
+    "update_index",
+    "store_compression_weights",
+}
+CROSS_ATTENTION = re.compile(r"cross|encoder_attn")  # paths of what reads other things than a decoder's own tokens
+IN_LIST = re.compile(r"(?P<stack>.+?)\.(?P<index>\d+)(\.|$)")
+
+
+class Shape(NamedTuple):
+    """Of a layer's keys `[heads, P, key_dim]` and values `[heads, P, value_dim]`."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the parts are. base, stack: paths in the model of the owner of the layers and of the ModuleList, which has
+    `count` elements.  attentions: for each layer with attention, its index there and the path and the class of its
+    attention.  bare: names of the classes of elements without attention."""
+
+    base: str
+    stack: str
+    count: int
+    attentions: tuple[tuple[int, str, type[nn.Module]], ...]
+    bare: tuple[str, ...]
+
+    def parts(self, model: nn.Module) -> Parts | None:
+        """The modules, or None if the model has changed since."""
+        try:
+            base, stack = model.get_submodule(self.base), model.get_submodule(self.stack)
+            layers = tuple(stack[index] for index, *_ in self.attentions)
+            paths = (path for _, path, _ in self.attentions)
+            attentions = tuple(attrgetter(path)(layer) for path, layer in zip(paths, layers, strict=True))
+        except (AttributeError, IndexError):
+            return None
+        same = len(stack) == self.count and all(
+            type(attention) is kind for attention, (_, _, kind) in zip(attentions, self.attentions, strict=True)
+        )
+        return Parts(base, layers, attentions) if same else None
+
+    def classes(self) -> list[str]:
+        """Names of the attention classes and of layers without attention."""
+        return sorted({*(class_name(kind) for *_, kind in self.attentions), *self.bare})
+
+
+class Parts(NamedTuple):
+    """The modules of a `Layout`."""
+
+    base: PreTrainedModel
+    layers: tuple[nn.Module, ...]
+    attentions: tuple[nn.Module, ...]
+
+
+def find_layout(model: PreTrainedModel) -> Layout:
+    """Raises TypeError: a model without one decoder whose attention can be reached; the message says why."""
+    owners: dict[str, dict[str, nn.Module]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, PreTrainedModel):
+            prefix = f"{path}." if path else ""
+            own = {at: child for at, child in _own_modules(module, prefix) if _reads_own_tokens(at, child)}
+            if own:
+                owners[path] = own
+    if len(owners) > 1:  # such as the towers of other modalities
+        decoder = model.get_decoder()
+        owners = {path: own for path, own in owners.items() if model.get_submodule(path) is decoder} or owners
+    if not owners:
+        raise unsupported(model, _without_registry(model))
+    if len(owners) > 1:
+        kinds = (type(model.get_submodule(path)).__name__ for path in owners)
+        raise unsupported(model, f"it has several decoders ({', '.join(kinds)})")
+    base, own = next(iter(owners.items()))
+    states = dict.fromkeys(type(m).__name__ for m in model.get_submodule(base).modules() if keeps_state(type(m)))
+    if states:
+        raise unsupported(model, f"it caches more than keys and values, all that a prefix holds ({', '.join(states)})")
+    places = {path: IN_LIST.match(path) for path in own}
+    stacks = sorted({place["stack"] if place else path for path, place in places.items()})
+    if len(stacks) > 1 or not all(places.values()):
+        raise unsupported(model, f"it keeps its layers in several places ({', '.join(stacks)})")
+    by_layer: dict[int, str] = {}
+    for path, place in places.items():
+        index = int(place["index"])
+        if index in by_layer:
+            kinds = (type(own[at]).__name__ for at in (by_layer[index], path))
+            raise unsupported(model, f"layer {index} has several attentions ({', '.join(kinds)})")
+        by_layer[index] = path
+    stack = model.get_submodule(stacks[0])
+    inside = {index: path.removeprefix(f"{stacks[0]}.{index}.") for index, path in by_layer.items()}
+    return Layout(
+        base,
+        stacks[0],
+        len(stack),
+        tuple((index, inside[index], type(own[by_layer[index]])) for index in sorted(by_layer)),
+        tuple(type(layer).__name__ for index, layer in enumerate(stack) if index not in by_layer),
+    )
+
+
+def unsupported(model: nn.Module, why: str) -> TypeError:
+    """The error that says why no prefix can be attached to a model."""
+    return TypeError(f"model class {written_class(type(model)).__name__} is not supported: {why}")
+
+
+@cache
+def calls_registry(kind: type[nn.Module]) -> bool:
+    """Whether the forward of a module class looks up the registry."""
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    return code is not None and REGISTRY in code.co_names
+
+
+@cache
+def keeps_state(kind: type[nn.Module]) -> bool:
+    """Whether a module class keeps something in the cache that is neither keys nor values."""
+    if kind.__module__.startswith("torch."):
+        return False
+    codes = (getattr(inspect.unwrap(x), "__code__", None) for x in vars(kind).values() if inspect.isfunction(x))
+    return any(not KEEPS_STATE.isdisjoint(code.co_names) for code in codes if code is not None)
+
+
+def written_class(kind: type) -> type:
+    """A class as somebody wrote it, for one that FSDP2 has made of it."""
+    return next(base for base in kind.__bases__ if base is not FSDPModule) if FSDPModule in kind.__bases__ else kind
+
+
+def class_name(kind: type) -> str:
+    """Module and name of a class as somebody wrote it."""
+    kind = written_class(kind)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def own_attention(attention: nn.Module) -> str | None:
+    """How positions are encoded by attention of OWN_ATTENTION; None for all others."""
+    names = (class_name(kind) for kind in type(attention).__mro__)
+    return next((OWN_ATTENTION[name] for name in names if name in OWN_ATTENTION), None)
+
+
+def positions_of(model: PreTrainedModel, parts: Parts) -> str:
+    """How a decoder encodes positions: LEARNED (a table of them, also a fixed one), ROTARY, ALIBI or NONE.
+
+    Raises:
+        TypeError: they are computed where a prefix cannot shift them.
+    """
+    base, own = parts.base, own_attention(parts.attentions[0])
+    if own is not None:
+        return own
+    if "position_ids" not in inspect.signature(base.forward).parameters:
+        raise unsupported(model, f"its {type(base).__name__} takes no position_ids, which a prefix has to shift")
+    if any(path.rpartition(".")[2] == "rotary_emb" for path, _ in base.named_modules()):
+        return ROTARY
+    limit, inputs = getattr(base.config, "max_position_embeddings", None), base.get_input_embeddings()
+    tables = (m for m in base.modules() if isinstance(m, nn.Embedding) and m is not inputs)
+    return LEARNED if limit is not None and any(table.num_embeddings >= limit for table in tables) else NONE
+
+
+def first_position_id(base: PreTrainedModel) -> int:
+    """The position id of a sequence's first token: 0, but in RoBERTa and its relatives the one behind the padding's."""
+    for module in base.children():
+        if hasattr(module, "create_position_ids_from_inputs_embeds"):
+            return int(module.padding_idx) + 1
+    return 0
+
+
+def shape_of(attention: nn.Module, config: PreTrainedConfig) -> Shape:
+    """The shape of what a layer's attention caches, as its class usually says it; the proof compares."""
+    heads = config.num_attention_heads
+    own = {name: getattr(attention, name, None) for name in ("head_dim", "qk_head_dim", "v_head_dim")}
+    key_dim = own["qk_head_dim"] or own["head_dim"] or getattr(config, "head_dim", None) or config.hidden_size // heads
+    projection = getattr(attention, "k_proj", None)
+    if own["qk_head_dim"] is not None:  # latent attention caches what it has expanded
+        kv_heads = heads
+    elif hasattr(projection, "out_features"):
+        kv_heads = projection.out_features // key_dim
+    else:
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return Shape(kv_heads, key_dim, own["v_head_dim"] or key_dim)
+
+
+def _own_modules(owner: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    """The modules below `owner`, by path, that are not below another PreTrainedModel."""
+    for name, child in owner.named_children():
+        if not isinstance(child, PreTrainedModel):
+            yield prefix + name, child
+            yield from _own_modules(child, f"{prefix}{name}.")
+
+
+def _reads_own_tokens(path: str, module: nn.Module) -> bool:
+    known = calls_registry(type(module)) or own_attention(module) is not None
+    return known and getattr(module, "is_causal", True) is not False and not CROSS_ATTENTION.search(path)
+
+
+def _without_registry(model: PreTrainedModel) -> str:
+    """Why no attention was found, in words."""
+    both_ways = [m for m in model.modules() if calls_registry(type(m)) and getattr(m, "is_causal", True) is False]
+    if both_ways:
+        return f"it attends in both directions ({type(both_ways[0]).__name__})"
+    kinds = dict.fromkeys(type(m).__name__ for m in model.modules() if "Attention" in type(m).__name__)
+    if kinds:
+        return f"it computes attention itself ({', '.join(kinds)}) instead of calling transformers' attention functions"
+    return "it has no attention whose keys and values could be a prefix"

@@ -1,0 +1,29 @@
+"""fp64 models whose arithmetic stays fp64.
+
+Models of transformers compute softmax, norms and rotary angles in fp32 whatever their type, so that two ways to the
+same result differ by 1e-7 and, where a rounding flips, by more. Inside `full_precision()` an fp64 tensor that is to
+become fp32 stays fp64: right results then agree to 1e-12, and wrong ones stand out. Only this thread is affected.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class full_precision(TorchFunctionMode):
+    """The context manager; see the top of this file."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        first = args[0] if args else None
+        if isinstance(first, Tensor) and first.dtype == torch.float64:
+            if func is Tensor.float:
+                return first
+            args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+            if kwargs.get("dtype") is torch.float32:
+                kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)

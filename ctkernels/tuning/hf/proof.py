@@ -1,0 +1,252 @@
+"""The proof that a model class computes with an attached prefix what it computes behind the whole context.
+
+A tiny random instance (`tiny.py`), in fp64 throughout (`exact.py`), is run both ways; every check yields the largest
+difference, relative to the largest result. Right ones are below 1e-12, and what is wrong changes results by 1e-3 and
+more: another context by `effect`, which is measured as well.
+
+    stock       model([context | row])                      eager attention, nothing attached: the truth
+    attached    prefix of the context; model(row)           lengths around windows and chunks, padding on either side,
+                                                            packed rows, cached steps, generate, the prefix's gradient
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from ctkernels.tuning.hf.attach import Attachment
+from ctkernels.tuning.hf.discover import ALIBI, Layout, find_layout
+from ctkernels.tuning.hf.encode import encode_tokens
+from ctkernels.tuning.hf.exact import full_precision
+from ctkernels.tuning.hf.models import Decoder, architecture, find_decoder
+from ctkernels.tuning.hf.served import Verdict, in_a_line, register_prover, trusting
+from ctkernels.tuning.hf.tiny import REACH, VOCABULARY, WINDOW, make_tiny, shrink, unknown_lengths
+
+EQUAL = 1e-9  # most difference of a class that is served
+FELT = 1e-3  # least effect of another context
+CONTEXT = 2 * WINDOW + 3
+ROWS = (4, WINDOW + 3, 1)
+STEPS = 3
+
+
+class Prefix:
+    """Keys and values of a context for the model under proof (a `PrefixLike`)."""
+
+    def __init__(self, decoder: Decoder, context: Tensor) -> None:
+        keys, values = encode_tokens(decoder.model, context)
+        self.keys, self.values = ([x.requires_grad_() for x in kind] for kind in (keys, values))
+        self.length = self.first_position = len(context)
+        name = type(decoder.model).__name__
+        self.metadata = SimpleNamespace(
+            model_class=name, model_id="", architecture=architecture(decoder.config), settings={}
+        )
+
+    def parameters(self) -> list[Tensor]:
+        return [*self.keys, *self.values]
+
+
+class Bench:
+    """The tiny model, a context and some rows, and what the stock model makes of them."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.decoder = model, find_decoder(model)
+        self._generator = torch.Generator().manual_seed(1)
+        self.context, self.rows = self.tokens(CONTEXT), [self.tokens(n) for n in ROWS]
+        self.stock = [self.run(torch.cat((self.context, row)), CONTEXT) for row in self.rows]
+        self.prefix = Prefix(self.decoder, self.context)
+
+    def tokens(self, count: int) -> Tensor:
+        return torch.randint(3, VOCABULARY, (count,), generator=self._generator)
+
+    def forward(self, **inputs: Any) -> tuple[list[Tensor], Any]:
+        """Results of all tokens, `[B, S, ...]` each: the decoder's, and logits, if there are some; and the output."""
+        seen: list[Any] = []
+        handle = self.decoder.base.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+        try:
+            output = self.model(**inputs)
+        finally:
+            handle.remove()
+        logits = getattr(output, "logits", None)
+        per_token = logits is not None and logits.shape[:2] == seen[0].shape[:2]
+        return [seen[0], *([logits] if per_token else [])], output
+
+    @torch.no_grad()
+    def run(self, tokens: Tensor, start: int = 0) -> list[Tensor]:
+        """Results of one sequence from token `start` on, `[S, ...]` each."""
+        return [x[0, start:] for x in self.forward(input_ids=tokens[None])[0]]
+
+    def padded(self, side: str) -> tuple[Tensor, Tensor]:
+        """The rows as input_ids and attention_mask, int64 `[B, S]`."""
+        ids = torch.zeros(len(ROWS), max(ROWS), dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for index, row in enumerate(self.rows):
+            at = slice(0, len(row)) if side == "right" else slice(max(ROWS) - len(row), max(ROWS))
+            ids[index, at], mask[index, at] = row, 1
+        return ids, mask
+
+
+def difference(actual: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest one, relative to the largest result; infinite for NaN."""
+    worst = (float((a - e).abs().max() / e.abs().max()) for a, e in zip(actual, expected, strict=True))
+    return max(x if x == x else float("inf") for x in worst)
+
+
+def lengths(bench: Bench) -> Iterator[float]:
+    """Contexts around the windows and chunks, and behind lengths that may be some."""
+    reach = max(unknown_lengths(bench.decoder.config).values(), default=0)
+    far = [2 * reach - 4] if reach else []
+    for length in (1, WINDOW - 1, WINDOW, WINDOW + 1, CONTEXT, *far):
+        context = torch.cat((bench.context, bench.tokens(max(0, length - CONTEXT))))[:length]
+        with Attachment(Prefix(bench.decoder, context), bench.model):
+            own = bench.run(bench.rows[1])
+        yield difference(own, bench.run(torch.cat((context, bench.rows[1])), length))
+
+
+@torch.no_grad()
+def padding(bench: Bench, side: str) -> Iterator[float]:
+    """A batch of rows of several lengths."""
+    ids, mask = bench.padded(side)
+    with Attachment(bench.prefix, bench.model):
+        results, _ = bench.forward(input_ids=ids, attention_mask=mask)
+    for row, expected in enumerate(bench.stock):
+        yield difference([x[row][mask[row].bool()] for x in results], expected)
+
+
+@torch.no_grad()
+def packed(bench: Bench) -> Iterator[float]:
+    """All rows in one sequence."""
+    offsets = torch.tensor([0, *ROWS]).cumsum(0).int()
+    with Attachment(bench.prefix, bench.model, cu_seqlens=offsets):
+        results, _ = bench.forward(input_ids=torch.cat(bench.rows)[None], use_cache=False)
+    for row, expected in enumerate(bench.stock):
+        yield difference([x[0, offsets[row] : offsets[row + 1]] for x in results], expected)
+
+
+@torch.no_grad()
+def continued(bench: Bench) -> Iterator[float]:
+    """A row in pieces, through a cache."""
+    cache, pieces = None, []
+    with Attachment(bench.prefix, bench.model):
+        for piece in bench.rows[1].split((4, 1, WINDOW - 2)):
+            results, output = bench.forward(input_ids=piece[None], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            pieces.append([x[0] for x in results])
+    yield difference([torch.cat(parts) for parts in zip(*pieces, strict=True)], bench.stock[1])
+
+
+@torch.no_grad()
+def generation(bench: Bench) -> Iterator[float]:
+    """`generate` on a batch padded on the left, token by token."""
+    if not bench.model.can_generate():
+        return
+    ids, mask = bench.padded("left")
+    settings = GenerationConfig(
+        max_new_tokens=STEPS, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True
+    )
+    with Attachment(bench.prefix, bench.model):
+        output = bench.model.generate(ids, attention_mask=mask, generation_config=settings)
+    for row, tokens in enumerate(bench.rows):
+        new = output.sequences[row, ids.shape[1] :]
+        whole = torch.cat((bench.context, tokens, new[:-1]))
+        yield difference([torch.stack(output.logits)[:, row]], bench.run(whole, CONTEXT + len(tokens) - 1)[-1:])
+
+
+def gradient(bench: Bench) -> Iterator[float]:
+    """The prefix's gradient, which the stock model carries on to the context's embeddings: there the truth has one."""
+    embed = bench.model.get_input_embeddings()
+    context, row = embed(bench.context)[None].requires_grad_(), embed(bench.rows[1])[None]
+    results, _ = bench.forward(inputs_embeds=torch.cat((context, row), dim=1))
+    weights = torch.randn(1, len(bench.rows[1]), results[0].shape[-1], generator=bench._generator).double()
+    (expected,) = torch.autograd.grad((results[0][:, CONTEXT:] * weights).sum(), context)
+
+    cache, decoder = DynamicCache(), bench.decoder
+    first = decoder.first_position_id
+    positions = {} if decoder.family.positions == ALIBI else {"position_ids": first + torch.arange(CONTEXT)[None]}
+    mask = torch.ones(1, CONTEXT, dtype=torch.int64)
+    decoder.base(inputs_embeds=context.clone(), attention_mask=mask, past_key_values=cache, use_cache=True, **positions)
+    with Attachment(bench.prefix, bench.model):
+        results, _ = bench.forward(inputs_embeds=row, use_cache=False)
+        own = torch.autograd.grad((results[0] * weights).sum(), bench.prefix.parameters())
+    layers = [cache.layers[attention.layer_idx] for attention in decoder.attentions]
+    made = [*(layer.keys for layer in layers), *(layer.values for layer in layers)]
+    (actual,) = torch.autograd.grad(made, context, [x[None] for x in own])
+    yield difference([actual], [expected])
+
+
+def effect(bench: Bench) -> float:
+    """How much another context changes what is computed."""
+    with Attachment(Prefix(bench.decoder, bench.tokens(CONTEXT)), bench.model):
+        return difference(bench.run(bench.rows[1]), bench.stock[1])
+
+
+CHECKS: Mapping[str, Callable[[Bench], Iterator[float]]] = {
+    "rows behind contexts of several lengths": lengths,
+    "right padding": partial(padding, side="right"),
+    "left padding": partial(padding, side="left"),
+    "packed rows": packed,
+    "cached steps": continued,
+    "generation": generation,
+    "the prefix's gradient": gradient,
+}
+
+
+def prove(model_class: type[PreTrainedModel], config: PreTrainedConfig, layout: Layout) -> Verdict:
+    """Whether models of `model_class` with configurations like `config`, laid out like `layout`, can be served.
+
+    In a thread of its own, where no gradient mode, autocast or device of the caller holds. Raises nothing.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(_prove, model_class, config, layout).result()
+
+
+def _prove(model_class: type[PreTrainedModel], config: PreTrainedConfig, layout: Layout) -> Verdict:
+    differences: dict[str, float] = {}
+    with full_precision(), torch.device("cpu"), trusting():
+        try:
+            model = make_tiny(model_class, shrink(config))
+        except Exception as error:  # of whatever the class may check
+            return Verdict(f"no tiny instance of it can be made to prove it: {in_a_line(error)}")
+        check = "making a prefix"
+        try:
+            unlike = _unlike(model, layout)
+            if unlike is not None:
+                return Verdict(unlike)
+            bench = Bench(model)
+            felt = effect(bench)
+            for check, run in CHECKS.items():
+                differences[check] = max(run(bench), default=0.0)
+                if differences[check] > EQUAL:
+                    return Verdict(_wrong(check, differences[check], layout), differences, felt)
+        except Exception as error:  # as above
+            return Verdict(f"{check} failed: {in_a_line(error)}", differences)
+    if felt < FELT:
+        return Verdict(
+            f"another context changes its results by {felt:.0e} alone, which proves nothing", differences, felt
+        )
+    return Verdict(None, differences, felt)
+
+
+def _unlike(model: PreTrainedModel, layout: Layout) -> str | None:
+    """Why nothing follows from this tiny model for the one that is to be served."""
+    decoder, own = find_decoder(model), find_layout(model).classes()
+    if own != layout.classes():
+        return f"its class has layers of {', '.join(own)}, this model of {', '.join(layout.classes())}"
+    for name, value in unknown_lengths(decoder.config).items():
+        if value > REACH:
+            return f"config.{name}, {value}, is not known to ctkernels and may be a length beyond which all differs"
+    return None
+
+
+def _wrong(check: str, by: float, layout: Layout) -> str:
+    without = f"; some layers have no attention ({', '.join(sorted(set(layout.bare)))})" if layout.bare else ""
+    return f"{check}: results differ by {by:.1g} from those behind the whole context{without}"
+
+
+register_prover(prove)
