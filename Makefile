@@ -26,7 +26,7 @@ SOURCES := setup.py $(filter csrc/% python_bindings/%,$(CXX_FILES))
 TORCH_BRINGS_TRITON := import importlib.metadata as m, sys; sys.exit(not any(r.startswith('triton') for r in m.requires('torch') or []))
 SANITIZE := -g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-.PHONY: demo test test-gpu-full bench bench-full profile reproduce gpu-check gpu-report cuda-bindings mutations-cuda lint \
+.PHONY: demo test test-models test-gpu-full bench bench-full profile reproduce gpu-check gpu-report cuda-bindings mutations-cuda lint \
   format sanitize wheel wheel-check test-bounds test-torch docs clean
 
 demo: .venv/built
@@ -42,6 +42,11 @@ test: .venv/built
 test-gpu-full: .venv/built
 	OMP_NUM_THREADS=1 CTKERNELS_TEST_PROFILE=thorough .venv/bin/python -m pytest -q -n 2 tests/backends tools
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 CTKERNELS_TEST_PROFILE=interpreter .venv/bin/python -m pytest -q -n 2 tests/op -k triton
+
+# Every causal language model class of the installed transformers, with a prefix and with the drop-in attention, each in
+# a process of its own: writes ctkernels/tuning/hf/served.json and docs/models.md. Half an hour. MODELS="llama gpt2": some.
+test-models: .venv/built
+	OMP_NUM_THREADS=1 .venv/bin/python tools/class_sweep.py $(MODELS)
 
 # The op against its peers, how it scales, training steps, models without a prefix, and serving: writes the tables of the
 # README and of docs, and JSON, Markdown and plots to OUT; about half an hour on two cores

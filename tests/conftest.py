@@ -5,6 +5,7 @@
 """
 
 import os
+import tempfile
 
 from hypothesis import HealthCheck, settings
 
@@ -17,3 +18,9 @@ settings.register_profile("default", derandomize=True, database=None, max_exampl
 settings.register_profile("interpreter", derandomize=True, database=None, max_examples=8, **COMMON)
 settings.register_profile("thorough", max_examples=1000, **COMMON)
 settings.load_profile(os.environ.get("CTKERNELS_TEST_PROFILE", "default"))
+
+
+def pytest_configure(config):
+    """What is proved about model classes is kept between runs, away from the user's own."""
+    kept = config.cache.mkdir("ctkernels") if hasattr(config, "cache") else tempfile.mkdtemp()
+    os.environ.setdefault("CTKERNELS_CACHE", str(kept))

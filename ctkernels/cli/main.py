@@ -1,4 +1,4 @@
-"""The command `ctkernels`: `tune`, `eval`, `export`, `import` and `env`.
+"""The command `ctkernels`: `tune`, `eval`, `export`, `import`, `models` and `env`.
 
 Exit status: 0 done; 1 the run failed (a full disk, a loss that is not finite, cells of a sweep without a result);
 2 wrong usage or unusable data, said in one line; 130 interrupted.
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctkernels.cli.model import load_model, print_scores
+from ctkernels.cli.models import models_command
 from ctkernels.cli.options import (
     EvalConfig,
     ExportConfig,
@@ -39,6 +40,7 @@ HELP = """usage: ctkernels COMMAND [OPTIONS]
   eval   evaluate methods or saved prefixes on test items, or methods on all tasks of a suite (--suite)
   export write a saved adapter in peft's format
   import save an adapter of peft as ours
+  models which model classes are served, and why others are not
   env    versions, CPU features, and which backends are available
 
 `ctkernels COMMAND --help` lists the options; `--config FILE` reads them from a YAML file."""
@@ -56,7 +58,7 @@ def run(argv: list[str]) -> int:
         return 0 if argv else 2
     name, rest = argv[0], argv[1:]
     commands = {"tune": tune_command, "eval": eval_command, "export": export_command}
-    commands |= {"import": import_command, "env": env_command}
+    commands |= {"import": import_command, "models": models_command, "env": env_command}
     try:
         if name not in commands:
             raise UsageError(f"unknown command {name!r}; the commands are {', '.join(commands)}")

@@ -137,9 +137,10 @@ def unsupported(model: nn.Module, why: str) -> TypeError:
 
 @cache
 def calls_registry(kind: type[nn.Module]) -> bool:
-    """Whether the forward of a module class looks up the registry."""
-    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
-    return code is not None and REGISTRY in code.co_names
+    """Whether the forward of a module class, or of one that it is made from, looks up the registry."""
+    forwards = (vars(each)["forward"] for each in kind.__mro__ if "forward" in vars(each))
+    codes = (getattr(inspect.unwrap(forward), "__code__", None) for forward in forwards)
+    return any(code is not None and REGISTRY in code.co_names for code in codes)
 
 
 @cache

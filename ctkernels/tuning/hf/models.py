@@ -29,6 +29,7 @@ from ctkernels.tuning.hf.discover import (
     positions_of,
     shape_of,
     unsupported,
+    written_class,
 )
 from ctkernels.tuning.hf.served import admit
 
@@ -115,7 +116,8 @@ def find_decoder(model: nn.Module) -> Decoder:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(inner, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(inner).__name__}")
-    known, settings = _known.get(inner), str(vars(inner.config))
+    known = _known.get(inner)
+    settings = str([item for item in vars(inner.config).items() if not item[0].startswith("_attn_implementation")])
     parts = known.layout.parts(inner) if known is not None and known.settings == settings else None
     if known is None or parts is None:
         layout = find_layout(inner)
@@ -123,7 +125,7 @@ def find_decoder(model: nn.Module) -> Decoder:
         known = _Known(
             layout,
             settings,
-            Family(type(inner).__name__, positions_of(inner, parts)),
+            Family(written_class(type(inner)).__name__, positions_of(inner, parts)),
             tuple(shape_of(attention, parts.base.config) for attention in parts.attentions),
             first_position_id(parts.base),
         )
@@ -131,8 +133,8 @@ def find_decoder(model: nn.Module) -> Decoder:
         if widest > MAX_HEAD_DIM:
             raise unsupported(inner, f"it has heads of dimension {widest}; the kernels have them up to {MAX_HEAD_DIM}")
         _check_variant(inner, parts.base.config)
-        admit(inner, layout)
-        _known[inner] = known
+        if admit(inner, layout):
+            _known[inner] = known
     return Decoder(known.family, inner, *parts, known.shapes, known.first_position_id)
 
 

@@ -72,24 +72,27 @@ def trusting() -> Iterator[None]:
         _trusted.on = before
 
 
-def admit(model: PreTrainedModel, layout: Layout) -> None:
-    """Raises TypeError: a class that is not served, or not with this configuration; the message says why."""
+def admit(model: PreTrainedModel, layout: Layout) -> bool:
+    """Whether `model` is served; False means that it was not asked, see `trusting`.
+
+    Raises:
+        TypeError: a class that is not served, or not with this configuration; the message says why.
+    """
     if getattr(_trusted, "on", False):
-        return
+        return False
     verdict = find_verdict(written_class(type(model)), model.config, layout)
     if verdict.reason is not None:
         raise unsupported(model, verdict.reason)
+    return True
 
 
 def find_verdict(model_class: type[PreTrainedModel], config: PreTrainedConfig, layout: Layout) -> Verdict:
     """From the table, from the cache, or by a proof."""
-    name = class_name(model_class)
     try:
-        settings = kind_of(config)
+        kind = kind_digest(model_class, config, layout)
     except Exception as error:  # of whatever the class checks in its configurations
         return Verdict(f"no tiny instance of it can be made to prove it: {in_a_line(error)}")
-    kind = digest([name, settings, layout.classes()])
-    shipped = table().get(name, {}).get(kind)
+    shipped = table().get(kind)
     if shipped is not None:
         return shipped
     key = digest([kind, transformers.__version__, ctkernels.__version__, _sources(), _own_source(model_class)])
@@ -98,17 +101,34 @@ def find_verdict(model_class: type[PreTrainedModel], config: PreTrainedConfig, l
     return _verdicts[key]
 
 
+def kind_digest(model_class: type[PreTrainedModel], config: PreTrainedConfig, layout: Layout) -> str:
+    """What two models have in common that a verdict on one holds for the other. Raises what `kind_of` raises."""
+    return digest([class_name(model_class), kind_of(config), layout.classes()])
+
+
 @cache
-def table() -> Mapping[str, Mapping[str, Verdict]]:
-    """Verdicts of the shipped table by class and kind; none if it was made with another release of transformers."""
-    content = json.loads(TABLE.read_text(encoding="utf-8"))
+def table() -> Mapping[str, Verdict]:
+    """Verdicts of the shipped table by kind; none if it was made with another release of transformers."""
+    content = shipped()
     if content["transformers"] != transformers.__version__:
         return {}
-    found: dict[str, dict[str, Verdict]] = {}
-    for entry in content["models"].values():
-        kinds = {each["kind"]: Verdict(each["reason"]) for each in entry["configurations"] if each["kind"]}
-        found.setdefault(entry["class"], {}).update(kinds)
-    return found
+    rows = (row for entry in content["models"].values() for row in entry["configurations"])
+    return {row["kind"]: Verdict(row["reason"]) for row in rows if row["kind"] is not None}
+
+
+def shipped() -> dict[str, Any]:
+    """The shipped table: `transformers`, its version, and `models` by model type: `class` and `configurations`, whose
+    first is the default one. Each has `name`, `kind`, `reason` (None if it is served), `difference` and `effect`."""
+    return dict(json.loads(TABLE.read_text(encoding="utf-8")))
+
+
+def proved_here() -> list[dict[str, Any]]:
+    """What was proved on this machine for the installed transformers: `class` and the fields of a `Verdict`."""
+    found = []
+    for path in sorted((cache_directory() / "proofs").glob("*.json")):
+        with contextlib.suppress(OSError, ValueError):
+            found.append(json.loads(path.read_bytes()))
+    return [entry for entry in found if entry.get("transformers") == transformers.__version__]
 
 
 def cache_directory() -> Path:

@@ -11,7 +11,12 @@ proof, so that they bite. All else stays: kinds of layers, norms, biases, softca
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
+import sys
 from collections.abc import Mapping
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -58,7 +63,7 @@ _SIZES: Mapping[str, int] = {
             16,
             "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size expert_ffn_hidden_size "
             "shared_experts_intermediate_size moe_shared_expert_intermediate_size router_hidden_size kv_lora_rank "
-            "q_lora_rank o_lora_rank v_head_dim gated_norm_rank laurel_rank adapter_rank hc_lowrank",
+            "q_lora_rank o_lora_rank v_head_dim indexer_head_dim gated_norm_rank laurel_rank adapter_rank hc_lowrank",
         ),
         (
             POSITIONS,
@@ -78,7 +83,7 @@ _SIZES: Mapping[str, int] = {
             "attention_chunk_size keep_window_size rel_extent local_attention_window_len mem_len",
         ),
         (WINDOW, "floor_scale log_scaling_n_floor"),  # lengths from which on logits are scaled
-        (4, "index_topk index_block_size block_size mamba_chunk_size chunk_size lsh_attn_chunk_length"),
+        (4, "index_topk index_block_size block_size mamba_chunk_size chunk_size lsh_attn_chunk_length indexer_budget"),
     )
     for name in names.split()
 }
@@ -102,7 +107,7 @@ _NOT_LENGTHS = _names(
     "query_pre_attn_scalar chunk_size_feed_forward pretraining_tp type_vocab_size task_type_vocab_size seed "
     "dim_model_base scale_emb mm_tokens_per_image image_seq_length image_size intermediate_multiple_size "
     "block_multiple_of moe_layer_end_index max_length min_length num_beams num_mel_bins classifier_proj_size "
-    "mask_time_length mask_feature_length"
+    "mask_time_length mask_feature_length mamba_n_heads mamba_d_head mamba_d_ssm"
 )
 # what cannot come between a prefix and its rows: names, ids, training, and what is done to each token by itself
 _IRRELEVANT = _names(
@@ -145,11 +150,26 @@ def make_tiny(model_class: type[PreTrainedModel], config: PreTrainedConfig, seed
 
 def kind_of(config: PreTrainedConfig) -> dict[str, Any]:
     """What matters of a configuration, as JSON values: its tiny form without names, ids and other irrelevant fields,
-    and of floats only whether they are 0, 1 or something else.
+    nor fields that its class does not declare and its modeling file does not name, and of floats only whether they are
+    0, 1 or something else.
 
     Raises: as `shrink`.
     """
-    return _kind(shrink(config).to_dict())
+    tiny = shrink(config)
+    names = {field.name for field in dataclasses.fields(config)} | {"per_layer_config", "model_type"}
+    fields = {name: value for name, value in tiny.to_dict().items() if name in names or _is_named(config, name)}
+    return dict(_kind(fields))
+
+
+def _is_named(config: PreTrainedConfig, name: str) -> bool:
+    """Whether the modeling file of a configuration's class has a word `name`, or is not known."""
+    modeling = sys.modules.get(type(config).__module__.replace(".configuration_", ".modeling_"))
+    return modeling is None or name in _words(modeling)
+
+
+@cache
+def _words(module: ModuleType) -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", inspect.getsource(module)))
 
 
 def unknown_lengths(config: PreTrainedConfig) -> dict[str, int]:
@@ -171,6 +191,7 @@ def _shrunk(fields: Mapping[str, Any], config: Any, whole: Mapping[str, Any] | N
     whole = fields if whole is None else whole
     new = dict(fields)
     heads, width = _first(whole, _HEADS), _first(whole, _WIDTHS)
+    own_heads = _first(fields, _HEADS) or heads
     head_dim = _first(whole, _HEAD_DIMS) or (width // heads if width and heads else None)
     for name, value in fields.items():
         if isinstance(value, float) and any(word in name for word in _CHANCE):
@@ -188,7 +209,8 @@ def _shrunk(fields: Mapping[str, Any], config: Any, whole: Mapping[str, Any] | N
         elif name in _HEADS:
             new[name] = HEADS if value == whole[name] else 2 * HEADS
         elif name in _KV_HEADS:
-            new[name] = HEADS if value == heads else 1 if value == 1 else 2
+            all_heads = HEADS if own_heads == heads else 2 * HEADS
+            new[name] = all_heads if value == own_heads else 1 if value == 1 else 2
         elif name in _HEAD_DIMS:
             new[name] = HEAD_DIM if value == whole[name] else 2 * HEAD_DIM
         elif name in _SIZES:
@@ -199,6 +221,12 @@ def _shrunk(fields: Mapping[str, Any], config: Any, whole: Mapping[str, Any] | N
             new[name] = VOCABULARY
     if "qk_rope_head_dim" in fields and "head_dim" in fields:  # the rotary embedding's
         new["head_dim"] = new["qk_rope_head_dim"]
+    if {"mamba_n_heads", "mamba_d_head", "mamba_expand"} <= fields.keys():
+        inner = new["hidden_size"] * fields["mamba_expand"]
+        new |= {"mamba_d_head": HEAD_DIM, "mamba_n_heads": inner // HEAD_DIM}
+        new |= {"mamba_d_ssm": inner} if fields.get("mamba_d_ssm") else {}
+    if {"expand", "num_heads", "head_dim"} <= fields.keys():
+        new["head_dim"] = new["hidden_size"] * fields["expand"] // HEADS
     if fields is whole:
         _cut_layers(new, fields)
         new.update({name: value for name, value in _TOKENS.items() if name in fields})
