@@ -3,8 +3,8 @@
 
     python tools/class_sweep.py [MODEL_TYPE ...] [--no-drop-in]
 
-Without model types: writes what this package knows of each class (ctkernels/tuning/hf/served.json) and the table of it
-(docs/models.md). With some: prints their rows alone. Each case runs in a process of its own and may take a minute.
+Writes what this package knows of each class (ctkernels/tuning/hf/served.json) and the table of it (docs/models.md);
+with model types, of those alone. Each case runs in a process of its own and may take two minutes.
 
 With a prefix: the proof of `ctkernels/tuning/hf/proof.py`, on the default configuration of each class and others
 (`ctkernels/testing/classes.py`). Drop-in: logits, generated logits and gradients of a tiny fp64 model under
@@ -35,7 +35,7 @@ from ctkernels.tuning.hf import plain, prove
 from ctkernels.tuning.hf.discover import class_name, find_layout
 from ctkernels.tuning.hf.exact import full_precision
 from ctkernels.tuning.hf.models import find_decoder
-from ctkernels.tuning.hf.served import TABLE, in_a_line, kind_digest, trusting
+from ctkernels.tuning.hf.served import TABLE, in_a_line, kind_digest, shipped, trusting
 from ctkernels.tuning.hf.tiny import VOCABULARY, make_tiny, shrink
 from ctkernels.tuning.storage import atomic_write_bytes, atomic_write_json
 
@@ -62,9 +62,11 @@ def main() -> None:
             entry["drop_in"] = result.pop("drop_in")
         if case.name == "default" or not (result["reason"] or "").startswith(NOT_BUILT):
             entry["configurations"].append({"name": case.name, **result})
-    if options.model_types:
-        return
-    content = {"transformers": transformers.__version__, "models": dict(sorted(results.items()))}
+    known = shipped()
+    if options.model_types and known["transformers"] != transformers.__version__:
+        parser.error(f"the table is of transformers {known['transformers']}: run all model types")
+    models = {**(known["models"] if options.model_types else {}), **results}
+    content = {"transformers": transformers.__version__, "models": dict(sorted(models.items()))}
     atomic_write_json(TABLE, content)
     atomic_write_bytes(PAGE, page(content).encode())
 

@@ -79,6 +79,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {**GROUPED, **MIXED, "head_dim": 8, "query_pre_attn_scalar": 20, "rope_parameters": GEMMA_ROPE},
     ),
     "phi3": ("Phi3Config", "Phi3ForCausalLM", {**GROUPED, "sliding_window": WINDOW + 1}),
+    "stablelm": ("StableLmConfig", "StableLmForCausalLM", GROUPED),
     "gpt_neox": (
         "GPTNeoXConfig",
         "GPTNeoXForCausalLM",

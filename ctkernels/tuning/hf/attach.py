@@ -26,15 +26,14 @@ from transformers import PreTrainedModel
 
 from ctkernels import ContextMask
 from ctkernels.tuning.hf.alibi import ALIBI_IMPLEMENTATION, serve_alibi
-from ctkernels.tuning.hf.attention import ATTACHED, IMPLEMENTATION, ForwardState, is_layout, no_padding
+from ctkernels.tuning.hf.attention import ATTACHED, IMPLEMENTATION, STATE, ForwardState, is_layout, no_padding
+from ctkernels.tuning.hf.discover import passes_keywords
 from ctkernels.tuning.hf.models import ALIBI, LEARNED, Decoder, find_decoder, other_architecture, rope_switch
 from ctkernels.tuning.hf.parallel import head_group
 
 if TYPE_CHECKING:
     from ctkernels.tuning.adapters.prefix import KVPrefix
     from ctkernels.tuning.adapters.prefix_set import PrefixSet
-
-STATE = "ctkernels_state"  # keyword argument that carries the state of a forward pass to the layers
 
 
 class Attachment:
@@ -73,6 +72,7 @@ class Attachment:
         self._rope_switch = min((switch for switch in switches if switch is not None), default=None)
         self._group = head_group(self._decoder.attentions[0])
         self._parameters = list(inspect.signature(self._decoder.base.forward).parameters)
+        self._passes_keywords = passes_keywords(type(self._decoder.layers[0]))
         self._stack: ExitStack | None = None
         self._thread = threading.local()
 
@@ -141,6 +141,8 @@ class Attachment:
             self._thread.state = state
         else:
             kwargs["position_ids"] = positions + first + self._decoder.first_position_id
+            if not self._passes_keywords:
+                setattr(kwargs["position_ids"], STATE, state)
         return (), kwargs
 
     def _index_of_rows(self, tokens: Tensor) -> Tensor | None:
@@ -186,6 +188,12 @@ class Attachment:
                     "padded rows an attention_mask"
                 )
             return given
+        prepared = mask.values() if isinstance(mask, dict) else (mask,)
+        if self._decoder.family.positions != ALIBI and any(is_layout(x) and x.shape[-1] == 2 for x in prepared):
+            raise ValueError(
+                f"{self._name} passes no position_ids to its decoder, so that a static cache cannot have rows padded "
+                "on the left; use a dynamic cache, or rows of one length"
+            )
         past = _past_length(kwargs)
         if padding is not None:
             return (padding.long().cumsum(dim=1) - 1).clamp(min=0)[:, past : past + S].to(tokens.device)

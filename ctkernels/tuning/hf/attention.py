@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 IMPLEMENTATION = "ctkernels"
+STATE = "ctkernels_state"  # keyword argument that carries the state of a forward pass to the layers
 ATTACHED = "_ctkernels_layer_index"  # attribute of an attention module while a prefix is attached to it
 # arguments of other models' attention that change the result and that the op has no place for
 UNSUPPORTED_ARGUMENTS = ("position_bias", "s_aux", "cache", "head_mask")
@@ -250,6 +251,8 @@ def attention_forward(
         raise ValueError(
             f"{name}: attention dropout {dropout} is not supported; a frozen model belongs in eval mode (model.eval())"
         )
+    if ctkernels_state is None:  # of layers that pass no keyword arguments on
+        ctkernels_state = getattr(kwargs.get("position_ids"), STATE, None)
     if ctkernels_state is None:
         raise ValueError(f"{name}: a layer with an attached prefix was called outside of its model's forward")
     if not is_causal or unsupported or (layout is None and attention_mask is not None):

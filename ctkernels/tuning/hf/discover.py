@@ -15,6 +15,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from dis import get_instructions
 from functools import cache
 from operator import attrgetter
 from typing import NamedTuple
@@ -48,17 +49,22 @@ class Shape(NamedTuple):
     value_dim: int
 
 
+Look = tuple[tuple[str, str], ...]  # (name, value) of the settings of a layer
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where the parts are. base, stack: paths in the model of the owner of the layers and of the ModuleList, which has
     `count` elements.  attentions: for each layer with attention, its index there and the path and the class of its
-    attention.  bare: names of the classes of elements without attention."""
+    attention.  bare: names of the classes of elements without attention.  looks: what is set on each kind of layer and
+    its attention, by name."""
 
     base: str
     stack: str
     count: int
     attentions: tuple[tuple[int, str, type[nn.Module]], ...]
     bare: tuple[str, ...]
+    looks: tuple[Look, ...]
 
     def parts(self, model: nn.Module) -> Parts | None:
         """The modules, or None if the model has changed since."""
@@ -120,6 +126,7 @@ def find_layout(model: PreTrainedModel) -> Layout:
             raise unsupported(model, f"layer {index} has several attentions ({', '.join(kinds)})")
         by_layer[index] = path
     stack = model.get_submodule(stacks[0])
+    looks = {_look(stack[index], own[path]) for index, path in by_layer.items()}
     inside = {index: path.removeprefix(f"{stacks[0]}.{index}.") for index, path in by_layer.items()}
     return Layout(
         base,
@@ -127,6 +134,7 @@ def find_layout(model: PreTrainedModel) -> Layout:
         len(stack),
         tuple((index, inside[index], type(own[by_layer[index]])) for index in sorted(by_layer)),
         tuple(type(layer).__name__ for index, layer in enumerate(stack) if index not in by_layer),
+        tuple(sorted(looks)),
     )
 
 
@@ -141,6 +149,21 @@ def calls_registry(kind: type[nn.Module]) -> bool:
     forwards = (vars(each)["forward"] for each in kind.__mro__ if "forward" in vars(each))
     codes = (getattr(inspect.unwrap(forward), "__code__", None) for forward in forwards)
     return any(code is not None and REGISTRY in code.co_names for code in codes)
+
+
+@cache
+def passes_keywords(layer: type[nn.Module]) -> bool:
+    """Whether the forward of a layer class makes use of further keyword arguments that it is given."""
+    code = inspect.unwrap(layer.forward).__code__
+    if not code.co_flags & inspect.CO_VARKEYWORDS:
+        return False
+    name = inspect.getargs(code).varkw
+    return any(i.opname.startswith("LOAD") and name in (i.argval, *_pair(i.argval)) for i in get_instructions(code))
+
+
+def _pair(names: object) -> tuple[object, ...]:
+    """Names of an instruction that loads two."""
+    return names if isinstance(names, tuple) else ()
 
 
 @cache
@@ -208,6 +231,27 @@ def shape_of(attention: nn.Module, config: PreTrainedConfig) -> Shape:
     else:
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
     return Shape(kv_heads, key_dim, own["v_head_dim"] or key_dim)
+
+
+def _look(layer: nn.Module, attention: nn.Module) -> Look:
+    """What is set on a layer and its attention: switches and names as they are, of numbers whether they are 0, 1, more
+    or less. Layers that look alike compute alike."""
+    settings = {
+        f"{kind}.{name}": x for kind, m in (("", layer), ("attention", attention)) for name, x in vars(m).items()
+    }
+    return tuple(sorted((name, _bucket(x)) for name, x in settings.items() if _counts(name, x)))
+
+
+def _counts(name: str, value: object) -> bool:
+    own = name.partition(".")[2]
+    passing = own.startswith("_") or "drop" in own or own in ("training", "gradient_checkpointing", "layer_idx")
+    return not passing and (value is None or isinstance(value, (bool, int, float, str)))
+
+
+def _bucket(value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return repr(value)
+    return str(int(value)) if value in (0, 1) else "more" if value > 0 else "less"
 
 
 def _own_modules(owner: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:

@@ -20,7 +20,8 @@ class full_precision(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         first = args[0] if args else None
-        if isinstance(first, Tensor) and first.dtype == torch.float64:
+        makes = getattr(func, "__name__", "").startswith("new_")  # of a type that somebody relies on
+        if isinstance(first, Tensor) and first.dtype == torch.float64 and not makes:
             if func is Tensor.float:
                 return first
             args = tuple(torch.float64 if value is torch.float32 else value for value in args)

@@ -191,10 +191,13 @@ def architecture(config: PreTrainedConfig) -> dict[str, Any]:
     """What a configuration says about the function that the weights compute, by field, as JSON values.
 
     Models of one architecture may read each other's prefixes. All fields that the class of the configuration declares
-    count, multipliers, scales and lists of layers without positions among them, but those that change nothing.
+    count, multipliers, scales and lists of layers without positions among them, but those that change nothing; of a
+    class that declares none, all that it has.
     """
-    names = {f.name for f in dataclasses.fields(config)} - {f.name for f in dataclasses.fields(PreTrainedConfig)}
-    counts = (n for n in names if n not in _NO_ARCHITECTURE and not n.endswith(_NO_ARCHITECTURE_ENDINGS))
+    declares = "__dataclass_fields__" in vars(type(config))
+    names = {f.name for f in dataclasses.fields(config)} if declares else {n for n in vars(config) if n[0] != "_"}
+    names -= {f.name for f in dataclasses.fields(PreTrainedConfig)} | _NO_ARCHITECTURE
+    counts = (name for name in names if not name.endswith(_NO_ARCHITECTURE_ENDINGS))
     values = {"model_type": config.model_type, **{name: vars(config).get(name) for name in sorted(counts)}}
     if config.is_heterogeneous:
         values["per_layer_config"] = config.to_dict()["per_layer_config"]

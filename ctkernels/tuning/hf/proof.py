@@ -242,9 +242,15 @@ def _prove(
 
 def _unlike(model: PreTrainedModel, layout: Layout) -> str | None:
     """Why nothing follows from this tiny model for the one that is to be served."""
-    decoder, own = find_decoder(model), find_layout(model).classes()
-    if own != layout.classes():
-        return f"its class has layers of {', '.join(own)}, this model of {', '.join(layout.classes())}"
+    decoder, own = find_decoder(model), find_layout(model)
+    if own.classes() != layout.classes():
+        return f"its class has layers of {', '.join(own.classes())}, this model of {', '.join(layout.classes())}"
+    names = {name for look in own.looks for name, _ in look}  # others are somebody else's
+    for look in ({(name, x) for name, x in look if name in names} for look in layout.looks):
+        nearest = min((look - set(each) for each in own.looks), key=len)
+        if nearest:
+            what = ", ".join(f"{name.lstrip('.')} {x}" for name, x in sorted(nearest))
+            return f"some of its layers have {what}, which no tiny instance of it has"
     for name, value in unknown_lengths(decoder.config).items():
         if value > REACH:
             return f"config.{name}, {value}, is not known to ctkernels and may be a length beyond which all differs"

@@ -103,7 +103,7 @@ def find_verdict(model_class: type[PreTrainedModel], config: PreTrainedConfig, l
 
 def kind_digest(model_class: type[PreTrainedModel], config: PreTrainedConfig, layout: Layout) -> str:
     """What two models have in common that a verdict on one holds for the other. Raises what `kind_of` raises."""
-    return digest([class_name(model_class), kind_of(config), layout.classes()])
+    return digest([class_name(model_class), kind_of(config), layout.classes(), layout.looks])
 
 
 @cache

@@ -27,7 +27,7 @@ HEADS, HEAD_DIM = 4, 16
 WIDTH, NARROW = 64, 48  # hidden size where it is heads * head dimension, and where it is not
 WINDOW = 8
 LAYERS = 3  # at least so many, and one of every kind
-POSITIONS = 512
+POSITIONS = 2048
 REACH = 512  # a length that is not known to be one is reached up to here
 
 
@@ -121,7 +121,8 @@ _CHANCE = ("dropout", "_pdrop", "layerdrop", "drop_rate", "jitter")  # must not 
 
 
 def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A configuration of the same class and with the same switches, but tiny. `config` is not changed.
+    """A configuration of the same class and with the same switches, but tiny, for eager attention. `config` is not
+    changed.
 
     Raises:
         Exception: whatever the class says of a configuration that it does not take.
@@ -132,17 +133,18 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
     for module in (tiny, *(getattr(tiny, name) for name in tiny.sub_configs)):
         if module is not None:
             module._experts_implementation = "eager"  # others have no fp64
+    tiny._attn_implementation = "eager"
     return tiny
 
 
 def make_tiny(model_class: type[PreTrainedModel], config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """A random fp64 model of a configuration from `shrink`, on the CPU, frozen, in eval mode, with eager attention.
+    """A random fp64 model of a configuration from `shrink`, on the CPU, frozen, in eval mode.
 
     The process's random numbers go on as if it had not been made.
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs, too
-        model = model_class._from_config(config, attn_implementation="eager", dtype=torch.float64)
+        model = model_class(config)
         for parameter in model.parameters():  # biases and norms start at 0 and 1, which would hide mistakes
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model.double().eval().requires_grad_(False)
@@ -155,31 +157,38 @@ def kind_of(config: PreTrainedConfig) -> dict[str, Any]:
 
     Raises: as `shrink`.
     """
-    tiny = shrink(config)
-    names = {field.name for field in dataclasses.fields(config)} | {"per_layer_config", "model_type"}
-    fields = {name: value for name, value in tiny.to_dict().items() if name in names or _is_named(config, name)}
+    fields = {name: value for name, value in shrink(config).to_dict().items() if _is_read(config, name)}
     return dict(_kind(fields))
 
 
-def _is_named(config: PreTrainedConfig, name: str) -> bool:
-    """Whether the modeling file of a configuration's class has a word `name`, or is not known."""
+def _is_read(config: PreTrainedConfig, name: str) -> bool:
+    """Whether a field is one that the class of a configuration declares, or that its modeling file may read."""
+    if name in ("model_type", "per_layer_config") or any(field.name == name for field in dataclasses.fields(config)):
+        return True
     modeling = sys.modules.get(type(config).__module__.replace(".configuration_", ".modeling_"))
-    return modeling is None or name in _words(modeling)
+    words = None if modeling is None else _words(modeling)
+    return words is None or name in words
 
 
 @cache
-def _words(module: ModuleType) -> frozenset[str]:
-    return frozenset(re.findall(r"\w+", inspect.getsource(module)))
+def _words(module: ModuleType) -> frozenset[str] | None:
+    """The words of a module's source, None if it has none."""
+    try:
+        return frozenset(re.findall(r"\w+", inspect.getsource(module)))
+    except OSError:
+        return None
 
 
 def unknown_lengths(config: PreTrainedConfig) -> dict[str, int]:
     """Integer fields that no table here knows, larger than a window of the tiny model: they may be lengths from which
     on the model computes something else."""
-    names = {field.name for field in dataclasses.fields(config)}
     known = {*_WIDTHS, *_HEADS, *_KV_HEADS, *_HEAD_DIMS, *_LAYERS, *_SIZES, *_COUNTS, *_NOT_LENGTHS}
-    fields = {name: value for name, value in vars(config).items() if name in names and name not in known}
-    sizes = {name: value for name, value in fields.items() if _is_size(name, value) and "vocab" not in name}
-    return {name: value for name, value in sizes.items() if value > WINDOW}
+    sizes = {name: value for name, value in vars(config).items() if _is_size(name, value) and value > WINDOW}
+    return {
+        name: value
+        for name, value in sizes.items()
+        if name not in known and "vocab" not in name and _is_read(config, name)
+    }
 
 
 def _is_size(name: str, value: Any) -> bool:

@@ -13,6 +13,7 @@ from ctkernels import ContextMask
 from ctkernels.testing.models import (
     MODELS,
     PAD,
+    SIZES,
     make_model,
     pad_rows,
     stock_logits,
@@ -156,7 +157,7 @@ def test_threads_share_an_attached_model(name):
         assert torch.equal(actual, wanted)
 
 
-@pytest.mark.parametrize("name", ["llama", "bloom"])
+@pytest.mark.parametrize("name", ["llama", "bloom", "stablelm"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_recomputation_uses_the_mask_of_its_forward(name, reentrant):
     """Two forwards with two masks, then one backward: checkpointing recomputes each layer under its own mask."""
@@ -253,7 +254,7 @@ def test_prefix_is_read_in_place(llama, prefix, monkeypatch):
     assert all(k is key and v is value for (k, v), key, value in zip(seen, prefix.keys, prefix.values, strict=True))
 
 
-@pytest.mark.parametrize("name", ["llama", "bloom"])
+@pytest.mark.parametrize("name", ["llama", "bloom", "stablelm"])
 def test_compiled(name):
     """torch.compile traces an attached model without graph breaks, to the same logits and prefix gradients."""
     model = make_model(name, torch.float32)
@@ -497,6 +498,26 @@ def test_rotary_frequencies_that_depend_on_length():
     expected = stock_logits(model, context, ROW[0])
     with prefix.attach(model):
         torch.testing.assert_close(model(ROW).logits[0], expected, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_static_cache_without_positions():
+    """Whisper's head passes no position_ids on, and a mask that is prepared ahead does not say them."""
+    config = transformers.WhisperConfig(
+        **SIZES, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=40, max_target_positions=64
+    )
+    torch.manual_seed(0)
+    model = transformers.WhisperForCausalLM(config).double().eval()
+    prefix = KVPrefix.from_tokens(model, CONTEXT, SEGMENTS)
+    ids, mask = pad_rows([tokens(3), tokens(7)], "left")
+    settings = {"max_new_tokens": 3, "do_sample": False}
+    expected = model.generate(torch.cat((CONTEXT, ids[0, 4:]))[None], **settings)[0, -3:]
+    with prefix.attach(model):
+        assert torch.equal(model.generate(ids, attention_mask=mask, **settings)[0, -3:], expected)
+        row = {"attention_mask": torch.ones(1, 3, dtype=torch.int64), "cache_implementation": "static"}
+        assert torch.equal(model.generate(ids[:1, 4:], **row, **settings)[0, -3:], expected)
+        with pytest.raises(ValueError, match="static cache cannot have rows padded on the left"):
+            model.generate(ids, attention_mask=mask, cache_implementation="static", **settings)
 
 
 def test_prefix_for_another_model(prefix):

@@ -54,10 +54,17 @@ class Farsighted(LlamaAttention):
 
 
 class Forgetful(LlamaAttention):
-    """Passes no keyword arguments on, and so loses the prefix."""
+    """Attends by itself, and so never reads the prefix."""
 
     def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
-        return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values)
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, key, value = (
+            f(hidden_states).view(heads).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        out = nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+        return self.o_proj(out.transpose(1, 2).flatten(2)), None
 
 
 class Declining(LlamaAttention):
@@ -89,7 +96,7 @@ def test_classes_of_a_user():
     assert verdict_of(Alike).reason is None
     for attention, why in (
         (Farsighted, "rows behind contexts of several lengths: results differ by"),
-        (Forgetful, "failed: ValueError: Forgetful: a layer with an attached prefix was called outside"),
+        (Forgetful, "failed: ValueError: the attention of layers [0, 1, 2] of Wrong did not read the attached prefix"),
     ):
         assert why in verdict_of(llama_with(attention, "Wrong")).reason
     model = llama_with(Farsighted, "Wrong")(CONFIG)
@@ -118,6 +125,21 @@ def test_lengths_that_are_not_known(length, why):
     config = dataclasses.dataclass(WithDecline)(**GROUPED, decline_after=length)
     assert unknown_lengths(config) == {"decline_after": length} and unknown_lengths(CONFIG) == {}
     assert why in verdict_of(llama_with(Declining, "WithLength"), config).reason
+
+
+class Alternating(LlamaAttention):
+    """Its layers differ by a rule that the configuration says nothing of."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        self.reach = "far" if layer_idx % 5 == 4 else "near"
+
+
+def test_layers_that_no_tiny_model_has():
+    model_class = llama_with(Alternating, "Uneven")
+    assert verdict_of(model_class).reason is None  # three layers
+    config = LlamaConfig(**{**GROUPED, "num_hidden_layers": 6})
+    assert "some of its layers have attention.reach 'far', which no tiny" in verdict_of(model_class, config).reason
 
 
 def test_a_layer_that_somebody_replaced():
