@@ -1,4 +1,4 @@
-"""Settings shared by all tests: property-based tests draw the same examples on every run, a thorough profile more.
+"""Settings and fixtures shared by all tests. Property-based tests draw the same examples on every run.
 
 `CTKERNELS_TEST_PROFILE=thorough pytest tests/op` draws thirty times as many examples, new ones on every run;
 `interpreter` draws fewer, for kernels that Triton's interpreter runs, some thousand times slower than compiled ones.
@@ -6,6 +6,7 @@
 
 import os
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 COMMON = dict(
@@ -17,3 +18,19 @@ settings.register_profile("default", derandomize=True, database=None, max_exampl
 settings.register_profile("interpreter", derandomize=True, database=None, max_examples=8, **COMMON)
 settings.register_profile("thorough", max_examples=1000, **COMMON)
 settings.load_profile(os.environ.get("CTKERNELS_TEST_PROFILE", "default"))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A saved model with its tokenizer, and a task."""
+    import torch  # here, so that the tests of the op run where transformers is missing
+
+    from ctkernels.testing.models import make_model
+    from ctkernels.testing.tasks import DEMONSTRATIONS, char_tokenizer, write_jsonl
+
+    folder = tmp_path_factory.mktemp("cli")
+    make_model("llama", torch.float32).save_pretrained(folder / "model")
+    char_tokenizer().save_pretrained(folder / "model")
+    write_jsonl(folder / "train.jsonl", DEMONSTRATIONS)
+    write_jsonl(folder / "test.jsonl", DEMONSTRATIONS[::-1])
+    return folder

@@ -151,7 +151,7 @@ def killed(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     return tune(*args, **kwargs)
 run.tune = killed
-cli.main(sys.argv[1:])
+sys.exit(cli.run(sys.argv[1:]))
 """
 
 
