@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ctkernels.tuning.data.demonstrations import Row
+from ctkernels.tuning.data.formats import Row
 
 Layout = Literal["packed", "padded"]
 

@@ -1,33 +1,19 @@
-"""Demonstrations: reading them, refusing unusable ones by file and line, and turning them into tokens.
+"""Demonstrations: the pairs of a task, read from files. An unusable pair raises an error with its file and line.
 
-Two layouts are read, both one JSON object per line with `input`, `output` and perhaps `options` or `references`:
+Two layouts are read. Both have one JSON object per line, with `input`, `output` and perhaps `options` or `references`:
 
     load_jsonl("train.jsonl")
     load_metaicl("DIR", task="sick", seed=13, split="train")    # DIR/sick/sick_16_13_train.jsonl
-
-Tokens (`_` is the delimiter, one token; x, y are tokenised on their own, so nothing merges across a border):
-
-    context        x0 _ y0  _ x1 _ y1  _ x2 _ y2        a row of demonstration 1:   _ x1 _ y1
-    segments      |        |          |          |      its labels:                        y1
 """
 
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from typing import Any
 
 METAICL_SPLITS = ("train", "dev", "test")
-SPECIAL, DELIMITER, INPUT, OUTPUT = range(4)  # kinds of context tokens
 
 
 class DataError(ValueError):
@@ -148,212 +134,6 @@ def load_metaicl(folder: str | Path, task: str, seed: int, split: str, shots: in
         found = sorted(p.name for p in path.parent.glob("*.jsonl"))
         raise DataError(f"{path.parent} has no file {path.name}; {_list('files there', found)}")
     return load_jsonl(path)
-
-
-@dataclass(frozen=True)
-class TextFormat:
-    """How pairs become tokens.
-
-    Args:
-        delimiter: text between input and output and between pairs; it must be exactly one token.
-        max_pair_tokens: most tokens of one pair (input, delimiter, output); a longer input loses its end.
-        bos: whether a sequence starts with the tokenizer's BOS token; None does what the tokenizer itself does.
-    """
-
-    delimiter: str = " "
-    max_pair_tokens: int = 256
-    bos: bool | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_pair_tokens < 3:
-            raise ValueError(f"max_pair_tokens must be at least 3, got {self.max_pair_tokens}")
-
-
-@dataclass(frozen=True)
-class EncodedContext:
-    """The concatenated demonstrations.
-
-    input_ids: int64 [P].  segments: int64 [K+1]; demonstration i is `input_ids[segments[i]:segments[i + 1]]`, its
-    leading delimiter included. A BOS token comes before the first segment, so that no row hides it.
-    kinds: int64 [P], what each token is: SPECIAL, DELIMITER, INPUT or OUTPUT.
-    """
-
-    input_ids: Tensor
-    segments: Tensor
-    kinds: Tensor
-
-
-@dataclass(frozen=True)
-class Row:
-    """One sequence to run against the prefix, and the answers to score in it.
-
-    tokens: what the model is fed: the prompt and the answer without its last token (which predicts nothing).
-    answers: token lists that share all but their last token, hence one run scores all of them.
-    held_out: the demonstration this row must not see, or -1.  source: for messages.
-    predicted_at: for each token of an answer the index of the token whose logits predict it; None if the answers end
-        the row. Several demonstrations' answers in one sequence count as one answer whose tokens lie apart.
-    """
-
-    tokens: tuple[int, ...]
-    answers: tuple[tuple[int, ...], ...]
-    held_out: int = -1
-    source: str | None = None
-    predicted_at: tuple[int, ...] | None = None
-
-    @property
-    def first_label(self) -> int:
-        """Index of the token whose logits predict the first answer token."""
-        return len(self.tokens) - len(self.answers[0])
-
-    def label_positions(self, answer: int) -> tuple[int, ...]:
-        """Index of the token whose logits predict each token of an answer."""
-        if self.predicted_at is not None:
-            return self.predicted_at
-        return tuple(range(self.first_label, self.first_label + len(self.answers[answer])))
-
-
-def start_tokens(tokenizer: PreTrainedTokenizerBase, text_format: TextFormat) -> tuple[int, ...]:
-    """What a sequence starts with: BOS, or nothing. Raises ValueError: BOS is asked of a tokenizer without one."""
-    bos, use_bos = tokenizer.bos_token_id, text_format.bos
-    if use_bos and bos is None:
-        raise ValueError("bos=True, but the tokenizer has no BOS token")
-    if use_bos is None:
-        use_bos = bos is not None and list(tokenizer("a").input_ids[:1]) == [bos]
-    return (bos,) if use_bos else ()
-
-
-class PairEncoder:
-    """The tokens of pairs under one tokenizer and one `TextFormat`.
-
-    Raises:
-        ValueError: the tokenizer does not turn the delimiter into exactly one known token, or BOS is asked of a
-            tokenizer without one.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, text_format: TextFormat | None = None) -> None:
-        self.tokenizer = tokenizer
-        self.format = text_format or TextFormat()
-        self.cut_sources: list[str] = []
-        delimiter = self.encode(self.format.delimiter)
-        if len(delimiter) != 1 or delimiter[0] == tokenizer.unk_token_id:
-            raise ValueError(
-                f"delimiter must be exactly one token; this tokenizer turns {self.format.delimiter!r} into "
-                f"{delimiter}; choose another delimiter, such as '\\n'"
-            )
-        self.delimiter = delimiter[0]
-        self.start = start_tokens(tokenizer, self.format)
-
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Tokens of a text, without special tokens."""
-        return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-
-    def answer(self, demonstration: Demonstration, output: str) -> tuple[int, ...]:
-        """Tokens of an output or option."""
-        tokens = self.encode(output)
-        if not tokens:
-            raise DataError(f"{_place(demonstration)}the output {output!r} has no tokens under this tokenizer")
-        if len(tokens) > self.format.max_pair_tokens - 2:
-            raise DataError(
-                f"{_place(demonstration)}the output alone has {len(tokens)} tokens; with max_pair_tokens="
-                f"{self.format.max_pair_tokens} no room is left for the input"
-            )
-        return tokens
-
-    def prompt(self, demonstration: Demonstration, longest_answer: int) -> tuple[int, ...]:
-        """Tokens of the input and the delimiter after it, the input cut to leave room for `longest_answer` tokens."""
-        tokens = self.encode(demonstration.input)
-        if not tokens:
-            raise DataError(
-                f"{_place(demonstration)}the input {demonstration.input!r} has no tokens under this tokenizer"
-            )
-        room = self.format.max_pair_tokens - longest_answer - 1
-        if room < 1:
-            raise DataError(
-                f"{_place(demonstration)}max_pair_tokens={self.format.max_pair_tokens} leaves no room for an input "
-                f"before {longest_answer} tokens"
-            )
-        if len(tokens) > room:
-            self.cut_sources.append(demonstration.source or repr(demonstration.input[:30]))
-        return (*tokens[:room], self.delimiter)
-
-    def report_cuts(self) -> None:
-        """Warn about inputs that were cut since the last report."""
-        if self.cut_sources:
-            shown = ", ".join(self.cut_sources[:5]) + (", ..." if len(self.cut_sources) > 5 else "")
-            warnings.warn(
-                f"{len(self.cut_sources)} inputs lost their end to keep a pair within "
-                f"{self.format.max_pair_tokens} tokens: {shown}",
-                stacklevel=3,
-            )
-            self.cut_sources.clear()
-
-
-def encode_context(
-    tokenizer: PreTrainedTokenizerBase,
-    demonstrations: Sequence[Demonstration],
-    text_format: TextFormat | None = None,
-) -> EncodedContext:
-    """The demonstrations as one context. No demonstrations give the BOS token, or an empty context.
-
-    Raises:
-        DataError: a pair without tokens, or an output that leaves no room for its input.
-        ValueError: a delimiter that is not one token.
-    """
-    encoder = PairEncoder(tokenizer, text_format)
-    tokens, kinds = list(encoder.start), [SPECIAL] * len(encoder.start)
-    segments = [len(tokens)]
-    for i, demonstration in enumerate(demonstrations):
-        answer = encoder.answer(demonstration, demonstration.output)
-        prompt = encoder.prompt(demonstration, len(answer))
-        lead = (encoder.delimiter,) if i > 0 else ()
-        tokens += lead + prompt + answer
-        kinds += [DELIMITER] * len(lead) + [INPUT] * (len(prompt) - 1) + [DELIMITER] + [OUTPUT] * len(answer)
-        segments.append(len(tokens))
-    encoder.report_cuts()
-    return EncodedContext(
-        torch.tensor(tokens, dtype=torch.long), torch.tensor(segments), torch.tensor(kinds, dtype=torch.long)
-    )
-
-
-def encode_rows(
-    tokenizer: PreTrainedTokenizerBase,
-    demonstrations: Sequence[Demonstration],
-    text_format: TextFormat | None = None,
-    learn_stop: bool = False,
-    encoder: PairEncoder | None = None,
-) -> list[Row]:
-    """Training rows, one per demonstration: `_ x _ y`, with y as labels.
-
-    `learn_stop` makes the delimiter after the answer a label, too, so that generation learns where to stop.
-    `encoder` is one that writes more before an input than the input itself.
-
-    Raises:
-        as `encode_context`.
-    """
-    encoder = encoder or PairEncoder(tokenizer, text_format)
-    rows = []
-    for i, demonstration in enumerate(demonstrations):
-        answer = encoder.answer(demonstration, demonstration.output)
-        prompt = (encoder.delimiter, *encoder.prompt(demonstration, len(answer)))
-        labels = (*answer, encoder.delimiter) if learn_stop else answer
-        rows.append(Row(prompt + labels[:-1], (labels,), held_out=i, source=demonstration.source))
-    encoder.report_cuts()
-    return rows
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, text_format: TextFormat | None = None) -> list[int]:
-    """Token ids `_ x _` of an input behind a prefix, as rows of training begin: text and delimiters tokenised apart,
-    so that no space merges into the first word; nothing is cut.
-
-    Raises:
-        ValueError: a delimiter that is not one token.
-    """
-    encoder = PairEncoder(tokenizer, text_format)
-    return [encoder.delimiter, *encoder.encode(text), encoder.delimiter]
-
-
-def _place(demonstration: Demonstration) -> str:
-    return f"{demonstration.source}: " if demonstration.source else ""
 
 
 def _show(value: Any) -> str:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ctkernels.tuning.data.demonstrations import Demonstration, PairEncoder, TextFormat
+from ctkernels.tuning.data.demonstrations import Demonstration
+from ctkernels.tuning.data.formats import PairEncoder, TextFormat
 from ctkernels.tuning.train.settings import Demonstrate
 
 if TYPE_CHECKING:

@@ -23,7 +23,8 @@ from transformers import GenerationConfig
 
 from ctkernels.tuning.adapters.prefix import KVPrefix
 from ctkernels.tuning.data.batches import make_batch, split_by_tokens
-from ctkernels.tuning.data.demonstrations import DataError, Demonstration, PairEncoder, Row, TextFormat
+from ctkernels.tuning.data.demonstrations import DataError, Demonstration
+from ctkernels.tuning.data.formats import PairEncoder, Row, TextFormat
 from ctkernels.tuning.data.metrics import Metric, accuracy, default_metric, score_predictions
 from ctkernels.tuning.hf.limits import check_row_lengths
 from ctkernels.tuning.train.forward import frozen, row_losses

@@ -17,7 +17,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ctkernels.tuning.data.demonstrations import DataError, Demonstration, TextFormat
+from ctkernels.tuning.data.demonstrations import DataError, Demonstration
+from ctkernels.tuning.data.formats import TextFormat
 from ctkernels.tuning.data.suites.base import Suite, SuiteOptions, Task, View
 
 Grid = tuple[tuple[int, ...], ...]

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from ctkernels.tuning.data.demonstrations import DataError, Demonstration, TextFormat
+from ctkernels.tuning.data.demonstrations import DataError, Demonstration
+from ctkernels.tuning.data.formats import TextFormat
 from ctkernels.tuning.data.metrics import Metric
 
 Split = Literal["validation", "test"]

@@ -15,7 +15,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from ctkernels.tuning.data.demonstrations import DataError, Demonstration, TextFormat, parse_demonstration
+from ctkernels.tuning.data.demonstrations import DataError, Demonstration, parse_demonstration
+from ctkernels.tuning.data.formats import TextFormat
 from ctkernels.tuning.data.suites.base import Suite, SuiteOptions, Task, draw
 
 SHOTS = 10

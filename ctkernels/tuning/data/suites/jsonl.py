@@ -12,7 +12,8 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from ctkernels.tuning.data.demonstrations import DataError, TextFormat, load_jsonl
+from ctkernels.tuning.data.demonstrations import DataError, load_jsonl
+from ctkernels.tuning.data.formats import TextFormat
 from ctkernels.tuning.data.suites.base import Suite, SuiteOptions, Task, draw
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from ctkernels.tuning.data.demonstrations import DataError, Demonstration, TextFormat
+from ctkernels.tuning.data.demonstrations import DataError, Demonstration
+from ctkernels.tuning.data.formats import TextFormat
 from ctkernels.tuning.data.suites.base import Suite, SuiteOptions, Task, draw
 
 SHOTS = 16

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ctkernels.tuning.adapters.prefix import KVPrefix
 from ctkernels.tuning.data.batches import Batch
-from ctkernels.tuning.data.demonstrations import Row
+from ctkernels.tuning.data.formats import Row
 from ctkernels.tuning.hf.attach import Attachment
 from ctkernels.tuning.hf.models import find_decoder
 from ctkernels.tuning.train.forward import row_losses
