@@ -232,6 +232,8 @@ def _attend(
     for name, flag in (("causal", causal), ("window_prefix", window_prefix)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name} must be a bool, got {_kind(flag)}")
+    # by the table's head dimension, since torch.compile may know D only as a symbol
+    choice = dispatch.choose(backend, q.device, q.dtype, dispatch_table.column(D))
     problem = Problem(
         alibi_slopes=alibi_slopes,
         cu_seqlens=cu_seqlens,
@@ -249,17 +251,15 @@ def _attend(
         window=_check_window(window),
         window_prefix=window_prefix,
         softcap=_check_softcap(softcap),
-        # the table's head dimension, since torch.compile may know D as a symbol only
-        backend=dispatch.choose(backend, q.device, q.dtype, dispatch_table.column(D)),
     )
     # kernels read any strides in place as long as the last dimension is contiguous
     q, k, v, prefix_k, prefix_v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, prefix_k, prefix_v))
-    if problem.backend == "reference":
+    if choice.forward == "reference":
         if not torch.compiler.is_compiling():
             check_values(q, k, prefix_k, problem)
         with torch.autocast(q.device.type, enabled=False):
             return reference.prefix_attention(q, k, v, prefix_k, prefix_v, prefix_bias, problem)
-    return ops.attend(q, k, v, prefix_k, prefix_v, prefix_bias, *problem)
+    return ops.attend(q, k, v, prefix_k, prefix_v, prefix_bias, *problem, *choice)
 
 
 def _rows(q: Tensor, k: Tensor, v: Tensor, q_shape: str, k_shape: str) -> tuple[Tensor, Tensor, Tensor]:

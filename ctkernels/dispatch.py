@@ -7,6 +7,7 @@ import platform
 import warnings
 from functools import cache
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -24,6 +25,13 @@ BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 # of those that torch reports, what decides how fast an instruction set can be
 FEATURES = ("avx2", "fma3", "f16c", "avx512_f", "avx512_bw", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16")
+
+
+class Choice(NamedTuple):
+    """Names of `BACKENDS`: which one computes the forward pass of a call, and which one its backward pass."""
+
+    forward: str
+    backward: str
 
 
 def load(name: str) -> ModuleType:
@@ -54,13 +62,14 @@ def refusal(name: str, device: torch.device, dtype: torch.dtype = torch.float32)
     return reason
 
 
-def choose(backend: str | None, device: torch.device, dtype: torch.dtype = torch.float32, head_dim: int = 64) -> str:
-    """The backend of a call. A named one is used or refused with the reason; "auto" says when it falls back.
+def choose(backend: str | None, device: torch.device, dtype: torch.dtype = torch.float32, head_dim: int = 64) -> Choice:
+    """The backends of a call.
 
-    Returns:
-        A name of `BACKENDS`, or "FORWARD+BACKWARD" where "auto" takes another one backward (`for_direction`).
+    A named backend serves both directions, or an error gives the reason why it cannot. "auto" (or None) may take a
+    different one for each direction, and warns if it falls back to the reference.
 
     Raises:
+        TypeError: backend is not a string.
         ValueError: an unknown backend, or one that cannot serve this call.
     """
     if backend is not None and not isinstance(backend, str):
@@ -71,25 +80,20 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype = torch
         reason = refusal(backend, device, dtype)
         if reason is not None:
             raise ValueError(f"backend={backend!r} is unavailable: {reason}")
-        return backend
+        return Choice(backend, backend)
     usable = (name for name in BACKENDS if refusal(name, device, dtype) is None)
     first = next(usable)  # the reference accepts every call
     if first == "reference":
         _warn_fallback(device, dtype)
     if device.type != "cuda" or not {first, *usable}.issuperset(dispatch_table.GPU_BACKENDS):
-        return first  # nothing to choose
-    picks = [dispatch_table.pick(architecture(device), dtype, head_dim, d) for d in dispatch_table.DIRECTIONS]
-    return picks[0] if picks[0] == picks[1] else "+".join(picks)
+        return Choice(first, first)  # nothing to choose
+    table = {d: dispatch_table.pick(architecture(device), dtype, head_dim, d) for d in dispatch_table.DIRECTIONS}
+    return Choice(**table)
 
 
-# torch.compile keeps the answer, not the look-up. This is all that torch.compiler.assume_constant_result does, but for
-# importing the whole compiler, which takes as long as importing torch.
+# torch.compile keeps the result and does not trace the function. torch.compiler.assume_constant_result does just this,
+# but first imports the whole compiler, which takes as long as importing torch.
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def for_direction(chosen: str, direction: str) -> str:
-    """The backend that computes "forward" or "backward", of what `choose` returned."""
-    return chosen.split("+")[dispatch_table.DIRECTIONS.index(direction) if "+" in chosen else 0]
 
 
 @cache

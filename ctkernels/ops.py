@@ -13,52 +13,55 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ctkernels import dispatch
+from ctkernels.dispatch import Choice
 from ctkernels.problem import Problem, compute_dtype
 
-PROBLEM_SCHEMA = (
-    "Tensor? alibi_slopes, Tensor? cu_seqlens, Tensor? seq_lens, Tensor? prefix_index, Tensor? prefix_lens, "
-    "Tensor? hidden, Tensor? row_ids, Tensor? keep, SymInt context_length, float drop_p, SymInt seed, float scale, "
-    "bool causal, SymInt window, bool window_prefix, float softcap, str backend"
-)
 INPUTS_SCHEMA = "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor? prefix_bias"
 INPUT_COUNT = 6
+SETTINGS_SCHEMA = (  # the fields of Problem, then those of Choice
+    "Tensor? alibi_slopes, Tensor? cu_seqlens, Tensor? seq_lens, Tensor? prefix_index, Tensor? prefix_lens, "
+    "Tensor? hidden, Tensor? row_ids, Tensor? keep, SymInt context_length, float drop_p, SymInt seed, float scale, "
+    "bool causal, SymInt window, bool window_prefix, float softcap, str forward_backend, str backward_backend"
+)
 PROBLEM_TENSORS = 8
+SETTINGS_COUNT = len(Problem._fields) + len(Choice._fields)
 
-torch.library.define("ctkernels::prefix_attention", f"({INPUTS_SCHEMA}, {PROBLEM_SCHEMA}) -> (Tensor out, Tensor lse)")
+torch.library.define("ctkernels::prefix_attention", f"({INPUTS_SCHEMA}, {SETTINGS_SCHEMA}) -> (Tensor out, Tensor lse)")
 torch.library.define(
     "ctkernels::prefix_attention_backward",
     f"(Tensor dout, Tensor? dlse, {INPUTS_SCHEMA}, Tensor out, Tensor lse, bool[{INPUT_COUNT}] needs, "
-    f"{PROBLEM_SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dprefix_k, Tensor dprefix_v, Tensor dprefix_bias)",
+    f"{SETTINGS_SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dprefix_k, Tensor dprefix_v, Tensor dprefix_bias)",
 )
 prefix_attention = torch.ops.ctkernels.prefix_attention.default
 prefix_attention_backward = torch.ops.ctkernels.prefix_attention_backward.default
 
 
-def _load(problem: Problem, direction: str):
-    return dispatch.load(dispatch.for_direction(problem.backend, direction))
+def _split(settings) -> tuple[Problem, Choice]:
+    count = len(Problem._fields)
+    return Problem(*settings[:count]), Choice(*settings[count:])
 
 
 @torch.library.impl("ctkernels::prefix_attention", ("cpu", "cuda"))
-def _forward(q, k, v, prefix_k, prefix_v, prefix_bias, *fields):
-    problem = Problem(*fields)
-    return _load(problem, "forward").forward(q, k, v, prefix_k, prefix_v, prefix_bias, problem)
+def _forward(q, k, v, prefix_k, prefix_v, prefix_bias, *settings):
+    problem, choice = _split(settings)
+    return dispatch.load(choice.forward).forward(q, k, v, prefix_k, prefix_v, prefix_bias, problem)
 
 
 @torch.library.impl("ctkernels::prefix_attention_backward", ("cpu", "cuda"))
-def _backward(dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, *fields):
-    problem = Problem(*fields)
-    return _load(problem, "backward").backward(
+def _backward(dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, *settings):
+    problem, choice = _split(settings)
+    return dispatch.load(choice.backward).backward(
         dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, problem
     )
 
 
 @torch.library.register_fake("ctkernels::prefix_attention")
-def _forward_fake(q, k, v, prefix_k, prefix_v, prefix_bias, *fields):
+def _forward_fake(q, k, v, prefix_k, prefix_v, prefix_bias, *settings):
     return empty_rows(q), q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype))
 
 
 @torch.library.register_fake("ctkernels::prefix_attention_backward")
-def _backward_fake(dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, *fields):
+def _backward_fake(dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, *settings):
     return empty_gradients(q, k, v, prefix_k, prefix_v, prefix_bias, needs)
 
 
@@ -86,7 +89,7 @@ def _save(ctx, inputs, output) -> None:
 
 def _gradients(ctx, backward, dout: Tensor | None, dlse: Tensor | None, needs: list[bool]) -> tuple[Tensor | None, ...]:
     """Gradients of the inputs, None for what has none; `backward` is the operator or something that calls it."""
-    nothing = (None,) * len(Problem._fields)
+    nothing = (None,) * SETTINGS_COUNT
     if dout is None and dlse is None:
         return (None,) * INPUT_COUNT + nothing
     saved = ctx.saved_tensors

@@ -34,7 +34,6 @@ class Problem(NamedTuple):
     window: int  # 0: none
     window_prefix: bool
     softcap: float  # 0: none
-    backend: str
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
