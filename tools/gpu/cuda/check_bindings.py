@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # for tests/, which are not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # for tools/, which is not installed
 
 import ptxemu
 import torch
