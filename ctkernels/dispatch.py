@@ -1,4 +1,4 @@
-"""Which backend computes a call, and why. One table; backends never import one another."""
+"""Which backend computes a call, and why another one cannot. Backends never import one another."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 
 from ctkernels import dispatch_table
 
-# name -> (module, device types it serves). "auto" takes the first available one that accepts the call: the C++ kernels
-# on CPU tensors; on CUDA tensors the one that `dispatch_table` names, and where that one refuses, the other; on ROCm
-# tensors Triton's. Under TRITON_INTERPRET=1 Triton serves CPU tensors, if named.
+# name -> (module, device types it serves). "auto" takes the first one that can serve the call: on CPU tensors the C++
+# kernels; on CUDA tensors the one that `dispatch_table` names, or the other one if that one cannot serve the call; on
+# ROCm tensors Triton's. Under TRITON_INTERPRET=1 Triton also serves CPU tensors.
 BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cpu": ("ctkernels.backends.cpu", ("cpu",)),
     "cuda": ("ctkernels.backends.cuda", ("cuda",)),
@@ -23,7 +23,7 @@ BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "reference": ("ctkernels.backends.reference", ()),  # () = every device
 }
 
-# of those that torch reports, what decides how fast an instruction set can be
+# of the CPU features that torch reports, those that decide how fast the kernels can be
 FEATURES = ("avx2", "fma3", "f16c", "avx512_f", "avx512_bw", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16")
 
 
@@ -35,9 +35,12 @@ class Choice(NamedTuple):
 
 
 def load(name: str) -> ModuleType:
-    """The module of a backend. A kernel backend provides `unavailable() -> str | None` (the reason in words),
-    `forward(q, k, v, prefix_k, prefix_v, prefix_bias, problem)` and `backward(...)` as in `ops.py`, and where it needs
-    more than its row of the table says, `refusal(device, dtype) -> str | None`."""
+    """The module of a backend.
+
+    A kernel backend provides `unavailable() -> str | None` (the reason in words),
+    `forward(q, k, v, prefix_k, prefix_v, prefix_bias, problem)` and `backward(...)` as `ops.py` calls them. If it
+    cannot serve every call on its devices, it also provides `refusal(device, dtype) -> str | None`.
+    """
     return importlib.import_module(BACKENDS[name][0])
 
 
@@ -47,7 +50,7 @@ def _unavailable(name: str) -> str | None:
 
 
 def availability() -> dict[str, str | None]:
-    """Every backend's name -> None if it can be used on this machine, else the reason in words."""
+    """Name of each backend -> None if it can be used on this machine, else the reason in words."""
     return {name: _unavailable(name) for name in BACKENDS}
 
 
@@ -110,8 +113,8 @@ def _warn_fallback(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def cpu_info() -> dict[str, object]:
-    """The CPU, its vector and matrix features, torch's threads, the threads that the kernels run on, and their
-    instruction set: in use and possible (None and [] if they are not built)."""
+    """The CPU, its vector and matrix features, torch's threads, and the kernels' threads and instruction sets: the one
+    in use and all possible ones (None and [] if the kernels are not built)."""
     built = _unavailable("cpu") is None
     in_use, *possible = load("cpu").isas() if built else [None]
     known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
