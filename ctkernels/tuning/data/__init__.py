@@ -1,4 +1,4 @@
-"""Tasks as data: demonstrations, their tokens, batches of rows, metrics, retrieval, and suites of tasks."""
+"""Tasks: demonstrations, their tokens, batches of rows, metrics, retrieval, and suites of tasks."""
 
 from ctkernels.tuning.data.demonstrations import DataError, Demonstration, load_jsonl, load_metaicl
 from ctkernels.tuning.data.formats import (

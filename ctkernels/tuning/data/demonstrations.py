@@ -17,19 +17,19 @@ METAICL_SPLITS = ("train", "dev", "test")
 
 
 class DataError(ValueError):
-    """Data that cannot be used; the message starts with the place, `FILE:LINE`, where there is one."""
+    """Data that cannot be used. The message starts with the place, `FILE:LINE`, if it is known."""
 
 
 @dataclass(frozen=True)
 class Demonstration:
-    """One pair of a task; a test item is the same thing.
+    """One pair of a task. Test items have the same form.
 
     Args:
         input: what the model reads; not blank.
         output: what it should answer; not blank.
-        options: the answers to choose from, if the task is one of choice; they contain `output`; repeats are dropped.
-        references: further right answers, which BLEU takes into account beside `output`.
-        source: where the pair comes from (`FILE:LINE`), for messages alone.
+        options: the answers to choose from, for a task of choice. `output` is one of them; duplicates are removed.
+        references: further right answers, which BLEU compares with in addition to `output`.
+        source: where the pair comes from (`FILE:LINE`); used only in messages.
 
     Raises:
         TypeError: a field of the wrong type.
@@ -61,7 +61,7 @@ class Demonstration:
                 raise TypeError(f"options must be strings, got {_show(option)}")
             if not option.strip():
                 raise ValueError(f"options must not be blank, got {option!r}")
-        # some of MetaICL's items list an answer twice; a prediction is a text, so it counts once
+        # Some items of MetaICL list an option twice. Predictions are texts, so it counts once.
         object.__setattr__(self, "options", tuple(dict.fromkeys(self.options)))
         if len(self.options) < 2:
             raise ValueError(f"options must name at least two answers, got {list(self.options)}")
@@ -70,11 +70,12 @@ class Demonstration:
 
 
 def parse_demonstration(record: Any, source: str) -> Demonstration:
-    """A demonstration from one decoded JSON value with `input`, `output` and perhaps `options` and `references`; other
-    fields are ignored.
+    """A demonstration from a decoded JSON object with `input`, `output` and perhaps `options` and `references`.
+
+    Other fields are ignored.
 
     Raises:
-        DataError: anything that makes it unusable, prefixed with `source`.
+        DataError: the pair is unusable. The message starts with `source`.
     """
     if not isinstance(record, dict):
         raise DataError(f"{source}: expected an object with input and output, got {_show(record)}")
@@ -83,7 +84,7 @@ def parse_demonstration(record: Any, source: str) -> Demonstration:
             raise DataError(f"{source}: the field {name!r} is missing; the fields are {sorted(record)}")
     options = record.get("options")
     try:
-        # MetaICL writes "options": [] where a task has no choices
+        # MetaICL writes "options": [] for a task without options
         options = None if options == [] else options
         return Demonstration(record["input"], record["output"], options, source, record.get("references") or ())
     except (TypeError, ValueError) as error:
@@ -94,7 +95,7 @@ def load_jsonl(path: str | Path) -> list[Demonstration]:
     """All pairs of a JSONL file (UTF-8, one object per line; blank lines are skipped).
 
     Raises:
-        DataError: a file that cannot be read or holds no pair; the first unusable line, as `FILE:LINE: why`.
+        DataError: the file cannot be read, has no pair, or has an unusable line: `FILE:LINE: why` of the first one.
     """
     path = Path(path)
     try:
@@ -121,7 +122,7 @@ def load_metaicl(folder: str | Path, task: str, seed: int, split: str, shots: in
     """One split of a task in the MetaICL layout, `FOLDER/TASK/TASK_SHOTS_SEED_SPLIT.jsonl`.
 
     Raises:
-        DataError: an unknown task, seed or split (the message lists what is there); as `load_jsonl`.
+        DataError: an unknown task, seed or split (the message lists what there is); as `load_jsonl`.
     """
     folder = Path(folder)
     if split not in METAICL_SPLITS:

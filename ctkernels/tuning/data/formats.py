@@ -29,9 +29,9 @@ class TextFormat:
     """How pairs become tokens.
 
     Args:
-        delimiter: text between input and output and between pairs; it must be exactly one token.
-        max_pair_tokens: most tokens of one pair (input, delimiter, output); a longer input loses its end.
-        bos: whether a sequence starts with the tokenizer's BOS token; None does what the tokenizer itself does.
+        delimiter: text between input and output, and between pairs; exactly one token.
+        max_pair_tokens: most tokens of one pair (input, delimiter, output). The end of a longer input is cut off.
+        bos: whether a sequence starts with the tokenizer's BOS token. None: as the tokenizer does by itself.
     """
 
     delimiter: str = " "
@@ -47,9 +47,10 @@ class TextFormat:
 class EncodedContext:
     """The concatenated demonstrations.
 
-    input_ids: int64 [P].  segments: int64 [K+1]; demonstration i is `input_ids[segments[i]:segments[i + 1]]`, its
-    leading delimiter included. A BOS token comes before the first segment, so that no row hides it.
-    kinds: int64 [P], what each token is: SPECIAL, DELIMITER, INPUT or OUTPUT.
+    input_ids: int64 [P].
+    segments: int64 [K+1]. Demonstration i is `input_ids[segments[i]:segments[i + 1]]`, with its leading delimiter. A
+        BOS token is before the first segment, so no row hides it.
+    kinds: int64 [P], the kind of each token: SPECIAL, DELIMITER, INPUT or OUTPUT.
     """
 
     input_ids: Tensor
@@ -59,13 +60,15 @@ class EncodedContext:
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence to run against the prefix, and the answers to score in it.
+    """One sequence that reads the prefix, and the answers to score in it.
 
-    tokens: what the model is fed: the prompt and the answer without its last token (which predicts nothing).
-    answers: token lists that share all but their last token, hence one run scores all of them.
-    held_out: the demonstration this row must not see, or -1.  source: for messages.
-    predicted_at: for each token of an answer the index of the token whose logits predict it; None if the answers end
-        the row. Several demonstrations' answers in one sequence count as one answer whose tokens lie apart.
+    tokens: what the model reads: the prompt, and the answer without its last token, which predicts nothing.
+    answers: token lists that differ only in their last token, so that one run scores all of them.
+    held_out: the demonstration that this row must not see, or -1.
+    source: where the row comes from; used only in messages.
+    predicted_at: for each token of an answer, the index of the token whose logits predict it. None: the answer is
+        at the end of the row. Answers of several demonstrations in one sequence are one answer with gaps between its
+        tokens.
     """
 
     tokens: tuple[int, ...]
@@ -87,7 +90,7 @@ class Row:
 
 
 def start_tokens(tokenizer: PreTrainedTokenizerBase, text_format: TextFormat) -> tuple[int, ...]:
-    """What a sequence starts with: BOS, or nothing. Raises ValueError: BOS is asked of a tokenizer without one."""
+    """What a sequence starts with: BOS, or nothing. Raises ValueError: `bos=True` for a tokenizer without BOS."""
     bos, use_bos = tokenizer.bos_token_id, text_format.bos
     if use_bos and bos is None:
         raise ValueError("bos=True, but the tokenizer has no BOS token")
@@ -100,8 +103,7 @@ class PairEncoder:
     """The tokens of pairs under one tokenizer and one `TextFormat`.
 
     Raises:
-        ValueError: the tokenizer does not turn the delimiter into exactly one known token, or BOS is asked of a
-            tokenizer without one.
+        ValueError: the delimiter is not exactly one known token, or `bos=True` for a tokenizer without BOS.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, text_format: TextFormat | None = None) -> None:
@@ -151,7 +153,7 @@ class PairEncoder:
         return (*tokens[:room], self.delimiter)
 
     def report_cuts(self) -> None:
-        """Warn about inputs that were cut since the last report."""
+        """Warn about the inputs that were cut since the last call."""
         if self.cut_sources:
             shown = ", ".join(self.cut_sources[:5]) + (", ..." if len(self.cut_sources) > 5 else "")
             warnings.warn(
@@ -167,11 +169,11 @@ def encode_context(
     demonstrations: Sequence[Demonstration],
     text_format: TextFormat | None = None,
 ) -> EncodedContext:
-    """The demonstrations as one context. No demonstrations give the BOS token, or an empty context.
+    """The demonstrations as one context. Without demonstrations it is the BOS token, or empty.
 
     Raises:
-        DataError: a pair without tokens, or an output that leaves no room for its input.
-        ValueError: a delimiter that is not one token.
+        DataError: an input or output without tokens, or an output that leaves no room for its input.
+        ValueError: the delimiter is not one token.
     """
     encoder = PairEncoder(tokenizer, text_format)
     tokens, kinds = list(encoder.start), [SPECIAL] * len(encoder.start)
@@ -198,11 +200,12 @@ def encode_rows(
 ) -> list[Row]:
     """Training rows, one per demonstration: `_ x _ y`, with y as labels.
 
-    `learn_stop` makes the delimiter after the answer a label, too, so that generation learns where to stop.
-    `encoder` is one that writes more before an input than the input itself.
+    Args:
+        learn_stop: the delimiter after the answer is a label, too, so that the model learns where an answer ends.
+        encoder: used instead of a `PairEncoder`; for instance one that shows demonstrations before an input.
 
     Raises:
-        as `encode_context`.
+        DataError, ValueError: as `encode_context`.
     """
     encoder = encoder or PairEncoder(tokenizer, text_format)
     rows = []
@@ -216,11 +219,12 @@ def encode_rows(
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, text_format: TextFormat | None = None) -> list[int]:
-    """Token ids `_ x _` of an input behind a prefix, as rows of training begin: text and delimiters tokenised apart,
-    so that no space merges into the first word; nothing is cut.
+    """Token ids `_ x _` of an input after a prefix, as training rows begin.
+
+    Text and delimiters are tokenised apart, so that a space does not become part of the first word. Nothing is cut.
 
     Raises:
-        ValueError: a delimiter that is not one token.
+        ValueError: the delimiter is not one token.
     """
     encoder = PairEncoder(tokenizer, text_format)
     return [encoder.delimiter, *encoder.encode(text), encoder.delimiter]
