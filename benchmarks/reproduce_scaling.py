@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks import harness
-from ctkernels.tuning.data.demonstrations import Demonstration, encode_context
+from ctkernels.tuning.data.demonstrations import Demonstration
+from ctkernels.tuning.data.formats import encode_context
 from ctkernels.tuning.data.suites import SuiteOptions, get_suite
 from ctkernels.tuning.evaluation.sweep.spec import MethodSpec
 from ctkernels.tuning.storage import atomic_file, atomic_write_json

@@ -1,7 +1,7 @@
 """The public op: attention of many short rows over one shared, trainable KV prefix.
 
-Reading order: this file (arguments, checks, docs) -> mask.py -> dispatch.py (which backend, why) -> ops.py (registered
-operators, autograd) -> one backend.
+Reading order: this file (arguments and their checks) -> mask.py -> problem.py -> dispatch.py (which backend) -> ops.py
+(registered operators, autograd) -> one backend.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def prefix_attention(
         logit_j = softcap(scale * <q_i, key_j>) + prefix_bias_j - alibi_slopes_h * distance(i, j)
         out_i = sum_j softmax_j(logit) value_j        lse_i = log sum_j exp(logit_j)
 
-    Prefix keys are all in the past; own key t is visible to the query at own position i iff t <= i; `mask` hides
-    context positions. Two rows of three tokens that leave out their own demonstration (`#` visible, `.` not):
+    Every prefix key is in the past. The query at own position i sees own key t iff t <= i. `mask` hides context
+    positions. Two rows of three tokens that leave out their own demonstration (`#` visible, `.` hidden):
 
         prefix     demo 0  demo 1  demo 2 | own keys
         row 0      ....    ####    ####   | #..
@@ -57,37 +57,39 @@ def prefix_attention(
                    ....    ####    ####   | ###
         row 2      ####    ####    ....   | #..   and so on
 
-    The prefix has no batch dimension: it is read in place by all rows, and its gradient is the sum over all rows, all
-    their queries and all heads of a KV group, accumulated in fp32 (fp64) in a fixed order: same inputs, same bits.
-    Nothing of size B x P outlasts a pass; GPU kernels write one bit per row and prefix token for its duration.
+    The prefix has no batch dimension: all rows read it in place. Its gradient is the sum over all rows, all their
+    queries and all heads of a KV group. It is accumulated in fp32 (fp64 for fp64 inputs) in a fixed order, so the same
+    inputs give the same bits. Nothing of size B x P is kept for the backward pass. During a pass, GPU kernels use one
+    bit per row and prefix token.
 
     Args:
         q: `[B, H, S, D]`, fp32, bf16, fp16 (fp64 on CPU), D <= 256; any strides with a contiguous last dimension.
-        k, v: `[B, Hk, T, D]`, type of q, T >= S, H divisible by Hk. With T > S (decoding) the queries are the last S of
+        k, v: `[B, Hk, T, D]`, q's type, T >= S, H divisible by Hk. With T > S (decoding) the queries are the last S of
             a row's valid keys.
-        prefix_k, prefix_v: `[Hk, P, D]`, or `[G, Hk, P, D]` for G prefixes. Type of q, or fp32 with bf16/fp16 rows
-            (then rounded on load, with an fp32 gradient). A NaN or infinity in there may reach rows that hide it.
+        prefix_k, prefix_v: `[Hk, P, D]`, or `[G, Hk, P, D]` for G prefixes. q's type, or fp32 with bf16/fp16 rows: then
+            rounded on load, with an fp32 gradient. A NaN or infinity in them may reach rows that must not see it.
         mask: context mask (leave-one-out spans, token dropout, explicit pattern).
-        prefix_index: integer `[B]`, which of the G prefixes a row reads.
+        prefix_index: integer `[B]`, the prefix that each row reads.
         prefix_lens: integer `[G]`, valid length of each prefix (default P).
-        seq_lens: integer `[B]`, valid own keys of each row, right padding (default T). Padding queries get out = 0 and
-            lse = -inf.
+        seq_lens: integer `[B]`, number of valid own keys of each row, the rest being padding on the right (default T).
+            Padding queries get out = 0 and lse = -inf.
         causal: False lets a query see every valid own key.
         scale: factor of the logits (default 1/sqrt(D)).
         window: a query sees only keys less than `window` positions back, counted along `[prefix | own keys]`.
-        window_prefix: False exempts the prefix from the window.
+        window_prefix: False makes the prefix visible whatever the window.
         softcap: c > 0 replaces a logit x by c * tanh(x / c).
         alibi_slopes: `[H]`, fp32, not differentiable.
         prefix_bias: `[P]`, `[H, P]` or `[G, H, P]`, floating, added to the logits of prefix keys; differentiable.
         return_lse: also return lse `[B, H, S]`, fp32 (fp64 for fp64), natural logarithm; differentiable.
-        backend: None or "auto", "reference", "cpu", "triton", "cuda". A named one is used or refused, never replaced.
+        backend: None or "auto", "reference", "cpu", "triton", "cuda". If a named backend cannot serve the call, an
+            error says why; no other one takes its place.
 
     Returns:
         out `[B, H, S, D]` in q's type, or (out, lse). A query that sees no key gets out = 0, lse = -inf.
 
     Raises:
-        ValueError, TypeError: a violated precondition, named, before any kernel runs.
-        RuntimeError: second derivatives are asked of a kernel backend.
+        ValueError, TypeError: an argument is not as described above. The message names it; no kernel has run.
+        RuntimeError: a second derivative is needed, and the backend is not the reference.
 
     Source: Context Tuning for In-Context Optimization, arXiv 2507.04221.
     """
@@ -145,15 +147,15 @@ def prefix_attention_varlen(
     Args:
         q: `[N, H, D]`, N tokens of all rows together.
         k, v: `[N, Hk, D]`.
-        cu_seqlens: int32 `[B+1]`, row b is tokens cu_seqlens[b] to cu_seqlens[b+1]; starts at 0, never decreases, ends
-            at N.
-        Everything else as in `prefix_attention`.
+        cu_seqlens: int32 `[B+1]`; row b is tokens cu_seqlens[b] to cu_seqlens[b+1]. It starts at 0, never decreases and
+            ends at N.
+        All other arguments: as in `prefix_attention`.
 
     Returns:
         out `[N, H, D]`, or (out, lse) with lse `[N, H]`.
 
     Raises:
-        ValueError, TypeError: a violated precondition, named, before any kernel runs.
+        ValueError, TypeError, RuntimeError: as `prefix_attention`.
     """
     q, k, v = _rows(q, k, v, "[N, H, D]", "[N, Hk, D]")
     if k.shape[0] != q.shape[0]:
@@ -207,7 +209,7 @@ def _attend(
     prefix_bias: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """Both public calls in one form: q `[B, H, S, D]`, or `[1, H, N, D]` with cu_seqlens; returns (out, lse)."""
+    """Both public calls: q `[B, H, S, D]`, or `[1, H, N, D]` with cu_seqlens. Returns (out, lse) in that layout."""
     prefix_k, prefix_v = _prefixes(q, k, prefix_k, prefix_v)
     G, _, P, D = prefix_k.shape
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -232,6 +234,8 @@ def _attend(
     for name, flag in (("causal", causal), ("window_prefix", window_prefix)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name} must be a bool, got {_kind(flag)}")
+    # column(D) is a number, while torch.compile may know D only as a symbol
+    choice = dispatch.choose(backend, q.device, q.dtype, dispatch_table.column(D))
     problem = Problem(
         alibi_slopes=alibi_slopes,
         cu_seqlens=cu_seqlens,
@@ -249,21 +253,19 @@ def _attend(
         window=_check_window(window),
         window_prefix=window_prefix,
         softcap=_check_softcap(softcap),
-        # the table's head dimension, since torch.compile may know D as a symbol only
-        backend=dispatch.choose(backend, q.device, q.dtype, dispatch_table.column(D)),
     )
-    # kernels read any strides in place as long as the last dimension is contiguous
+    # kernels read any strides in place if the last dimension is contiguous
     q, k, v, prefix_k, prefix_v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, prefix_k, prefix_v))
-    if problem.backend == "reference":
+    if choice.forward == "reference":
         if not torch.compiler.is_compiling():
             check_values(q, k, prefix_k, problem)
         with torch.autocast(q.device.type, enabled=False):
             return reference.prefix_attention(q, k, v, prefix_k, prefix_v, prefix_bias, problem)
-    return ops.attend(q, k, v, prefix_k, prefix_v, prefix_bias, *problem)
+    return ops.attend(q, k, v, prefix_k, prefix_v, prefix_bias, *problem, *choice)
 
 
 def _rows(q: Tensor, k: Tensor, v: Tensor, q_shape: str, k_shape: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Check what belongs to the rows, in the caller's layout; heads are dimension 1 in both."""
+    """Check q, k and v in the caller's layout, and cast them under autocast. Heads are dimension 1 in both layouts."""
     for name, x, shape in (("q", q, q_shape), ("k", k, k_shape), ("v", v, k_shape)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor {shape}, got {_kind(x)}")
@@ -290,7 +292,7 @@ def _rows(q: Tensor, k: Tensor, v: Tensor, q_shape: str, k_shape: str) -> tuple[
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast rows as autocast casts the inputs of scaled_dot_product_attention; the prefix keeps its master type."""
+    """Cast as autocast casts the inputs of scaled_dot_product_attention. The prefix keeps its own type."""
     device = tensors[0].device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
@@ -299,7 +301,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _prefixes(q: Tensor, k: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> tuple[Tensor, Tensor]:
-    """Check the prefixes and bring them to `[G, Hk, P, D]`."""
+    """Check the prefixes and give them the shape `[G, Hk, P, D]`."""
     Hk, D = k.shape[1], k.shape[3]
     for name, x in (("prefix_k", prefix_k), ("prefix_v", prefix_v)):
         if not isinstance(x, Tensor):
@@ -344,7 +346,7 @@ def _check_mask(mask: ContextMask, rows: int, context_length: int, device: torch
 
 
 def _check_bias(bias: Tensor | None, G: int, H: int, P: int, q: Tensor) -> Tensor | None:
-    """Bring the bias to `[1 or G, 1 or H, P]`."""
+    """Check the bias and give it the shape `[1 or G, 1 or H, P]`."""
     if bias is None:
         return None
     if not isinstance(bias, Tensor) or not bias.is_floating_point():
@@ -366,7 +368,7 @@ def _check_slopes(slopes: Tensor | None, q: Tensor) -> None:
     if slopes.device != q.device:
         raise ValueError(f"alibi_slopes must be on q's device {q.device}, got {slopes.device}")
     if slopes.requires_grad:
-        raise ValueError("alibi_slopes must not require a gradient, since none is computed; pass alibi_slopes.detach()")
+        raise ValueError("alibi_slopes must not require a gradient: none is computed; pass alibi_slopes.detach()")
 
 
 def _check_number(name: str, value: float | None, default: float) -> float:

@@ -43,7 +43,7 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, prefix_bias: Tensor | None, problem: Problem
 ) -> tuple[Tensor, Tensor]:
-    return torch.ops.ctkernels.cuda_forward(q, k, v, prefix_k, prefix_v, prefix_bias, *problem[:-1])
+    return torch.ops.ctkernels.cuda_forward(q, k, v, prefix_k, prefix_v, prefix_bias, *problem)
 
 
 def backward(
@@ -61,5 +61,5 @@ def backward(
     problem: Problem,
 ) -> tuple[Tensor, ...]:
     return torch.ops.ctkernels.cuda_backward(
-        dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, *problem[:-1]
+        dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, *problem
     )

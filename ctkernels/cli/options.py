@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
-from ctkernels.tuning.data.demonstrations import Demonstration, TextFormat, load_jsonl, load_metaicl
+from ctkernels.tuning.data.demonstrations import Demonstration, load_jsonl, load_metaicl
+from ctkernels.tuning.data.formats import TextFormat
 from ctkernels.tuning.train.settings import TrainSettings
 
 

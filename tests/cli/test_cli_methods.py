@@ -7,7 +7,7 @@ import pytest
 from ctkernels import cli
 from ctkernels.testing.tasks import DEMONSTRATIONS, char_tokenizer, write_jsonl
 from ctkernels.tuning.adapters.prefix import KVPrefix
-from ctkernels.tuning.data.demonstrations import encode_context
+from ctkernels.tuning.data.formats import encode_context
 from ctkernels.tuning.methods import METHODS
 from tests.cli.test_cli import complaint, tune_arguments
 

@@ -32,7 +32,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for benchmarks/, which is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for benchmarks/ and tools/, which are not installed
 
 import torch
 

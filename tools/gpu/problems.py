@@ -104,7 +104,6 @@ def make(sizes: Sizes, device: str = "cpu") -> Inputs:
         window=sizes.window,
         window_prefix=True,
         softcap=sizes.softcap,
-        backend="triton",
     )
     bias = normal((1, sizes.H, sizes.P), torch.float32) if sizes.bias else None
     return Inputs(q, k, v, prefix_k, prefix_v, bias, problem, dout)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from ctkernels.tuning.adapters.lora import Lora
 from ctkernels.tuning.adapters.prefix import KVPrefix
 from ctkernels.tuning.adapters.prompt import SoftPrompt
-from ctkernels.tuning.data.demonstrations import Demonstration, TextFormat
+from ctkernels.tuning.data.demonstrations import Demonstration
+from ctkernels.tuning.data.formats import TextFormat
 from ctkernels.tuning.data.retrieval import InWordsEncoder
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from ctkernels.tuning.adapters.peft_export import CONFIG, EMBEDDINGS, HEADER, WE
 from ctkernels.tuning.adapters.prefix import KVPrefix, PrefixMetadata
 from ctkernels.tuning.adapters.prefix_file import PrefixFileError
 from ctkernels.tuning.adapters.prompt import SoftPrompt
-from ctkernels.tuning.data.demonstrations import TextFormat, start_tokens
+from ctkernels.tuning.data.formats import TextFormat, start_tokens
 from ctkernels.tuning.hf.encode import encode_tokens
 from ctkernels.tuning.hf.models import Decoder, config_hash, find_decoder
 

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ctkernels import ContextMask
-from ctkernels.tuning.data.demonstrations import Demonstration, TextFormat, encode_context
+from ctkernels.tuning.data.demonstrations import Demonstration
+from ctkernels.tuning.data.formats import TextFormat, encode_context
 from ctkernels.tuning.hf.attach import Attachment
 from ctkernels.tuning.hf.encode import encode_tokens
 from ctkernels.tuning.hf.limits import check_context_length

@@ -18,7 +18,7 @@ import threading
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +29,7 @@ from ctkernels.tuning.hf.alibi import ALIBI_IMPLEMENTATION, serve_alibi
 from ctkernels.tuning.hf.attention import ATTACHED, IMPLEMENTATION, ForwardState, is_layout, no_padding
 from ctkernels.tuning.hf.models import ALIBI, LEARNED, Decoder, config_hash, find_decoder, rope_switch
 from ctkernels.tuning.hf.parallel import head_group
-
-if TYPE_CHECKING:
-    from ctkernels.tuning.adapters.prefix import KVPrefix
-    from ctkernels.tuning.adapters.prefix_set import PrefixSet
+from ctkernels.tuning.hf.protocols import PrefixLike, PrefixSetLike
 
 STATE = "ctkernels_state"  # keyword argument that carries the state of a forward pass to the layers
 
@@ -50,7 +47,7 @@ class Attachment:
 
     def __init__(
         self,
-        prefix: KVPrefix | PrefixSet,
+        prefix: PrefixLike | PrefixSetLike,
         model: PreTrainedModel,
         mask: ContextMask | None = None,
         cu_seqlens: Tensor | None = None,
@@ -60,7 +57,7 @@ class Attachment:
         self.prefix, self.mask, self.cu_seqlens, self.backend = prefix, mask, cu_seqlens, backend
         self.prefix_index = prefix_index
         self._decoder = find_decoder(model)
-        self._prefixes: tuple[KVPrefix, ...] = getattr(prefix, "prefixes", (prefix,))
+        self._prefixes: tuple[PrefixLike, ...] = getattr(prefix, "prefixes", (prefix,))
         for each in self._prefixes:
             check_fit(each, self._decoder)
         self._trainable = (prefix,) if self._prefixes == (prefix,) else ()  # a set of prefixes is a copy
@@ -346,12 +343,13 @@ def _check_mask_argument(mask: Any) -> None:
         )
 
 
-def check_fit(prefix: KVPrefix, decoder: Decoder) -> None:
+def check_fit(prefix: PrefixLike, decoder: Decoder) -> None:
     """Refuse a prefix that was made for another model, or lies elsewhere."""
     name = type(decoder.model).__name__
-    if len(prefix.keys) != len(decoder.attentions):
-        raise ValueError(f"prefix has {len(prefix.keys)} layers, {name} has {len(decoder.attentions)}")
-    for index, key in enumerate(prefix.keys):
+    keys = tuple(prefix.keys)
+    if len(keys) != len(decoder.attentions):
+        raise ValueError(f"prefix has {len(keys)} layers, {name} has {len(decoder.attentions)}")
+    for index, key in enumerate(keys):
         heads, _, dimension = key.shape
         if (heads, dimension) != (decoder.kv_heads, decoder.head_dim):
             raise ValueError(

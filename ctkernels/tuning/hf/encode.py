@@ -5,25 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache, PreTrainedModel
 
+from ctkernels.tuning.hf.attach import Attachment
 from ctkernels.tuning.hf.attention import ATTACHED
 from ctkernels.tuning.hf.models import ALIBI, Decoder, find_decoder
 from ctkernels.tuning.hf.parallel import all_heads, head_group
-
-if TYPE_CHECKING:
-    from ctkernels.tuning.adapters.prefix import KVPrefix
+from ctkernels.tuning.hf.protocols import PrefixLike
 
 Layers = list[Tensor]  # [Hk, P, D] per layer
 
 
 def encode_tokens(
-    model: PreTrainedModel, input_ids: Tensor, behind: KVPrefix | None = None, position: int | None = None
+    model: PreTrainedModel, input_ids: Tensor, behind: PrefixLike | None = None, position: int | None = None
 ) -> tuple[Layers, Layers]:
     """Keys and values `[Hk, P, D]` of every layer for a context, int `[P]`.
 
@@ -45,7 +43,7 @@ def encode_embeddings(model: PreTrainedModel, embeddings: Tensor) -> tuple[Layer
 
 
 def _encode(
-    decoder: Decoder, inputs: dict[str, Tensor], behind: KVPrefix | None, position: int | None
+    decoder: Decoder, inputs: dict[str, Tensor], behind: PrefixLike | None, position: int | None
 ) -> tuple[Layers, Layers]:
     if any(hasattr(attention, ATTACHED) for attention in decoder.attentions):
         raise ValueError(
@@ -58,7 +56,7 @@ def _encode(
     start = first if position is None else position
     # an attached model counts positions from the prefix's first one
     positions = torch.arange(start - first, start - first + length, device=decoder.device)[None]
-    attached = nullcontext() if behind is None else behind.attach(decoder.model)
+    attached = nullcontext() if behind is None else Attachment(behind, decoder.model)
     # without a config every layer of the cache keeps all positions; with one, windowed layers would lose the early ones
     cache = DynamicCache()
     with torch.no_grad(), _eval_mode(decoder.model), attached:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ctkernels.tuning.data.demonstrations import DataError, Row
+from ctkernels.tuning.data.demonstrations import DataError
+from ctkernels.tuning.data.formats import Row
 from ctkernels.tuning.hf.models import find_decoder
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
@@ -52,6 +53,13 @@ def own_heads(x: Tensor, heads: int, group: ProcessGroup | None) -> Tensor:
 def all_heads(x: Tensor, heads: int, group: ProcessGroup | None) -> Tensor:
     """The opposite: `[own heads, P, D]` of every process as one `[heads, P, D]`."""
     return x if x.shape[-3] == heads else _gather(x, group)
+
+
+def reshard(model: nn.Module) -> None:
+    """Put FSDP2's sharded weights in place, which a forward pass may have left gathered: `requires_grad` is theirs."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 class _OwnHeads(torch.autograd.Function):

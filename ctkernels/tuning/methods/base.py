@@ -14,15 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch.distributed.fsdp import FSDPModule
 
-from ctkernels.tuning.data.demonstrations import (
-    DataError,
-    Demonstration,
-    EncodedContext,
-    Row,
-    TextFormat,
-    encode_context,
-    encode_rows,
-)
+from ctkernels.tuning.data.demonstrations import DataError, Demonstration
+from ctkernels.tuning.data.formats import EncodedContext, Row, TextFormat, encode_context, encode_rows
 from ctkernels.tuning.hf.limits import check_context_length, check_row_lengths
 from ctkernels.tuning.hf.models import config_hash, find_decoder
 from ctkernels.tuning.methods.presets import PRESETS

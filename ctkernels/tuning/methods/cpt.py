@@ -10,7 +10,7 @@ from types import MappingProxyType
 import torch
 
 from ctkernels.tuning.adapters.adapter import Adapter
-from ctkernels.tuning.data.demonstrations import DELIMITER, INPUT
+from ctkernels.tuning.data.formats import DELIMITER, INPUT
 from ctkernels.tuning.methods.base import DROPOUT, LEAVE_ONE_OUT, Method, Run
 from ctkernels.tuning.methods.ct_prompt import context_prompt, tuned
 

@@ -4,7 +4,7 @@ Sun, Liu, Iter, Zhu, Iyyer: "How Does In-Context Learning Help Prompt Tuning?", 
 """
 
 from ctkernels.tuning.adapters.adapter import Adapter
-from ctkernels.tuning.data.demonstrations import encode_rows
+from ctkernels.tuning.data.formats import encode_rows
 from ctkernels.tuning.data.retrieval import InWordsEncoder
 from ctkernels.tuning.methods.base import Method, Run
 from ctkernels.tuning.methods.prompt_tuning import DEFAULTS, OPTIONS, STARTS, fit_prompt

@@ -10,7 +10,8 @@ import torch
 
 from ctkernels.tuning.adapters.adapter import Adapter
 from ctkernels.tuning.adapters.prompt import SoftPrompt
-from ctkernels.tuning.data.demonstrations import Demonstration, Row
+from ctkernels.tuning.data.demonstrations import Demonstration
+from ctkernels.tuning.data.formats import Row
 from ctkernels.tuning.hf.limits import check_context_length
 from ctkernels.tuning.methods.base import DROPOUT, Method, Run
 from ctkernels.tuning.methods.starts import metadata, prompt_embeddings

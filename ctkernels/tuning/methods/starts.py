@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ctkernels.tuning.adapters.prefix import KVPrefix, PrefixMetadata
-from ctkernels.tuning.data.demonstrations import OUTPUT, DataError, PairEncoder
+from ctkernels.tuning.data.demonstrations import DataError
+from ctkernels.tuning.data.formats import OUTPUT, PairEncoder
 from ctkernels.tuning.hf.encode import encode_tokens
 from ctkernels.tuning.hf.limits import check_context_length
 from ctkernels.tuning.hf.models import ALIBI, Decoder, find_decoder

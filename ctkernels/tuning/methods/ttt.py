@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 from ctkernels.tuning.adapters.adapter import Adapter
 from ctkernels.tuning.adapters.lora import Lora, lora_targets
-from ctkernels.tuning.data.demonstrations import PairEncoder
+from ctkernels.tuning.data.formats import PairEncoder
 from ctkernels.tuning.methods.base import Method, Run
 from ctkernels.tuning.methods.icl import context_prefix
 from ctkernels.tuning.train.learners import LoraLearner

@@ -29,12 +29,13 @@ from ctkernels import dispatch
 from ctkernels.tuning.adapters.adapter import Adapter
 from ctkernels.tuning.adapters.prefix import KVPrefix
 from ctkernels.tuning.data.batches import make_batch, split_by_tokens
-from ctkernels.tuning.data.demonstrations import DataError, Demonstration, Row, TextFormat
+from ctkernels.tuning.data.demonstrations import DataError, Demonstration
+from ctkernels.tuning.data.formats import Row, TextFormat
+from ctkernels.tuning.hf.forward import frozen
 from ctkernels.tuning.methods import Run, get_method
 from ctkernels.tuning.methods.base import require_demonstrations, require_transferable, require_weights
 from ctkernels.tuning.train.checkpoint import Checkpoint, fingerprint, model_fingerprint
 from ctkernels.tuning.train.distributed import Ranks, is_sharded
-from ctkernels.tuning.train.forward import frozen
 from ctkernels.tuning.train.learners import Learner
 from ctkernels.tuning.train.settings import TrainSettings
 

@@ -31,7 +31,7 @@ def words_of(mask: dict, lens: list[int], P: int, C: int) -> tuple[torch.Tensor,
     defaults = dict(hidden=None, row_ids=None, keep=None, drop_p=0.0, seed=0) | mask
     problem = Problem(
         alibi_slopes=None, cu_seqlens=None, seq_lens=torch.tensor(lens), prefix_index=None, prefix_lens=None,
-        context_length=C, scale=1.0, causal=True, window=0, window_prefix=True, softcap=0.0, backend="triton",
+        context_length=C, scale=1.0, causal=True, window=0, window_prefix=True, softcap=0.0,
         **defaults,
     )  # fmt: skip
     launches = {launch.name: launch for launch in plan_forward(q, k, v, prefix, prefix, None, problem).launches}

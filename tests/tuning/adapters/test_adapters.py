@@ -12,7 +12,7 @@ from ctkernels.tuning.adapters.adapter import Adapter
 from ctkernels.tuning.adapters.lora import Lora, lora_parameters, lora_targets
 from ctkernels.tuning.adapters.prefix import KVPrefix
 from ctkernels.tuning.adapters.prefix_file import PrefixFileError
-from ctkernels.tuning.data.demonstrations import PairEncoder
+from ctkernels.tuning.data.formats import PairEncoder
 from ctkernels.tuning.hf.models import FAMILIES
 from ctkernels.tuning.methods import get_method
 from ctkernels.tuning.train.learners import LoraLearner

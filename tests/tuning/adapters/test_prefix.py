@@ -18,7 +18,8 @@ from ctkernels.tuning import storage
 from ctkernels.tuning.adapters import prefix_file
 from ctkernels.tuning.adapters.prefix import KVPrefix, PrefixMetadata, tokenizer_hash
 from ctkernels.tuning.adapters.prefix_file import PrefixFileError
-from ctkernels.tuning.data.demonstrations import Demonstration, EncodedContext, TextFormat, encode_context
+from ctkernels.tuning.data.demonstrations import Demonstration
+from ctkernels.tuning.data.formats import EncodedContext, TextFormat, encode_context
 from ctkernels.tuning.hf.models import Decoder
 from ctkernels.tuning.storage import atomic_file, atomic_write_bytes, atomic_write_json
 

@@ -9,7 +9,8 @@ from ctkernels.testing.models import make_model
 from ctkernels.testing.tasks import DEMONSTRATIONS, SPACE, char_tokenizer, ids
 from ctkernels.tuning.adapters.prompt import SoftPrompt
 from ctkernels.tuning.data.batches import make_batch
-from ctkernels.tuning.data.demonstrations import DELIMITER, INPUT, OUTPUT, Demonstration, encode_context, encode_rows
+from ctkernels.tuning.data.demonstrations import Demonstration
+from ctkernels.tuning.data.formats import DELIMITER, INPUT, OUTPUT, encode_context, encode_rows
 from ctkernels.tuning.data.retrieval import InWordsEncoder
 from ctkernels.tuning.methods import get_method
 from ctkernels.tuning.train.learners import PromptLearner

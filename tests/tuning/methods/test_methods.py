@@ -10,7 +10,8 @@ from ctkernels import tuning
 from ctkernels.testing.models import make_model
 from ctkernels.testing.tasks import DEMONSTRATIONS
 from ctkernels.tuning.adapters.prefix import KVPrefix
-from ctkernels.tuning.data.demonstrations import DataError, Demonstration, encode_context
+from ctkernels.tuning.data.demonstrations import DataError, Demonstration
+from ctkernels.tuning.data.formats import encode_context
 from ctkernels.tuning.hf.encode import encode_tokens
 from ctkernels.tuning.methods import METHODS, PRESETS, get_method
 from ctkernels.tuning.train.settings import TrainSettings

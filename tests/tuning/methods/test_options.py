@@ -9,7 +9,7 @@ import torch
 from ctkernels.testing import plain_ctkv
 from ctkernels.testing.models import make_model, stock_masked_logits
 from ctkernels.testing.tasks import DEMONSTRATIONS, char_tokenizer
-from ctkernels.tuning.data.demonstrations import encode_context, encode_rows
+from ctkernels.tuning.data.formats import encode_context, encode_rows
 from ctkernels.tuning.methods import get_method
 from ctkernels.tuning.train.learners import PrefixLearner
 from ctkernels.tuning.train.reparametrise import Network, NetworkPrefix

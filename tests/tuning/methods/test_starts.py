@@ -7,7 +7,8 @@ from transformers import DynamicCache
 from ctkernels.testing.models import make_model
 from ctkernels.testing.tasks import BOS, DEMONSTRATIONS, SPACE, char_tokenizer, ids
 from ctkernels.tuning.adapters.prefix import KVPrefix
-from ctkernels.tuning.data.demonstrations import INPUT, OUTPUT, SPECIAL, DataError, Demonstration, encode_context
+from ctkernels.tuning.data.demonstrations import DataError, Demonstration
+from ctkernels.tuning.data.formats import INPUT, OUTPUT, SPECIAL, encode_context
 from ctkernels.tuning.hf.encode import encode_tokens
 from ctkernels.tuning.hf.models import find_decoder
 from ctkernels.tuning.hf.rotary import rotated, unrotated

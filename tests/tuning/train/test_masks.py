@@ -6,7 +6,7 @@ import torch
 from ctkernels.mask import ContextMask
 from ctkernels.testing.tasks import DEMONSTRATIONS, char_tokenizer
 from ctkernels.tuning.data.batches import make_batch
-from ctkernels.tuning.data.demonstrations import encode_context, encode_rows
+from ctkernels.tuning.data.formats import encode_context, encode_rows
 from ctkernels.tuning.train.masks import context_mask
 from ctkernels.tuning.train.settings import TrainSettings
 

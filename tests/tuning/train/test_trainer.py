@@ -13,7 +13,8 @@ from ctkernels.testing import plain_ctkv
 from ctkernels.testing.models import full_precision_norm, make_model
 from ctkernels.testing.tasks import DEMONSTRATIONS, char_tokenizer
 from ctkernels.tuning.adapters.prefix import KVPrefix
-from ctkernels.tuning.data.demonstrations import DataError, Demonstration, encode_context, encode_rows
+from ctkernels.tuning.data.demonstrations import DataError, Demonstration
+from ctkernels.tuning.data.formats import encode_context, encode_rows
 from ctkernels.tuning.methods import get_method
 from ctkernels.tuning.train.trainer import TrainingError, tune
 from tests.tuning.runs import run

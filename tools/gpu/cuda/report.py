@@ -22,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # for benchmarks/ and tests/, which are not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # for benchmarks/ and tools/, which are not installed
 
 from benchmarks import harness
 from ctkernels.tuning.storage import atomic_write_bytes

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # for benchmarks/ and tests/, which are not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # for benchmarks/ and tools/, which are not installed
 
 import torch
 import triton

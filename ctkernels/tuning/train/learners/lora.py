@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ctkernels.tuning.adapters.lora import lora_parameters
 from ctkernels.tuning.data.batches import Batch
-from ctkernels.tuning.data.demonstrations import Demonstration, PairEncoder, Row
+from ctkernels.tuning.data.demonstrations import Demonstration
+from ctkernels.tuning.data.formats import PairEncoder, Row
 from ctkernels.tuning.hf.attach import Attachment
-from ctkernels.tuning.train.forward import row_losses
+from ctkernels.tuning.hf.forward import row_losses
 from ctkernels.tuning.train.learners.base import Learner
 from ctkernels.tuning.train.learners.prompt import empty_prefix
 from ctkernels.tuning.train.settings import TrainSettings

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ctkernels.tuning.adapters.prefix import KVPrefix
 from ctkernels.tuning.data.batches import Batch
-from ctkernels.tuning.data.demonstrations import Row
+from ctkernels.tuning.data.formats import Row
 from ctkernels.tuning.hf.attach import Attachment
+from ctkernels.tuning.hf.forward import row_losses
 from ctkernels.tuning.hf.models import find_decoder
-from ctkernels.tuning.train.forward import row_losses
 from ctkernels.tuning.train.learners.base import Learner
 from ctkernels.tuning.train.masks import context_mask
 from ctkernels.tuning.train.reparametrise import LowRankPrefix, NetworkPrefix, TrainedPrefix

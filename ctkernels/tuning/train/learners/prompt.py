@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from ctkernels.tuning.adapters.prefix import KVPrefix
 from ctkernels.tuning.adapters.prompt import SoftPrompt
 from ctkernels.tuning.data.batches import Batch
-from ctkernels.tuning.data.demonstrations import Row
+from ctkernels.tuning.data.formats import Row
 from ctkernels.tuning.hf.attach import Attachment
-from ctkernels.tuning.train.forward import row_losses
+from ctkernels.tuning.hf.forward import row_losses
 from ctkernels.tuning.train.learners.base import Learner
 from ctkernels.tuning.train.masks import context_mask
 from ctkernels.tuning.train.reparametrise import Network

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ctkernels.tuning.data.batches import Batch, answer_losses
 from ctkernels.tuning.hf.attach import Attachment
 from ctkernels.tuning.hf.encode import differentiable_mode
-from ctkernels.tuning.train.distributed import reshard
+from ctkernels.tuning.hf.parallel import reshard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
