@@ -150,8 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for work in WORKS:
         results.append(compare(model, work, args.seconds))
         print(f"{work}: {results[-1]['ratio']:.2f}x", flush=True)
-    text = f"{args.model}, {args.dtype}\n\n{markdown(results)}"
-    harness.write_report("bench_dropin", args, machine, results, text)
+    harness.write_report("bench_dropin", args, machine, results, markdown(results))
 
 
 if __name__ == "__main__":

@@ -175,9 +175,9 @@ def measure_many(model: PreTrainedModel, directory: Path, context: Tensor, count
     return {"count": count, "P": SMALL_TOKENS, "get": Spread.of(seconds), "p99": tail, "list": listing}
 
 
-def markdown(results: dict[str, Any], new_tokens: int) -> str:
+def markdown(results: dict[str, Any]) -> str:
     """The tables."""
-    rows = []
+    rows, new_tokens = [], results["new_tokens"]
     for batch in results["batches"]:
         anew = batch["ways"][ANEW]
         for name in (IN_MEMORY, ON_DISK, COPIED, ANEW):
@@ -237,10 +237,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     contexts = task_contexts(tokenizer, pairs, args.rows)
     texts = [f" {item.input} " for item in test[: args.rows]]
     rows = [tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0] for text in texts]
-    machine = {**harness.describe_machine("cpu"), "model": args.model}
+    machine = {**harness.describe_machine("cpu"), "model": args.model, "dtype": "float32"}
     print(harness.machine_line(machine), flush=True)
 
-    results: dict[str, Any] = {"row_tokens": round(statistics.mean(len(row) for row in rows)), "batches": []}
+    row_tokens = round(statistics.mean(len(row) for row in rows))
+    results: dict[str, Any] = {"row_tokens": row_tokens, "new_tokens": args.new_tokens, "batches": []}
     with tempfile.TemporaryDirectory() as folder:
         store = PrefixStore(Path(folder, "tasks"), model)
         for task, context in enumerate(contexts):
@@ -252,8 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{count} requests: logits agree to {results['batches'][-1]['difference']:.0e}", flush=True)
         results["store"] = measure_store(model, store.directory, contexts, args.rounds)
         results["many"] = measure_many(model, Path(folder, "many"), contexts[0], args.stored)
-    text = f"{args.model}, float32\n\n{markdown(results, args.new_tokens)}"
-    harness.write_report("bench_serving", args, machine, results, text)
+    harness.write_report("bench_serving", args, machine, results, markdown(results))
 
 
 if __name__ == "__main__":

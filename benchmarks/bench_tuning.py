@@ -123,7 +123,7 @@ def compare(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: list[Demonstration], rounds: int
 ) -> dict[str, Any]:
     """Seconds per epoch, peak memory and losses of our loop and of the plain ones, in turn, and the least time that the
-    arithmetic of an epoch takes at the rate of a matrix product, which runs in turn with them.
+    arithmetic of an epoch takes at the rate of `torch.mm`, which runs in turn with them.
 
     Raises:
         ArithmeticError: the losses differ by more than `AGREEMENT`.
@@ -195,10 +195,10 @@ def profile_epoch(run: Callable[[], Any]) -> str:
     return record.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=60)
 
 
-def markdown(comparisons: Sequence[dict[str, Any]], methods: Sequence[dict[str, Any]]) -> str:
+def markdown(results: dict[str, Any]) -> str:
     """The two tables."""
     rows = []
-    for result in comparisons:
+    for result in results["epochs"]:
         own = result["seconds"][OURS]
         floors = result["floors"]
         line = [str(result["P"]), f"{result['rows']} ({result['row_tokens']})", harness.milliseconds(own)]
@@ -210,7 +210,7 @@ def markdown(comparisons: Sequence[dict[str, Any]], methods: Sequence[dict[str, 
             line += [harness.milliseconds(spread), f"{spread.median / own.median:.1f}x"]
             line.append(harness.megabytes(result["peak_bytes"][name]))
         rows.append([*line, f"{result['difference']:.0e}"])
-    header = ["P", "rows (tokens)", "ctkernels ms", "floor ms", "reached", "peak MB"]
+    header = ["P", "rows (tokens)", "ctkernels ms", "floor ms", "floor / time", "peak MB"]
     for name in ATTENTIONS:
         header += [f"plain, {name} ms", "ratio", "peak MB"]
     epochs = harness.table([*header, "losses differ by"], rows)
@@ -222,12 +222,12 @@ def markdown(comparisons: Sequence[dict[str, Any]], methods: Sequence[dict[str, 
                 harness.milliseconds(method["epoch"]) if method["epoch"] else "",
                 harness.milliseconds(method["evaluation_per_item"]),
             ]
-            for method in methods
+            for method in results["methods"]
         ],
     )
     about = (
         "Medians and quartiles; peak memory of the process. Floor: the arithmetic of the model's layers + that of "
-        "attention on what leave-one-out keeps, at the rate of PyTorch's matrix product."
+        "attention on what leave-one-out keeps, at the rate of `torch.mm`, run in turn."
     )
     return f"One epoch of CT-KV. {about}\n\n{epochs}\n\n**Evaluation and training of every method**\n\n{times}"
 
@@ -265,8 +265,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         runs["sdpa"] = lambda: run_plain(model, tokenizer, pairs, settings, "sdpa")
         for name, run in runs.items():
             (args.out / f"profile_{name}.txt").write_text(profile_epoch(run))
-    text = f"{args.model}, {args.dtype}\n\n{markdown(comparisons, methods)}"
-    harness.write_report("bench_tuning", args, machine, {"epochs": comparisons, "methods": methods}, text)
+    results = {"epochs": comparisons, "methods": methods}
+    harness.write_report("bench_tuning", args, machine, results, markdown(results))
 
 
 if __name__ == "__main__":
