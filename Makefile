@@ -136,7 +136,7 @@ wheel-check: wheel
 	build/wheel-check/venv/bin/pip --quiet install "$(TORCH)"
 	grep -vE '^nvidia-' requirements.txt > build/wheel-check/requirements.txt
 	build/wheel-check/venv/bin/pip --quiet install --no-deps -r build/wheel-check/requirements.txt dist/*.whl
-	cp -r benchmarks examples build/wheel-check
+	cp -r examples build/wheel-check
 	@if [ -z "$(MODEL)" ]; then .venv/bin/python examples/fetch_smollm2.py .models/smollm2-135m; fi
 	cd build/wheel-check && venv/bin/python ../../tests/check_wheel.py
 	cd build/wheel-check && venv/bin/python examples/demo.py --model $(abspath $(or $(MODEL),.models/smollm2-135m)) --out demo

@@ -172,7 +172,7 @@ def phase_table(results: Sequence[dict[str, Any]], phase: str, names: Sequence[s
 
 
 def further_table(results: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
-    """One line per case and peer, for peers that ran on some cases, or in some phases, only."""
+    """One line per case and peer, for peers that ran only on some cases or in some phases."""
     header = ["case", "peer", "forward ms", "ratio", "forward + backward ms", "ratio", "extra MB", "why not"]
     rows = []
     for result in results:
@@ -226,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.only not in f"{case.name} {case.sizes}":
             continue
         names = args.peers
-        if names is None:  # compiling takes longer than the rest, so that it is done for one case
+        if names is None:  # compiling takes longer than all the rest, so it is done for one case only
             names = tuple(peers.PEERS) if args.full or case == GPT2_LARGE else DEFAULT_PEERS
         if case.dtype not in ceilings:
             ceilings[case.dtype] = harness.MatrixProduct(case.dtype, args.device)

@@ -67,7 +67,7 @@ def inputs(work: Work, vocabulary: int) -> dict[str, Tensor]:
 
 
 def run(model: PreTrainedModel, work: Work, batch: dict[str, Tensor]) -> Tensor:
-    """What the work computes: last logits of prefill and decoding, a weight's gradient of a training step."""
+    """The work's result: last logits of prefill and decoding, the gradient of one weight of a training step."""
     model.requires_grad_(work.train)
     if work.train:
         model.zero_grad()
@@ -85,7 +85,7 @@ def run(model: PreTrainedModel, work: Work, batch: dict[str, Tensor]) -> Tensor:
 
 
 def compare(model: PreTrainedModel, work: Work, seconds: float) -> dict[str, Any]:
-    """Times of both, in turn, and how far their results are apart.
+    """Times of both, run in turn, and the difference of their results.
 
     Raises:
         ArithmeticError: the results differ by more than `AGREEMENT`.

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Serving tasks from stored prefixes against encoding their demonstrations anew for every request.
+"""Serving tasks from stored prefixes, against encoding their demonstrations again for every request.
 
     python benchmarks/bench_serving.py --model .models/smollm2-135m            under three minutes on two cores
 
 Ways to answer requests whose demonstrations are known in advance:
 
     stored, in memory    PrefixStore.attach with the prefix kept in memory, then generate() on the requests alone
-    stored, on disk      the same with nothing kept: the file is mapped for every batch (the system may have it cached)
+    stored, on disk      the same without memory: the file is mapped for every batch (the system may have it cached)
     cache copied         transformers' own: a DynamicCache of the demonstrations, copied for every batch and row
     encoded anew         the demonstrations in front of every request, through the stock model
 
@@ -158,7 +158,7 @@ def measure_store(model: PreTrainedModel, directory: Path, contexts: list[Tensor
 
 
 def measure_many(model: PreTrainedModel, directory: Path, context: Tensor, count: int) -> dict[str, Any]:
-    """A store of `count` short prefixes, read in random order with room for a tenth of them, by a skewed demand."""
+    """Random reads from a store of `count` short prefixes: memory holds a tenth of them, some are read more often."""
     prefix = KVPrefix.from_tokens(model, context[:SMALL_TOKENS], torch.tensor([SMALL_TOKENS]))
     size = sum(p.numel() * p.element_size() for p in prefix.parameters())
     store = PrefixStore(directory, model, memory_bytes=count * size // 10)
@@ -208,7 +208,7 @@ def _tasks(count: int) -> str:
 
 
 def task_contexts(tokenizer: PreTrainedTokenizerBase, train: list[Demonstration], count: int) -> list[Tensor]:
-    """Demonstrations of `count` tasks: the same pairs in other orders, one fewer for every second task."""
+    """Demonstrations of `count` tasks: the same pairs in different orders, one fewer in every second task."""
     drawn, contexts = random.Random(0), []
     for task in range(count):
         pairs = drawn.sample(train, len(train) - task % 2)

@@ -5,7 +5,7 @@
 
 The plain loop (`plain_ctkv.py`: expanded cache, padded rows, dense mask, logits everywhere) runs with SDPA and with
 eager attention, on the same demonstrations with the same dropped tokens. First the losses of all three are compared;
-then they run in turn in this process. Longer prefixes come from inputs that are drawn out with text of the test set.
+then they run in turn in this process. For longer prefixes, the inputs are lengthened with text of the test set.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ TASK = Path(__file__).resolve().parent.parent / "examples" / "tasks" / "support-
 OURS = "ctkernels"
 ATTENTIONS = ("sdpa", "eager")  # of the plain loop
 AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 3e-2}  # largest relative difference of a loss
-EPOCHS = 2  # of a run; more than one, so that a step that went wrong shows in the next loss
+EPOCHS = 2  # of a run; more than one, so that a wrong step shows in the next loss
 
 
 def draw_out(
     tokenizer: PreTrainedTokenizerBase, demonstrations: Sequence[Demonstration], filler: Sequence[str], length: int
 ) -> list[Demonstration]:
-    """The same demonstrations, their inputs drawn out in turn until the context has at least `length` tokens."""
+    """The same demonstrations, with inputs lengthened in turn until the context has at least `length` tokens."""
     drawn, more = list(demonstrations), cycle(filler)
     for i in cycle(range(len(drawn))):
         if len(encode_context(tokenizer, drawn).input_ids) >= length:
@@ -100,7 +100,7 @@ def run_plain(
 def epoch_flops(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: list[Demonstration]
 ) -> dict[str, int]:
-    """Arithmetic that an epoch of CT-KV cannot do without: the model's own layers on the rows' tokens (forward, and the
+    """The least arithmetic of an epoch of CT-KV: the model's own layers on the rows' tokens (forward, and the
     gradients of their inputs; the head where there are labels), and attention on what leave-one-out keeps."""
     context, rows = encode_context(tokenizer, pairs), encode_rows(tokenizer, pairs)
     head = model.get_output_embeddings()
@@ -189,7 +189,7 @@ def time_method(
 
 
 def profile_epoch(run: Callable[[], Any]) -> str:
-    """What an epoch spends its time on, operator by operator."""
+    """The time of an epoch by operator."""
     with profile(activities=[ProfilerActivity.CPU]) as record:
         run()
     return record.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=60)
@@ -241,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=2, help=f"runs of {EPOCHS} epochs of each loop")
     parser.add_argument("--items", type=int, default=32, help="test items of an evaluation")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--profile", action="store_true", help="also write what an epoch spends its time on")
+    parser.add_argument("--profile", action="store_true", help="also write the time of an epoch by operator")
     args = parser.parse_args(argv)
     harness.prepare(args)
     logging.disable_progress_bar()

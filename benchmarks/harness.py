@@ -106,7 +106,7 @@ def timed(work: Callable[[], Value], device: str) -> tuple[Value, float]:
 
 @dataclass(frozen=True)
 class Spread:
-    """Median, quartiles and smallest of some times in seconds, and how many they are."""
+    """Median, quartiles, smallest value and number of some times in seconds."""
 
     median: float
     q1: float
@@ -123,9 +123,9 @@ class Spread:
 def in_turn(
     works: Mapping[str, Callable[[], Laps]], seconds: float, least: int = 3, most: int = 50
 ) -> dict[str, dict[str, Spread]]:
-    """Run all works in turn (A B C A B C ...) for about `seconds`: name -> phase -> times. They should have run before.
+    """Run all works in turn (A B C A B C ...) for about `seconds`: name -> phase -> times. Each should have run once.
 
-    In turn, so that whatever else the machine does meanwhile hits all of them alike.
+    In turn, so that other work on the machine slows all of them alike.
     """
     gc.collect()
     rounds: dict[str, list[Laps]] = {name: [] for name in works}
@@ -141,9 +141,9 @@ def in_turn(
 
 
 def extra_memory(work: Callable[[], Iterable[Tensor]], device: str) -> int | None:
-    """Peak memory in bytes that `work` needs beyond what is there before and the tensors that it returns.
+    """Peak memory in bytes that `work` needs, besides what was there before and the tensors that it returns.
 
-    None where the system cannot tell.
+    None if the system cannot tell.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
@@ -156,7 +156,7 @@ def extra_memory(work: Callable[[], Iterable[Tensor]], device: str) -> int | Non
         if sys.platform == "linux":
             if dispatch.availability()["cpu"] is None:
                 dispatch.load("cpu").release_memory()
-            ctypes.CDLL(None).malloc_trim(0)  # else memory kept from earlier calls is used again, unseen
+            ctypes.CDLL(None).malloc_trim(0)  # else memory kept from earlier calls is reused, not counted
         if not memory.reset_peak():
             return None
         before = memory.peak_bytes()

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Context Tuning of a real model in a few minutes: zero-shot, ICL and CT-KV on a small task, and the plain loop beside.
+"""Context Tuning of a real model in a few minutes: zero-shot, ICL and CT-KV on a small task, beside the plain loop.
 
     python examples/demo.py --model .models/smollm2-135m --out runs/demo
 
@@ -19,19 +19,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # for benchmarks/, which is not installed
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
-import torch  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
-from transformers.utils import logging  # noqa: E402
-
-from ctkernels import ContextMask  # noqa: E402
-from ctkernels.cli.progress import epoch_bar  # noqa: E402
-from ctkernels.testing import memory, plain_ctkv  # noqa: E402
-from ctkernels.tuning import (  # noqa: E402
+from ctkernels import ContextMask
+from ctkernels.cli.progress import epoch_bar
+from ctkernels.testing import memory, plain_ctkv
+from ctkernels.tuning import (
     Demonstration,
     EvalResult,
     KVPrefix,
@@ -43,8 +40,9 @@ from ctkernels.tuning import (  # noqa: E402
     load_jsonl,
     tune,
 )
-from ctkernels.tuning.storage import atomic_write_json  # noqa: E402
+from ctkernels.tuning.storage import atomic_write_json
 
+ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("zero-shot", "icl", "ct-kv")
 SNAPSHOT_EVERY = 5  # epochs between points of the accuracy curve
 AGREEMENT = 1e-3  # largest relative difference of a loss to the plain implementation's, both in fp32
@@ -99,7 +97,7 @@ def run_plain(
     settings: TrainSettings,
     epochs: int,
 ) -> tuple[plain_ctkv.PlainResult, float]:
-    """The same run in plain PyTorch for its first epochs, with the same dropped tokens; and its peak memory in GB."""
+    """The first epochs of the same run in plain PyTorch, with the same dropped tokens, and its peak memory in GB."""
     context = encode_context(tokenizer, train)
     rows = [
         plain_ctkv.PlainRow(row.tokens + row.answers[0][-1:], row.first_label + 1, row.held_out)
@@ -168,7 +166,7 @@ def print_tables(results: list[dict[str, Any]], comparison: dict[str, Any] | Non
 def compare(ours: dict[str, Any], plain: plain_ctkv.PlainResult, plain_peak: float) -> dict[str, Any]:
     """Time per epoch (median), peak memory and losses of the epochs that both ran.
 
-    The first epoch warms caches up and is left out of both medians where there are others.
+    The first epoch warms up caches. Both medians leave it out if there are others.
     """
     losses = [record["loss"] for record in ours["history"]][: len(plain.losses)]
     seconds = [record["seconds"] for record in ours["history"]]
