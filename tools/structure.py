@@ -26,7 +26,7 @@ ORDER = (
     ("ctkernels.ops",),
     ("ctkernels.attention",),
     ("ctkernels",),  # the package itself, which exports the op
-    ("ctkernels.tuning.storage",),
+    ("ctkernels.tuning.digest", "ctkernels.tuning.storage"),
     ("ctkernels.tuning.data",),
     ("ctkernels.tuning.hf",),
     ("ctkernels.tuning.adapters",),
