@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
 
     settings = get_method("ct-kv").settings(epochs=args.epochs)
     for task in tasks:
-        if not (args.out / task.name / "prefix.json").exists():  # written last
+        if not (args.out / task.name / "adapter.safetensors").exists():
             result = tune(model, tokenizer, load_jsonl(task / "train.jsonl"), "ct-kv", settings)
             result.prefix.save_pretrained(args.out / task.name)
             print(f"{task.name}: loss {result.history[0].loss:.3f} -> {result.history[-1].loss:.3f}")

@@ -5,6 +5,9 @@
 """
 
 import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -34,3 +37,19 @@ def files(tmp_path_factory):
     write_jsonl(folder / "train.jsonl", DEMONSTRATIONS)
     write_jsonl(folder / "test.jsonl", DEMONSTRATIONS[::-1])
     return folder
+
+
+@pytest.fixture
+def full_disk():
+    """`with full_disk(count):` the system ends every file at `count` bytes, in the middle of a write."""
+
+    @contextmanager
+    def limited(count: int) -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (count, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited

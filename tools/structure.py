@@ -28,7 +28,7 @@ ORDER = (
     ("ctkernels.ops",),
     ("ctkernels.attention",),
     ("ctkernels",),  # the package itself, which exports the op
-    ("ctkernels.tuning.storage",),
+    ("ctkernels.tuning.digest", "ctkernels.tuning.storage"),
     ("ctkernels.tuning.data",),
     ("ctkernels.tuning.hf",),
     ("ctkernels.tuning.evaluation.scoring", "ctkernels.tuning.evaluation.evaluate"),  # of any prefix

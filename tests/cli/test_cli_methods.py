@@ -56,7 +56,7 @@ def test_transfer_and_presets_from_the_command_line(files, tmp_path):
         (["--method", "ctkv"], "method must be one of zero-shot, icl, prompt-tuning,"),
         (["--preset", "nlp"], "preset must be one of nlp-lr, mmlu, bbh, arc, got 'nlp'"),
         (["--start", "vocabulary"], "start of ct-kv must be one of context, separate, permuted, pooled, labels"),
-        (["--start-from", "nowhere"], "nowhere/prefix.json: no such file"),
+        (["--start-from", "nowhere"], "nowhere: no such file or folder"),
         (["--top-layers", "9"], "top_layers must be at most the model's 3 layers, got 9"),
         (["--method", "ttt", "--lora-targets", "c_attn"], "LlamaForCausalLM has no module named c_attn"),
     ],

@@ -91,7 +91,7 @@ def _find_adapter(prefix: str | os.PathLike | Adapter | KVPrefix) -> Adapter:
         prefix = Adapter(prefix)
     elif not isinstance(prefix, Adapter):
         raise TypeError(f"prefix must be a folder, an Adapter or a KVPrefix, got {type(prefix).__name__}")
-    if prefix.pool:
+    if prefix.demonstrations:
         raise ValueError(
             f"prefix: an adapter made by {prefix.method} puts demonstrations in words before each input, and a request "
             "of lm-eval is text that has no such place; evaluate it with Adapter.evaluate"

@@ -22,7 +22,7 @@ STARTS = ("vocabulary", "first-ids", "uniform")
 DEFAULTS = MappingProxyType({"lr": 3e-3, "epochs": 25, "batch_rows": 4, "start": "vocabulary"})
 
 
-def fit_prompt(run: Run, rows: Sequence[Row], pool: tuple[Demonstration, ...] = ()) -> Adapter:
+def fit_prompt(run: Run, rows: Sequence[Row], in_words: tuple[Demonstration, ...] = ()) -> Adapter:
     """A soft prompt without demonstrations of its own, trained on `rows`."""
     embeddings = prompt_embeddings(run) if run.start_from is None else run.start_from.prompt.embeddings
     check_context_length(run.model, len(embeddings))
@@ -31,7 +31,7 @@ def fit_prompt(run: Run, rows: Sequence[Row], pool: tuple[Demonstration, ...] = 
     learner = PromptLearner(run.model, prompt, rows, run.settings)
     run.train(learner)
     prompt = learner.result()
-    return Adapter(prompt.to_prefix(run.model, metadata(run)), prompt, pool=pool)
+    return Adapter(prompt.to_prefix(run.model, metadata(run)), prompt, demonstrations=in_words)
 
 
 def fit(run: Run) -> Adapter:
