@@ -31,13 +31,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from benchmarks import harness, reproduce_scaling
 from ctkernels.cli import load_model
 from ctkernels.cli.options import ModelOptions
+from ctkernels.cli.view import SweepView
 from ctkernels.tuning.data.suites import SuiteOptions, get_suite
 from ctkernels.tuning.evaluation.sweep.cells import CellResult
 from ctkernels.tuning.evaluation.sweep.figures import plot_bars, plot_time
 from ctkernels.tuning.evaluation.sweep.report import Report, make_report
 from ctkernels.tuning.evaluation.sweep.run import Sweep, run_sweep
 from ctkernels.tuning.evaluation.sweep.spec import MethodSpec
-from ctkernels.tuning.evaluation.sweep.view import SweepView
 from ctkernels.tuning.evaluation.sweep.workers import Workers
 from ctkernels.tuning.storage import atomic_write_bytes, atomic_write_json
 from ctkernels.tuning.train.distributed import local_device

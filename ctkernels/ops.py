@@ -7,8 +7,7 @@ by name. Arguments:
     prefix_k and prefix_v [G, Hk, P, D], prefix_bias [1 or G, 1 or H, P]
     the fields of Problem, then those of Choice
 
-An operator calls the backend that Choice names. The backend checks the values that could make it read outside of a
-tensor.
+An operator calls the backend that Choice names. The backend checks values that could make it read outside of a tensor.
 """
 
 from __future__ import annotations
@@ -160,8 +159,7 @@ def _refuse_tangents(inputs) -> None:
 
 
 class _Transformed(torch.autograd.Function):
-    """`_Attention` for the transforms of torch.func, which need a `setup_context`. vmap calls the operator once per
-    entry."""
+    """`_Attention` for torch.func's transforms, which need `setup_context`. vmap calls the operator once per entry."""
 
     generate_vmap_rule = True
 

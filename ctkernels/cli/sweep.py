@@ -80,10 +80,10 @@ def sweep_command(argv: list[str]) -> None:
     config = parse(SweepConfig, "ctkernels eval", argv)
     sweep = make_sweep(config)
 
+    from ctkernels.cli.view import SweepView
     from ctkernels.tuning.evaluation.sweep.figures import write_figures
     from ctkernels.tuning.evaluation.sweep.report import make_report
     from ctkernels.tuning.evaluation.sweep.run import run_sweep
-    from ctkernels.tuning.evaluation.sweep.view import SweepView
     from ctkernels.tuning.evaluation.sweep.workers import Workers
     from ctkernels.tuning.storage import atomic_write_bytes
     from ctkernels.tuning.train.distributed import local_device

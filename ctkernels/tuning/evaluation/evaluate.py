@@ -1,8 +1,8 @@
 """Evaluation of a prefix on test items: by the loss of each option, or by greedy generation and exact match.
 
-Definitions, as in MetaICL (scores: see `metrics.py`):
+As in MetaICL (scores: see `metrics.py`):
 
-    prediction   the option with the lowest mean cross-entropy (nats) of its tokens; the first of equals
+    prediction   the option with the lowest mean cross-entropy (nats) of its tokens; of equal ones the first
     gold loss    mean over items of the mean cross-entropy of the output's tokens
 """
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 class EvalResult:
     """Scores of one prefix on one test set.
 
-    metric: the score to report.  score: its value.  accuracy: share of right predictions.  gold_loss: nats.
-    predictions: one per item.  items: how many.
+    metric: name of the score.  score: its value.  accuracy: share of right predictions.  gold_loss: in nats.
+    items: number of items.  predictions: one per item.
     """
 
     metric: Metric
@@ -55,19 +55,20 @@ def evaluate_prefix(
     max_new_tokens: int = 32,
     backend: str | None = None,
 ) -> EvalResult:
-    """Evaluate `prefix` (a `KVPrefix`, of `tune` or saved) on test items.
+    """Evaluate `prefix`, such as a `KVPrefix`, on test items.
 
     Args:
-        by: "options" or "generation"; None takes options if every item has some.
+        by: "options" or "generation"; None takes "options" if every item has options.
         metric: the score; None takes macro-F1 for classification, accuracy for other choices, exact match otherwise.
-        text_format: how items become tokens; default: as the prefix's demonstrations did.
-        encoder: turns items into tokens, instead of a plain one for `text_format`.
-        max_tokens: most tokens of one batch.  max_new_tokens: longest generated answer.
+        text_format: how items become tokens; default: that of the prefix's demonstrations.
+        encoder: turns items into tokens, instead of a `PairEncoder` for `text_format`.
+        max_tokens: most tokens of one batch.
+        max_new_tokens: most tokens of a generated answer.
         backend: as in `ctkernels.prefix_attention`.
 
     Raises:
-        DataError: no items, an item without options, options or outputs that the tokenizer cannot tell apart, an item
-            that does not fit into the model's context.
+        DataError: there are no items, an item has no options or two options with the same tokens, an output contains
+            the delimiter, or an item does not fit into the model's context.
         ValueError: an unknown `by`.
     """
     if not items:

@@ -1,4 +1,4 @@
-"""Prefixes in transformers models. Importing it registers `attn_implementation="ctkernels"` (see `attention.py`)."""
+"""Prefixes in transformers models. The import registers `attn_implementation="ctkernels"` (see `attention.py`)."""
 
 from ctkernels.tuning.hf.attach import Attachment
 from ctkernels.tuning.hf.attention import IMPLEMENTATION

@@ -1,13 +1,14 @@
 """Attaching a prefix to a transformers model.
 
-    KVPrefix.attach(model) -> Attachment      this file: switches the model over, sees every forward pass in and out
-        hf_models.py                          which model classes, where their layers are
-        hf_attention.py                       the attention and mask functions that the layers call
-        hf_alibi.py                           BLOOM, which does not call them
-        hf_parallel.py                        KV heads of models spread over processes
+    KVPrefix.attach(model) -> Attachment      this file: hooks before and after each forward pass
+        protocols.py                          what is needed of a prefix
+        models.py                             which model classes, where their layers are
+        attention.py                          the attention and mask functions that the layers call
+        alibi.py                              BLOOM, which does not call them
+        parallel.py                           KV heads of models that are spread over processes
 
-While attached, a model runs as usual (`forward`, loss, `generate`, gradient checkpointing) on a row's own tokens;
-caches and 2D padding masks cover only those. The prefix is read in place by every layer, never copied per row.
+An attached model runs as usual (`forward`, loss, `generate`, gradient checkpointing) on a row's own tokens. Caches and
+2D padding masks cover only those. Every layer reads the prefix in place; it is never copied per row.
 """
 
 from __future__ import annotations
@@ -31,18 +32,20 @@ from ctkernels.tuning.hf.models import ALIBI, LEARNED, Decoder, config_hash, fin
 from ctkernels.tuning.hf.parallel import head_group
 from ctkernels.tuning.hf.protocols import PrefixLike, PrefixSetLike
 
-STATE = "ctkernels_state"  # keyword argument that carries the state of a forward pass to the layers
+STATE = "ctkernels_state"  # the keyword argument that passes the state of a forward pass to the layers
 
 
 class Attachment:
-    """A prefix attached to a model, as a context manager; made by `KVPrefix.attach`, or `PrefixSet.attach` for several.
+    """A prefix attached to a model, as a context manager; made by `KVPrefix.attach` or `PrefixSet.attach`.
 
-    mask: ContextMask over the prefix for the rows of the next forward, or None; may be set at any time.
-    cu_seqlens: int32 `[B+1]` if `input_ids` is `[1, N]` with B rows packed one after another, else None; ditto.
-    prefix_index: of a PrefixSet, integer `[B]`: which prefix each row reads; ditto.
+    Three attributes describe the rows of the next forward pass and may be set at any time:
 
-    Position ids, given or computed, count a row's own tokens from 0; the prefix's `first_position` is added. Padding is
-    a 2D `attention_mask` over own tokens, on the left or on the right.
+    mask: ContextMask over the prefix, or None.
+    cu_seqlens: int32 `[B+1]` if `input_ids` is `[1, N]` with B rows packed one after another, else None.
+    prefix_index: integer `[B]`, the prefix that each row reads, for a PrefixSet; else None.
+
+    Position ids, given or computed, count a row's own tokens from 0; the prefix's `first_position` is added to them.
+    Padding is a 2D `attention_mask` over own tokens, on the left or on the right.
     """
 
     def __init__(
@@ -106,7 +109,7 @@ class Attachment:
             stack.close()
 
     def _before(self, base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Runs before the decoder: shifts positions, and hands the layers the state of this forward pass."""
+        """Runs before the decoder: shifts positions, and passes the state of this forward pass to the layers."""
         kwargs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         self._check_implementation(base)
         _check_mask_argument(kwargs.get("attention_mask"))
@@ -114,7 +117,7 @@ class Attachment:
         if tokens is None and kwargs.get("inputs_embeds") is not None:
             tokens = kwargs["inputs_embeds"] = self._carry_gradient(kwargs["inputs_embeds"])
         if tokens is None:
-            return (), kwargs  # the model itself says what is missing
+            return (), kwargs  # the model raises its own error
         if self.mask is not None and not isinstance(self.mask, ContextMask):
             raise TypeError(f"attachment.mask must be a ContextMask or None, got {type(self.mask).__name__}")
         prepare = self._prepare_padded if self.cu_seqlens is None else self._prepare_packed
@@ -134,14 +137,14 @@ class Attachment:
             None if index is None else self.prefix.lengths,
         )
         kwargs[STATE] = state
-        if self._decoder.family.positions == ALIBI:  # BLOOM has no position ids and passes no keyword arguments on
+        if self._decoder.family.positions == ALIBI:  # BLOOM has no position ids, and its layers get no such argument
             self._thread.state = state
         else:
             kwargs["position_ids"] = positions + first
         return (), kwargs
 
     def _index_of_rows(self, tokens: Tensor) -> Tensor | None:
-        """Which prefix each row of this pass reads, int64 `[B]`, or None where there is one for all."""
+        """The prefix that each row of this pass reads, int64 `[B]`, or None if all rows read one prefix."""
         index = self.prefix_index
         if self._prefixes == (self.prefix,):
             if index is not None:
@@ -157,14 +160,14 @@ class Attachment:
         return index.to(tokens.device, torch.int64).repeat_interleave(rows // len(index))
 
     def _first_positions(self, index: Tensor, tokens: Tensor) -> Tensor:
-        """Position of the first own token for each row, int64 `[B, 1]`; if rows are packed for each token, `[1, N]`."""
+        """Position of the first own token, int64: `[B, 1]` per row, or with packed rows `[1, N]` per token."""
         first = self.prefix.first_positions.to(tokens.device)[index]
         if self.cu_seqlens is None:
             return first[:, None]
         return first.repeat_interleave(self.cu_seqlens.diff().to(tokens.device), output_size=tokens.shape[1])[None]
 
     def _prepare_padded(self, tokens: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """Own position of each token, int64 `[B, S]` or `[1, S]`, of a batch with or without padding."""
+        """Own position of each token of a batch with or without padding, int64 `[B, S]` or `[1, S]`."""
         S = tokens.shape[1]
         mask, given, cache = (kwargs.get(name) for name in ("attention_mask", "position_ids", "past_key_values"))
         padding = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
@@ -172,7 +175,7 @@ class Attachment:
             _check_padding(padding, tokens, kwargs)
         elif mask is None and not getattr(cache, "is_compileable", False):
             kwargs["attention_mask"] = no_padding(tokens.device)
-        elif mask is None and self._decoder.family.positions == ALIBI:  # to have build_alibi_tensor called
+        elif mask is None and self._decoder.family.positions == ALIBI:  # needed so that build_alibi_tensor is called
             kwargs["attention_mask"] = torch.ones(
                 tokens.shape[0], _past_length(kwargs) + S, dtype=torch.bool, device=tokens.device
             )
@@ -180,7 +183,7 @@ class Attachment:
             if mask is None and cache is None and not torch.compiler.is_compiling() and (given.diff() != 1).any():
                 raise ValueError(
                     "position_ids are not consecutive: rows packed into one sequence need attachment.cu_seqlens, "
-                    "padded rows an attention_mask"
+                    "padded rows need an attention_mask"
                 )
             return given
         past = _past_length(kwargs)
@@ -189,7 +192,7 @@ class Attachment:
         return torch.arange(past, past + S, device=tokens.device)[None]
 
     def _prepare_packed(self, tokens: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """Own position of each token, int64 `[1, N]`, of rows packed into one sequence."""
+        """Own position of each token of rows packed into one sequence, int64 `[1, N]`."""
         cu_seqlens = self.cu_seqlens
         if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.dtype not in _INTEGERS:
             raise TypeError("attachment.cu_seqlens must be an int32 tensor [B+1] or None")
@@ -216,30 +219,30 @@ class Attachment:
         return (token - starts[row])[None]
 
     def _after(self, base: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        """Runs after the decoder: every layer must have read the prefix."""
+        """Runs after the decoder: checks that every layer has read the prefix, and that it gets its gradient."""
         state, self._thread.state = kwargs.get(STATE), None
         missing = sorted(set(range(len(self._decoder.attentions))) - (state.consumed if state else set()))
         if missing:
             raise ValueError(
                 f"the attention of layers {missing} of {self._name} did not read the attached prefix, so this output "
-                "ignores it (layers skipped or replaced?)"
+                "ignores it; were layers skipped or replaced?"
             )
         trainable = any(x.requires_grad for x in (*state.keys, *state.values))
         if state.recording and trainable and torch.is_grad_enabled() and not output[0].requires_grad:
             raise ValueError(
-                f"this output of {self._name} depends on a trainable prefix, but no gradient would reach it (quantised "
-                "layers that were run in eval mode before, or kernels without a derivative?); if none is wanted, use "
-                "torch.no_grad()"
+                f"this output of {self._name} depends on a trainable prefix, but no gradient would reach it. Possible "
+                "causes: quantised layers that ran in eval mode before, kernels without a derivative. If no gradient "
+                "is needed, use torch.no_grad()"
             )
         if self._recomputes() and output[0].requires_grad:
             block = self._stack
             output[0].register_hook(lambda gradient: self._check_still_in(block))
 
     def _carry_gradient(self, hidden: Tensor) -> Tensor:
-        """Let embeddings require a gradient where reentrant checkpointing would otherwise cut the graph.
+        """Make embeddings require a gradient if reentrant checkpointing would otherwise lose that of the prefix.
 
-        A reentrant checkpoint records a gradient only if one of its inputs requires one, and with a frozen model no
-        input of the first layer does, although the prefix inside needs it.
+        A reentrant checkpoint records a gradient only if one of its inputs requires one. In a frozen model no input of
+        the first layer does, although the prefix inside needs a gradient.
         """
         trainable = any(p.requires_grad for each in self._trainable for p in each.parameters())
         if not self._recomputes() or hidden.requires_grad or not trainable:
@@ -248,7 +251,7 @@ class Attachment:
         return hidden if options.get("use_reentrant") is False else hidden.detach().requires_grad_()
 
     def _check_recorded(self, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Runs before each layer: a reentrant checkpoint put around it by hand must not lose the prefix's gradient."""
+        """Runs before each layer: an error if a user's reentrant checkpoint would lose the prefix's gradient."""
         if torch.is_grad_enabled():
             return
         state = kwargs.get(STATE) or getattr(self._thread, "state", None)
@@ -258,29 +261,29 @@ class Attachment:
         if state.keys[index].requires_grad or state.values[index].requires_grad:
             raise ValueError(
                 f"layer {index} of {self._name} runs in a reentrant checkpoint (or under no_grad) and its input "
-                "requires no gradient, so the prefix would get none from it; pass use_reentrant=False to the "
+                "requires no gradient, so the prefix would get no gradient from it; pass use_reentrant=False to the "
                 "checkpoint, or call model.enable_input_require_grads()"
             )
 
     def _recomputes(self) -> bool:
-        """Whether the layers of a forward pass will run once more in its backward pass."""
+        """Whether the backward pass runs the layers again (gradient checkpointing)."""
         layer = self._decoder.layers[0]
         return getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
 
     def _check_still_in(self, block: ExitStack | None) -> None:
-        """Runs first in a backward pass with gradient checkpointing."""
+        """Runs at the start of a backward pass with gradient checkpointing."""
         if self._stack is not block:
             raise ValueError(
                 "backward() was called after leaving the attach block; gradient checkpointing runs the layers again, "
-                "which must still have the prefix: call backward() inside the block"
+                "and they need the prefix: call backward() inside the block"
             )
 
     def _check_implementation(self, base: nn.Module) -> None:
         current = base.config._attn_implementation
         if current != self._implementation:
             raise ValueError(
-                f"the attention implementation was changed to {current!r} while a prefix is attached, which would "
-                "ignore the prefix; change it before or after"
+                f"the attention implementation was changed to {current!r} while a prefix is attached, and would "
+                "ignore the prefix; change it before attaching or after the block"
             )
 
     def _check_positions(self, own: Tensor, first: int | Tensor, S: int, kwargs: dict[str, Any]) -> None:
@@ -288,7 +291,7 @@ class Attachment:
         if not limits or torch.compiler.is_compiling() or own.numel() == 0:
             return
         if self._last_first + _past_length(kwargs) + S <= min(limits):
-            return  # the values are read only if the shapes do not settle the question
+            return  # the shapes are enough, so no value is read
         own, first = (x.flatten() for x in torch.broadcast_tensors(own, torch.as_tensor(first, device=own.device)))
         furthest = int((own + first).argmax())
         count, before = int(own[furthest]) + 1, int(first[furthest])
@@ -298,8 +301,8 @@ class Attachment:
             raise ValueError(f"{what} need {end} positions; {self._name} has {self._position_limit}")
         if self._rope_switch is not None and end > self._rope_switch:
             raise ValueError(
-                f"{what} pass position {self._rope_switch}, where {self._name} rotates all keys differently; the "
-                "prefix cannot follow"
+                f"{what} pass position {self._rope_switch}, from which on {self._name} rotates all keys differently; "
+                "the keys of the prefix are already rotated"
             )
 
 
@@ -307,13 +310,13 @@ _INTEGERS = (torch.int32, torch.int64)
 
 
 def _past_length(kwargs: dict[str, Any]) -> int:
-    """Own tokens in the cache."""
+    """Number of own tokens in the cache."""
     cache = kwargs.get("past_key_values")
     return 0 if cache is None else int(cache.get_seq_length())
 
 
 def _check_padding(padding: Tensor, tokens: Tensor, kwargs: dict[str, Any]) -> None:
-    """A padding mask is `[B, own tokens]`; with a static cache it may run ahead of them."""
+    """Raise ValueError unless `padding` is `[B, own tokens]`. With a static cache it may be longer."""
     B, own = tokens.shape[0], _past_length(kwargs) + tokens.shape[1]
     ahead = getattr(kwargs.get("past_key_values"), "is_compileable", False)
     if padding.shape[0] != B or padding.shape[1] < own or (padding.shape[1] > own and not ahead):
@@ -326,13 +329,13 @@ def _check_padding(padding: Tensor, tokens: Tensor, kwargs: dict[str, Any]) -> N
         seen = padding[:, :past].bool()
         if (seen.any(dim=1) & ~seen[:, -1] & padding[:, past].bool()).any():
             raise ValueError(
-                "attention_mask must be padding whose rows are one run of ones; here rows padded on the right go on "
-                "behind their padding; pad on the left: tokenizer.padding_side = 'left', or tuning.left_padded"
+                "attention_mask must be padding whose rows are one run of ones; rows padded on the right go on behind "
+                "their padding; pad on the left: tokenizer.padding_side = 'left', or tuning.left_padded"
             )
 
 
 def _check_mask_argument(mask: Any) -> None:
-    """Refuse masks that are not padding. Layouts come from `generate`, which prepares masks ahead for static caches."""
+    """Raise ValueError for a mask that is not padding. (`generate` makes layouts in advance for static caches.)"""
     for entry in mask.values() if isinstance(mask, dict) else (mask,):
         if entry is None or is_layout(entry) or (isinstance(entry, Tensor) and entry.dim() == 2):
             continue
@@ -344,7 +347,12 @@ def _check_mask_argument(mask: Any) -> None:
 
 
 def check_fit(prefix: PrefixLike, decoder: Decoder) -> None:
-    """Refuse a prefix that was made for another model, or lies elsewhere."""
+    """Check that a prefix fits a model.
+
+    Raises:
+        TypeError: its type is neither the model's nor the master type.
+        ValueError: it was made for another model, or is on another device.
+    """
     name = type(decoder.model).__name__
     keys = tuple(prefix.keys)
     if len(keys) != len(decoder.attentions):
@@ -357,7 +365,7 @@ def check_fit(prefix: PrefixLike, decoder: Decoder) -> None:
                 f"dimension {decoder.head_dim}"
             )
         device = next(decoder.attentions[index].parameters()).device
-        if key.device != device and device.type != "meta":  # meta: weights are offloaded and come where they are needed
+        if key.device != device and device.type != "meta":  # meta: offloaded weights
             raise ValueError(
                 f"prefix layer {index} is on {key.device}, the layer is on {device}; move the prefix there"
             )
@@ -381,8 +389,7 @@ def check_fit(prefix: PrefixLike, decoder: Decoder) -> None:
 def _switch_implementation(decoder: Decoder, implementation: str, stack: ExitStack) -> None:
     """Give this model a config with another attention implementation until `stack` is closed.
 
-    A copy, since models made from one config object share it, and only this one is switched over. What is changed in
-    the copy meanwhile is carried back.
+    The config is a copy, since other models may share the object. Changes to the copy are written back at the end.
     """
     old = decoder.config
     new = copy.copy(old)

@@ -1,4 +1,4 @@
-"""Running rows through a frozen model with something attached."""
+"""Running a batch of rows through a frozen model with a prefix attached."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def row_losses(model: PreTrainedModel, attachment: Attachment, batch: Batch, prompt: Tensor | None = None) -> Tensor:
-    """Mean cross-entropy in nats of every answer of a batch, with a prefix attached; logits only where a label is.
+    """Mean cross-entropy in nats of each answer of a batch, `[number of answers]`.
 
-    prompt: embeddings `[batch.lead, E]` of a soft prompt in front of every row.
+    prompt: embeddings `[batch.lead, E]` of a soft prompt at the start of each row.
     """
     attachment.cu_seqlens = batch.cu_seqlens
     tokens = {"input_ids": batch.input_ids}
@@ -39,11 +39,10 @@ def row_losses(model: PreTrainedModel, attachment: Attachment, batch: Batch, pro
 
 @contextlib.contextmanager
 def frozen(model: PreTrainedModel, but: Iterable[nn.Parameter] = ()) -> Iterator[None]:
-    """Within the block no weight but those of `but` takes a gradient and no dropout is active; afterwards all is as it
-    was.
+    """Within the block only the weights in `but` require a gradient, and no dropout is active. Then all is restored.
 
-    Modules under gradient checkpointing stay in training mode, since transformers checkpoints nothing outside of it; so
-    do those of `differentiable_mode`.
+    Modules with gradient checkpointing stay in training mode, since transformers checkpoints only in that mode. So do
+    modules that need it for their derivative (`differentiable_mode`).
     """
     reshard(model)
     needs_grad = [(p, p.requires_grad) for p in model.parameters()]

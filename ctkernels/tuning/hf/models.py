@@ -1,7 +1,7 @@
-"""Which transformers models a prefix can be attached to, and what has to be known about each.
+"""Which transformers models a prefix can be attached to, and where their parts are.
 
-To add a model: one row in FAMILIES, and one row in the table of `tests/tuning/hf/test_models.py`, which compares the
-attached model with the stock one on the concatenated context.
+To add a model: one row in FAMILIES, and one row in the table of `ctkernels/testing/models.py`. The tests then compare
+the attached model with the stock one on the concatenated context.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ LEARNED, ROTARY, ALIBI = "learned", "rotary", "alibi"
 class Family:
     """Where a model class keeps its decoder and how it encodes positions.
 
-    module: the modeling file.  causal: the class with the language model head.  base: the class that owns the layers
-    and computes positions.  layers, attention: attribute of the layer list in base, and of the attention in a layer.
+    module: the modeling file.  causal: the class with the language model head.  base: the class that has the layers and
+    computes positions.  layers, attention: name of the layer list in the base, and of the attention in a layer.
     """
 
     module: str
@@ -53,8 +53,8 @@ FAMILIES: tuple[Family, ...] = (
     Family("gpt_neox.modeling_gpt_neox", "GPTNeoXForCausalLM", "GPTNeoXModel", attention="attention"),
 )
 
-# Two models whose configs agree on these compute the same function of their weights. A list of what counts, rather than
-# of what does not, so that a new transformers release with new fields does not disown saved prefixes.
+# Two models with equal values in these fields compute the same function of their weights. It is a list of the fields
+# that count, so that new fields of a new transformers release do not make saved prefixes unusable.
 ARCHITECTURE_FIELDS = (
     "model_type",
     "vocab_size",
@@ -94,7 +94,7 @@ ARCHITECTURE_FIELDS = (
 class Decoder:
     """The parts of a supported model.
 
-    model: the class with the head, or the base itself.  base: the module that owns the layers.  attentions: the
+    model: the class with the head, or the base itself.  base: the module that has the layers.  attentions: the
     attention module of each layer.  kv_heads, head_dim: shape of a layer's keys and values, `[kv_heads, P, head_dim]`.
     """
 
@@ -122,25 +122,24 @@ class Decoder:
 
     @property
     def prefix_dtype(self) -> torch.dtype:
-        """fp32 master keys and values, fp64 for an fp64 model."""
+        """Type of a prefix's master keys and values: fp32, or fp64 for an fp64 model."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @property
     def device(self) -> torch.device:
-        """Where token ids enter."""
+        """The device that token ids must be on."""
         embeddings: torch.Tensor = self.base.get_input_embeddings().weight
         return embeddings.device
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
-        """Where each layer's keys and values belong: with its weights, or where token ids enter if those are offloaded
-        (on meta) and come when they are needed."""
+        """The device of each layer's keys and values: that of its weights, or `device` if they are offloaded (meta)."""
         found = [next(attention.parameters()).device for attention in self.attentions]
         return tuple(self.device if device.type == "meta" else device for device in found)
 
     @property
     def context_limit(self) -> int | None:
-        """Most positions the model declares, or None where it declares none (ALiBi)."""
+        """Most positions of the model, as its config says, or None (ALiBi has no limit)."""
         return None if self.family.positions == ALIBI else getattr(self.config, "max_position_embeddings", None)
 
 
@@ -149,7 +148,7 @@ def find_decoder(model: nn.Module) -> Decoder:
 
     Raises:
         TypeError: not a transformers model, or a class that is not in FAMILIES; the message names it.
-        ValueError: a variant of a known class that is not served (cross attention, and the like).
+        ValueError: a variant of a known class that is not supported, such as one with cross attention.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(inner, PreTrainedModel):
@@ -163,7 +162,7 @@ def find_decoder(model: nn.Module) -> Decoder:
         _check_variant(decoder)
         return decoder
     raise TypeError(
-        f"model class {type(inner).__name__} is not supported: a prefix could be ignored without notice; "
+        f"model class {type(inner).__name__} is not supported; "
         f"supported are {', '.join(family.causal for family in FAMILIES)}"
     )
 
@@ -182,29 +181,29 @@ def _check_variant(decoder: Decoder) -> None:
 
 
 def config_hash(config: PreTrainedConfig) -> str:
-    """Hash of the config's fields that decide what the weights compute (ARCHITECTURE_FIELDS)."""
+    """Hash of the config's ARCHITECTURE_FIELDS."""
     fields = {name: getattr(config, name, None) for name in ARCHITECTURE_FIELDS}
     return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def rope_switch(config: PreTrainedConfig, prefix_positions: int) -> int | None:
-    """Position that rows after a prefix of `prefix_positions` must not pass, or None.
+    """The position that rows after a prefix of `prefix_positions` must not pass, or None.
 
-    "longrope" and "dynamic" scaling choose the rotary frequencies of all keys by the length of the sequence. Keys of a
-    prefix were rotated when the sequence was the prefix, so a longer one would mix two rotations.
+    "longrope" and "dynamic" scaling choose the rotary frequencies of all keys by the length of the sequence. The keys
+    of a prefix were rotated when the sequence was only the prefix; in a longer sequence two rotations would mix.
     """
     switches = []
     for parameters in _rope_parameters(getattr(config, "rope_parameters", None)):
         kind = parameters["rope_type"]
         at = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
-        # longrope knows two sets of frequencies, and a prefix beyond the switch already has the second
+        # longrope has two sets of frequencies; a prefix that is longer than the switch already has the second
         if "dynamic" in kind or (kind == "longrope" and prefix_positions <= at):
             switches.append(at)
     return min(switches, default=None)
 
 
 def _rope_parameters(parameters: Any) -> Iterator[Mapping[str, Any]]:
-    """The rotary settings of a config: one set for all layers, or one for each layer type."""
+    """The rotary settings of a config: one set for all layers, or one per layer type."""
     if isinstance(parameters, Mapping):
         if "rope_type" in parameters:
             yield parameters

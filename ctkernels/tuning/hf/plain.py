@@ -1,8 +1,10 @@
 """Attention of a layer without a prefix: what `attn_implementation="ctkernels"` computes on an unmodified model.
 
-The op serves causal attention with or without padding. Transformers' own SDPA function serves what the op does not do
-(arbitrary masks, bidirectional or cross attention, attention dropout), on a CPU the calls that are so small that the
-op's set-up is most of their time, and on other devices, where nobody has measured yet, all that it can do.
+The op computes causal attention with or without padding. transformers' own SDPA function computes the rest:
+
+- what the op does not have: arbitrary masks, bidirectional or cross attention, attention dropout;
+- on a CPU, calls that are so small that the op's set-up is most of their time;
+- on other devices, where nothing has been measured yet, everything that it can.
 """
 
 from __future__ import annotations
@@ -15,11 +17,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ctkernels import ContextMask, prefix_attention
 
-# Products of a query and a key, over rows and heads, from which on the op is faster than SDPA on a CPU; for one query
-# per row, keys times query heads per KV head. benchmarks/bench_dropin.py shows both sides of them.
+# On a CPU the op is faster than SDPA from so many pairs of a query and a key on, over all rows and heads; FEW_KEYS:
+# with one query per row, keys times query heads per KV head. benchmarks/bench_dropin.py shows both sides of the limits.
 SMALL = {torch.float32: 2**17, torch.float64: 2**17, torch.bfloat16: 2**12, torch.float16: 2**12}
 FEW_KEYS = 2**13
-# arguments of other models' attention that SDPA would ignore without notice
+# arguments of other models' attention that SDPA would silently ignore
 IGNORED_BY_SDPA = ("s_aux", "head_mask")
 
 
@@ -40,16 +42,16 @@ def plain_attention(
 ) -> tuple[Tensor, None]:
     """query `[B, H, S, D]`, key and value `[B, Hk, T, D]` -> (`[B, S, H, D]`, None), as a model's layer calls it.
 
-    layout: where each row's valid keys lie, as `hf_attention.row_layout` says it; mask: instead, a mask of any kind for
-    SDPA. kwargs: what the model passes on besides.
+    layout: where each row's valid keys are, from `attention.row_layout`.  mask: instead of a layout, any mask that SDPA
+    takes.  kwargs: further arguments of the model.
 
     Raises:
-        ValueError: an argument that neither the op nor SDPA has a place for.
+        ValueError: an argument that neither the op nor SDPA has.
     """
     name = type(module).__name__
     ignored = [argument for argument in IGNORED_BY_SDPA if kwargs.get(argument) is not None]
     if ignored:
-        raise ValueError(f"{name}: {', '.join(ignored)} cannot be served by ctkernels, nor by SDPA")
+        raise ValueError(f"{name}: {', '.join(ignored)} cannot be served by ctkernels or SDPA")
     foreign = mask is not None or not is_causal or any(kwargs.get(x) is not None for x in ("position_bias", "cache"))
     if foreign and layout is not None:
         raise ValueError(f"{name}: padding together with bidirectional attention or a position bias is unsupported")
@@ -66,7 +68,7 @@ def plain_attention(
 
 
 def is_small(query: Tensor, key: Tensor) -> bool:
-    """Whether SDPA is the faster one (measured on a CPU; elsewhere SDPA is taken to be, until somebody measures)."""
+    """Whether SDPA is faster than the op: measured on a CPU, assumed on other devices."""
     if query.device.type != "cpu":
         return True
     B, H, S, _ = query.shape
@@ -77,8 +79,11 @@ def is_small(query: Tensor, key: Tensor) -> bool:
 
 
 def dense_mask(layout: Tensor | None, S: int, T: int, window: int | None, device: torch.device) -> Tensor:
-    """What a layout says, as bool `[B or 1, 1, S, T]`, True = visible. The S queries are the row's last (see `mask.py`
-    of the op): with as many keys as queries they start at key 0, else they end where the row's keys end."""
+    """A layout as a mask, bool `[B or 1, 1, S, T]`, True = visible.
+
+    The S queries are the last ones of a row, as in the op: with S = T they start at key 0, otherwise they end where the
+    row's keys end.
+    """
     first, end = torch.zeros(2, 1, 1, 1, 1, dtype=torch.int64, device=device)
     end = end + T
     if layout is not None:
@@ -91,7 +96,7 @@ def dense_mask(layout: Tensor | None, S: int, T: int, window: int | None, device
 
 
 def _op(query: Tensor, key: Tensor, value: Tensor, layout: Tensor | None, **settings: Any) -> Tensor:
-    """The op with an empty prefix. Padding on the left is a hidden span of the row's own keys: nothing is moved."""
+    """The op with an empty prefix. Padding on the left becomes a hidden span of own keys, so nothing is moved."""
     empty = key.new_empty(key.shape[1], 0, key.shape[3])
     if layout is None:
         return prefix_attention(query, key, value, empty, empty, **settings).transpose(1, 2)

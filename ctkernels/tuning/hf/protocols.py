@@ -1,4 +1,4 @@
-"""What this folder needs of a prefix. `KVPrefix`, `PrefixSet` and prefixes under training provide it; so may others."""
+"""The members of a prefix that this folder uses. `KVPrefix`, `PrefixSet` and prefixes in training have them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Origin(Protocol):
-    """Which model a prefix was made for, and with which settings."""
+    """The model that a prefix was made for, and its settings."""
 
     @property
     def model_class(self) -> str:
@@ -25,13 +25,13 @@ class Origin(Protocol):
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """What it was made with, by name."""
+        """The settings that the prefix was made with, by name."""
 
 
 class PrefixLike(Protocol):
-    """One prefix, read by all rows.
+    """One prefix, which all rows read.
 
-    A prefix under training may compute its keys and values each time that they are asked for.
+    A prefix in training may compute its keys and values each time they are read.
     """
 
     @property
@@ -52,14 +52,14 @@ class PrefixLike(Protocol):
 
     @property
     def metadata(self) -> Origin:
-        """What it was made for."""
+        """The model that it was made for."""
 
     def parameters(self) -> Iterable[nn.Parameter]:
-        """What may require a gradient."""
+        """The tensors that may require a gradient."""
 
 
 class PrefixSetLike(Protocol):
-    """G prefixes side by side, which take no gradient; each row reads one of them."""
+    """G prefixes side by side, without gradients. Each row reads one of them."""
 
     @property
     def prefixes(self) -> Sequence[PrefixLike]:

@@ -142,7 +142,7 @@ def comparable(out: Path) -> dict:
 
 KILLED = """
 import os, signal, sys
-from ctkernels import cli
+from ctkernels.cli.main import main
 from ctkernels.tuning.evaluation.sweep import run
 tune, calls = run.tune, []
 def killed(*args, **kwargs):
@@ -151,7 +151,7 @@ def killed(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     return tune(*args, **kwargs)
 run.tune = killed
-sys.exit(cli.run(sys.argv[1:]))
+main(sys.argv[1:])
 """
 
 

@@ -12,9 +12,9 @@ from ctkernels.tuning.train.settings import TrainSettings
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """A row of a comparison.
+    """A method to compare.
 
-    name: of the method.  overrides: settings that differ from the method's defaults.
+    name: the method's.  overrides: settings that differ from the method's defaults.
     """
 
     name: str
@@ -28,10 +28,10 @@ class MethodSpec:
         """The method and settings of a word.
 
         Raises:
-            ValueError: an unknown method or setting, a value of the wrong type.
+            ValueError: an unknown method or setting, or a value of the wrong type or out of its range.
         """
         name, *assignments = text.split(":")
-        get_method(name)  # refuses an unknown one before its settings are looked at
+        get_method(name)  # first, so that an unknown method is the error
         types_of = get_type_hints(TrainSettings)
         overrides = {}
         for assignment in assignments:
@@ -45,7 +45,7 @@ class MethodSpec:
             except ValueError as error:
                 raise ValueError(f"{text}: {key} must be {error}, got {value!r}") from None
         spec = cls(name, overrides)
-        spec.settings()  # refuses values out of their range
+        spec.settings()  # checks the values' ranges
         return spec
 
     @property
@@ -54,7 +54,7 @@ class MethodSpec:
         return get_method(self.name)
 
     def settings(self, preset: str | None = None, **others: Any) -> TrainSettings:
-        """The method's settings, with those of a preset, then `others`, then the overrides in their place.
+        """The method's settings. Those of a preset replace them, then `others`, then the overrides.
 
         Raises:
             ValueError: a value out of its range, or a setting that the method does not read.
@@ -63,7 +63,7 @@ class MethodSpec:
 
 
 def split_words(words: tuple[str, ...]) -> list[str]:
-    """Words that were given apart or joined by commas, each once, in order."""
+    """Words given separately or joined by commas: each once, in order."""
     parts = [part.strip() for word in words for part in word.split(",")]
     return list(dict.fromkeys(part for part in parts if part))
 
@@ -93,7 +93,7 @@ def _read(kind: Any, text: str) -> Any:
 
 
 def _write(value: Any) -> str:
-    """A value as `_read` reads it."""
+    """A value in the form that `_read` reads."""
     if isinstance(value, tuple):
         return "+".join(value)
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -1,4 +1,4 @@
-"""What a running sweep shows: a live table on a terminal, a line per finished cell elsewhere."""
+"""Progress of a running sweep: a live table on a terminal, otherwise one line per finished cell."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ctkernels.tuning.evaluation.sweep.workers import Workers
 
 
 class SweepView:
-    """Progress of a sweep, shown by the first process for all of them; a context manager and an `Observer`."""
+    """Progress of a sweep, shown by the first process for all processes; a context manager and an `Observer`."""
 
     def __init__(self, sweep: Sweep, workers: Workers) -> None:
         self.sweep, self.workers = sweep, workers
@@ -41,12 +41,12 @@ class SweepView:
             self.live.stop()
 
     def started(self, cell: Cell) -> None:
-        """Show what runs."""
+        """Show the cell that runs."""
         self.now = cell
         self._show()
 
     def finished(self, cell: Cell, result: CellResult) -> None:
-        """Show a result, other processes' results included."""
+        """Show a result, and those of other processes."""
         self.done[cell] = result
         if self.live is None:
             self.console.print(one_line(cell, result), highlight=False, soft_wrap=True)
@@ -79,7 +79,7 @@ class SweepView:
         for cell in self.cells:
             if cell not in self.done:
                 result = read_cell(cell.path(self.sweep.out))
-                # an error is either of an earlier attempt, and will be tried again, or reported by its own process
+                # an error is from an earlier attempt, which will be repeated, or its own process reports it
                 if result is not None and result.error is None:
                     self.done[cell] = result
 
@@ -89,7 +89,7 @@ class SweepView:
 
 
 def one_line(cell: Cell, result: CellResult) -> str:
-    """The result of a cell in a line."""
+    """The result of a cell in one line."""
     if result.error is not None:
         return f"{cell}: no result: {result.error}"
     metric = result.metric.replace("_", " ")
