@@ -78,7 +78,7 @@ class SuiteOptions:
     """What a user can ask of a suite.
 
     shots: demonstrations per task; None takes the suite's own number.
-    views: of 1, 2, 4 or 8 geometric views of a grid task (`arc` alone).
+    views: of 1, 2, 4 or 8 geometric views of a grid task (suites with `has_views`).
     """
 
     shots: int | None = None
@@ -101,6 +101,8 @@ class Suite:
         list_tasks: folder -> names of the tasks there.
         load_task: (folder, task, seed, options) -> the task; equal arguments give equal tasks.
         needs_folder: False if the data come with a package.
+        has_views: whether its tasks have geometric views (`SuiteOptions.views`).
+        shots, score, source: for the documents: its demonstrations, how it is scored, and the address of the data.
     """
 
     name: str
@@ -108,6 +110,10 @@ class Suite:
     list_tasks: Callable[[Path | None], list[str]]
     load_task: Callable[[Path | None, str, int, SuiteOptions], Task]
     needs_folder: bool = True
+    has_views: bool = False
+    shots: str = "all, or `--shots`"
+    score: str = "as the items are"
+    source: str = ""
 
     def folder(self, data_dir: Path | None) -> Path | None:
         """The suite's folder: `data_dir/NAME` if there is one, else `data_dir` itself.
