@@ -19,8 +19,8 @@ from benchmarks import harness
 from ctkernels.tuning.data.demonstrations import Demonstration, encode_context
 from ctkernels.tuning.data.suites import SuiteOptions, get_suite
 from ctkernels.tuning.evaluation.sweep.spec import MethodSpec
+from ctkernels.tuning.methods.tune import tune
 from ctkernels.tuning.storage import atomic_file, atomic_write_json
-from ctkernels.tuning.train.trainer import tune
 
 if TYPE_CHECKING:
     from benchmarks.reproduce import Setting

@@ -35,7 +35,6 @@ from ctkernels.tuning import (  # noqa: E402
     Demonstration,
     EvalResult,
     KVPrefix,
-    TrainSettings,
     encode_context,
     encode_rows,
     evaluate_prefix,
@@ -43,7 +42,9 @@ from ctkernels.tuning import (  # noqa: E402
     load_jsonl,
     tune,
 )
+from ctkernels.tuning.methods.ct_kv import CtKvOptions  # noqa: E402
 from ctkernels.tuning.storage import atomic_write_json  # noqa: E402
+from ctkernels.tuning.train.options import Options  # noqa: E402
 
 METHODS = ("zero-shot", "icl", "ct-kv")
 SNAPSHOT_EVERY = 5  # epochs between points of the accuracy curve
@@ -67,15 +68,15 @@ def run_method(
     tokenizer: PreTrainedTokenizerBase,
     train: list[Demonstration],
     test: list[Demonstration],
-    settings: TrainSettings,
+    settings: Options,
 ) -> tuple[dict[str, Any], KVPrefix, dict[int, KVPrefix]]:
     """Tune and evaluate one method; returns its row of the table, its prefix, and snapshots of it by epoch."""
     snapshots: dict[int, KVPrefix] = {}
-    with epoch_bar(settings.epochs) as move_bar:
+    with epoch_bar(settings) as move_bar:
 
         def on_epoch(record, prefix: KVPrefix) -> None:
             move_bar(record, prefix)
-            if record.epoch % SNAPSHOT_EVERY == 0 and record.epoch < settings.epochs:
+            if record.epoch % SNAPSHOT_EVERY == 0 and record.epoch < getattr(settings, "epochs", 0):
                 snapshots[record.epoch] = copy.deepcopy(prefix)
 
         result, seconds, peak = measured(lambda: tune(model, tokenizer, train, name, settings, on_epoch=on_epoch))
@@ -96,7 +97,7 @@ def run_plain(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     train: list[Demonstration],
-    settings: TrainSettings,
+    settings: CtKvOptions,
     epochs: int,
 ) -> tuple[plain_ctkv.PlainResult, float]:
     """The same run in plain PyTorch for its first epochs, with the same dropped tokens; and its peak memory in GB."""
@@ -209,7 +210,8 @@ def main(argv: list[str] | None = None) -> None:
 
     results, curve = [], {}
     for name in METHODS:
-        settings = get_method(name).settings(epochs=args.epochs)
+        method = get_method(name)
+        settings = method.settings(**method.pick({"epochs": args.epochs}))
         row, prefix, snapshots = run_method(name, model, tokenizer, train, test, settings)
         results.append(row)
         for epoch, snapshot in snapshots.items():

@@ -16,9 +16,9 @@ from ctkernels.testing.models import make_model
 from ctkernels.testing.tasks import DEMONSTRATIONS, char_tokenizer
 from ctkernels.tuning.evaluation.evaluate import evaluate_prefix
 from ctkernels.tuning.methods import get_method
+from ctkernels.tuning.methods.tune import TuneResult, tune
 from ctkernels.tuning.train import checkpoint as checkpoint_module
 from ctkernels.tuning.train.checkpoint import FILE_NAME, CheckpointError
-from ctkernels.tuning.train.trainer import TuneResult, tune
 
 REPOSITORY = Path(__file__).parents[3]
 EPOCHS = 7
