@@ -101,9 +101,10 @@ lint: .venv/installed
 	.venv/bin/clang-format --dry-run -Werror $(CXX_FILES)
 	.venv/bin/mypy
 
-# The API reference from the docstrings
+# The API reference from the docstrings, and the tables of the methods page from those of the code
 docs: .venv/built
 	.venv/bin/python docs/generate_api.py
+	.venv/bin/python docs/generate_methods.py
 
 format: .venv/installed
 	.venv/bin/ruff check --fix .
