@@ -104,9 +104,10 @@ lint: .venv/installed
 	.venv/bin/clang-format --dry-run -Werror $(CXX_FILES)
 	.venv/bin/mypy
 
-# docs/api.md, the API reference, from the docstrings; it is not committed
+# docs/api.md, the API reference (it is not committed), and the tables of docs/methods.md, from the code
 docs: .venv/built
 	.venv/bin/python docs/generate_api.py
+	.venv/bin/python docs/generate_methods.py
 
 format: .venv/installed
 	.venv/bin/ruff check --fix .

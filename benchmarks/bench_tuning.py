@@ -31,15 +31,9 @@ from benchmarks.cases import FLOPS
 from benchmarks.harness import MatrixProduct, Spread
 from ctkernels import ContextMask
 from ctkernels.testing import memory, plain_ctkv
-from ctkernels.tuning import (
-    Demonstration,
-    TrainSettings,
-    encode_context,
-    encode_rows,
-    load_jsonl,
-    tune,
-)
+from ctkernels.tuning import Demonstration, encode_context, encode_rows, load_jsonl, tune
 from ctkernels.tuning.methods import METHODS, get_method
+from ctkernels.tuning.methods.ct_kv import CtKvOptions
 
 TASK = Path(__file__).resolve().parent.parent / "examples" / "tasks" / "support-routing"
 OURS = "ctkernels"
@@ -61,7 +55,7 @@ def draw_out(
 
 
 def run_ours(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: list[Demonstration], settings: TrainSettings
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: list[Demonstration], settings: CtKvOptions
 ) -> tuple[list[float], list[float]]:
     """Losses and seconds of the epochs."""
     history = tune(model, tokenizer, pairs, "ct-kv", settings).history
@@ -72,7 +66,7 @@ def run_plain(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     pairs: list[Demonstration],
-    settings: TrainSettings,
+    settings: CtKvOptions,
     attention: str,
 ) -> tuple[list[float], list[float]]:
     """Losses and seconds of the epochs of the authors' loop with "sdpa" or "eager" attention."""
@@ -179,7 +173,8 @@ def time_method(
     rounds: int,
 ) -> dict[str, Any]:
     """Seconds per training epoch, if the method trains, and per test item of an evaluation."""
-    result = tune(model, tokenizer, pairs, name, get_method(name).settings(epochs=rounds))
+    method = get_method(name)
+    result = tune(model, tokenizer, pairs, name, method.settings(**method.pick({"epochs": rounds})))
     times = [harness.timed(lambda: result.adapter.evaluate(model, tokenizer, items), "cpu")[1] for _ in range(3)]
     return {
         "method": name,

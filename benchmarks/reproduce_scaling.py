@@ -20,8 +20,8 @@ from ctkernels.tuning.data.demonstrations import Demonstration
 from ctkernels.tuning.data.formats import encode_context
 from ctkernels.tuning.data.suites import SuiteOptions, get_suite
 from ctkernels.tuning.evaluation.sweep.spec import MethodSpec
+from ctkernels.tuning.methods.tune import tune
 from ctkernels.tuning.storage import atomic_file, atomic_write_json
-from ctkernels.tuning.train.trainer import tune
 
 if TYPE_CHECKING:
     from benchmarks.reproduce import Setting

@@ -32,7 +32,6 @@ from ctkernels.tuning import (
     Demonstration,
     EvalResult,
     KVPrefix,
-    TrainSettings,
     encode_context,
     encode_rows,
     evaluate_prefix,
@@ -40,7 +39,9 @@ from ctkernels.tuning import (
     load_jsonl,
     tune,
 )
+from ctkernels.tuning.methods.ct_kv import CtKvOptions
 from ctkernels.tuning.storage import atomic_write_json
+from ctkernels.tuning.train.options import Options
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("zero-shot", "icl", "ct-kv")
@@ -65,15 +66,15 @@ def run_method(
     tokenizer: PreTrainedTokenizerBase,
     train: list[Demonstration],
     test: list[Demonstration],
-    settings: TrainSettings,
+    settings: Options,
 ) -> tuple[dict[str, Any], KVPrefix, dict[int, KVPrefix]]:
     """Tune and evaluate one method; returns its row of the table, its prefix, and snapshots of it by epoch."""
     snapshots: dict[int, KVPrefix] = {}
-    with epoch_bar(settings.epochs) as move_bar:
+    with epoch_bar(settings) as move_bar:
 
         def on_epoch(record, prefix: KVPrefix) -> None:
             move_bar(record, prefix)
-            if record.epoch % SNAPSHOT_EVERY == 0 and record.epoch < settings.epochs:
+            if record.epoch % SNAPSHOT_EVERY == 0 and record.epoch < getattr(settings, "epochs", 0):
                 snapshots[record.epoch] = copy.deepcopy(prefix)
 
         result, seconds, peak = measured(lambda: tune(model, tokenizer, train, name, settings, on_epoch=on_epoch))
@@ -94,7 +95,7 @@ def run_plain(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     train: list[Demonstration],
-    settings: TrainSettings,
+    settings: CtKvOptions,
     epochs: int,
 ) -> tuple[plain_ctkv.PlainResult, float]:
     """The first epochs of the same run in plain PyTorch, with the same dropped tokens, and its peak memory in GB."""
@@ -207,7 +208,8 @@ def main(argv: list[str] | None = None) -> None:
 
     results, curve = [], {}
     for name in METHODS:
-        settings = get_method(name).settings(epochs=args.epochs)
+        method = get_method(name)
+        settings = method.settings(**method.pick({"epochs": args.epochs}))
         row, prefix, snapshots = run_method(name, model, tokenizer, train, test, settings)
         results.append(row)
         for epoch, snapshot in snapshots.items():

@@ -1,18 +1,21 @@
 """The Python of the guides runs as it stands, block after block of a page in one namespace; links lead somewhere."""
 
 import re
+import runpy
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
 import torch
 
 import ctkernels
-from ctkernels import ContextMask, dispatch, prefix_attention, tuning
+from ctkernels import tuning
 from ctkernels.testing.models import make_model
 from ctkernels.testing.tasks import char_tokenizer
+from ctkernels.tuning.data.suites import SUITES
+from ctkernels.tuning.methods import METHODS
+from ctkernels.tuning.methods.settings import SETTINGS
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -44,27 +47,6 @@ def test_tuning(tmp_path, monkeypatch):
     names = run(DOCS / "guides" / "tune.md")
     assert len(names["result"].history) == 3
     assert torch.equal(names["adapter"].prefix.keys[0], names["result"].prefix.keys[0])
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_writing_a_backend(monkeypatch):
-    """The backend of the page computes the op, forward and backward."""
-    module = types.ModuleType("ctkernels.example_backend")
-    (code,) = blocks(DOCS / "guides" / "backend.md")
-    exec(code, vars(module))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setitem(dispatch.BACKENDS, "example", (module.__name__, ("cpu",)))
-    generator = torch.Generator().manual_seed(0)
-    shapes = (3, 4, 5, 8), (3, 2, 5, 8), (3, 2, 5, 8), (2, 7, 8), (2, 7, 8)
-    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
-    tensors[0].requires_grad_(False)
-    mask = ContextMask.leave_one_out(torch.tensor([0, 3, 7]), torch.tensor([0, 1, -1]), drop_p=0.2)
-    results = []
-    for backend in ("example", "reference"):
-        out, lse = prefix_attention(*tensors, mask, return_lse=True, backend=backend)
-        results.append((out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), tensors[1:])))
-    for actual, wanted in zip(*results, strict=True):
-        torch.testing.assert_close(actual, wanted)
 
 
 BUILT = DOCS / "api.md"
@@ -134,3 +116,14 @@ def test_the_walks_name_files_that_exist():
         path = next((folder / name for folder in folders if (folder / name).exists()), None)
         assert path is not None, name
         previous = path.parent
+
+
+def test_the_tables_of_the_methods_page_are_current():
+    """`make docs` writes them from the tables of methods, settings, presets and suites."""
+    text = (DOCS / "methods.md").read_text()
+    script = runpy.run_path(str(DOCS / "generate_methods.py"))
+    assert script["page"](text) == text
+    assert "| `lr` | 0.003; 0.001 (ct-prompt, cpt); 0.0001 (ttt) | all that train | peak learning rate" in text
+    assert all(f"\n| `{name}` |" in text for name in (*METHODS, *SETTINGS, *SUITES))
+    with pytest.raises(SystemExit, match="has no place for the table of presets"):
+        script["page"](text.replace("<!-- /presets -->", ""))

@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from ctkernels.tuning.data.demonstrations import Demonstration
 from ctkernels.tuning.data.formats import PairEncoder, TextFormat
-from ctkernels.tuning.train.settings import Demonstrate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Demonstrate = Literal["similar", "fixed"]
 SATURATION, LENGTH = 1.5, 0.75  # k1 and b of BM25
 
 

@@ -12,7 +12,7 @@ from ctkernels.tuning.data.formats import TextFormat, encode_context
 from ctkernels.tuning.data.metrics import accuracy, macro_f1
 from ctkernels.tuning.evaluation.evaluate import evaluate_prefix
 from ctkernels.tuning.methods import get_method
-from ctkernels.tuning.train.trainer import tune
+from ctkernels.tuning.methods.tune import tune
 
 TOKENIZER = char_tokenizer()
 OPTIONS = ("warm", "ward", "cold", "ok", "o")  # warm and ward share a run; lengths differ

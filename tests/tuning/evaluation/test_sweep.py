@@ -259,6 +259,20 @@ def test_finished_cells_of_methods_that_train_nothing_do_not_depend_on_training(
         run_sweep(model, TOKENIZER, sweep, Workers(), Quiet())
 
 
+def test_finished_cells_keep_their_results_when_a_setting_gets_another_name(model, folder, tmp_path):
+    sweep = sweep_of(folder, tmp_path / "out", ["ct-kv:epochs=1"], tasks=["taste"], seeds=[13])
+    (result,) = run_sweep(model, TOKENIZER, sweep, Workers(), Quiet())
+    run_of_it = {name: value for name, value in result.run.items() if name not in ("pooled_tokens", "mlp_width")}
+    path = sweep.cells()[0].path(sweep.out)
+    replace(result, run=run_of_it | {"pool": 4, "hidden": None}).write(path)  # as earlier versions wrote it
+    again = Quiet()
+    run_sweep(model, TOKENIZER, sweep, Workers(), again)
+    assert again.computed == []
+    replace(result, run=run_of_it | {"pool": 5, "hidden": None}).write(path)
+    with pytest.raises(SweepError, match="pooled_tokens was 5 and is now 4"):
+        run_sweep(model, TOKENIZER, sweep, Workers(), Quiet())
+
+
 def test_a_model_that_no_cell_could_use_is_refused_beforehand(folder, tmp_path):
     other = GPTBigCodeForCausalLM(GPTBigCodeConfig(vocab_size=50, n_embd=8, n_layer=1, n_head=1))
     with pytest.raises(TypeError, match="model class GPTBigCodeForCausalLM is not supported"):

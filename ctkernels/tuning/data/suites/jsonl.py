@@ -38,5 +38,9 @@ def load_task(folder: Path, name: str, seed: int, options: SuiteOptions, *, gene
 
 JSONL = Suite("jsonl", "TASK/{train,dev,test}.jsonl", list_tasks, load_task)
 GENERATION = Suite(
-    "generation", "TASK/{train,dev,test}.jsonl of input and output", list_tasks, partial(load_task, generation=True)
+    "generation",
+    "TASK/{train,dev,test}.jsonl of input and output",
+    list_tasks,
+    partial(load_task, generation=True),
+    score="BLEU (sacrebleu); exact match beside",
 )

@@ -79,4 +79,12 @@ def _item(row: list[str], source: str) -> Demonstration:
     return Demonstration("\n".join(lines), answers[answer.strip()], LETTERS, source)
 
 
-MMLU = Suite("mmlu", "{dev,val,test}/SUBJECT_{dev,val,test}.csv", list_tasks, load_task)
+MMLU = Suite(
+    "mmlu",
+    "{dev,val,test}/SUBJECT_{dev,val,test}.csv",
+    list_tasks,
+    load_task,
+    shots=f"{SHOTS}: `dev`, `val`, then test items that are not scored",
+    score="accuracy",
+    source="https://github.com/hendrycks/test",
+)

@@ -29,4 +29,12 @@ def load_task(folder: Path, name: str, seed: int, options: SuiteOptions) -> Task
     return Task(name, train, validation, test)
 
 
-NLP_LR = Suite("nlp_lr", "TASK/TASK_16_SEED_{train,dev,test}.jsonl, as MetaICL writes them", list_tasks, load_task)
+NLP_LR = Suite(
+    "nlp_lr",
+    "TASK/TASK_16_SEED_{train,dev,test}.jsonl, as MetaICL writes them",
+    list_tasks,
+    load_task,
+    shots=f"{SHOTS}, named by the seed",
+    score="macro-F1 where all items share their options, else accuracy",
+    source="https://github.com/facebookresearch/MetaICL",
+)

@@ -21,9 +21,10 @@ from ctkernels.tuning.evaluation.sweep.cells import Cell, CellResult, SweepError
 from ctkernels.tuning.evaluation.sweep.spec import MethodSpec
 from ctkernels.tuning.evaluation.sweep.workers import Workers
 from ctkernels.tuning.hf.models import find_decoder
+from ctkernels.tuning.methods.settings import RENAMED, SETTINGS
+from ctkernels.tuning.methods.tune import tune
 from ctkernels.tuning.train.checkpoint import changes, model_fingerprint
-from ctkernels.tuning.train.settings import TrainSettings
-from ctkernels.tuning.train.trainer import tune
+from ctkernels.tuning.train.options import Options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,7 +70,7 @@ class Sweep:
         """The items that are scored."""
         return task.items(self.split)[: self.limit]
 
-    def settings(self, cell: Cell, task: Task) -> TrainSettings:
+    def settings(self, cell: Cell, task: Task) -> Options:
         """The settings of a cell. If answers are generated, methods that train also learn where an answer ends."""
         others = {**self.common, "seed": cell.seed}
         if task.generates and cell.spec.method.trains != "nothing":
@@ -232,8 +233,9 @@ def _check_finished(sweep: Sweep, cell: Cell, model_id: dict[str, str]) -> None:
         now = _identity(sweep, cell, task, model_id)
     except DataError:
         return
-    # cells of an earlier version also have settings that their method does not read
-    read = {name: value for name, value in saved.run.items() if name in now or not hasattr(TrainSettings, name)}
+    # cells of an earlier version also hold settings that their method does not read, and some under other names
+    named = {RENAMED.get(name, name): value for name, value in saved.run.items()}
+    read = {name: value for name, value in named.items() if name in now or name not in SETTINGS}
     differing = changes(read, now)
     if differing:
         path = cell.path(sweep.out)
@@ -242,13 +244,11 @@ def _check_finished(sweep: Sweep, cell: Cell, model_id: dict[str, str]) -> None:
 
 def _identity(sweep: Sweep, cell: Cell, task: Task, model_id: dict[str, str]) -> dict[str, Any]:
     """Everything that the numbers of a cell depend on, by name, except the attention backend and batch sizes."""
-    settings, method = asdict(sweep.settings(cell, task)), cell.spec.method
-    trains = method.trains != "nothing"
-    used = settings.keys() - {"backend", "max_tokens", "layout"} if trains else method.options | {"seed"}
+    settings = asdict(sweep.settings(cell, task))
     data = [(d.input, d.output, d.options, d.references) for d in (*task.train, *sweep.items(task))]
     return {
         **model_id,
-        **{name: settings[name] for name in settings if name in used},
+        **{name: value for name, value in settings.items() if name not in ("backend", "max_tokens", "layout")},
         "data": hashlib.sha256(repr(data).encode()).hexdigest()[:16],
         "text_format": asdict(task.text_format),
         "views": len(task.views) + 1,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import types
 from dataclasses import dataclass, field
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 
 from ctkernels.tuning.methods import Method, get_method
-from ctkernels.tuning.train.settings import TrainSettings
+from ctkernels.tuning.methods.settings import SETTINGS, TrainSettings
+from ctkernels.tuning.train.options import Options
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,15 @@ class MethodSpec:
         """
         name, *assignments = text.split(":")
         get_method(name)  # first, so that an unknown method is the error
-        types_of = get_type_hints(TrainSettings)
         overrides = {}
         for assignment in assignments:
             key, equals, value = assignment.partition("=")
             if not equals or not key:
                 raise ValueError(f"settings of a method are written {name}:setting=value, got {text!r}")
-            if key not in types_of:
-                raise ValueError(f"{text}: there is no setting {key!r}; there are {', '.join(types_of)}")
+            if key not in SETTINGS:
+                raise ValueError(f"{text}: there is no setting {key!r}; there are {', '.join(SETTINGS)}")
             try:
-                overrides[key] = _read(types_of[key], value)
+                overrides[key] = _read(SETTINGS[key].kind, value)
             except ValueError as error:
                 raise ValueError(f"{text}: {key} must be {error}, got {value!r}") from None
         spec = cls(name, overrides)
@@ -53,13 +53,18 @@ class MethodSpec:
         """The row of the method table."""
         return get_method(self.name)
 
-    def settings(self, preset: str | None = None, **others: Any) -> TrainSettings:
-        """The method's settings. Those of a preset replace them, then `others`, then the overrides.
+    def settings(self, preset: str | None = None, **others: Any) -> Options:
+        """The method's settings; a preset's values, those of `others` that it reads, and the overrides replace them in turn.
 
         Raises:
-            ValueError: a value out of its range, or a setting that the method does not read.
+            ValueError: a value out of its range, an override that the method does not read, or a name that no method
+                reads.
         """
-        return self.method.settings(preset, **{**others, **self.overrides})
+        for name in others:
+            if name not in SETTINGS:
+                raise ValueError(f"there is no setting {name!r}; there are {', '.join(SETTINGS)}")
+        TrainSettings(**others)  # refuses values out of their range also where the method does not read them
+        return self.method.settings(preset, **{**self.method.pick(others), **self.overrides})
 
 
 def split_words(words: tuple[str, ...]) -> list[str]:
