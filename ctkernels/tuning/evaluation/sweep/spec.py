@@ -54,7 +54,7 @@ class MethodSpec:
         return get_method(self.name)
 
     def settings(self, preset: str | None = None, **others: Any) -> Options:
-        """The method's settings; a preset's values, those of `others` that it reads, and the overrides replace them in turn.
+        """The method's settings. Over them come those of a preset, of `others` that it reads, and the overrides.
 
         Raises:
             ValueError: a value out of its range, an override that the method does not read, or a name that no method
