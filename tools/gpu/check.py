@@ -192,7 +192,7 @@ def check_case(
     """Measure a case beside its peers: rates as shares of the ceilings, same bits, the predicted time; or the error."""
     if torch.device(args.device).type == "cuda":
         torch.cuda.empty_cache()
-    torch._dynamo.reset()  # each case compiles its peers anew: past a limit of recompilations they would run uncompiled
+    torch._dynamo.reset()  # peers compile for each case; past a limit of recompilations they would run uncompiled
     if case.dtype not in ceilings:
         ceilings[case.dtype] = harness.MatrixProduct(case.dtype, args.device)
     result, error = attempt(
