@@ -29,7 +29,7 @@ FEATURES = ("avx2", "fma3", "f16c", "avx512_f", "avx512_bw", "avx512_bf16", "avx
 def load(name: str) -> ModuleType:
     """The module of a backend. A kernel backend provides `unavailable() -> str | None` (the reason in words),
     `forward(q, k, v, prefix_k, prefix_v, prefix_bias, problem)` and `backward(...)` as in `ops.py`, and where it needs
-    more than its row of the table says, `refusal(device, dtype) -> str | None`."""
+    more than its row of the table says, `refusal(device, dtype, wide) -> str | None`."""
     return importlib.import_module(BACKENDS[name][0])
 
 
@@ -43,19 +43,27 @@ def availability() -> dict[str, str | None]:
     return {name: _unavailable(name) for name in BACKENDS}
 
 
-def refusal(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
-    """Why backend `name` cannot compute rows of `dtype` on `device`, or None."""
+def refusal(name: str, device: torch.device, dtype: torch.dtype = torch.float32, wide: bool = False) -> str | None:
+    """Why backend `name` cannot compute rows of `dtype` on `device`, or None. `wide`: Dv is not D, or one of them is
+    larger than those of the table."""
     devices = BACKENDS[name][1]
     if devices and device.type not in devices:
         return f"it computes on {', '.join(devices)} tensors, got {device.type}"
     reason = _unavailable(name)
     if reason is None and hasattr(load(name), "refusal"):
-        reason = load(name).refusal(device, dtype)
+        reason = load(name).refusal(device, dtype, wide)
     return reason
 
 
-def choose(backend: str | None, device: torch.device, dtype: torch.dtype = torch.float32, head_dim: int = 64) -> str:
-    """The backend of a call. A named one is used or refused with the reason; "auto" says when it falls back.
+def choose(
+    backend: str | None,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    head_dim: int = 64,
+    wide: bool = False,
+) -> str:
+    """The backend of a call. A named one is used or refused with the reason; "auto" says when it falls back. `wide` as
+    in `refusal`.
 
     Returns:
         A name of `BACKENDS`, or "FORWARD+BACKWARD" where "auto" takes another one backward (`for_direction`).
@@ -68,14 +76,14 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype = torch
     if backend not in (None, "auto"):
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
-        reason = refusal(backend, device, dtype)
+        reason = refusal(backend, device, dtype, wide)
         if reason is not None:
             raise ValueError(f"backend={backend!r} is unavailable: {reason}")
         return backend
-    usable = (name for name in BACKENDS if refusal(name, device, dtype) is None)
+    usable = (name for name in BACKENDS if refusal(name, device, dtype, wide) is None)
     first = next(usable)  # the reference accepts every call
     if first == "reference":
-        _warn_fallback(device, dtype)
+        _warn_fallback(device, dtype, wide)
     if device.type != "cuda" or not {first, *usable}.issuperset(dispatch_table.GPU_BACKENDS):
         return first  # nothing to choose
     picks = [dispatch_table.pick(architecture(device), dtype, head_dim, d) for d in dispatch_table.DIRECTIONS]
@@ -100,8 +108,8 @@ def architecture(device: torch.device) -> str:
 
 
 @cache
-def _warn_fallback(device: torch.device, dtype: torch.dtype) -> None:
-    reasons = "; ".join(f"{name}: {refusal(name, device, dtype)}" for name in BACKENDS if name != "reference")
+def _warn_fallback(device: torch.device, dtype: torch.dtype, wide: bool) -> None:
+    reasons = "; ".join(f"{name}: {refusal(name, device, dtype, wide)}" for name in BACKENDS if name != "reference")
     warnings.warn(f"ctkernels uses the slow reference backend on {device.type} ({reasons})", stacklevel=5)
 
 

@@ -67,6 +67,15 @@ def column(head_dim: int) -> int:
     return next((D for D in HEAD_DIMENSIONS if head_dim <= D), HEAD_DIMENSIONS[-1])
 
 
+def heads(D: int, Dv: int) -> tuple[int, bool]:
+    """`column(D)`, and whether the head dimensions are none of the table's: Dv is not D, or D is above its largest.
+
+    Constants, by comparisons alone, though torch.compile may know D and Dv as symbols only."""
+    if Dv != D or HEAD_DIMENSIONS[-1] < D:
+        return column(D), True
+    return column(D), False
+
+
 @cache
 def pick(architecture: str, dtype: torch.dtype, head_dim: int, direction: str) -> str:
     """The backend that the table names, by architecture ("sm_90"), type, head dimension (of `HEAD_DIMENSIONS`) and

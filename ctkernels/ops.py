@@ -1,9 +1,10 @@
 """Registered operators: schemas, fakes, autograd. Forward and backward are both ops, so that torch.compile, opcheck,
 selective checkpointing and profilers see them by name.
 
-The ops take q `[B, H, S, D]`, k and v `[B, Hk, T, D]` (B = 1 and rows packed along S and T with cu_seqlens), prefixes
-`[G, Hk, P, D]`, a bias `[1 or G, 1 or H, P]`, and the fields of `Problem` in order. They hand the call to the backend
-that `dispatch.choose` named, which refuses values that would leave memory.
+The ops take q `[B, H, S, D]`, k `[B, Hk, T, D]` and v `[B, Hk, T, Dv]` (B = 1 and rows packed along S and T with
+cu_seqlens), prefixes `[G, Hk, P, D]` and `[G, Hk, P, Dv]`, a bias `[1 or G, 1 or H, P]`, sinks `[H]`, and the fields of
+`Problem` in order. They hand the call to the backend that `dispatch.choose` named, which refuses values that would
+leave memory. Backends know nothing of sinks: `backends/sinks.py` puts them around any of them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ctkernels import dispatch
+from ctkernels.backends import sinks as sink
+from ctkernels.backends.check import expect
 from ctkernels.problem import Problem, compute_dtype
 
 PROBLEM_SCHEMA = (
@@ -20,15 +23,16 @@ PROBLEM_SCHEMA = (
     "Tensor? hidden, Tensor? row_ids, Tensor? keep, SymInt context_length, float drop_p, SymInt seed, float scale, "
     "bool causal, SymInt window, bool window_prefix, float softcap, str backend"
 )
-INPUTS_SCHEMA = "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor? prefix_bias"
-INPUT_COUNT = 6
+INPUTS_SCHEMA = "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor? prefix_bias, Tensor? sinks"
+INPUT_COUNT = 7
 PROBLEM_TENSORS = 8
 
 torch.library.define("ctkernels::prefix_attention", f"({INPUTS_SCHEMA}, {PROBLEM_SCHEMA}) -> (Tensor out, Tensor lse)")
 torch.library.define(
     "ctkernels::prefix_attention_backward",
     f"(Tensor dout, Tensor? dlse, {INPUTS_SCHEMA}, Tensor out, Tensor lse, bool[{INPUT_COUNT}] needs, "
-    f"{PROBLEM_SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dprefix_k, Tensor dprefix_v, Tensor dprefix_bias)",
+    f"{PROBLEM_SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dprefix_k, Tensor dprefix_v, Tensor dprefix_bias, "
+    "Tensor dsinks)",
 )
 prefix_attention = torch.ops.ctkernels.prefix_attention.default
 prefix_attention_backward = torch.ops.ctkernels.prefix_attention_backward.default
@@ -39,38 +43,51 @@ def _load(problem: Problem, direction: str):
 
 
 @torch.library.impl("ctkernels::prefix_attention", ("cpu", "cuda"))
-def _forward(q, k, v, prefix_k, prefix_v, prefix_bias, *fields):
+def _forward(q, k, v, prefix_k, prefix_v, prefix_bias, sinks, *fields):
     problem = Problem(*fields)
-    return _load(problem, "forward").forward(q, k, v, prefix_k, prefix_v, prefix_bias, problem)
+    out, lse = _load(problem, "forward").forward(q, k, v, prefix_k, prefix_v, prefix_bias, problem)
+    if sinks is not None:
+        sink.apply(out, lse, sinks)
+    return out, lse
 
 
 @torch.library.impl("ctkernels::prefix_attention_backward", ("cpu", "cuda"))
-def _backward(dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, *fields):
-    problem = Problem(*fields)
-    return _load(problem, "backward").backward(
-        dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, problem
-    )
+def _backward(dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, sinks, out, lse, needs, *fields):
+    problem, inputs = Problem(*fields), (q, k, v, prefix_k, prefix_v, prefix_bias)
+    *kernel_needs, needs_sinks = needs
+    dsinks = q.new_empty(0)
+    if needs_sinks:
+        expect(sinks is not None, "the gradient of absent sinks is asked for")
+        dsinks = sink.gradient(dout, out, lse, sinks)
+    if not any(kernel_needs):
+        return *empty_gradients(*inputs, kernel_needs), dsinks
+    if sinks is not None:
+        dout, lse = sink.before_backward(dout, dlse, out, lse, sinks)
+    grads = _load(problem, "backward").backward(dout, dlse, *inputs, out, lse, kernel_needs, problem)
+    return *grads, dsinks
 
 
 @torch.library.register_fake("ctkernels::prefix_attention")
-def _forward_fake(q, k, v, prefix_k, prefix_v, prefix_bias, *fields):
-    return empty_rows(q), q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype))
+def _forward_fake(q, k, v, *others):
+    return empty_rows(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype))
 
 
 @torch.library.register_fake("ctkernels::prefix_attention_backward")
-def _backward_fake(dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, *fields):
-    return empty_gradients(q, k, v, prefix_k, prefix_v, prefix_bias, needs)
+def _backward_fake(dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, sinks, out, lse, needs, *fields):
+    dsinks = torch.empty_like(sinks) if needs[-1] else q.new_empty(0)
+    return *empty_gradients(q, k, v, prefix_k, prefix_v, prefix_bias, needs[:-1]), dsinks
 
 
-def empty_rows(x: Tensor) -> Tensor:
-    """Uninitialised `[B, H, S, D]` in memory order B, S, H, D: what the layers around attention read and write."""
-    B, H, S, D = x.shape
+def empty_rows(x: Tensor, D: int) -> Tensor:
+    """Uninitialised `[B, H, S, D]`, as x `[B, H, S, ..]`, in memory order B, S, H, D: what the layers around attention
+    read and write."""
+    B, H, S, _ = x.shape
     return x.new_empty(B, S, H, D).transpose(1, 2)
 
 
 def empty_gradients(q, k, v, prefix_k, prefix_v, prefix_bias, needs) -> tuple[Tensor, ...]:
     """Uninitialised gradients; one that is not needed has zero elements."""
-    rows = [empty_rows(x) if need else x.new_empty(0) for x, need in zip((q, k, v), needs[:3], strict=True)]
+    rows = [empty_rows(x, x.shape[3]) if need else x.new_empty(0) for x, need in zip((q, k, v), needs[:3], strict=True)]
     shared = [
         x.new_empty(x.shape if need else 0)
         for x, need in zip((prefix_k, prefix_v, q if prefix_bias is None else prefix_bias), needs[3:], strict=True)

@@ -27,6 +27,11 @@ class Backend:
         return self.device == "cpu" and self.name in ("reference", "cpu")
 
     @property
+    def wide(self) -> bool:
+        """Whether every D and Dv up to 512 are served: not by the CUDA C++ kernels, which say so."""
+        return dispatch.refusal(self.name, torch.device(self.device), wide=True) is None
+
+    @property
     def kernel(self) -> bool:
         return self.name != "reference"
 

@@ -23,7 +23,7 @@ def test_sweep(build, types, data):
 
 
 def check(build, data, types):
-    call = data.draw(calls(types))
+    call = data.draw(calls(types, build.wide))
     cotangents = cotangents_for(call, layout=data.draw(COTANGENT_LAYOUTS))
     assert_matches(call, run(call, build, cotangents), cotangents)
 
@@ -32,5 +32,5 @@ def check(build, data, types):
 @given(data=st.data())
 def test_sweep_forward_only(build, types, data):
     """Without gradients a kernel may take another path (no lse kept, other tiles)."""
-    call = data.draw(calls(types))
+    call = data.draw(calls(types, build.wide))
     assert_matches(call, run(call, build), None)

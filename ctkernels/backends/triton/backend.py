@@ -38,10 +38,12 @@ def unavailable() -> str | None:
     return None
 
 
-def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+def refusal(device: torch.device, dtype: torch.dtype, wide: bool = False) -> str | None:
     """Why the kernels cannot take rows of `dtype` on `device`, or None."""
     if dtype == torch.float64:
         return "it computes in fp32, got fp64 tensors"
+    if wide:
+        return "it computes head dimensions D = Dv <= 256, got another Dv or a larger one"
     if device.type == "cpu":
         return None if interpreting() else "it computes on cuda tensors, got cpu (unless TRITON_INTERPRET=1 is set)"
     if interpreting():
