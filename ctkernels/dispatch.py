@@ -43,9 +43,9 @@ def availability() -> dict[str, str | None]:
     return {name: _unavailable(name) for name in BACKENDS}
 
 
-def refusal(name: str, device: torch.device, dtype: torch.dtype = torch.float32, wide: bool = False) -> str | None:
-    """Why backend `name` cannot compute rows of `dtype` on `device`, or None. `wide`: Dv is not D, or one of them is
-    larger than those of the table."""
+def refusal(name: str, device: torch.device, dtype: torch.dtype = torch.float32, wide: int = 0) -> str | None:
+    """Why backend `name` cannot compute rows of `dtype` on `device`, or None. `wide`: 0 where D = Dv <= 256, else 256
+    or 512, which holds both."""
     devices = BACKENDS[name][1]
     if devices and device.type not in devices:
         return f"it computes on {', '.join(devices)} tensors, got {device.type}"
@@ -60,7 +60,7 @@ def choose(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     head_dim: int = 64,
-    wide: bool = False,
+    wide: int = 0,
 ) -> str:
     """The backend of a call. A named one is used or refused with the reason; "auto" says when it falls back. `wide` as
     in `refusal`.
@@ -108,7 +108,7 @@ def architecture(device: torch.device) -> str:
 
 
 @cache
-def _warn_fallback(device: torch.device, dtype: torch.dtype, wide: bool) -> None:
+def _warn_fallback(device: torch.device, dtype: torch.dtype, wide: int) -> None:
     reasons = "; ".join(f"{name}: {refusal(name, device, dtype, wide)}" for name in BACKENDS if name != "reference")
     warnings.warn(f"ctkernels uses the slow reference backend on {device.type} ({reasons})", stacklevel=5)
 

@@ -67,13 +67,13 @@ def column(head_dim: int) -> int:
     return next((D for D in HEAD_DIMENSIONS if head_dim <= D), HEAD_DIMENSIONS[-1])
 
 
-def heads(D: int, Dv: int) -> tuple[int, bool]:
-    """`column(D)`, and whether the head dimensions are none of the table's: Dv is not D, or D is above its largest.
+def heads(D: int, Dv: int) -> tuple[int, int]:
+    """`column(D)`, and 0 if that says all: Dv is D, and no larger than the table's. Else 256 or 512, which holds both.
 
     Constants, by comparisons alone, though torch.compile may know D and Dv as symbols only."""
-    if Dv != D or HEAD_DIMENSIONS[-1] < D:
-        return column(D), True
-    return column(D), False
+    if HEAD_DIMENSIONS[-1] < D or HEAD_DIMENSIONS[-1] < Dv:
+        return column(D), 2 * HEAD_DIMENSIONS[-1]
+    return column(D), 0 if Dv == D else HEAD_DIMENSIONS[-1]
 
 
 @cache

@@ -30,7 +30,7 @@ def unavailable() -> str | None:
     return load_library() or (None if torch.cuda.is_available() else "torch finds no GPU")
 
 
-def refusal(device: torch.device, dtype: torch.dtype, wide: bool = False) -> str | None:
+def refusal(device: torch.device, dtype: torch.dtype, wide: int = 0) -> str | None:
     """Why the kernels cannot take rows of `dtype` on `device`, or None."""
     if dtype == torch.float64:
         return "it computes in fp32, got fp64 tensors"

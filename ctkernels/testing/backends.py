@@ -28,8 +28,8 @@ class Backend:
 
     @property
     def wide(self) -> bool:
-        """Whether every D and Dv up to 512 are served: not by the CUDA C++ kernels, which say so."""
-        return dispatch.refusal(self.name, torch.device(self.device), wide=True) is None
+        """Whether every D and Dv up to 512 are served in every type: not by the CUDA C++ kernels, which say so."""
+        return dispatch.refusal(self.name, torch.device(self.device), wide=512) is None
 
     @property
     def kernel(self) -> bool:

@@ -5,8 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ctkernels import dispatch, dispatch_table
 from ctkernels.testing import oracle
-from ctkernels.testing.calls import Call, run_dense, unpack
+from ctkernels.testing.backends import Backend
+from ctkernels.testing.calls import Call, run, run_dense, unpack
+
+
+def assert_right_or_refused(call: Call, backend: Backend, cotangents: tuple[Tensor, Tensor] | None) -> None:
+    """Run a call and hold it against the oracle; head dimensions that a backend says it does not serve must raise."""
+    q, v = call.tensors["q"], call.tensors["v"]
+    _, wide = dispatch_table.heads(q.shape[-1], v.shape[-1])
+    reason = dispatch.refusal(backend.name, torch.device(backend.device), q.dtype, wide)
+    try:
+        got = run(call, backend, cotangents)
+    except ValueError as error:
+        assert reason is not None and reason in str(error), error
+        return
+    assert reason is None, f"not refused, though {reason}"
+    assert_matches(call, got, cotangents)
 
 
 def assert_matches(

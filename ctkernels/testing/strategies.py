@@ -10,22 +10,19 @@ from ctkernels.testing.calls import TYPES, Call, cu_seqlens_of, tensor
 
 ROW_LENGTHS = st.sampled_from([0, 1, 2, 3, 5, 8, 17, 33])
 PREFIX_LENGTHS = st.sampled_from([0, 1, 3, 16, 31, 33, 64, 65, 130])
-HEAD_DIMS = [1, 2, 8, 17, 40, 64, 80, 96, 128, 256]
-WIDE_HEAD_DIMS = [*HEAD_DIMS, 192, 512]
+HEAD_DIMS = st.sampled_from([1, 2, 8, 17, 40, 64, 80, 96, 128, 192, 256, 512])
 LAYOUTS = st.sampled_from(["plain", "transposed", "sliced", "broadcast"])
 SEEDS = st.one_of(st.integers(0, 2**64 - 1), st.sampled_from([0, 1, 2**32, 2**63, 2**64 - 1]))
 
 
 @st.composite
-def calls(draw: st.DrawFn, types: str, wide: bool = True, varlen: bool | None = None) -> Call:
-    """Any call. Without `wide`, D = Dv <= 256."""
+def calls(draw: st.DrawFn, types: str, varlen: bool | None = None) -> Call:
     rows_dtype, prefix_dtype = TYPES[types]
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     varlen = draw(st.booleans()) if varlen is None else varlen
     lens = draw(st.lists(ROW_LENGTHS, max_size=5))
-    sizes = st.sampled_from(WIDE_HEAD_DIMS if wide else HEAD_DIMS)
-    B, D, P = len(lens), draw(sizes), draw(PREFIX_LENGTHS)
-    Dv = draw(sizes) if wide and draw(st.booleans()) else D
+    B, D, P = len(lens), draw(HEAD_DIMS), draw(PREFIX_LENGTHS)
+    Dv = draw(HEAD_DIMS) if draw(st.booleans()) else D
     Hk = draw(st.sampled_from([1, 2, 3]))
     H = Hk * draw(st.sampled_from([1, 1, 2, 4, 7]))
     G = draw(st.sampled_from([None, None, 1, 3]))

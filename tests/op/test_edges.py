@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ctkernels.testing.calls import Call, cotangents_for, cu_seqlens_of, make_call, run
-from ctkernels.testing.compare import assert_matches
+from ctkernels.testing.compare import assert_matches, assert_right_or_refused
 
 INF = float("inf")
 
@@ -209,18 +209,7 @@ def test_edge(build, case, types):
     if types == "fp64" and not build.double:
         types = "fp16"
     call = make_call(types=types, **EDGES[case])
-    cotangents = cotangents_for(call)
-    if is_wide(EDGES[case]) and not build.wide:
-        with pytest.raises(ValueError, match="D = Dv <= 256"):
-            run(call, build, cotangents)
-        return
-    assert_matches(call, run(call, build, cotangents), cotangents)
-
-
-def is_wide(sizes: dict) -> bool:
-    """Whether D and Dv differ, or one is above 256."""
-    D = sizes.get("D", 8)
-    return D > 256 or sizes.get("Dv", D) != D
+    assert_right_or_refused(call, build, cotangents_for(call))
 
 
 @pytest.mark.parametrize("through", ["out", "lse", "both"])

@@ -11,6 +11,7 @@ import torch
 
 import ctkernels as ct
 from ctkernels import dispatch
+from ctkernels.testing.backends import backends
 from ctkernels.testing.calls import Call, call_op, make_call
 
 from .test_gradients import Recorder
@@ -310,6 +311,11 @@ def test_every_backend_of_the_table_has_a_state():
     assert "cpu" in states
     for name, reason in states.items():
         assert reason is None or (isinstance(reason, str) and len(reason) > 10), name
+
+
+def test_head_dimensions_that_all_backends_on_the_cpu_serve():
+    """Without it a backend that refuses what it could compute would pass."""
+    assert all(backend.wide for backend in backends() if backend.device == "cpu")
 
 
 def test_unknown_instruction_set():
