@@ -6,6 +6,8 @@
 
 namespace ctk {
 
+constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
+
 enum class Type : int32_t { f32, f64, bf16, f16 };
 
 inline int64_t size_of(Type t) { return t == Type::f64 ? 8 : t == Type::f32 ? 4 : 2; }

@@ -1,5 +1,5 @@
-// Torch side of the CPU backend: turns tensors into Params and registers the operators that ctkernels/backends/cpu.py calls.
-// Arguments have been checked in Python (attention.py for shapes and types, ops.py for values).
+// Torch side of the CPU backend: turns tensors into Params and registers the operators that ctkernels/backends/cpu.py
+// calls. Arguments have been checked in Python (attention.py for shapes and types, ops.py for values).
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -10,6 +10,7 @@
 #include <thread>
 #include <vector>
 
+#include "../csrc/cpu/arena.h"
 #include "../csrc/cpu/select.h"
 #include "problem.h"
 
@@ -191,8 +192,7 @@ int64_t cpu_workers() {
 
 // Frees the scratch memory that threads keep between calls.
 void cpu_release() {
-  const auto* kernels = ctk::cpu::selected();
-  pool().run([&](int) { kernels->release(); });
+  pool().run([](int) { ctk::cpu::Arena::release(); });
 }
 
 void set_cpu_isa(const std::string& name) {

@@ -1,6 +1,5 @@
 // A call of the CUDA kernels, from tensors to the list of launches: checks, params, outputs, workspace. Knows torch but
-// not CUDA: who runs the launches is the caller's business (cuda.cpp on a GPU; the tests in an emulator, on CPU
-// tensors).
+// not CUDA: the caller runs the launches (cuda.cpp on a GPU; the tests in an emulator, on CPU tensors).
 #pragma once
 #include <ATen/Context.h>
 #include <torch/version.h>
@@ -21,7 +20,7 @@ struct Executor {
   std::function<void(const cuda::Plan&)> run;  // its launches in order, on the current stream
 };
 
-// Whether the user lets fp32 matrix products take TF32. The old way to ask raises once the new one was used to say so.
+// Whether the user allows TF32 in fp32 matrix products. Reading the old setting raises once the new one was written.
 inline bool tf32_allowed() {
 #if TORCH_VERSION_MAJOR > 2 || (TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR >= 10)
   const auto set = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
@@ -31,7 +30,7 @@ inline bool tf32_allowed() {
 #endif
 }
 
-// Whether tokens may belong to no row: padding, or what lies behind the last of packed rows. No kernel writes there.
+// Whether tokens may belong to no row: padding, or tokens after the last packed row. No kernel writes there.
 inline bool may_have_idle_tokens(const Problem& problem) {
   return problem.seq_lens.has_value() || problem.cu_seqlens.has_value();
 }

@@ -75,7 +75,7 @@ inline int64_t row_count(const Tensor& q, const Problem& problem) {
   return problem.cu_seqlens ? problem.cu_seqlens->numel() - 1 : q.size(0);
 }
 
-// The operators can be called past attention.py; inconsistent tensors must not reach memory that is not theirs.
+// The operators can be called without attention.py; inconsistent tensors must not reach memory that is not theirs.
 inline void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_k,
                          const Tensor& prefix_v, const MaybeTensor& bias, const Problem& problem) {
   for (const Tensor* t : {&q, &k, &v, &prefix_k, &prefix_v})

@@ -1,5 +1,5 @@
-"""Shapes and types that the kernels take for granted. `attention.py` has checked them for its callers; the registered
-operators can be called past it, and inconsistent tensors must not reach memory that is not theirs."""
+"""Shapes and types that the kernels rely on. `attention.py` has checked them for its callers, but the registered
+operators can be called without it, and inconsistent tensors must not reach memory that is not theirs."""
 
 from __future__ import annotations
 

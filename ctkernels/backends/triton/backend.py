@@ -1,4 +1,4 @@
-"""Triton backend: the kernels of `triton_kernels`, on GPU tensors, or on CPU tensors under Triton's interpreter."""
+"""Triton backend: the kernels of this folder, on GPU tensors, or on CPU tensors under Triton's interpreter."""
 
 from __future__ import annotations
 

@@ -54,21 +54,21 @@ def prefix_kernel(
     accumulator of BIAS_WIDTH, the next power of two. SKIP: look for tiles none of whose rows sees the keys; the
     branch keeps Triton from prefetching the next tile, so that it must be worth it.
     """
-    k0, kv = tl.program_id(0) * BLOCK_N, tl.program_id(1)
+    first_key, kv = tl.program_id(0) * BLOCK_N, tl.program_id(1)
     prefix, split = tl.program_id(2) % n_prefixes, tl.program_id(2) // n_prefixes
     BRANCH: tl.constexpr = not (DROP or KEPT)
     NEAR: tl.constexpr = WINDOW and WINDOW_PREFIX
     PAIR: tl.constexpr = Q.dtype.element_ty == tl.float32
     NEED_DS: tl.constexpr = NEED_K or BIAS_HEADS > 0
-    n = k0 + tl.arange(0, BLOCK_N)
+    n = first_key + tl.arange(0, BLOCK_N)
     inside = n < P
     at = n.to(tl.int64)
     prefix_k = PREFIX_K + prefix.to(tl.int64) * pk_g + kv.to(tl.int64) * pk_h
-    k0_, k1_ = load_pieces(prefix_k, at * pk_t, inside, D, D0, D1)
+    k0, k1 = load_pieces(prefix_k, at * pk_t, inside, D, D0, D1)
     prefix_v = PREFIX_V + prefix.to(tl.int64) * pv_g + kv.to(tl.int64) * pv_h
     v0, v1 = load_pieces(prefix_v, at * pv_t, inside, VD, VD0, VD1)
     # zeros for what is not finite, which p = 0 would not hide; lanes that see it have an lse or delta of that kind
-    k0_, k1_, v0, v1 = finite(k0_), finite(k1_), finite(v0), finite(v1)  # [BLOCK_N, D0 | D1 | VD0 | VD1]
+    k0, k1, v0, v1 = finite(k0), finite(k1), finite(v0), finite(v1)  # [BLOCK_N, D0 | D1 | VD0 | VD1]
     dk0 = tl.zeros([BLOCK_N, D0], tl.float32)
     dk1 = tl.zeros([BLOCK_N, W1], tl.float32)
     dv0 = tl.zeros([BLOCK_N, VD0], tl.float32)
@@ -81,14 +81,14 @@ def prefix_kernel(
     prefix_len = 0
     if first < last:
         prefix_len = tile_value(TILES, n_tiles, first, TILE_PREFIX_LEN)
-    if k0 >= prefix_len:
+    if first_key >= prefix_len:
         last = first
     share = tl.cdiv(last - first, SPLITS)
     begin = first + split * share
     for tile in range(begin, tl.minimum(begin + share, last)):
         hidden = False
         if SKIP:
-            hidden = block_word(TILE_WORDS, n_tiles, tile, k0, BLOCK_N, False) == 0
+            hidden = block_word(TILE_WORDS, n_tiles, tile, first_key, BLOCK_N, False) == 0
         if not hidden:
             lane0 = tile_value(TILES, n_tiles, tile, TILE_LANE)
             lane = lane0 + tl.arange(0, BLOCK_M)
@@ -102,14 +102,14 @@ def prefix_kernel(
             if ALIBI:
                 slope2 = tl.load(SLOPES + head, mask=ok, other=0.0) * LOG2E
             bias = BIAS + prefix.to(tl.int64) * bias_g + head.to(tl.int64) * bias_h
-            s = inner(k0_, k1_, q0, q1, D1, PRECISION)  # [BLOCK_N, BLOCK_M]
+            s = inner(k0, k1, q0, q1, D1, PRECISION)  # [BLOCK_N, BLOCK_M]
             s, derivative = prefix_logits(
                 s, n, position, prefix_len, bias, slope2, ok, factor, cap, SOFTCAP, HAS_BIAS, ALIBI, PLAIN, True
             )
             highest = tl.max(tl.where(ok, position, -2147483647), 0)
             s = prefix_masked(
-                s, WORDS, TILE_WORDS, n_rows, n_words, n_tiles, tile, row, k0, position, highest, prefix_len, window,
-                MASKED, BRANCH, NEAR, True, BLOCK_N,
+                s, WORDS, TILE_WORDS, n_rows, n_words, n_tiles, tile, row, first_key, position, highest, prefix_len,
+                window, MASKED, BRANCH, NEAR, True, BLOCK_N,
             )  # fmt: skip
             p = probabilities(s, high, low, factor, PLAIN, PAIR, True)
             ds = p

@@ -133,19 +133,19 @@ def forward_kernel(
         PREFIX_V + prefix * pv_g + kv.to(tl.int64) * pv_h,
     )
     for block in range(first, first + count):
-        k0 = (block + tl.where(block >= skip, skipped, 0)) * BLOCK_N
-        n = k0 + tl.arange(0, BLOCK_N)
+        first_key = (block + tl.where(block >= skip, skipped, 0)) * BLOCK_N
+        n = first_key + tl.arange(0, BLOCK_N)
         seen = seen_by_tile(TILE_WORDS, n_tiles, tile, n) if MASKED else n < prefix_len
         if NEAR:
             seen = seen & (prefix_len + lowest - n < window)
         at = n.to(tl.int64)
-        k0_, k1_ = load_pieces(prefix_k, at * pk_t, seen, D, D0, D1)
-        s = inner(q0, q1, k0_, k1_, D1, PRECISION)  # [BLOCK_M, BLOCK_N]
+        k0, k1 = load_pieces(prefix_k, at * pk_t, seen, D, D0, D1)
+        s = inner(q0, q1, k0, k1, D1, PRECISION)  # [BLOCK_M, BLOCK_N]
         s, _derivative = prefix_logits(
             s, n, position, prefix_len, bias, slope2, ok, factor, cap, SOFTCAP, HAS_BIAS, ALIBI, PLAIN, False
         )
         s = prefix_masked(
-            s, WORDS, TILE_WORDS, n_rows, n_words, n_tiles, tile, row, k0, position, highest, prefix_len, window,
+            s, WORDS, TILE_WORDS, n_rows, n_words, n_tiles, tile, row, first_key, position, highest, prefix_len, window,
             MASKED, BRANCH, NEAR, False, BLOCK_N,
         )  # fmt: skip
         p, m, alpha = softmax_step(s, m, factor, PLAIN)
@@ -159,13 +159,13 @@ def forward_kernel(
             mine = ok & (row == r)
             own_batch = tl.load(ROWS + ROW_BATCH * n_rows + r)
             own_token = tl.load(ROWS + ROW_TOKEN * n_rows + r)
-            for t0 in tl.range(begin, end, OWN_N, num_stages=1):  # short: prefetching costs registers
-                t = t0 + tl.arange(0, OWN_N)
+            for first_t in tl.range(begin, end, OWN_N, num_stages=1):  # short: prefetching costs registers
+                t = first_t + tl.arange(0, OWN_N)
                 seen = own_seen(
                     ROWS, KEEP, n_rows, r, t, keys, P, length, drop_below, seed_low, seed_high, OWN_CONTEXT, DROP, KEPT
                 )
-                k0_, k1_ = load_pieces(K, offsets(own_batch, kv, own_token + t, k_b, k_h, k_t), seen, D, D0, D1)
-                s = inner(q0, q1, k0_, k1_, D1, PRECISION)  # [BLOCK_M, OWN_N]
+                k0, k1 = load_pieces(K, offsets(own_batch, kv, own_token + t, k_b, k_h, k_t), seen, D, D0, D1)
+                s = inner(q0, q1, k0, k1, D1, PRECISION)  # [BLOCK_M, OWN_N]
                 s, _derivative = own_logits(s, t, position, slope2, factor, cap, SOFTCAP, ALIBI, PLAIN, False)
                 visible = own_visible(t, seen, position, mine, window, CAUSAL, WINDOW, False)
                 p, m, alpha = softmax_step(tl.where(visible, s, -float("inf")), m, factor, PLAIN)

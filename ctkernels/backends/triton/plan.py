@@ -193,7 +193,7 @@ class Call:
 
 
 def tf32_allowed() -> bool:
-    """Whether the user lets fp32 matrix products take TF32. torch 2.9 has two ways to say so, and the old one must not
+    """Whether the user allows TF32 in fp32 matrix products. torch 2.9 has two settings for it, and the old one must not
     be read after the new one was written."""
     matmul = torch.backends.cuda.matmul
     precision = getattr(matmul, "fp32_precision", None)
@@ -217,7 +217,7 @@ def empty_rows(x: Tensor, D: int, zero: bool) -> Tensor:
 
 
 def may_have_idle_tokens(problem: Problem) -> bool:
-    """Whether tokens may belong to no row: padding, or what is behind the last packed row. No kernel writes there."""
+    """Whether tokens may belong to no row: padding, or tokens after the last packed row. No kernel writes there."""
     return problem.seq_lens is not None or problem.cu_seqlens is not None
 
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # for tests/, which are not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # for tools/, which is not installed
 
 import ptxemu
 import torch
@@ -62,7 +62,7 @@ def check_architectures(library: Path, wanted: str) -> tuple[set[str], set[str]]
 
 
 def check_refusals() -> None:
-    """In words: without a GPU by name, and tensors of another device."""
+    """The reasons that errors give: no GPU, and tensors of another device."""
     assert cuda.unavailable() == "torch finds no GPU" or torch.cuda.is_available()
     try:
         dispatch.choose("cuda", torch.device("cpu"))

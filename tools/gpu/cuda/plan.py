@@ -1,4 +1,4 @@
-"""`csrc/cuda/plan.h` from Python: a call as its structs, and the launches that it makes of them.
+"""`csrc/cuda/plan.h` from Python: a call as C structures, and the launches that the header plans for it.
 
 The fields mirror `csrc/params.h`, `csrc/mask.h` and `csrc/cuda/{args,plan}.h`; sizes are compared when the library is
 loaded.

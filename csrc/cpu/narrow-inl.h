@@ -2,14 +2,14 @@
 // lanes would be padding and reading keys is what takes the time: here vectors run along D.
 
 template <typename C>
-constexpr int NARROW = std::min(4, LANES<C>);  // lanes; with more the products of gemm.h are faster
+constexpr int NARROW = std::min(4, VECTOR_SIZE<C>);  // lanes; with more the products of gemm-inl.h are faster
 
 template <typename U>
-bool is_narrow(const Lanes<C_of<U>>& lanes, int64_t D) {
-  return lanes.count <= NARROW<C_of<U>> && lanes.pieces.size() == 1 && D % (LANES<C_of<U>> * WIDTH<U>) == 0;
+bool is_narrow(const TileLanes<C_of<U>>& lanes, int64_t D) {
+  return lanes.count <= NARROW<C_of<U>> && lanes.pieces.size() == 1 && D % (VECTOR_SIZE<C_of<U>> * WIDTH<U>) == 0;
 }
 
-// s[n][l] <- <key n, q l>, the rest of a vector <- 0. q [units][TILE], s [count][TILE]; rows `ahead` are fetched.
+// s[n][l] <- <key n, q l>, the rest of a vector <- 0. q [units][TILE], s [count][TILE]; rows `ahead` are prefetched.
 template <typename U, int L>
 CTK_NOINLINE void narrow_logits(int count, const U* const* keys, int64_t depth, const U* q, C_of<U>* s,
                                 const U* const* ahead) {
@@ -26,7 +26,7 @@ CTK_NOINLINE void narrow_logits(int count, const U* const* keys, int64_t depth, 
       fetch_row(ahead[std::min(first + i, count - 1)], depth);
     }
     Vec<C> sums[KEYS][L] = {};
-    for (int64_t d = 0; d < depth; d += LANES<C>)
+    for (int64_t d = 0; d < depth; d += VECTOR_SIZE<C>)
 #pragma GCC unroll 4
       for (int i = 0; i < KEYS; ++i) {
         const typename Operand<U>::Vector k = Operand<U>::vector_at(key[i] + d);
@@ -35,7 +35,7 @@ CTK_NOINLINE void narrow_logits(int count, const U* const* keys, int64_t depth, 
           sums[i][l] = Operand<U>::multiply_add(Operand<U>::vector_at(rows[l] + d), k, sums[i][l]);
       }
     for (int i = 0; i < KEYS && first + i < count; ++i) {
-      alignas(64) C line[LANES<C>] = {};
+      alignas(64) C line[VECTOR_SIZE<C>] = {};
       for (int l = 0; l < L; ++l) line[l] = sum_of<C>(sums[i][l]);
       store(s + (first + i) * TILE, load(line));
     }
@@ -48,21 +48,21 @@ CTK_NOINLINE void narrow_sums(int count, const U* const* values, int64_t D, cons
                               C_of<U>* o) {
   using C = C_of<U>;
   constexpr int VECTORS = 4;
-  for (int64_t at = 0; at < D; at += VECTORS * LANES<C>) {
-    const int vectors = int(std::min<int64_t>(VECTORS, (D - at) / LANES<C>));
+  for (int64_t at = 0; at < D; at += VECTORS * VECTOR_SIZE<C>) {
+    const int vectors = int(std::min<int64_t>(VECTORS, (D - at) / VECTOR_SIZE<C>));
     Vec<C> sums[L][VECTORS] = {};
     for (int n = 0; n < count; ++n)
 #pragma GCC unroll 4
       for (int v = 0; v < VECTORS; ++v) {
         if (v >= vectors) break;
-        const Vec<C> value = Operand<U>::values_at(values[n], at + v * LANES<C>);
+        const Vec<C> value = Operand<U>::values_at(values[n], at + v * VECTOR_SIZE<C>);
 #pragma GCC unroll 4
         for (int l = 0; l < L; ++l) sums[l][v] += p[n * TILE + l] * value;
       }
     for (int l = 0; l < L; ++l)
       for (int v = 0; v < vectors; ++v)
-        for (int i = 0; i < LANES<C>; ++i) {
-          C* to = o + (at + v * LANES<C> + i) * TILE + l;
+        for (int i = 0; i < VECTOR_SIZE<C>; ++i) {
+          C* to = o + (at + v * VECTOR_SIZE<C> + i) * TILE + l;
           *to = *to * factor[l] + sums[l][v][i];
         }
   }

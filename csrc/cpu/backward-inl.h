@@ -16,7 +16,7 @@ constexpr int64_t ENOUGH_UNITS = 24;      // units per phase that balance a few 
 template <typename U>
 struct BackwardTile {
   using C = C_of<U>;
-  Lanes<C> lanes;
+  TileLanes<C> lanes;
   U *q, *dout;               // [depth.units][TILE]
   U *q_rows, *dout_rows;     // [TILE / WIDTH][depth.padded], pairs of lanes
   alignas(64) C lse[TILE];   // base 2; +inf where the lane has no probabilities (padding, no visible key)
@@ -56,7 +56,7 @@ class Backward {
 
   // Brings the lanes of a tile into operand form.
   void pack(const RowOrder& order, const Tile& which, int64_t kv_head, BackwardTile<U>* tile) {
-    Lanes<C>& lanes = tile->lanes;
+    TileLanes<C>& lanes = tile->lanes;
     lanes.set(p_, order, which, kv_head);
     pack_rows(p_.q, kv_head, lanes, nullptr, tile->q, tile->q_rows);
     std::fill_n(tile->lse, TILE, std::numeric_limits<C>::infinity());
@@ -114,7 +114,7 @@ class Backward {
         if (own_block(p_, tile_.lanes, tile_.lanes.pieces[0], at, std::min(at + KEY_BLOCK, row.keys), &block_))
           step(logits, tile_, true, k, v, 0, p_.dk.data, p_.dv.data, share ? dq_ : nullptr);
       if (!share) continue;
-      transpose(dq_, TILE, rows_, depth_.padded, depth_.padded, tile_.lanes.vectors * LANES<C>);
+      transpose(dq_, TILE, rows_, depth_.padded, depth_.padded, tile_.lanes.vectors * VECTOR_SIZE<C>);
       std::copy_n(rows_, tile_.lanes.count * depth_.padded, share + which.first * depth_.padded);
     }
     store_own(p_.dk, row, kv_head, dk_, C(p_.scale));
@@ -124,16 +124,17 @@ class Backward {
   // dq of a tile <- scale * (prefix shares in the order of their slots + own share)
   void finish(const BackwardTile<U>& tile, int64_t kv_head, const C* shares, int64_t slots, int64_t slot_stride,
               const C* own_share) {
-    const Lanes<C>& lanes = tile.lanes;
+    const TileLanes<C>& lanes = tile.lanes;
     std::fill_n(dq_, depth_.padded * TILE, C(0));
     for (int64_t slot = 0; slot < slots; ++slot) {
       const C* share = shares + slot * slot_stride;
-      for (int64_t i = 0; i < depth_.padded * TILE; i += LANES<C>) store(dq_ + i, load(dq_ + i) + load(share + i));
+      for (int64_t i = 0; i < depth_.padded * TILE; i += VECTOR_SIZE<C>)
+        store(dq_ + i, load(dq_ + i) + load(share + i));
     }
-    transpose(dq_, TILE, rows_, depth_.padded, depth_.padded, lanes.vectors * LANES<C>);
+    transpose(dq_, TILE, rows_, depth_.padded, depth_.padded, lanes.vectors * VECTOR_SIZE<C>);
     lanes.each([&](int l, const Row& row) {
       C* line = rows_ + l * depth_.padded;
-      for (int64_t d = 0; d < depth_.padded; d += LANES<C>)
+      for (int64_t d = 0; d < depth_.padded; d += VECTOR_SIZE<C>)
         store(line + d, load(line + d) + load(own_share + l * depth_.padded + d));
       store_row(p_.dq, lanes.offset(p_.dq, kv_head, p_, l, row), line, p_.D, C(p_.scale));
     });
@@ -146,7 +147,8 @@ class Backward {
   }
 
   // Lanes of `t` as columns and as pairs of lanes; those marked in `blank` (if given) as zeros.
-  void pack_rows(const Tensor4& t, int64_t kv_head, const Lanes<C>& lanes, const bool* blank, U* columns, U* pairs) {
+  void pack_rows(const Tensor4& t, int64_t kv_head, const TileLanes<C>& lanes, const bool* blank, U* columns,
+                 U* pairs) {
     // numbers need no pairing: they are loaded where the rows belong
     Element<U>* rows = WIDTH<U> == 1 ? reinterpret_cast<Element<U>*>(pairs) : lane_rows_;
     const int64_t elements = depth_.elements();
@@ -154,16 +156,16 @@ class Backward {
     for (int l = 0; blank && l < lanes.count; ++l)
       if (blank[l]) std::fill_n(rows + l * elements, elements, Element<U>(0));
     to_columns<U>(rows, depth_, lanes.vectors, columns);
-    lane_pairs<U>(rows, elements, lanes.vectors * LANES<C>, depth_.padded, pairs);
+    lane_pairs<U>(rows, elements, lanes.vectors * VECTOR_SIZE<C>, depth_.padded, pairs);
   }
 
   // <out, dout> of a lane
   C dot(int64_t out_at, int64_t dout_at) const {
     Vec<C> products{};
     int64_t d = 0;
-    for (; d + LANES<C> <= p_.D; d += LANES<C>)
+    for (; d + VECTOR_SIZE<C> <= p_.D; d += VECTOR_SIZE<C>)
       products += load_vector<C>(p_.out, out_at + d) * load_vector<C>(p_.dout, dout_at + d);
-    C sum = sum_of<C>(products), out[LANES<C>], dout[LANES<C>];
+    C sum = sum_of<C>(products), out[VECTOR_SIZE<C>], dout[VECTOR_SIZE<C>];
     load_row(out, p_.out, out_at + d, p_.D - d, p_.out.type);
     load_row(dout, p_.dout, dout_at + d, p_.D - d, p_.dout.type);
     for (int64_t i = 0; d + i < p_.D; ++i) sum += out[i] * dout[i];
@@ -188,10 +190,11 @@ class Backward {
     logits.apply(tile.lanes, block_, own, s_, p_.softcap ? slope_ : nullptr);
     // dp <- v dout
     if (needs_ds) times_rows<U>(count, v_rows, depth, tile.dout, TILE, dp_rows, vectors, 3, false);
-    for (int at = 0; at < vectors * LANES<C>; at += LANES<C>) probabilities(tile, at, logits.coefficient, needs_ds);
+    for (int at = 0; at < vectors * VECTOR_SIZE<C>; at += VECTOR_SIZE<C>)
+      probabilities(tile, at, logits.coefficient, needs_ds);
     if (p_.dbias && !own) add_bias(tile.lanes, logits.kv_head);
     if (p_.softcap && needs_ds) apply_slope(vectors);
-    const int d_vectors = int(depth_.padded / LANES<C>);
+    const int d_vectors = int(depth_.padded / VECTOR_SIZE<C>);
     const auto add_rows = [&](const C* x, U* scratch, const U* rows, C* sums) {  // sums of keys += x rows
       const U* operand = by_lane<U>(x, count, vectors, scratch);
       for (int n = 0; n < count; ++n) {
@@ -228,11 +231,11 @@ class Backward {
   // The bias is added after the softcap, so its gradient is summed before this.
   void apply_slope(int vectors) {
     for (int n = 0; n < block_.count; ++n)
-      for (int at = n * TILE; at < n * TILE + vectors * LANES<C>; at += LANES<C>)
+      for (int at = n * TILE; at < n * TILE + vectors * VECTOR_SIZE<C>; at += VECTOR_SIZE<C>)
         store(dp_ + at, load(dp_ + at) * load(slope_ + at));
   }
 
-  void add_bias(const Lanes<C>& lanes, int64_t kv_head) {
+  void add_bias(const TileLanes<C>& lanes, int64_t kv_head) {
     const int64_t group = p_.H / p_.Hk;
     C* base = static_cast<C*>(p_.dbias) + lanes.prefix() * p_.dbias_prefix + kv_head * group * p_.dbias_head;
     for (int n = 0; n < block_.count; ++n)
@@ -273,7 +276,8 @@ class Backward {
 // Prefix keys per unit: enough units, key gradients that stay in the second-level cache, whole blocks.
 template <typename C>
 int64_t chunk_keys(const Params& p) {
-  const int64_t most = std::max<int64_t>(KEY_BLOCK, (256 << 10) / (2 * int64_t(sizeof(C)) * round_up(p.D, LANES<C>)));
+  const int64_t most =
+      std::max<int64_t>(KEY_BLOCK, (256 << 10) / (2 * int64_t(sizeof(C)) * round_up(p.D, VECTOR_SIZE<C>)));
   const int64_t wanted = p.P * p.Hk / ENOUGH_UNITS;
   return round_up(std::clamp<int64_t>(wanted, KEY_BLOCK, most), KEY_BLOCK);
 }
@@ -351,7 +355,7 @@ class BackwardPlan {
       const Row& row = p_.rows[order_.row[order_.position_of(begin)]];
       end = std::min(order_.end_of_prefix(p_, begin), last);
       const bool fresh = begin == 0 || order_.end_of_prefix(p_, begin - 1) == begin;
-      const std::vector<Tile> some = make_tiles(order_, begin, end, LANES<C>, true);
+      const std::vector<Tile> some = make_tiles(order_, begin, end, VECTOR_SIZE<C>, true);
       for (int64_t at = 0; at < row.prefix_len; at += chunk_)
         units_.push_back({int64_t(tiles_.size()), int64_t(some.size()), row.prefix, at,
                           std::min(at + chunk_, row.prefix_len), at / chunk_, fresh});
@@ -385,7 +389,7 @@ class BackwardPlan {
   }
 
   void differentiate_own(Backward<U>& worker, int64_t at, int64_t head) {
-    const std::vector<Tile> tiles = make_tiles(order_, order_.start[at], order_.start[at + 1], LANES<C>, false);
+    const std::vector<Tile> tiles = make_tiles(order_, order_.start[at], order_.start[at + 1], VECTOR_SIZE<C>, false);
     C* share = own_shares_ ? own_shares_ + head * order_.lanes() * depth_.padded : nullptr;
     worker.own(order_, tiles, p_.rows[order_.row[at]], first_head_ + head, share);
   }

@@ -8,7 +8,7 @@
 //
 // With numbers these steps copy nothing.
 
-constexpr int TILE = 48;        // lanes of a tile (tiles.h): 3 AVX-512 vectors of float
+constexpr int TILE = 48;        // lanes of a tile (tiles-inl.h): 3 AVX-512 vectors of float
 constexpr int KEY_BLOCK = 128;  // keys per block: their logits for one tile stay in the first-level cache
 
 template <typename U>

@@ -19,7 +19,7 @@ template <typename C>
 using Ints = typename VectorOf<C>::ints;  // as wide as C, element by element
 
 template <typename C>
-constexpr int LANES = CTK_VECTOR_BYTES / int(sizeof(C));
+constexpr int VECTOR_SIZE = CTK_VECTOR_BYTES / int(sizeof(C));
 
 template <typename C>
 CTK_INLINE Vec<C> load(const C* p) {
@@ -49,41 +49,41 @@ CTK_INLINE Vec<C> add_half(Vec<C> v, std::integer_sequence<int, J...>) {
   return v + __builtin_shufflevector(v, v, (J ^ N)...);
 }
 
-template <typename C, int N = LANES<C> / 2>
+template <typename C, int N = VECTOR_SIZE<C> / 2>
 CTK_INLINE C sum_of(Vec<C> v) {
   if constexpr (N == 0) return v[0];
-  else return sum_of<C, N / 2>(add_half<C, N>(v, std::make_integer_sequence<int, LANES<C>>{}));
+  else return sum_of<C, N / 2>(add_half<C, N>(v, std::make_integer_sequence<int, VECTOR_SIZE<C>>{}));
 }
 
 // One step of a transpose in registers: exchange the elements of a whose index has bit S with those of b that lack it.
 template <typename C, int S, int... J>
 CTK_INLINE void exchange(Vec<C>* a, Vec<C>* b, std::integer_sequence<int, J...>) {
   const Vec<C> x = *a, y = *b;
-  *a = __builtin_shufflevector(x, y, ((J & S) ? LANES<C> + (J ^ S) : J)...);
-  *b = __builtin_shufflevector(x, y, ((J & S) ? LANES<C> + J : (J ^ S))...);
+  *a = __builtin_shufflevector(x, y, ((J & S) ? VECTOR_SIZE<C> + (J ^ S) : J)...);
+  *b = __builtin_shufflevector(x, y, ((J & S) ? VECTOR_SIZE<C> + J : (J ^ S))...);
 }
 
 template <typename C, int S = 1>
-CTK_INLINE void transpose_square(Vec<C> (&v)[LANES<C>]) {
-  if constexpr (S < LANES<C>) {
+CTK_INLINE void transpose_square(Vec<C> (&v)[VECTOR_SIZE<C>]) {
+  if constexpr (S < VECTOR_SIZE<C>) {
 #pragma GCC unroll 16
-    for (int i = 0; i < LANES<C>; ++i)
-      if (!(i & S)) exchange<C, S>(&v[i], &v[i | S], std::make_integer_sequence<int, LANES<C>>{});
+    for (int i = 0; i < VECTOR_SIZE<C>; ++i)
+      if (!(i & S)) exchange<C, S>(&v[i], &v[i | S], std::make_integer_sequence<int, VECTOR_SIZE<C>>{});
     transpose_square<C, S * 2>(v);
   }
 }
 
-// dst[j][i] = src[i][j] for i < rows, j < cols, both multiples of LANES.
+// dst[j][i] = src[i][j] for i < rows, j < cols, both multiples of VECTOR_SIZE.
 template <typename C>
 void transpose(const C* src, int64_t src_stride, C* dst, int64_t dst_stride, int64_t rows, int64_t cols) {
-  for (int64_t i = 0; i < rows; i += LANES<C>)
-    for (int64_t j = 0; j < cols; j += LANES<C>) {
-      Vec<C> v[LANES<C>];
+  for (int64_t i = 0; i < rows; i += VECTOR_SIZE<C>)
+    for (int64_t j = 0; j < cols; j += VECTOR_SIZE<C>) {
+      Vec<C> v[VECTOR_SIZE<C>];
 #pragma GCC unroll 16
-      for (int r = 0; r < LANES<C>; ++r) v[r] = load(src + (i + r) * src_stride + j);
+      for (int r = 0; r < VECTOR_SIZE<C>; ++r) v[r] = load(src + (i + r) * src_stride + j);
       transpose_square<C>(v);
 #pragma GCC unroll 16
-      for (int r = 0; r < LANES<C>; ++r) store(dst + (j + r) * dst_stride + i, v[r]);
+      for (int r = 0; r < VECTOR_SIZE<C>; ++r) store(dst + (j + r) * dst_stride + i, v[r]);
     }
 }
 
@@ -118,7 +118,7 @@ CTK_INLINE Vec<float> exp2_of(Vec<float> x) {
 }
 
 CTK_INLINE Vec<double> exp2_of(Vec<double> x) {
-  for (int i = 0; i < LANES<double>; ++i) x[i] = std::exp2(x[i]);
+  for (int i = 0; i < VECTOR_SIZE<double>; ++i) x[i] = std::exp2(x[i]);
   return x;
 }
 
@@ -138,7 +138,7 @@ CTK_INLINE Vec<float> tanh_of(Vec<float> x) {
 }
 
 CTK_INLINE Vec<double> tanh_of(Vec<double> x) {
-  for (int i = 0; i < LANES<double>; ++i) x[i] = std::tanh(x[i]);
+  for (int i = 0; i < VECTOR_SIZE<double>; ++i) x[i] = std::tanh(x[i]);
   return x;
 }
 
@@ -190,15 +190,15 @@ CTK_INLINE uint16_t to_f16(float f) {
 #endif
 }
 
-// LANES elements at `offset` (in elements) of `t`, in the compute type.
+// VECTOR_SIZE elements at `offset` (in elements) of `t`, in the compute type.
 template <typename C>
 CTK_INLINE Vec<C> load_vector(const Tensor4& t, int64_t offset) {
   const char* at = static_cast<const char*>(t.data) + offset * size_of(t.type);
   if (t.type == (sizeof(C) == 8 ? Type::f64 : Type::f32)) return load(reinterpret_cast<const C*>(at));
-  uint16_t half[LANES<C>];
+  uint16_t half[VECTOR_SIZE<C>];
   std::memcpy(half, at, sizeof half);
   Vec<C> v;
-  for (int i = 0; i < LANES<C>; ++i) v[i] = C(t.type == Type::bf16 ? from_bf16(half[i]) : from_f16(half[i]));
+  for (int i = 0; i < VECTOR_SIZE<C>; ++i) v[i] = C(t.type == Type::bf16 ? from_bf16(half[i]) : from_f16(half[i]));
   return v;
 }
 

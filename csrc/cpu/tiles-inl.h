@@ -1,64 +1,12 @@
-// Query tiles. The queries of all rows that read one prefix, times the heads of a KV group, form one long axis of lanes
-// (row, query, head; head fastest). A tile is up to TILE consecutive lanes; keys are broadcast against it, so one load
-// of a key serves every lane. Rows that fill vectors badly share tiles, and then each lane carries its own row.
+// Query tiles. A lane is a query of one head; the lanes of all rows that read one prefix, for the heads of a KV group,
+// form one long axis (row, query, head; head fastest). A tile is up to TILE consecutive lanes, several vectors of them.
+// Keys are broadcast against it, so that one load of a key serves every lane. Rows that fill vectors badly share tiles;
+// each lane then has its own row.
 //
 // Results of a lane do not depend on which lanes share its tile: keys are visited in blocks at fixed positions, and a
 // key that a lane does not see contributes exactly nothing (as long as the prefix is finite).
-
-constexpr int64_t ALIGNMENT = 64;
-
-inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-
-// Scratch memory of one worker: a bump allocator over one aligned block. Each thread keeps its last blocks for later
-// calls, up to KEPT_BYTES each, since fresh memory costs a page fault per 4 KB.
-class Arena {
- public:
-  static constexpr int64_t KEPT_BYTES = 16 << 20;
-
-  Arena() = default;  // measures: take() only counts
-  explicit Arena(int64_t bytes) : block_(bytes ? find(round_up(bytes, ALIGNMENT)) : Block{}) {}
-  ~Arena() {
-    if (block_.memory && block_.bytes <= KEPT_BYTES) spare().push_back(std::move(block_));
-  }
-  Arena(const Arena&) = delete;
-  Arena& operator=(const Arena&) = delete;
-  template <typename T>
-  T* take(int64_t count) {
-    T* p = block_.memory ? reinterpret_cast<T*>(block_.memory.get() + used_) : nullptr;
-    used_ += round_up(count * int64_t(sizeof(T)), ALIGNMENT);
-    return p;
-  }
-  int64_t used() const { return used_; }
-  static void release() { spare().clear(); }  // what this thread keeps
-  static int64_t bytes(int64_t count, int64_t size) { return round_up(count * size, ALIGNMENT); }
-
- private:
-  struct Free {
-    void operator()(char* p) const { std::free(p); }
-  };
-  struct Block {
-    std::unique_ptr<char, Free> memory;
-    int64_t bytes = 0;
-  };
-  static std::vector<Block>& spare() {
-    thread_local std::vector<Block> blocks;
-    return blocks;
-  }
-  static Block find(int64_t bytes) {
-    std::vector<Block>& blocks = spare();
-    while (!blocks.empty()) {
-      Block block = std::move(blocks.back());
-      blocks.pop_back();
-      if (block.bytes >= bytes) return block;
-    }
-    Block block{std::unique_ptr<char, Free>(static_cast<char*>(std::aligned_alloc(ALIGNMENT, bytes))), bytes};
-    if (!block.memory) throw std::bad_alloc();
-    return block;
-  }
-
-  Block block_;
-  int64_t used_ = 0;
-};
+//
+// `visible_positions` in csrc/mask.h states which context positions a row sees.
 
 // Rows in the order in which their lanes are laid out: stable by prefix.
 struct RowOrder {
@@ -98,33 +46,33 @@ struct Tile {
   int lanes;
 };
 
-inline void cut(int64_t first, int64_t lanes, int64_t position, const RowOrder& order, int vector_lanes,
+inline void cut(int64_t first, int64_t lanes, int64_t position, const RowOrder& order, int vector_size,
                 std::vector<Tile>* tiles) {
-  const int64_t vectors = (lanes + vector_lanes - 1) / vector_lanes, most = TILE / vector_lanes;
+  const int64_t vectors = (lanes + vector_size - 1) / vector_size, most = TILE / vector_size;
   int64_t left = (vectors + most - 1) / most;
   for (int64_t v = 0, end = first + lanes; v < vectors; --left) {
-    const int64_t width = (vectors - v + left - 1) / left, at = first + v * vector_lanes;
+    const int64_t width = (vectors - v + left - 1) / left, at = first + v * vector_size;
     while (order.start[position + 1] <= at) ++position;
-    tiles->push_back({at, position, int(std::min(width * vector_lanes, end - at))});
+    tiles->push_back({at, position, int(std::min(width * vector_size, end - at))});
     v += width;
   }
 }
 
-// Tiles over lanes [begin, end), whose rows read one prefix. Rows keep to themselves, which lets a tile skip exactly
-// the keys that its row does not see, unless that would waste too many lanes.
-inline std::vector<Tile> make_tiles(const RowOrder& order, int64_t begin, int64_t end, int vector_lanes, bool share) {
+// Tiles over lanes [begin, end), whose rows read one prefix. Each row has tiles of its own, which then skip exactly the
+// keys that the row does not see, unless that would waste too many lanes.
+inline std::vector<Tile> make_tiles(const RowOrder& order, int64_t begin, int64_t end, int vector_size, bool share) {
   std::vector<Tile> tiles;
   if (begin >= end) return tiles;
   const int64_t position = order.position_of(begin);
-  int64_t alone = 0;  // vectors, if every row keeps to itself
+  int64_t alone = 0;  // vectors, if every row has tiles of its own
   for (int64_t at = begin, i = position; at < end; at = order.start[++i])
-    alone += (std::min(order.start[i + 1], end) - at + vector_lanes - 1) / vector_lanes;
-  if (share && alone * vector_lanes * 8 > round_up(end - begin, vector_lanes) * 9) {
-    cut(begin, end - begin, position, order, vector_lanes, &tiles);
+    alone += (std::min(order.start[i + 1], end) - at + vector_size - 1) / vector_size;
+  if (share && alone * vector_size * 8 > round_up(end - begin, vector_size) * 9) {
+    cut(begin, end - begin, position, order, vector_size, &tiles);
     return tiles;
   }
   for (int64_t at = begin, i = position; at < end; at = order.start[++i])
-    cut(at, std::min(order.start[i + 1], end) - at, i, order, vector_lanes, &tiles);
+    cut(at, std::min(order.start[i + 1], end) - at, i, order, vector_size, &tiles);
   return tiles;
 }
 
@@ -134,9 +82,9 @@ struct Piece {
   int begin, end;  // lanes
 };
 
-// What a tile's lanes are. Lanes from `count` to the end of the last vector are padding: finite, and never stored.
+// The lanes of a tile. Those from `count` to the end of the last vector are padding: finite, and never stored.
 template <typename C>
-struct Lanes {
+struct TileLanes {
   int count, vectors;
   std::vector<Piece> pieces;
   int64_t query[TILE];           // index of the query in its row
@@ -148,7 +96,7 @@ struct Lanes {
   void set(const Params& p, const RowOrder& order, const Tile& tile, int64_t kv_head) {
     const int group = int(p.H / p.Hk);
     count = tile.lanes;
-    vectors = (count + LANES<C> - 1) / LANES<C>;
+    vectors = (count + VECTOR_SIZE<C> - 1) / VECTOR_SIZE<C>;
     pieces.clear();
     lowest = std::numeric_limits<int64_t>::max(), highest = std::numeric_limits<int64_t>::min();
     std::fill_n(slope, TILE, C(0)), std::fill_n(position, TILE, C(0));
@@ -190,18 +138,19 @@ template <typename U>
 struct Depth {
   int64_t units, padded;
   int64_t elements() const { return units * WIDTH<U>; }  // of a row [units]; at least `padded`
-  explicit Depth(int64_t D) : units(round_up(units_of<U>(D), LANES<C_of<U>>)), padded(round_up(D, LANES<C_of<U>>)) {}
+  explicit Depth(int64_t D)
+      : units(round_up(units_of<U>(D), VECTOR_SIZE<C_of<U>>)), padded(round_up(D, VECTOR_SIZE<C_of<U>>)) {}
 };
 
 // Loads the lanes of a tensor laid out as q as rows [TILE][depth.elements()], zero where there is nothing.
 template <typename U>
-void load_lanes(const Params& p, const Tensor4& t, int64_t kv_head, const Lanes<C_of<U>>& lanes, Element<U>* rows,
+void load_lanes(const Params& p, const Tensor4& t, int64_t kv_head, const TileLanes<C_of<U>>& lanes, Element<U>* rows,
                 int64_t elements) {
   lanes.each([&](int l, const Row& row) {
     load_row(rows + l * elements, t, lanes.offset(t, kv_head, p, l, row), p.D, t.type);
     std::fill(rows + l * elements + p.D, rows + (l + 1) * elements, Element<U>(0));
   });
-  std::fill(rows + lanes.count * elements, rows + lanes.vectors * LANES<C_of<U>> * elements, Element<U>(0));
+  std::fill(rows + lanes.count * elements, rows + lanes.vectors * VECTOR_SIZE<C_of<U>> * elements, Element<U>(0));
 }
 
 // Rows [TILE][depth.elements()] as columns [depth.units][TILE].
@@ -210,7 +159,8 @@ void to_columns(const Element<U>* rows, const Depth<U>& depth, int vectors, U* c
   using C = C_of<U>;  // as wide as a unit, which the transpose only moves
   static_assert(sizeof(U) == sizeof(C));
   void* out = columns;
-  transpose(reinterpret_cast<const C*>(rows), depth.units, static_cast<C*>(out), TILE, vectors * LANES<C>, depth.units);
+  transpose(reinterpret_cast<const C*>(rows), depth.units, static_cast<C*>(out), TILE, vectors * VECTOR_SIZE<C>,
+            depth.units);
 }
 
 // Keys as rows in memory: key j is at base + j * stride, in elements.
@@ -251,32 +201,52 @@ struct KeyBlock {
   int begin, end;                 // lanes that take part
 };
 
-// Visibility of context positions [begin, begin + count) of one row, one byte each. count <= KEY_BLOCK.
-inline void context_bits(const ContextRule& rule, const ContextRow& row, int64_t begin, int count, uint8_t* visible) {
-  std::memset(visible, 1, count);
-  const int context = int(std::clamp<int64_t>(rule.length - begin, 0, count));
-  if (rule.drop_below) {
-    // plain loops, which the compiler turns into vectors; the quads are a multiple of what a vector holds
-    constexpr int QUADS = KEY_BLOCK / 4 + 16;
-    uint32_t words[QUADS * 4];
-    const uint32_t first = uint32_t(begin >> 2);
-    const int shift = int(begin & 3), quads = (shift + context + 63) / 64 * 16;
-    for (int i = 0; i < quads; ++i) {
-      uint32_t word[4];
-      philox4x32(first + uint32_t(i), row.id, rule.seed, word);
-      for (int j = 0; j < 4; ++j) words[i * 4 + j] = word[j];
-    }
-    for (int c = 0; c < context; ++c) visible[c] = words[shift + c] >= rule.drop_below;
+// Which of KEY_BLOCK keys are visible, one bit each.
+struct KeyBits {
+  uint64_t words[KEY_BLOCK / 64] = {};
+
+  void operator|=(const KeyBits& other) {
+    for (int i = 0; i < KEY_BLOCK / 64; ++i) words[i] |= other.words[i];
   }
-  if (row.keep)
-    for (int c = 0; c < context; ++c) visible[c] &= row.keep[begin + c] != 0;
-  const int64_t from = std::max(row.hidden_start, begin), to = std::min(row.hidden_end, begin + context);
-  if (from < to) std::memset(visible + (from - begin), 0, to - from);
+
+  KeyBits without(const KeyBits& other) const {
+    KeyBits rest;
+    for (int i = 0; i < KEY_BLOCK / 64; ++i) rest.words[i] = words[i] & ~other.words[i];
+    return rest;
+  }
+
+  // How many keys before `key` are visible.
+  int before(int key) const {
+    int count = 0;
+    for (int first = 0; first < key; first += 64)
+      count += __builtin_popcountll(words[first / 64] & low_bits(key - first));
+    return count;
+  }
+
+  // f(key) for every visible key below `count`, in order.
+  template <typename F>
+  CTK_INLINE void each(int count, F f) const {
+    for (int first = 0; first < count; first += 64)
+      for (uint64_t word = words[first / 64] & low_bits(count - first); word; word &= word - 1)
+        f(first + __builtin_ctzll(word));
+  }
+};
+
+// Visibility of context positions [begin, begin + count) of one row. count <= KEY_BLOCK; later bits mean nothing.
+inline KeyBits context_bits(const ContextRule& rule, const ContextRow& row, int64_t begin, int count) {
+  KeyBits visible;
+  const int shift = int(begin % 4);  // the rule starts at a multiple of 4
+  for (int i = 0; 64 * i < shift + count; ++i) {
+    const uint64_t word = visible_positions<64>(rule, row, begin - shift + 64 * i);
+    if (64 * i < count) visible.words[i] = word >> shift;
+    if (i && shift) visible.words[i - 1] |= word << (64 - shift);
+  }
+  return visible;
 }
 
 // Prefix keys [begin, end), end - begin <= KEY_BLOCK, for a tile. False: no lane sees any of them.
 template <typename C>
-bool prefix_block(const Params& p, const Lanes<C>& lanes, int64_t begin, int64_t end, KeyBlock* block) {
+bool prefix_block(const Params& p, const TileLanes<C>& lanes, int64_t begin, int64_t end, KeyBlock* block) {
   block->holes.clear();
   block->first_vector = 0, block->last_vector = lanes.vectors;
   block->begin = 0, block->end = lanes.count;
@@ -288,37 +258,28 @@ bool prefix_block(const Params& p, const Lanes<C>& lanes, int64_t begin, int64_t
     block->limits = begin <= edge + lanes.highest;
   }
   const int count = int(end - begin);
-  int kept = 0;
-  uint8_t any[KEY_BLOCK];
-  if (lanes.pieces.size() == 1) {
-    context_bits(p.rule, lanes.pieces[0].row->context, begin, count, any);
-    for (int j = 0; j < count; ++j) block->index[kept] = begin + j, kept += any[j];
-  } else {
-    uint8_t seen[TILE][KEY_BLOCK];  // a tile holds at most one row per lane
-    std::memset(any, 0, count);
-    for (size_t i = 0; i < lanes.pieces.size(); ++i) {
-      context_bits(p.rule, lanes.pieces[i].row->context, begin, count, seen[i]);
-      for (int j = 0; j < count; ++j) any[j] |= seen[i][j];
-    }
-    for (int j = 0; j < count; ++j) {
-      if (!any[j]) continue;
-      for (size_t i = 0; i < lanes.pieces.size(); ++i)
-        if (!seen[i][j]) block->holes.push_back({kept, lanes.pieces[i].begin, lanes.pieces[i].end});
-      block->index[kept++] = begin + j;
-    }
+  KeyBits seen[TILE], any;  // a tile holds at most one row per lane
+  for (size_t i = 0; i < lanes.pieces.size(); ++i) {
+    seen[i] = context_bits(p.rule, lanes.pieces[i].row->context, begin, count);
+    any |= seen[i];
   }
+  int kept = 0;
+  any.each(count, [&](int j) { block->index[kept++] = begin + j; });
+  for (size_t i = 0; i < lanes.pieces.size(); ++i)
+    any.without(seen[i]).each(
+        count, [&](int j) { block->holes.push_back({any.before(j), lanes.pieces[i].begin, lanes.pieces[i].end}); });
   block->count = kept;
   return kept > 0;
 }
 
 // Own keys of one row of the tile, [begin, end) among the row's, end - begin <= KEY_BLOCK.
 template <typename C>
-bool own_block(const Params& p, const Lanes<C>& lanes, const Piece& piece, int64_t begin, int64_t end,
+bool own_block(const Params& p, const TileLanes<C>& lanes, const Piece& piece, int64_t begin, int64_t end,
                KeyBlock* block) {
   const int64_t low = piece.row->offset + lanes.query[piece.begin];
   const int64_t high = piece.row->offset + lanes.query[piece.end - 1];
   block->holes.clear();
-  block->first_vector = piece.begin / LANES<C>, block->last_vector = (piece.end - 1) / LANES<C> + 1;
+  block->first_vector = piece.begin / VECTOR_SIZE<C>, block->last_vector = (piece.end - 1) / VECTOR_SIZE<C> + 1;
   block->begin = piece.begin, block->end = piece.end;
   block->limits = false;
   if (p.causal) {
@@ -332,9 +293,8 @@ bool own_block(const Params& p, const Lanes<C>& lanes, const Piece& piece, int64
   if (begin >= end) return false;
   int kept = 0;
   if (p.rule.length > p.P) {
-    uint8_t visible[KEY_BLOCK];
-    context_bits(p.rule, piece.row->context, p.P + begin, int(end - begin), visible);
-    for (int64_t j = begin; j < end; ++j) block->index[kept] = j, kept += visible[j - begin];
+    const KeyBits visible = context_bits(p.rule, piece.row->context, p.P + begin, int(end - begin));
+    visible.each(int(end - begin), [&](int j) { block->index[kept++] = begin + j; });
   } else {
     for (int64_t j = begin; j < end; ++j) block->index[kept++] = j;
   }

@@ -1,5 +1,5 @@
 // Register-blocked matrix products. Both take one operand through row pointers, so that keys are read where they lie,
-// visible ones only, and never packed; k counts units (operands.h):
+// visible ones only, and never packed; k counts units (operands-inl.h):
 //
 //   times_rows   C[r][:] (+)= sum_k a[r][k] * b[k][:]      a: row pointers, k along the row    (logits, dp, dk, dv)
 //   times_cols   C[r][:]   =  factor * C[r][:] + sum_k a[k][r] * b[k][:]   a: row pointers, one per k   (out, dq)
@@ -29,7 +29,7 @@ CTK_INLINE void rows_block(const U* const* a, int64_t K, const U* b, int64_t ldb
   for (int64_t k = 0; k < K; ++k, b += ldb) {
     typename Operand<U>::Vector bv[NV];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) bv[v] = Operand<U>::vector_at(b + v * LANES<C>);
+    for (int v = 0; v < NV; ++v) bv[v] = Operand<U>::vector_at(b + v * VECTOR_SIZE<C>);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -39,7 +39,7 @@ CTK_INLINE void rows_block(const U* const* a, int64_t K, const U* b, int64_t ldb
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
-      C* dst = c[r] + at + v * LANES<C>;
+      C* dst = c[r] + at + v * VECTOR_SIZE<C>;
       store(dst, add ? load(dst) + acc[r][v] : acc[r][v]);
     }
 }
@@ -57,7 +57,7 @@ CTK_INLINE void cols_block(const U* const* a, int64_t K, int64_t row, const U* b
     const U* ar = a[k] + row;
     typename Operand<U>::Vector bv[NV];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) bv[v] = Operand<U>::vector_at(b + v * LANES<C>);
+    for (int v = 0; v < NV; ++v) bv[v] = Operand<U>::vector_at(b + v * VECTOR_SIZE<C>);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -66,17 +66,17 @@ CTK_INLINE void cols_block(const U* const* a, int64_t K, int64_t row, const U* b
 #pragma GCC unroll 4
   for (int v = 0; v < NV; ++v) {
     // lanes of other rows must not catch a NaN from this row's values, hence a mask of bits and not a factor 0
-    const Ints<C> bits = (Ints<C>)load(keep + v * LANES<C>);
-    const Vec<C> f = load(factor + v * LANES<C>);
+    const Ints<C> bits = (Ints<C>)load(keep + v * VECTOR_SIZE<C>);
+    const Vec<C> f = load(factor + v * VECTOR_SIZE<C>);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      C* dst = c + r * ldc + v * LANES<C>;
+      C* dst = c + r * ldc + v * VECTOR_SIZE<C>;
       store(dst, load(dst) * f + (Vec<C>)((Ints<C>)acc[r][v] & bits));
     }
   }
 }
 
-// Asks for a row of K units before it is needed.
+// Prefetches a row of K units.
 template <typename U>
 CTK_INLINE void fetch_row(const U* row, int64_t K) {
   const char* p = reinterpret_cast<const char*>(row);
@@ -138,13 +138,13 @@ CTK_INLINE void for_panels(int vectors, int most, F f) {
   }
 }
 
-// C rows c[0..n) (+)= a[0..n)[0..K) x b[0..K)[vectors]; meanwhile rows `ahead` are fetched for what follows. Lane
+// C rows c[0..n) (+)= a[0..n)[0..K) x b[0..K)[vectors]; meanwhile rows `ahead` are prefetched for what follows. Lane
 // panels are at most 3 wide, so that 8 keys fit beside them.
 template <typename U>
 void times_rows(int64_t n, const U* const* a, int64_t K, const U* b, int64_t ldb, C_of<U>* const* c, int vectors,
                 int most, bool add, const U* const* ahead = nullptr) {
   for_panels(vectors, std::min(most, MAX_NV), [&](int width, int first) {
-    const int64_t at = int64_t(first) * LANES<C_of<U>>;
+    const int64_t at = int64_t(first) * VECTOR_SIZE<C_of<U>>;
     switch (width) {
       case 1: return rows_panel<U, 1>(n, a, K, b + at, ldb, c, at, add, first ? nullptr : ahead);
       case 2: return rows_panel<U, 2>(n, a, K, b + at, ldb, c, at, add, first ? nullptr : ahead);
@@ -161,7 +161,7 @@ template <typename U>
 void times_cols(int64_t n, const U* const* a, int64_t K, const U* b, int64_t ldb, C_of<U>* c, int64_t ldc, int vectors,
                 const C_of<U>* factor, const C_of<U>* keep) {
   for_panels(vectors, std::min(3, MAX_NV), [&](int width, int first) {
-    const int64_t at = int64_t(first) * LANES<C_of<U>>;
+    const int64_t at = int64_t(first) * VECTOR_SIZE<C_of<U>>;
     switch (width) {
       case 1: return cols_panel<U, 1>(n, a, K, b + at, ldb, c + at, ldc, factor + at, keep + at);
       case 2: return cols_panel<U, 2>(n, a, K, b + at, ldb, c + at, ldc, factor + at, keep + at);

@@ -16,7 +16,7 @@
 template <typename U>
 struct ForwardTile {
   using C = C_of<U>;
-  Lanes<C> lanes;
+  TileLanes<C> lanes;
   U* q;  // [depth.units][TILE]
   C* o;  // [depth.padded][TILE]
   alignas(64) C m[TILE];
@@ -82,7 +82,7 @@ class Forward {
     std::fill_n(tile.m, TILE, -std::numeric_limits<C>::infinity());
     std::fill_n(tile.l, TILE, C(0));
     std::fill_n(tile.o, o_size, C(0));
-    for (int at = 0; at < tile.lanes.vectors * LANES<C>; at += LANES<C>) {
+    for (int at = 0; at < tile.lanes.vectors * VECTOR_SIZE<C>; at += VECTOR_SIZE<C>) {
       Vec<C> top = load(tile.m + at), total{};
       for (int64_t i = 0; i < spans; ++i) top = max<C>(load(partials + i * stride + o_size + at), top);
       const Vec<C> base = top == -std::numeric_limits<C>::infinity() ? Vec<C>{} : top;
@@ -124,7 +124,7 @@ class Forward {
   // One block of keys: the loop body above.
   void attend(const Logits<C>& logits, ForwardTile<U>* tile, bool own, KeyRows<U> k, KeyRows<U> v) {
     const U *k_rows[KEY_BLOCK], *v_rows[KEY_BLOCK], *v_columns[KEY_BLOCK];
-    const int at = block_.first_vector * LANES<C>, vectors = block_.last_vector - block_.first_vector;
+    const int at = block_.first_vector * VECTOR_SIZE<C>, vectors = block_.last_vector - block_.first_vector;
     C* s_rows[KEY_BLOCK];
     for (int n = 0; n < block_.count; ++n) {
       k_rows[n] = k[block_.index[n]], v_rows[n] = v[block_.index[n]];
@@ -140,8 +140,8 @@ class Forward {
     logits.apply(tile->lanes, block_, own, s_, nullptr);
     alignas(64) C factor[TILE], keep[TILE];
     for (int v = block_.first_vector; v < block_.last_vector; ++v)
-      softmax(v * LANES<C>, logits.coefficient, tile, factor);
-    for (int l = at; l < at + vectors * LANES<C>; ++l) set_bits(keep + l, l >= block_.begin && l < block_.end);
+      softmax(v * VECTOR_SIZE<C>, logits.coefficient, tile, factor);
+    for (int l = at; l < at + vectors * VECTOR_SIZE<C>; ++l) set_bits(keep + l, l >= block_.begin && l < block_.end);
     // o <- o 2^(m - m') + v^T p
     if (narrow)
       return with_lanes<C>(tile->lanes.count, [&](auto lanes) {
@@ -176,7 +176,7 @@ class Forward {
   }
 
   void finish(int64_t kv_head, const ForwardTile<U>& tile) {
-    transpose(tile.o, TILE, rows_, depth_.padded, depth_.padded, tile.lanes.vectors * LANES<C>);
+    transpose(tile.o, TILE, rows_, depth_.padded, depth_.padded, tile.lanes.vectors * VECTOR_SIZE<C>);
     tile.lanes.each([&](int l, const Row& row) {
       const C total = tile.l[l], inverse = total > 0 || total != total ? C(1) / total : C(0);
       store_row<C>(p_.out, tile.lanes.offset(p_.out, kv_head, p_, l, row), rows_ + l * depth_.padded, p_.D, inverse);
@@ -212,7 +212,7 @@ void forward_as(const Params& p, const Pool& pool) {
   std::vector<Item> items;
   for (int64_t begin = 0, end; begin < order.lanes(); begin = end) {
     end = order.end_of_prefix(p, begin);
-    const std::vector<Tile> some = make_tiles(order, begin, end, LANES<C>, true);
+    const std::vector<Tile> some = make_tiles(order, begin, end, VECTOR_SIZE<C>, true);
     // enough items to balance the workers, else as many tiles per item as convert a key block together
     const int64_t wanted = int64_t(some.size()) * p.Hk / (8 * pool.workers);
     const int step = int(std::clamp<int64_t>(wanted, 1, Forward<U>::GROUP));
@@ -230,7 +230,7 @@ void forward_as(const Params& p, const Pool& pool) {
     for (size_t t = 0; t < tiles.size(); ++t) items.push_back({int(t), 1});
   }
   const int64_t per_head = int64_t(items.size()), per_span = per_head * p.Hk;
-  const int64_t stride = (round_up(p.D, LANES<C>) + 2) * TILE;
+  const int64_t stride = (round_up(p.D, VECTOR_SIZE<C>) + 2) * TILE;
   Arena partial_memory(spans > 1 ? per_span * spans * stride * int64_t(sizeof(C)) : 0);
   C* partials = spans > 1 ? partial_memory.take<C>(per_span * spans * stride) : nullptr;
   Arena size;
