@@ -16,7 +16,7 @@ from ctkernels.backends import reference
 from ctkernels.mask import ContextMask
 from ctkernels.problem import Problem, check_values
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -38,6 +38,7 @@ def prefix_attention(
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     prefix_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -47,6 +48,9 @@ def prefix_attention(
 
         logit_j = softcap(scale * <q_i, key_j>) + prefix_bias_j - alibi_slopes_h * distance(i, j)
         out_i = sum_j softmax_j(logit) value_j        lse_i = log sum_j exp(logit_j)
+
+    `sinks` add exp(sinks_h) to the denominator of the softmax, but not to lse: out_i is then multiplied by
+    sigmoid(lse_i - sinks_h).
 
     Every prefix key is in the past. The query at own position i sees own key t iff t <= i. `mask` hides context
     positions. Two rows of three tokens that leave out their own demonstration (`#` visible, `.` hidden):
@@ -63,11 +67,12 @@ def prefix_attention(
     bit per row and prefix token.
 
     Args:
-        q: `[B, H, S, D]`, fp32, bf16, fp16 (fp64 on CPU), D <= 256; any strides with a contiguous last dimension.
-        k, v: `[B, Hk, T, D]`, q's type, T >= S, H divisible by Hk. With T > S (decoding) the queries are the last S of
-            a row's valid keys.
-        prefix_k, prefix_v: `[Hk, P, D]`, or `[G, Hk, P, D]` for G prefixes. q's type, or fp32 with bf16/fp16 rows: then
-            rounded on load, with an fp32 gradient. A NaN or infinity in them may reach rows that must not see it.
+        q: `[B, H, S, D]`, fp32, bf16, fp16 (fp64 on CPU), D <= 512; any strides with a contiguous last dimension.
+        k, v: `[B, Hk, T, D]`, q's type, T >= S, H divisible by Hk; v may have a head dimension Dv <= 512 of its own.
+            With T > S (decoding) the queries are the last S of a row's valid keys.
+        prefix_k, prefix_v: `[Hk, P, D]`, or `[G, Hk, P, D]` for G prefixes; prefix_v has v's Dv in place of D. Their
+            type is q's, or fp32 with bf16/fp16 rows: then they are rounded on load, with an fp32 gradient. A NaN or
+            infinity in them may reach rows that must not see it.
         mask: context mask (leave-one-out spans, token dropout, explicit pattern).
         prefix_index: integer `[B]`, the prefix that each row reads.
         prefix_lens: integer `[G]`, valid length of each prefix (default P).
@@ -80,12 +85,13 @@ def prefix_attention(
         softcap: c > 0 replaces a logit x by c * tanh(x / c).
         alibi_slopes: `[H]`, fp32, not differentiable.
         prefix_bias: `[P]`, `[H, P]` or `[G, H, P]`, floating, added to the logits of prefix keys; differentiable.
+        sinks: `[H]`, floating, a logit per head that has no value (attention sinks of gpt-oss); differentiable.
         return_lse: also return lse `[B, H, S]`, fp32 (fp64 for fp64), natural logarithm; differentiable.
         backend: None or "auto", "reference", "cpu", "triton", "cuda". If a named backend cannot serve the call, an
             error says why; no other one takes its place.
 
     Returns:
-        out `[B, H, S, D]` in q's type, or (out, lse). A query that sees no key gets out = 0, lse = -inf.
+        out `[B, H, S, Dv]` in q's type, or (out, lse). A query that sees no key gets out = 0, lse = -inf.
 
     Raises:
         ValueError, TypeError: an argument is not as described above. The message names it; no kernel has run.
@@ -116,6 +122,7 @@ def prefix_attention(
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         prefix_bias=prefix_bias,
+        sinks=sinks,
         backend=backend,
     )
     return (out, lse) if return_lse else out
@@ -139,6 +146,7 @@ def prefix_attention_varlen(
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     prefix_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -146,13 +154,13 @@ def prefix_attention_varlen(
 
     Args:
         q: `[N, H, D]`, N tokens of all rows together.
-        k, v: `[N, Hk, D]`.
+        k, v: `[N, Hk, D]`; v may have a head dimension Dv of its own.
         cu_seqlens: int32 `[B+1]`; row b is tokens cu_seqlens[b] to cu_seqlens[b+1]. It starts at 0, never decreases and
             ends at N.
         All other arguments: as in `prefix_attention`.
 
     Returns:
-        out `[N, H, D]`, or (out, lse) with lse `[N, H]`.
+        out `[N, H, Dv]`, or (out, lse) with lse `[N, H]`.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `prefix_attention`.
@@ -182,6 +190,7 @@ def prefix_attention_varlen(
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         prefix_bias=prefix_bias,
+        sinks=sinks,
         backend=backend,
     )
     out, lse = (x.squeeze(0).transpose(0, 1) for x in (out, lse))
@@ -207,11 +216,13 @@ def _attend(
     softcap: float | None,
     alibi_slopes: Tensor | None,
     prefix_bias: Tensor | None,
+    sinks: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """Both public calls: q `[B, H, S, D]`, or `[1, H, N, D]` with cu_seqlens. Returns (out, lse) in that layout."""
-    prefix_k, prefix_v = _prefixes(q, k, prefix_k, prefix_v)
+    prefix_k, prefix_v = _prefixes(q, k, v, prefix_k, prefix_v)
     G, _, P, D = prefix_k.shape
+    Dv = prefix_v.shape[3]
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if mask is None:
         mask = ContextMask()
@@ -231,11 +242,12 @@ def _attend(
     _check_mask(mask, rows, context_length, q.device)
     prefix_bias = _check_bias(prefix_bias, G, q.shape[1], P, q)
     _check_slopes(alibi_slopes, q)
+    _check_sinks(sinks, q)
     for name, flag in (("causal", causal), ("window_prefix", window_prefix)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name} must be a bool, got {_kind(flag)}")
-    # column(D) is a number, while torch.compile may know D only as a symbol
-    choice = dispatch.choose(backend, q.device, q.dtype, dispatch_table.column(D))
+    # heads(D, Dv) are numbers, while torch.compile may know D and Dv only as symbols
+    choice = dispatch.choose(backend, q.device, q.dtype, *dispatch_table.heads(D, Dv))
     problem = Problem(
         alibi_slopes=alibi_slopes,
         cu_seqlens=cu_seqlens,
@@ -260,8 +272,8 @@ def _attend(
         if not torch.compiler.is_compiling():
             check_values(q, k, prefix_k, problem)
         with torch.autocast(q.device.type, enabled=False):
-            return reference.prefix_attention(q, k, v, prefix_k, prefix_v, prefix_bias, problem)
-    return ops.attend(q, k, v, prefix_k, prefix_v, prefix_bias, *problem, *choice)
+            return reference.prefix_attention(q, k, v, prefix_k, prefix_v, prefix_bias, sinks, problem)
+    return ops.attend(q, k, v, prefix_k, prefix_v, prefix_bias, sinks, *problem, *choice)
 
 
 def _rows(q: Tensor, k: Tensor, v: Tensor, q_shape: str, k_shape: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -280,12 +292,13 @@ def _rows(q: Tensor, k: Tensor, v: Tensor, q_shape: str, k_shape: str) -> tuple[
             raise TypeError(f"{name} must have q's type {q.dtype}, got {x.dtype}")
         if x.device != q.device:
             raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
-        if x.shape[-1] != D:
-            raise ValueError(f"{name} must have q's head dimension D = {D}, got {x.shape[-1]}")
-    if k.shape != v.shape:
-        raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
-    if not 1 <= D <= MAX_HEAD_DIM:
-        raise ValueError(f"q must have a head dimension D in [1, {MAX_HEAD_DIM}], got {D}")
+    if k.shape[-1] != D:
+        raise ValueError(f"k must have q's head dimension D = {D}, got {k.shape[-1]}")
+    if k.shape[:-1] != v.shape[:-1]:
+        raise ValueError(f"v must have k's shape {tuple(k.shape)} but for the last dimension, got {tuple(v.shape)}")
+    for name, dimension, size in (("q", "D", D), ("v", "Dv", v.shape[-1])):
+        if not 1 <= size <= MAX_HEAD_DIM:
+            raise ValueError(f"{name} must have a head dimension {dimension} in [1, {MAX_HEAD_DIM}], got {size}")
     if Hk == 0 or H % Hk:
         raise ValueError(f"q's heads H must be a multiple of k's heads Hk >= 1, got H = {H}, Hk = {Hk}")
     return q, k, v
@@ -300,22 +313,25 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
-def _prefixes(q: Tensor, k: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> tuple[Tensor, Tensor]:
-    """Check the prefixes and give them the shape `[G, Hk, P, D]`."""
-    Hk, D = k.shape[1], k.shape[3]
-    for name, x in (("prefix_k", prefix_k), ("prefix_v", prefix_v)):
+def _prefixes(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> tuple[Tensor, Tensor]:
+    """Check the prefixes and give them the shapes `[G, Hk, P, D]` and `[G, Hk, P, Dv]`."""
+    Hk = k.shape[1]
+    for name, x, own, dimension in (("prefix_k", prefix_k, "k", k.shape[3]), ("prefix_v", prefix_v, "v", v.shape[3])):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor [Hk, P, D] or [G, Hk, P, D], got {_kind(x)}")
         if x.dim() not in (3, 4):
             raise ValueError(f"{name} must have shape [Hk, P, D] or [G, Hk, P, D], got {tuple(x.shape)}")
-        if x.shape[-3] != Hk or x.shape[-1] != D:
-            raise ValueError(f"{name} must have Hk = {Hk} heads of dimension D = {D} as k has, got {tuple(x.shape)}")
+        if x.shape[-3] != Hk or x.shape[-1] != dimension:
+            raise ValueError(
+                f"{name} must have Hk = {Hk} heads of dimension {dimension} as {own}, got {tuple(x.shape)}"
+            )
         if x.dtype != q.dtype and not (x.dtype == torch.float32 and q.dtype in (torch.bfloat16, torch.float16)):
             raise TypeError(f"{name} must have q's type {q.dtype}, or fp32 with bf16/fp16 rows, got {x.dtype}")
         if x.device != q.device:
             raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
-    if prefix_k.shape != prefix_v.shape:
-        raise ValueError(f"prefix_v must have prefix_k's shape {tuple(prefix_k.shape)}, got {tuple(prefix_v.shape)}")
+    if prefix_k.shape[:-1] != prefix_v.shape[:-1]:
+        shape = f"{tuple(prefix_k.shape)} but for the last dimension"
+        raise ValueError(f"prefix_v must have prefix_k's shape {shape}, got {tuple(prefix_v.shape)}")
     if prefix_k.dtype != prefix_v.dtype:
         raise TypeError(f"prefix_v must have prefix_k's type {prefix_k.dtype}, got {prefix_v.dtype}")
     return (prefix_k, prefix_v) if prefix_k.dim() == 4 else (prefix_k.unsqueeze(0), prefix_v.unsqueeze(0))
@@ -369,6 +385,17 @@ def _check_slopes(slopes: Tensor | None, q: Tensor) -> None:
         raise ValueError(f"alibi_slopes must be on q's device {q.device}, got {slopes.device}")
     if slopes.requires_grad:
         raise ValueError("alibi_slopes must not require a gradient: none is computed; pass alibi_slopes.detach()")
+
+
+def _check_sinks(sinks: Tensor | None, q: Tensor) -> None:
+    if sinks is None:
+        return
+    if not isinstance(sinks, Tensor) or not sinks.is_floating_point():
+        raise TypeError(f"sinks must be a floating tensor [H], got {_kind(sinks)}")
+    if tuple(sinks.shape) != (q.shape[1],):
+        raise ValueError(f"sinks must have shape [{q.shape[1]}], got {tuple(sinks.shape)}")
+    if sinks.device != q.device:
+        raise ValueError(f"sinks must be on q's device {q.device}, got {sinks.device}")
 
 
 def _check_number(name: str, value: float | None, default: float) -> float:

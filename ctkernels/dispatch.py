@@ -39,7 +39,7 @@ def load(name: str) -> ModuleType:
 
     A kernel backend provides `unavailable() -> str | None` (the reason in words),
     `forward(q, k, v, prefix_k, prefix_v, prefix_bias, problem)` and `backward(...)` as `ops.py` calls them. If it
-    cannot serve every call on its devices, it also provides `refusal(device, dtype) -> str | None`.
+    cannot serve every call on its devices, it also provides `refusal(device, dtype, wide) -> str | None`.
     """
     return importlib.import_module(BACKENDS[name][0])
 
@@ -54,19 +54,26 @@ def availability() -> dict[str, str | None]:
     return {name: _unavailable(name) for name in BACKENDS}
 
 
-def refusal(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
-    """Why backend `name` cannot compute rows of `dtype` on `device`, or None."""
+def refusal(name: str, device: torch.device, dtype: torch.dtype = torch.float32, wide: int = 0) -> str | None:
+    """Why backend `name` cannot compute rows of `dtype` on `device`, or None. `wide`: 0 where D = Dv <= 256, else 256
+    or 512, which holds both."""
     devices = BACKENDS[name][1]
     if devices and device.type not in devices:
         return f"it computes on {', '.join(devices)} tensors, got {device.type}"
     reason = _unavailable(name)
     if reason is None and hasattr(load(name), "refusal"):
-        reason = load(name).refusal(device, dtype)
+        reason = load(name).refusal(device, dtype, wide)
     return reason
 
 
-def choose(backend: str | None, device: torch.device, dtype: torch.dtype = torch.float32, head_dim: int = 64) -> Choice:
-    """The backends of a call.
+def choose(
+    backend: str | None,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    head_dim: int = 64,
+    wide: int = 0,
+) -> Choice:
+    """The backends of a call. `wide` as in `refusal`.
 
     A named backend serves both directions, or an error gives the reason why it cannot. "auto" (or None) may take a
     different one for each direction, and warns if it falls back to the reference.
@@ -80,14 +87,14 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype = torch
     if backend not in (None, "auto"):
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
-        reason = refusal(backend, device, dtype)
+        reason = refusal(backend, device, dtype, wide)
         if reason is not None:
             raise ValueError(f"backend={backend!r} is unavailable: {reason}")
         return Choice(backend, backend)
-    usable = (name for name in BACKENDS if refusal(name, device, dtype) is None)
+    usable = (name for name in BACKENDS if refusal(name, device, dtype, wide) is None)
     first = next(usable)  # the reference accepts every call
     if first == "reference":
-        _warn_fallback(device, dtype)
+        _warn_fallback(device, dtype, wide)
     if device.type != "cuda" or not {first, *usable}.issuperset(dispatch_table.GPU_BACKENDS):
         return Choice(first, first)  # nothing to choose
     table = {d: dispatch_table.pick(architecture(device), dtype, head_dim, d) for d in dispatch_table.DIRECTIONS}
@@ -107,8 +114,8 @@ def architecture(device: torch.device) -> str:
 
 
 @cache
-def _warn_fallback(device: torch.device, dtype: torch.dtype) -> None:
-    reasons = "; ".join(f"{name}: {refusal(name, device, dtype)}" for name in BACKENDS if name != "reference")
+def _warn_fallback(device: torch.device, dtype: torch.dtype, wide: int) -> None:
+    reasons = "; ".join(f"{name}: {refusal(name, device, dtype, wide)}" for name in BACKENDS if name != "reference")
     warnings.warn(f"ctkernels uses the slow reference backend on {device.type} ({reasons})", stacklevel=5)
 
 

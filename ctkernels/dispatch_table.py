@@ -67,6 +67,15 @@ def column(head_dim: int) -> int:
     return next((D for D in HEAD_DIMENSIONS if head_dim <= D), HEAD_DIMENSIONS[-1])
 
 
+def heads(D: int, Dv: int) -> tuple[int, int]:
+    """`column(D)`, and 0 if that says all: Dv is D, and no larger than the table's. Else 256 or 512, which holds both.
+
+    Constants, by comparisons alone, though torch.compile may know D and Dv as symbols only."""
+    if HEAD_DIMENSIONS[-1] < D or HEAD_DIMENSIONS[-1] < Dv:
+        return column(D), 2 * HEAD_DIMENSIONS[-1]
+    return column(D), 0 if Dv == D else HEAD_DIMENSIONS[-1]
+
+
 @cache
 def pick(architecture: str, dtype: torch.dtype, head_dim: int, direction: str) -> str:
     """The backend that the table names for an architecture ("sm_90"), a type, one of `HEAD_DIMENSIONS` and a

@@ -3,11 +3,12 @@
 Forward and backward are operators of their own: torch.compile, opcheck, selective checkpointing and profilers see them
 by name. Arguments:
 
-    q [B, H, S, D], k and v [B, Hk, T, D]        with cu_seqlens: B = 1, and the rows packed along S and T
-    prefix_k and prefix_v [G, Hk, P, D], prefix_bias [1 or G, 1 or H, P]
+    q [B, H, S, D], k [B, Hk, T, D], v [B, Hk, T, Dv]   with cu_seqlens: B = 1, and the rows packed along S and T
+    prefix_k [G, Hk, P, D], prefix_v [G, Hk, P, Dv], prefix_bias [1 or G, 1 or H, P], sinks [H]
     the fields of Problem, then those of Choice
 
 An operator calls the backend that Choice names. The backend checks values that could make it read outside of a tensor.
+Backends know nothing of sinks: `backends/sinks.py` puts them around any of them.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ctkernels import dispatch
+from ctkernels.backends import sinks as sink
+from ctkernels.backends.check import expect
 from ctkernels.dispatch import Choice
 from ctkernels.problem import Problem, compute_dtype
 
-INPUTS_SCHEMA = "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor? prefix_bias"
-INPUT_COUNT = 6
+INPUTS_SCHEMA = "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor? prefix_bias, Tensor? sinks"
+INPUT_COUNT = 7
 SETTINGS_SCHEMA = (  # the fields of Problem, then those of Choice
     "Tensor? alibi_slopes, Tensor? cu_seqlens, Tensor? seq_lens, Tensor? prefix_index, Tensor? prefix_lens, "
     "Tensor? hidden, Tensor? row_ids, Tensor? keep, SymInt context_length, float drop_p, SymInt seed, float scale, "
@@ -34,7 +37,8 @@ torch.library.define("ctkernels::prefix_attention", f"({INPUTS_SCHEMA}, {SETTING
 torch.library.define(
     "ctkernels::prefix_attention_backward",
     f"(Tensor dout, Tensor? dlse, {INPUTS_SCHEMA}, Tensor out, Tensor lse, bool[{INPUT_COUNT}] needs, "
-    f"{SETTINGS_SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dprefix_k, Tensor dprefix_v, Tensor dprefix_bias)",
+    f"{SETTINGS_SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dprefix_k, Tensor dprefix_v, Tensor dprefix_bias, "
+    "Tensor dsinks)",
 )
 prefix_attention = torch.ops.ctkernels.prefix_attention.default
 prefix_attention_backward = torch.ops.ctkernels.prefix_attention_backward.default
@@ -46,38 +50,52 @@ def _split(settings) -> tuple[Problem, Choice]:
 
 
 @torch.library.impl("ctkernels::prefix_attention", ("cpu", "cuda"))
-def _forward(q, k, v, prefix_k, prefix_v, prefix_bias, *settings):
+def _forward(q, k, v, prefix_k, prefix_v, prefix_bias, sinks, *settings):
     problem, choice = _split(settings)
-    return dispatch.load(choice.forward).forward(q, k, v, prefix_k, prefix_v, prefix_bias, problem)
+    out, lse = dispatch.load(choice.forward).forward(q, k, v, prefix_k, prefix_v, prefix_bias, problem)
+    if sinks is not None:
+        sink.apply(out, lse, sinks)
+    return out, lse
 
 
 @torch.library.impl("ctkernels::prefix_attention_backward", ("cpu", "cuda"))
-def _backward(dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, *settings):
+def _backward(dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, sinks, out, lse, needs, *settings):
     problem, choice = _split(settings)
-    return dispatch.load(choice.backward).backward(
-        dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, problem
-    )
+    inputs = (q, k, v, prefix_k, prefix_v, prefix_bias)
+    *kernel_needs, needs_sinks = needs
+    dsinks = q.new_empty(0)
+    if needs_sinks:
+        expect(sinks is not None, "the gradient of absent sinks is asked for")
+        dsinks = sink.gradient(dout, out, lse, sinks)
+    if not any(kernel_needs):
+        return *empty_gradients(*inputs, kernel_needs), dsinks
+    if sinks is not None:
+        dout, lse = sink.before_backward(dout, dlse, out, lse, sinks)
+    grads = dispatch.load(choice.backward).backward(dout, dlse, *inputs, out, lse, kernel_needs, problem)
+    return *grads, dsinks
 
 
 @torch.library.register_fake("ctkernels::prefix_attention")
-def _forward_fake(q, k, v, prefix_k, prefix_v, prefix_bias, *settings):
-    return empty_rows(q), q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype))
+def _forward_fake(q, k, v, *others):
+    return empty_rows(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype))
 
 
 @torch.library.register_fake("ctkernels::prefix_attention_backward")
-def _backward_fake(dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, *settings):
-    return empty_gradients(q, k, v, prefix_k, prefix_v, prefix_bias, needs)
+def _backward_fake(dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, sinks, out, lse, needs, *settings):
+    dsinks = torch.empty_like(sinks) if needs[-1] else q.new_empty(0)
+    return *empty_gradients(q, k, v, prefix_k, prefix_v, prefix_bias, needs[:-1]), dsinks
 
 
-def empty_rows(x: Tensor) -> Tensor:
-    """Uninitialised `[B, H, S, D]`, in memory as B, S, H, D: the order that the layers around attention use."""
-    B, H, S, D = x.shape
+def empty_rows(x: Tensor, D: int) -> Tensor:
+    """Uninitialised `[B, H, S, D]` for x `[B, H, S, ..]`, in memory as B, S, H, D: the order that the layers around
+    attention use."""
+    B, H, S, _ = x.shape
     return x.new_empty(B, S, H, D).transpose(1, 2)
 
 
 def empty_gradients(q, k, v, prefix_k, prefix_v, prefix_bias, needs) -> tuple[Tensor, ...]:
     """Uninitialised gradients. A gradient that is not needed has no elements."""
-    rows = [empty_rows(x) if need else x.new_empty(0) for x, need in zip((q, k, v), needs[:3], strict=True)]
+    rows = [empty_rows(x, x.shape[3]) if need else x.new_empty(0) for x, need in zip((q, k, v), needs[:3], strict=True)]
     shared = [
         x.new_empty(x.shape if need else 0)
         for x, need in zip((prefix_k, prefix_v, q if prefix_bias is None else prefix_bias), needs[3:], strict=True)

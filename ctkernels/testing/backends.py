@@ -24,6 +24,11 @@ class Backend:
         return self.name if self.isa is None else f"{self.name}-{self.isa}"
 
     @property
+    def wide(self) -> bool:
+        """Whether every D and Dv up to 512 are served in every type: not by the CUDA C++ kernels, which say so."""
+        return dispatch.refusal(self.name, torch.device(self.device), wide=512) is None
+
+    @property
     def kernel(self) -> bool:
         return self.name != "reference"
 

@@ -5,6 +5,7 @@ whose products take it from registers. Logits are kept in units of log 2, so tha
 
 A head dimension D is read as D0 + D1, powers of two with zeros after D: 80 as 64 + 16, 96 as 64 + 32, where padding
 to 128 would cost 1.6 and 1.3 times the work. D1 = 0 where one piece will do; the second one is then an unused [.., 1].
+Values have a head dimension VD of their own (Dv elsewhere, where no gradient is called DV), read as VD0 + VD1.
 """
 
 import triton

@@ -10,6 +10,8 @@ import torch
 import ctkernels as ct
 from ctkernels import dispatch, dispatch_table
 from ctkernels.backends import cuda
+from ctkernels.backends.triton import backend as triton_backend
+from ctkernels.backends.triton.config import Target
 from ctkernels.testing.calls import make_call
 
 GPU = torch.device("cuda", 0)
@@ -227,13 +229,55 @@ def test_the_cuda_backend_says_why_it_is_unavailable(monkeypatch, version, built
 
 
 @pytest.mark.parametrize(
-    "capability, dtype, reason",
-    [((8, 0), BF16, None), ((12, 0), torch.float32, None), ((7, 5), BF16, "8.0.*7.5"), ((9, 0), torch.float64, "fp64")],
+    "capability, dtype, wide, reason",
+    [
+        ((8, 0), BF16, 0, None),
+        ((12, 0), torch.float32, 0, None),
+        ((7, 5), BF16, 0, "8.0.*7.5"),
+        ((9, 0), torch.float64, 0, "fp64"),
+        ((9, 0), BF16, 256, "D = Dv <= 256"),
+        ((9, 0), BF16, 512, "D = Dv <= 256"),
+    ],
 )
-def test_what_the_cuda_backend_refuses(monkeypatch, capability, dtype, reason):
+def test_what_the_cuda_backend_refuses(monkeypatch, capability, dtype, wide, reason):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    found = cuda.refusal(GPU, dtype)
+    found = cuda.refusal(GPU, dtype, wide)
     assert found is None if reason is None else re.search(reason, found)
+
+
+@pytest.mark.parametrize(
+    "arch, dtype, wide, reason",
+    [
+        ("sm_86", BF16, 512, None),
+        ("sm_86", torch.float32, 256, None),
+        ("sm_86", torch.float32, 512, "fp32 rows of head dimensions above 256.*got sm_86"),
+        ("sm_90", torch.float32, 512, None),
+    ],
+)
+def test_what_the_triton_backend_refuses(monkeypatch, arch, dtype, wide, reason):
+    monkeypatch.setattr(triton_backend, "target", lambda device: Target(arch, 1))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    found = triton_backend.refusal(GPU, dtype, wide)
+    assert found is None if reason is None else re.search(reason, found)
+
+
+@pytest.mark.parametrize(
+    "D, Dv, expected",
+    [(64, 64, (64, 0)), (256, 256, (256, 0)), (192, 128, (256, 256)), (1, 257, (64, 512)), (300, 300, (256, 512))],
+)
+def test_what_backends_are_told_of_head_dimensions(D, Dv, expected):
+    assert dispatch_table.heads(D, Dv) == expected
+
+
+def test_auto_takes_the_backend_that_serves_the_head_dimension(gpu, monkeypatch):
+    """On this architecture the table prefers CUDA C++, which here serves the table's head dimensions alone."""
+    gpu.architecture = "sm_80"
+    refusing = types.SimpleNamespace(refusal=lambda device, dtype, wide: "too wide" if wide else None)
+    monkeypatch.setattr(dispatch, "load", lambda name: refusing if name == "cuda" else types.SimpleNamespace())
+    assert dispatch.choose(None, GPU, BF16, 64, 0) == "cuda"
+    assert dispatch.choose(None, GPU, BF16, 64, 256) == "triton"
+    with pytest.raises(ValueError, match="backend='cuda' is unavailable: too wide"):
+        dispatch.choose("cuda", GPU, BF16, 64, 256)
 
 
 def test_cpu_tensors_are_refused_in_words():

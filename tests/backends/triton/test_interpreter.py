@@ -24,6 +24,9 @@ EDGES = (
     "decoding with fewer keys, window and ALiBi",
     "bidirectional packed rows with a window",
     "bias shared by prefixes",
+    "values wider than keys",
+    "decoding with values narrower than keys",
+    "sinks of rows that see nothing",
     "everything packed",
 )
 PROPERTIES = (

@@ -91,7 +91,7 @@ def test_slots_and_own_blocks(drawn):
     assert blocks == [(r, b) for r, row in enumerate(table) for b in range(-(-row[tables.ROW_KEYS] // 16))]
 
 
-@pytest.mark.parametrize("D", range(1, 257))
+@pytest.mark.parametrize("D", range(1, 513))
 def test_pieces_hold_the_head_dimension(D):
     D0, D1 = config.pieces(D)
     assert D0 >= 16 and D0 & (D0 - 1) == 0
