@@ -182,7 +182,7 @@ def _first_sentence(box: str) -> str:
 
 def _nearest(name: str, kind: type, dashes: str) -> str:
     """`; did you mean ...?` with the name that a setting has now, or one that is spelled alike; "" if there is none."""
-    from ctkernels.tuning.methods.settings import RENAMED  # loads transformers
+    from ctkernels.tuning.train.options import RENAMED  # loads transformers
 
     names = [f.name for f in fields(kind)] + ["config"]
     close = [RENAMED[name]] if RENAMED.get(name) in names else difflib.get_close_matches(name, names, n=1)

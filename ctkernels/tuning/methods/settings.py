@@ -12,9 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from ctkernels.tuning.methods.table import TABLE
 from ctkernels.tuning.train.options import Options, choices, declarer, meanings, neutral, type_hints
 
-# settings that had another name in an earlier version: for hints, and for files that it wrote
-RENAMED = {"hidden": "mlp_width", "pool": "pooled_tokens"}
-
 
 @dataclass(frozen=True)
 class Setting:

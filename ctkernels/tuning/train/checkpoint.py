@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ctkernels.tuning.adapters import legacy
 from ctkernels.tuning.adapters.file import PrefixFileError, faults, read_file, write_file
 from ctkernels.tuning.hf.fingerprint import weights_fingerprint
+from ctkernels.tuning.train.options import RENAMED
 
 FILE_NAME = "checkpoint.safetensors"
 
@@ -70,7 +71,7 @@ class Checkpoint:
             _, description, tensors = read_file(self.path, "checkpoint")
             run, now, history = description["run"], self.run, description["history"]
             if description["format_version"] == legacy.VERSION:
-                run, now = legacy.comparable(run, now)
+                run, now = legacy.comparable({RENAMED.get(name, name): value for name, value in run.items()}, now)
                 warnings.warn(
                     f"{self.path} was written by an earlier version of ctkernels: whether the model and start_from are "
                     "what they were then cannot be compared any more",

@@ -20,6 +20,8 @@ from ctkernels.tuning.data.batches import Layout
 
 MAX_SEED = 2**31 - 1  # the seed and the epoch share the 64-bit seed of token dropout
 ENTRY = re.compile(r"^    (\w+): (.+(?:\n {8}.+)*)", re.MULTILINE)  # of a docstring's `Args:`
+# settings that had another name in an earlier version: for hints, and for files that it wrote
+RENAMED = {"hidden": "mlp_width", "pool": "pooled_tokens"}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from ctkernels.tuning.adapters import file
 from ctkernels.tuning.adapters.adapter import Adapter
 from ctkernels.tuning.adapters.file import FILE_NAME, PrefixFileError, read_file, write_file
 from tests.tuning.runs import run
-from tools.structure import arrows, circles, modules
 
 DESCRIPTION = {"segments": [0, 2], "settings": {"lr": 1e-3, "note": "ä\ud800", "none": None}}
 TENSORS = {
@@ -211,16 +210,6 @@ def test_the_card_of_a_local_model_names_no_base_on_the_hub(tmp_path):
     model.name_or_path = "/home/me/llama: 1"
     run("icl", model).adapter.save_pretrained(tmp_path, card=True)
     assert ModelCard.load(tmp_path / "README.md").data.base_model is None
-
-
-def test_nothing_that_is_saved_imports_in_a_circle(request):
-    """Also by lazy and type-only imports."""
-    known = modules(request.config.rootpath)
-    parts = ("ctkernels.tuning.adapters.", "ctkernels.tuning.train.checkpoint", "ctkernels.tuning.hf.fingerprint")
-    saved = {name for name in known if name.startswith((*parts, "ctkernels.tuning.digest", "ctkernels.tuning.storage"))}
-    found = {arrow for arrow in arrows(known) if saved.issuperset(arrow)}
-    assert ("ctkernels.tuning.adapters.prefix", "ctkernels.tuning.adapters.file") in found
-    assert not circles(found)
 
 
 def test_the_header_can_be_read_without_this_package(path):

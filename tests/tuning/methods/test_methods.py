@@ -21,12 +21,12 @@ from ctkernels.tuning.hf.encode import encode_tokens
 from ctkernels.tuning.methods import METHODS, PRESETS, Method, get_method
 from ctkernels.tuning.methods import settings as all_settings
 from ctkernels.tuning.methods.ct_kv import CtKvOptions
-from ctkernels.tuning.methods.settings import RENAMED, SETTINGS, TrainSettings
+from ctkernels.tuning.methods.settings import SETTINGS, TrainSettings
 from ctkernels.tuning.methods.table import TABLE
 from ctkernels.tuning.methods.ttt import TttOptions
 from ctkernels.tuning.methods.tune import tune
 from ctkernels.tuning.train.masks import Dropout
-from ctkernels.tuning.train.options import LoopOptions, Options, choices, either, meanings, type_hints
+from ctkernels.tuning.train.options import RENAMED, LoopOptions, Options, choices, either, meanings, type_hints
 from tests.tuning.runs import ITEMS, NAMES, TOKENIZER, TRAINING, assert_same_bits, run
 
 

@@ -21,10 +21,10 @@ from ctkernels.tuning.evaluation.sweep.cells import Cell, CellResult, SweepError
 from ctkernels.tuning.evaluation.sweep.spec import MethodSpec
 from ctkernels.tuning.evaluation.sweep.workers import Workers
 from ctkernels.tuning.hf.models import find_decoder
-from ctkernels.tuning.methods.settings import RENAMED, SETTINGS
+from ctkernels.tuning.methods.settings import SETTINGS
 from ctkernels.tuning.methods.tune import tune
 from ctkernels.tuning.train.checkpoint import changes, model_fingerprint
-from ctkernels.tuning.train.options import Options
+from ctkernels.tuning.train.options import RENAMED, Options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
