@@ -221,7 +221,7 @@ def test_flags_win_over_the_file(tmp_path):
 
 def test_the_last_of_equal_flags_wins_and_a_list_of_the_file_is_replaced(tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text("methods: [icl, ct-kv]\nprefix: [a, b]\nlimit: 4\n")
+    path.write_text("limit: 4\nmethods: [icl, ct-kv]\nprefix: [a, b]\n")
     line = CommandLine("x", ["--methods", "ttt", f"--config={path}", "--limit", "1", "--limit=2"])
     config = line.parse(EvalConfig)
     assert (config.methods, [str(p) for p in config.prefix], config.limit) == (("ttt",), ["a", "b"], 2)

@@ -117,6 +117,8 @@ def test_settings_of_any_class_become_the_methods_own():
     assert get_method("ttt").accept(TrainSettings()) == TttOptions(lr=3e-3, epochs=25, batch_rows=None)
     with pytest.raises(ValueError, match=r"ct-prompt does not read pull, got 0\.5"):
         get_method("ct-prompt").accept(own)
+    with pytest.raises(ValueError, match=r"ttt does not read drop_p, got 0\.05"):  # ct-kv's own default is not neutral
+        get_method("ttt").accept(ct_kv.settings())
     with pytest.raises(ValueError, match="icl does not read epochs, got 3"):
         icl.accept(TrainSettings(epochs=3))
     with pytest.raises(ValueError, match="icl does not read 'epochs'; it reads backend, max_tokens, seed"):

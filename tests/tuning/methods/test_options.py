@@ -9,6 +9,8 @@ import torch
 from ctkernels.testing import plain_ctkv
 from ctkernels.testing.models import make_model, stock_masked_logits
 from ctkernels.testing.tasks import DEMONSTRATIONS, char_tokenizer
+from ctkernels.tuning.adapters.prefix import KVPrefix
+from ctkernels.tuning.data.batches import make_batch
 from ctkernels.tuning.data.formats import encode_context, encode_rows
 from ctkernels.tuning.methods import get_method
 from ctkernels.tuning.methods.tune import TuneResult, tune
@@ -159,6 +161,22 @@ def test_gradient_of_the_pull():
     for weight, row in zip(weights, rows, strict=True):
         moving = row > 1e-4 * mean  # elsewhere the quotient above is 0 / 0
         torch.testing.assert_close(weight[moving], (row / mean)[moving], rtol=1e-4, atol=1e-6)
+
+
+def test_fisher_weights_do_not_depend_on_token_dropout(model):
+    rows = encode_rows(TOKENIZER, DEMONSTRATIONS)
+    penalties = []
+    for drop_p in (0.0, 0.5):
+        prefix = KVPrefix.from_demonstrations(model, TOKENIZER, DEMONSTRATIONS)
+        settings = get_method("ct-kv").settings(pull=0.5, fisher=True, drop_p=drop_p)
+        learner = PrefixLearner(model, prefix, rows, settings)
+        with learner.attached(None):
+            learner.before_training(make_batch(rows, [i]) for i in range(len(rows)))
+        with torch.no_grad():
+            for number, parameter in enumerate(prefix.parameters()):
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
+        penalties.append(learner.penalty().item())
+    assert penalties[0] == penalties[1] > 0
 
 
 def one_step(model) -> list[torch.Tensor]:
