@@ -137,8 +137,8 @@ __device__ __forceinline__ void forward(const Args& a) {
     while (more) {  // k of the step is on its way
       bool full = false;
       if constexpr (!General) full = step.full;
-      // Nothing to hide, nothing to choose, and hardly ever a new top. A warp that needs one leaves the loop alone,
-      // which is safe, since every path through a step has the same two barriers.
+      // Nothing to hide, nothing to choose, and hardly ever a new top. A warp that needs one leaves the loop without
+      // the others, which is safe: every path through a step has the same two barriers.
       if (full) {
         bool ahead, grows;
         do {

@@ -5,7 +5,7 @@
 //                 a warp per two words of the mask: 2 x 64 context positions of a row, visible or not
 //   setup_tiles   a block per tile of lanes: its rows; a thread per block of prefix keys: what the tile sees of them
 //
-// The mask is that of `visible_positions` in csrc/mask.h, which states the context rule.
+// `visible_positions` in csrc/mask.h states which context positions a row sees; here are its words.
 //
 // The place of a row follows from all rows before it. Each warp adds those up by itself, so that neither a scan nor an
 // order of blocks is needed. Values that index memory are clamped, since the host does not read them.

@@ -24,9 +24,9 @@ CTK_HOST_DEVICE constexpr int staging_bytes(int width) { return 16 * (width * 4 
 // add to its logits (LaneInfo and LaneTerms in walk.cuh).
 constexpr int LANE_INFO_BYTES = 16, LANE_TERMS_BYTES = 16;
 
-// Small kernels: threads of a block, and what a block takes. A warp of the set-up takes a row, a prefix, or two words
-// of the mask; a thread of it the words of a tile's block of keys. A thread of `pack` copies 16 bytes, one of the sums
-// adds one number.
+// Blocks of the small kernels: their threads, and how many lanes they take. setup_rows has a warp per row, per prefix,
+// and per two words of the mask; setup_tiles a thread per word of the prefix; pack a thread per 16 bytes; the sums a
+// thread per number; delta and the merges take lanes.
 constexpr int SETUP_THREADS = 128, SETUP_WARPS = SETUP_THREADS / 32;
 constexpr int PACK_THREADS = 256, SUM_THREADS = 256;
 constexpr int LANE_THREADS = 128, DELTA_LANES = 16, MERGE_LANES = LANE_THREADS / 32;
