@@ -17,15 +17,16 @@ template <typename U>
 struct BackwardTile {
   using C = C_of<U>;
   TileLanes<C> lanes;
-  U *q, *dout;               // [depth.units][TILE]
-  U *q_rows, *dout_rows;     // [TILE / WIDTH][depth.padded], pairs of lanes
+  U *q, *dout;               // [depth.units | value_depth.units][TILE]
+  U *q_rows, *dout_rows;     // [TILE / WIDTH][depth.padded | value_depth.padded], pairs of lanes
   alignas(64) C lse[TILE];   // base 2; +inf where the lane has no probabilities (padding, no visible key)
   alignas(64) C rest[TILE];  // what rounding to the compute type takes off lse in base 2
   alignas(64) C delta[TILE];
 
-  void place(const Depth<U>& depth, Arena* arena) {
-    q = arena->take<U>(depth.units * TILE), dout = arena->take<U>(depth.units * TILE);
-    q_rows = arena->take<U>(TILE / WIDTH<U> * depth.padded), dout_rows = arena->take<U>(TILE / WIDTH<U> * depth.padded);
+  void place(const Depth<U>& depth, const Depth<U>& value_depth, Arena* arena) {
+    q = arena->take<U>(depth.units * TILE), dout = arena->take<U>(value_depth.units * TILE);
+    q_rows = arena->take<U>(TILE / WIDTH<U> * depth.padded);
+    dout_rows = arena->take<U>(TILE / WIDTH<U> * value_depth.padded);
   }
 };
 
@@ -35,7 +36,7 @@ class Backward {
  public:
   using C = C_of<U>;
 
-  Backward(const Params& p, int64_t keys, Arena* arena) : p_(p), depth_(p.D) {
+  Backward(const Params& p, int64_t keys, Arena* arena) : p_(p), depth_(p.D), value_depth_(p.Dv) {
     const int64_t columns = WIDTH<U> > 1 ? units_of<U>(KEY_BLOCK) : 0, rows = WIDTH<U> > 1 ? KEY_BLOCK : 0;
     s_ = arena->take<C>(KEY_BLOCK * TILE);
     dp_ = arena->take<C>(KEY_BLOCK * TILE);
@@ -45,20 +46,20 @@ class Backward {
     ds_columns_ = arena->take<U>(columns * TILE);
     k_columns_ = arena->take<U>(columns * p.D);
     k_ = arena->take<U>(keys * units_of<U>(p.D));
-    v_ = arena->take<U>(keys * units_of<U>(p.D));
+    v_ = arena->take<U>(keys * units_of<U>(p.Dv));
     dk_ = arena->take<C>(keys * depth_.padded);
-    dv_ = arena->take<C>(keys * depth_.padded);
+    dv_ = arena->take<C>(keys * value_depth_.padded);
     dq_ = arena->take<C>(depth_.padded * TILE);
     rows_ = arena->take<C>(TILE * depth_.padded);
-    lane_rows_ = arena->take<Element<U>>(TILE * depth_.elements());
-    tile_.place(depth_, arena);
+    lane_rows_ = arena->take<Element<U>>(TILE * std::max(depth_.elements(), value_depth_.elements()));
+    tile_.place(depth_, value_depth_, arena);
   }
 
   // Brings the lanes of a tile into operand form.
   void pack(const RowOrder& order, const Tile& which, int64_t kv_head, BackwardTile<U>* tile) {
     TileLanes<C>& lanes = tile->lanes;
     lanes.set(p_, order, which, kv_head);
-    pack_rows(p_.q, kv_head, lanes, nullptr, tile->q, tile->q_rows);
+    pack_rows(p_.q, depth_, kv_head, lanes, nullptr, tile->q, tile->q_rows);
     std::fill_n(tile->lse, TILE, std::numeric_limits<C>::infinity());
     std::fill_n(tile->rest, TILE, C(0));
     std::fill_n(tile->delta, TILE, C(0));
@@ -73,7 +74,7 @@ class Backward {
       if (p_.dlse.data) delta -= static_cast<const C*>(p_.dlse.data)[lanes.offset(p_.dlse, kv_head, p_, l, row)];
       tile->delta[l] = delta;
     });
-    pack_rows(p_.dout, kv_head, lanes, blind, tile->dout, tile->dout_rows);
+    pack_rows(p_.dout, value_depth_, kv_head, lanes, blind, tile->dout, tile->dout_rows);
   }
 
   // Prefix keys [begin, end) of one head against tiles that read this prefix. Adds to dbias and dprefix_k, dprefix_v,
@@ -84,7 +85,7 @@ class Backward {
     const int64_t k_at = prefix * p_.prefix_k.batch + kv_head * p_.prefix_k.head;
     const int64_t v_at = prefix * p_.prefix_v.batch + kv_head * p_.prefix_v.head;
     const KeyRows<U> k = key_rows(p_.prefix_k, k_at, begin, end, p_.D, p_.q.type, k_);
-    const KeyRows<U> v = key_rows(p_.prefix_v, v_at, begin, end, p_.D, p_.q.type, v_);
+    const KeyRows<U> v = key_rows(p_.prefix_v, v_at, begin, end, p_.Dv, p_.q.type, v_);
     const Logits<C> logits(p_, kv_head);
     clear(end - begin, p_.dprefix_k.data, p_.dprefix_v.data);
     for (int64_t i = 0; i < count; ++i) {
@@ -94,8 +95,8 @@ class Backward {
         if (prefix_block(p_, tiles[i].lanes, at, std::min(at + KEY_BLOCK, end), &block_))
           step(logits, tiles[i], false, k, v, begin, p_.dprefix_k.data, p_.dprefix_v.data, dq);
     }
-    add_prefix(p_.dprefix_k, dk_, C(p_.scale), prefix, kv_head, begin, end, fresh);
-    add_prefix(p_.dprefix_v, dv_, C(1), prefix, kv_head, begin, end, fresh);
+    add_prefix(p_.dprefix_k, dk_, depth_, C(p_.scale), prefix, kv_head, begin, end, fresh);
+    add_prefix(p_.dprefix_v, dv_, value_depth_, C(1), prefix, kv_head, begin, end, fresh);
   }
 
   // The own keys of one row, whose lanes the tiles hold. Writes dk, dv of all its keys, and the dq of lane l to
@@ -104,7 +105,7 @@ class Backward {
     const int64_t k_at = row.batch * p_.k.batch + kv_head * p_.k.head + row.token * p_.k.token;
     const int64_t v_at = row.batch * p_.v.batch + kv_head * p_.v.head + row.token * p_.v.token;
     const KeyRows<U> k = key_rows(p_.k, k_at, 0, row.keys, p_.D, p_.q.type, k_);
-    const KeyRows<U> v = key_rows(p_.v, v_at, 0, row.keys, p_.D, p_.q.type, v_);
+    const KeyRows<U> v = key_rows(p_.v, v_at, 0, row.keys, p_.Dv, p_.q.type, v_);
     const Logits<C> logits(p_, kv_head);
     clear(row.keys, p_.dk.data, p_.dv.data);
     for (const Tile& which : tiles) {
@@ -117,8 +118,8 @@ class Backward {
       transpose(dq_, TILE, rows_, depth_.padded, depth_.padded, tile_.lanes.vectors * VECTOR_SIZE<C>);
       std::copy_n(rows_, tile_.lanes.count * depth_.padded, share + which.first * depth_.padded);
     }
-    store_own(p_.dk, row, kv_head, dk_, C(p_.scale));
-    store_own(p_.dv, row, kv_head, dv_, C(1));
+    store_own(p_.dk, row, kv_head, dk_, depth_, C(p_.scale));
+    store_own(p_.dv, row, kv_head, dv_, value_depth_, C(1));
   }
 
   // dq of a tile <- scale * (prefix shares in the order of their slots + own share)
@@ -143,32 +144,32 @@ class Backward {
  private:
   void clear(int64_t keys, const void* dk, const void* dv) {
     if (dk) std::fill_n(dk_, keys * depth_.padded, C(0));
-    if (dv) std::fill_n(dv_, keys * depth_.padded, C(0));
+    if (dv) std::fill_n(dv_, keys * value_depth_.padded, C(0));
   }
 
   // Lanes of `t` as columns and as pairs of lanes; those marked in `blank` (if given) as zeros.
-  void pack_rows(const Tensor4& t, int64_t kv_head, const TileLanes<C>& lanes, const bool* blank, U* columns,
-                 U* pairs) {
+  void pack_rows(const Tensor4& t, const Depth<U>& depth, int64_t kv_head, const TileLanes<C>& lanes, const bool* blank,
+                 U* columns, U* pairs) {
     // numbers need no pairing: they are loaded where the rows belong
     Element<U>* rows = WIDTH<U> == 1 ? reinterpret_cast<Element<U>*>(pairs) : lane_rows_;
-    const int64_t elements = depth_.elements();
-    load_lanes<U>(p_, t, kv_head, lanes, rows, elements);
+    const int64_t elements = depth.elements();
+    load_lanes<U>(p_, t, depth, kv_head, lanes, rows);
     for (int l = 0; blank && l < lanes.count; ++l)
       if (blank[l]) std::fill_n(rows + l * elements, elements, Element<U>(0));
-    to_columns<U>(rows, depth_, lanes.vectors, columns);
-    lane_pairs<U>(rows, elements, lanes.vectors * VECTOR_SIZE<C>, depth_.padded, pairs);
+    to_columns<U>(rows, depth, lanes.vectors, columns);
+    lane_pairs<U>(rows, elements, lanes.vectors * VECTOR_SIZE<C>, depth.padded, pairs);
   }
 
   // <out, dout> of a lane
   C dot(int64_t out_at, int64_t dout_at) const {
     Vec<C> products{};
     int64_t d = 0;
-    for (; d + VECTOR_SIZE<C> <= p_.D; d += VECTOR_SIZE<C>)
+    for (; d + VECTOR_SIZE<C> <= p_.Dv; d += VECTOR_SIZE<C>)
       products += load_vector<C>(p_.out, out_at + d) * load_vector<C>(p_.dout, dout_at + d);
     C sum = sum_of<C>(products), out[VECTOR_SIZE<C>], dout[VECTOR_SIZE<C>];
-    load_row(out, p_.out, out_at + d, p_.D - d, p_.out.type);
-    load_row(dout, p_.dout, dout_at + d, p_.D - d, p_.dout.type);
-    for (int64_t i = 0; d + i < p_.D; ++i) sum += out[i] * dout[i];
+    load_row(out, p_.out, out_at + d, p_.Dv - d, p_.out.type);
+    load_row(dout, p_.dout, dout_at + d, p_.Dv - d, p_.dout.type);
+    for (int64_t i = 0; d + i < p_.Dv; ++i) sum += out[i] * dout[i];
     return sum;
   }
 
@@ -176,7 +177,7 @@ class Backward {
   void step(const Logits<C>& logits, const BackwardTile<U>& tile, bool own, KeyRows<U> k, KeyRows<U> v, int64_t first,
             const void* dk, const void* dv, C* dq) {
     const int count = block_.count, vectors = tile.lanes.vectors;
-    const int64_t depth = units_of<U>(p_.D), lanes = units_of<U>(tile.lanes.count);
+    const int64_t lanes = units_of<U>(tile.lanes.count);
     const U *k_rows[KEY_BLOCK], *v_rows[KEY_BLOCK], *lane_rows[KEY_BLOCK];
     C *s_rows[KEY_BLOCK], *dp_rows[KEY_BLOCK], *gradients[KEY_BLOCK];
     for (int n = 0; n < count; ++n) {
@@ -186,25 +187,26 @@ class Backward {
     }
     const bool needs_ds = dk || dq || (p_.dbias && !own);
     // s <- k q, then the logits
-    times_rows<U>(count, k_rows, depth, tile.q, TILE, s_rows, vectors, 3, false);
+    times_rows<U>(count, k_rows, units_of<U>(p_.D), tile.q, TILE, s_rows, vectors, 3, false);
     logits.apply(tile.lanes, block_, own, s_, p_.softcap ? slope_ : nullptr);
     // dp <- v dout
-    if (needs_ds) times_rows<U>(count, v_rows, depth, tile.dout, TILE, dp_rows, vectors, 3, false);
+    if (needs_ds) times_rows<U>(count, v_rows, units_of<U>(p_.Dv), tile.dout, TILE, dp_rows, vectors, 3, false);
     for (int at = 0; at < vectors * VECTOR_SIZE<C>; at += VECTOR_SIZE<C>)
       probabilities(tile, at, logits.coefficient, needs_ds);
     if (p_.dbias && !own) add_bias(tile.lanes, logits.kv_head);
     if (p_.softcap && needs_ds) apply_slope(vectors);
-    const int d_vectors = int(depth_.padded / VECTOR_SIZE<C>);
-    const auto add_rows = [&](const C* x, U* scratch, const U* rows, C* sums) {  // sums of keys += x rows
+    // sums of keys += x rows
+    const auto add_rows = [&](const C* x, U* scratch, const U* rows, C* sums, const Depth<U>& depth) {
       const U* operand = by_lane<U>(x, count, vectors, scratch);
       for (int n = 0; n < count; ++n) {
         lane_rows[n] = operand + n * (TILE / WIDTH<U>);
-        gradients[n] = sums + (block_.index[n] - first) * depth_.padded;
+        gradients[n] = sums + (block_.index[n] - first) * depth.padded;
       }
-      times_rows<U>(count, lane_rows, lanes, rows, depth_.padded, gradients, d_vectors, MAX_NV, true);
+      const int d_vectors = int(depth.padded / VECTOR_SIZE<C>);
+      times_rows<U>(count, lane_rows, lanes, rows, depth.padded, gradients, d_vectors, MAX_NV, true);
     };
-    if (dv) add_rows(s_, p_rows_, tile.dout_rows, dv_);
-    if (dk) add_rows(dp_, ds_rows_, tile.q_rows, dk_);
+    if (dv) add_rows(s_, p_rows_, tile.dout_rows, dv_, value_depth_);
+    if (dk) add_rows(dp_, ds_rows_, tile.q_rows, dk_, depth_);
     // dq <- dq + k^T ds
     if (dq) {
       alignas(64) C one[TILE], keep[TILE];
@@ -242,33 +244,33 @@ class Backward {
       for (int l = 0; l < lanes.count; ++l) base[lanes.head[l] * p_.dbias_head + block_.index[n]] += dp_[n * TILE + l];
   }
 
-  void add_prefix(const Tensor4& t, const C* grad, C factor, int64_t prefix, int64_t kv_head, int64_t begin,
-                  int64_t end, bool fresh) {
+  void add_prefix(const Tensor4& t, const C* grad, const Depth<U>& depth, C factor, int64_t prefix, int64_t kv_head,
+                  int64_t begin, int64_t end, bool fresh) {
     if (!t.data) return;
     C* dst = static_cast<C*>(t.data) + prefix * t.batch + kv_head * t.head + begin * t.token;
     for (int64_t j = 0; j < end - begin; ++j) {
-      const C* from = grad + j * depth_.padded;
+      const C* from = grad + j * depth.padded;
       C* to = dst + j * t.token;
-      for (int64_t d = 0; d < p_.D; ++d) to[d] = fresh ? factor * from[d] : to[d] + factor * from[d];
+      for (int64_t d = 0; d < depth.D; ++d) to[d] = fresh ? factor * from[d] : to[d] + factor * from[d];
     }
   }
 
-  void store_own(const Tensor4& t, const Row& row, int64_t kv_head, const C* grad, C factor) {
+  void store_own(const Tensor4& t, const Row& row, int64_t kv_head, const C* grad, const Depth<U>& depth, C factor) {
     if (!t.data) return;
     const int64_t at = row.batch * t.batch + kv_head * t.head + row.token * t.token;
-    for (int64_t j = 0; j < row.keys; ++j) store_row(t, at + j * t.token, grad + j * depth_.padded, p_.D, factor);
+    for (int64_t j = 0; j < row.keys; ++j) store_row(t, at + j * t.token, grad + j * depth.padded, depth.D, factor);
   }
 
   const Params& p_;
-  const Depth<U> depth_;
+  const Depth<U> depth_, value_depth_;
   C *s_, *dp_, *slope_;         // [KEY_BLOCK][TILE]
   U *p_rows_, *ds_rows_;        // [KEY_BLOCK][TILE / WIDTH], pairs of lanes
   U *ds_columns_, *k_columns_;  // [units(KEY_BLOCK)][TILE | D], pairs of keys
-  U *k_, *v_;                   // converted keys [keys][units(D)]
-  C *dk_, *dv_;                 // [keys][depth.padded]
+  U *k_, *v_;                   // converted keys [keys][units(D | Dv)]
+  C *dk_, *dv_;                 // [keys][depth.padded | value_depth.padded]
   C* dq_;                       // [depth.padded][TILE]
   C* rows_;                     // [TILE][depth.padded]
-  Element<U>* lane_rows_;       // [TILE][depth.elements()]
+  Element<U>* lane_rows_;       // [TILE][elements() of either depth]
   BackwardTile<U> tile_;        // of one row
   KeyBlock block_;
 };
@@ -276,8 +278,8 @@ class Backward {
 // Prefix keys per unit: enough units, key gradients that stay in the second-level cache, whole blocks.
 template <typename C>
 int64_t chunk_keys(const Params& p) {
-  const int64_t most =
-      std::max<int64_t>(KEY_BLOCK, (256 << 10) / (2 * int64_t(sizeof(C)) * round_up(p.D, VECTOR_SIZE<C>)));
+  const int64_t sizes = round_up(p.D, VECTOR_SIZE<C>) + round_up(p.Dv, VECTOR_SIZE<C>);
+  const int64_t most = std::max<int64_t>(KEY_BLOCK, (256 << 10) / (int64_t(sizeof(C)) * sizes));
   const int64_t wanted = p.P * p.Hk / ENOUGH_UNITS;
   return round_up(std::clamp<int64_t>(wanted, KEY_BLOCK, most), KEY_BLOCK);
 }
@@ -288,7 +290,7 @@ class BackwardPlan {
   using C = C_of<U>;
 
   BackwardPlan(const Params& p, const Pool& pool)
-      : p_(p), pool_(pool), order_(order_rows(p)), chunk_(chunk_keys<C>(p)), depth_(p.D) {
+      : p_(p), pool_(pool), order_(order_rows(p)), chunk_(chunk_keys<C>(p)), depth_(p.D), value_depth_(p.Dv) {
     slots_ = (p.P + chunk_ - 1) / chunk_;
     keys_ = std::max({std::min(chunk_, p.P), p.max_own, int64_t(1)});
     Arena size;
@@ -302,7 +304,8 @@ class BackwardPlan {
     const int64_t all = order_.lanes(), share = depth_.padded * TILE;
     const int64_t most_heads = std::clamp<int64_t>(ENOUGH_UNITS / std::max<int64_t>(slots_, 1), 1, p_.Hk);
     // what a lane takes in a phase: its part of a packed tile, and of the shares
-    const int64_t lane_bytes = most_heads * depth_.padded * int64_t(sizeof(C)) * (4 + (dq ? slots_ : 0));
+    const int64_t lane_sizes = 2 * (depth_.padded + value_depth_.padded) + (dq ? slots_ : 0) * depth_.padded;
+    const int64_t lane_bytes = most_heads * lane_sizes * int64_t(sizeof(C));
     const int64_t most_lanes = std::clamp<int64_t>(PHASE_BYTES / lane_bytes, TILE, std::max<int64_t>(all, TILE));
     Arena own_memory(dq ? most_heads * all * depth_.padded * int64_t(sizeof(C)) : 0);
     if (prefix) clear_unread();
@@ -315,10 +318,10 @@ class BackwardPlan {
         const int64_t tiles = int64_t(tiles_.size()), kept_slots = dq ? slots_ : 0;
         BackwardTile<U> sample;
         Arena tile_size;
-        sample.place(depth_, &tile_size);
+        sample.place(depth_, value_depth_, &tile_size);
         Arena memory(tiles * heads_ * tile_size.used() + Arena::bytes(kept_slots * heads_ * tiles * share, sizeof(C)));
         packed_.resize(tiles * heads_);
-        for (BackwardTile<U>& tile : packed_) tile.place(depth_, &memory);
+        for (BackwardTile<U>& tile : packed_) tile.place(depth_, value_depth_, &memory);
         shares_ = dq ? memory.take<C>(kept_slots * heads_ * tiles * share) : nullptr;
         if (prefix || dq) pack();
         differentiate(prefix, own && begin == 0);
@@ -421,7 +424,7 @@ class BackwardPlan {
   const Pool& pool_;
   const RowOrder order_;
   const int64_t chunk_;
-  const Depth<U> depth_;
+  const Depth<U> depth_, value_depth_;
   int64_t slots_;                       // chunks of a prefix
   int64_t keys_, worker_bytes_;         // most keys of a unit; scratch of a worker
   int64_t first_head_ = 0, heads_ = 0;  // KV heads of the phase

@@ -1,12 +1,12 @@
 // Forward pass: one online softmax over the visible prefix keys and the row's own keys.
 //
 //   for each KV head, for each tile of lanes (row, query, head in group):
-//     m <- -inf, l <- 0, o <- 0                                           [TILE], [TILE], [D][TILE]
+//     m <- -inf, l <- 0, o <- 0                                           [TILE], [TILE], [Dv][TILE]
 //     for each block of keys that some lane sees (prefix blocks, then each row's own):
 //       s   <- k q                                                        [keys][TILE]
 //       m'  <- max(m, max over keys of s);  p <- 2^(s - m')
 //       l   <- l 2^(m - m') + sum over keys of p
-//       o   <- o 2^(m - m') + v^T p                                       [D][TILE]
+//       o   <- o 2^(m - m') + v^T p                                       [Dv][TILE]
 //     out <- o / l,  lse <- ln 2 (m + log2 l)
 //
 // Lanes run along vectors, so the softmax needs no horizontal operation; keys are broadcast, so visible ones are read
@@ -18,7 +18,7 @@ struct ForwardTile {
   using C = C_of<U>;
   TileLanes<C> lanes;
   U* q;  // [depth.units][TILE]
-  C* o;  // [depth.padded][TILE]
+  C* o;  // [value_depth.padded][TILE]
   alignas(64) C m[TILE];
   alignas(64) C l[TILE];
 };
@@ -30,20 +30,20 @@ class Forward {
   // Tiles that walk the keys together, so that a converted key block serves several of them.
   static constexpr int GROUP = 4;
 
-  Forward(const Params& p, Arena* arena) : p_(p), depth_(p.D) {
+  Forward(const Params& p, Arena* arena) : p_(p), depth_(p.D), value_depth_(p.Dv) {
     lane_rows_ = arena->take<Element<U>>(TILE * depth_.elements());
-    rows_ = arena->take<C>(TILE * depth_.padded);
+    rows_ = arena->take<C>(TILE * value_depth_.padded);
     s_ = arena->take<C>(KEY_BLOCK * TILE);
     k_ = arena->take<U>(KEY_BLOCK * units_of<U>(p.D));
-    v_ = arena->take<U>(KEY_BLOCK * units_of<U>(p.D));
+    v_ = arena->take<U>(KEY_BLOCK * units_of<U>(p.Dv));
     p_columns_ = arena->take<U>(WIDTH<U> > 1 ? units_of<U>(KEY_BLOCK) * TILE : 0);
-    v_columns_ = arena->take<U>(WIDTH<U> > 1 ? units_of<U>(KEY_BLOCK) * p.D : 0);
+    v_columns_ = arena->take<U>(WIDTH<U> > 1 ? units_of<U>(KEY_BLOCK) * p.Dv : 0);
     for (ForwardTile<U>& tile : tiles_)
-      tile.q = arena->take<U>(depth_.units * TILE), tile.o = arena->take<C>(depth_.padded * TILE);
+      tile.q = arena->take<U>(depth_.units * TILE), tile.o = arena->take<C>(value_depth_.padded * TILE);
   }
 
   // Prefix keys [begin, end) and, if `own`, the rows' own keys, for tiles of one prefix. With `partial`, for one tile,
-  // the state goes there, [depth.padded + 2][TILE], instead of results to out and lse.
+  // the state goes there, [value_depth.padded + 2][TILE], instead of results to out and lse.
   void run(const RowOrder& order, const Tile* tiles, int count, int64_t kv_head, int64_t begin, int64_t end, bool own,
            C* partial) {
     const Logits<C> logits(p_, kv_head);
@@ -58,7 +58,7 @@ class Forward {
         if (!prefix_block(p_, tiles_[t].lanes, at, to, &block_)) continue;
         if (!k.base) {
           k = key_rows(p_.prefix_k, k_at, at, to, p_.D, p_.q.type, k_);
-          v = key_rows(p_.prefix_v, v_at, at, to, p_.D, p_.q.type, v_);
+          v = key_rows(p_.prefix_v, v_at, at, to, p_.Dv, p_.q.type, v_);
         }
         attend(logits, &tiles_[t], false, k, v);
       }
@@ -69,7 +69,7 @@ class Forward {
       if (!partial) finish(kv_head, tiles_[t]);
     }
     if (!partial) return;
-    partial = std::copy_n(tiles_[0].o, depth_.padded * TILE, partial);
+    partial = std::copy_n(tiles_[0].o, value_depth_.padded * TILE, partial);
     partial = std::copy_n(tiles_[0].m, TILE, partial);
     std::copy_n(tiles_[0].l, TILE, partial);
   }
@@ -77,7 +77,7 @@ class Forward {
   // The results of a tile from the states of its spans.
   void merge(const RowOrder& order, const Tile& which, int64_t kv_head, const C* partials, int64_t spans) {
     ForwardTile<U>& tile = tiles_[0];
-    const int64_t o_size = depth_.padded * TILE, stride = o_size + 2 * TILE;
+    const int64_t o_size = value_depth_.padded * TILE, stride = o_size + 2 * TILE;
     tile.lanes.set(p_, order, which, kv_head);
     std::fill_n(tile.m, TILE, -std::numeric_limits<C>::infinity());
     std::fill_n(tile.l, TILE, C(0));
@@ -101,11 +101,11 @@ class Forward {
  private:
   void start(const RowOrder& order, const Tile& which, int64_t kv_head, ForwardTile<U>* tile) {
     tile->lanes.set(p_, order, which, kv_head);
-    load_lanes<U>(p_, p_.q, kv_head, tile->lanes, lane_rows_, depth_.elements());
+    load_lanes<U>(p_, p_.q, depth_, kv_head, tile->lanes, lane_rows_);
     to_columns<U>(lane_rows_, depth_, tile->lanes.vectors, tile->q);
     std::fill_n(tile->m, TILE, -std::numeric_limits<C>::infinity());
     std::fill_n(tile->l, TILE, C(0));
-    std::fill_n(tile->o, depth_.padded * TILE, C(0));
+    std::fill_n(tile->o, value_depth_.padded * TILE, C(0));
   }
 
   void attend_own(const Logits<C>& logits, const Piece& piece, int64_t kv_head, ForwardTile<U>* tile) {
@@ -116,7 +116,7 @@ class Forward {
       const int64_t end = std::min(begin + KEY_BLOCK, row.keys);
       if (!own_block(p_, tile->lanes, piece, begin, end, &block_)) continue;
       const KeyRows<U> k = key_rows(p_.k, k_at, begin, end, p_.D, p_.q.type, k_);
-      const KeyRows<U> v = key_rows(p_.v, v_at, begin, end, p_.D, p_.q.type, v_);
+      const KeyRows<U> v = key_rows(p_.v, v_at, begin, end, p_.Dv, p_.q.type, v_);
       attend(logits, tile, true, k, v);
     }
   }
@@ -130,9 +130,8 @@ class Forward {
       k_rows[n] = k[block_.index[n]], v_rows[n] = v[block_.index[n]];
       s_rows[n] = s_ + n * TILE + at;
     }
-    const bool narrow = is_narrow<U>(tile->lanes, p_.D);
     // s <- k q
-    if (narrow)
+    if (is_narrow<U>(tile->lanes, p_.D))
       with_lanes<C>(tile->lanes.count, [&](auto lanes) {
         narrow_logits<U, lanes()>(block_.count, k_rows, units_of<U>(p_.D), tile->q, s_, v_rows);
       });
@@ -143,13 +142,13 @@ class Forward {
       softmax(v * VECTOR_SIZE<C>, logits.coefficient, tile, factor);
     for (int l = at; l < at + vectors * VECTOR_SIZE<C>; ++l) set_bits(keep + l, l >= block_.begin && l < block_.end);
     // o <- o 2^(m - m') + v^T p
-    if (narrow)
+    if (is_narrow<U>(tile->lanes, p_.Dv))
       return with_lanes<C>(tile->lanes.count, [&](auto lanes) {
-        narrow_sums<U, lanes()>(block_.count, v_rows, p_.D, s_, factor, tile->o);
+        narrow_sums<U, lanes()>(block_.count, v_rows, p_.Dv, s_, factor, tile->o);
       });
     const U* weights = by_key<U>(s_, block_.count, block_.first_vector, block_.last_vector, p_columns_);
-    key_columns<U>(v_rows, block_.count, p_.D, v_columns_, v_columns);
-    times_cols<U>(p_.D, v_columns, units_of<U>(block_.count), weights + at, TILE, tile->o + at, TILE, vectors,
+    key_columns<U>(v_rows, block_.count, p_.Dv, v_columns_, v_columns);
+    times_cols<U>(p_.Dv, v_columns, units_of<U>(block_.count), weights + at, TILE, tile->o + at, TILE, vectors,
                   factor + at, keep + at);
   }
 
@@ -176,10 +175,11 @@ class Forward {
   }
 
   void finish(int64_t kv_head, const ForwardTile<U>& tile) {
-    transpose(tile.o, TILE, rows_, depth_.padded, depth_.padded, tile.lanes.vectors * VECTOR_SIZE<C>);
+    const int64_t size = value_depth_.padded;
+    transpose(tile.o, TILE, rows_, size, size, tile.lanes.vectors * VECTOR_SIZE<C>);
     tile.lanes.each([&](int l, const Row& row) {
       const C total = tile.l[l], inverse = total > 0 || total != total ? C(1) / total : C(0);
-      store_row<C>(p_.out, tile.lanes.offset(p_.out, kv_head, p_, l, row), rows_ + l * depth_.padded, p_.D, inverse);
+      store_row<C>(p_.out, tile.lanes.offset(p_.out, kv_head, p_, l, row), rows_ + l * size, p_.Dv, inverse);
       // in double, once per lane: backward magnifies the rounding of lse by its size
       const double lse = total > 0 || total != total ? LN2 * (double(tile.m[l]) + std::log2(double(total)))
                                                      : -std::numeric_limits<double>::infinity();
@@ -188,12 +188,12 @@ class Forward {
   }
 
   const Params& p_;
-  const Depth<U> depth_;
+  const Depth<U> depth_, value_depth_;
   Element<U>* lane_rows_;      // [TILE][depth.elements()]
-  C* rows_;                    // [TILE][depth.padded]
+  C* rows_;                    // [TILE][value_depth.padded]
   C* s_;                       // [KEY_BLOCK][TILE]
   U *k_, *v_;                  // converted keys
-  U *p_columns_, *v_columns_;  // [units(KEY_BLOCK)][TILE | D], pairs of keys
+  U *p_columns_, *v_columns_;  // [units(KEY_BLOCK)][TILE | Dv], pairs of keys
   ForwardTile<U> tiles_[GROUP];
   KeyBlock block_;
 };
@@ -230,7 +230,7 @@ void forward_as(const Params& p, const Pool& pool) {
     for (size_t t = 0; t < tiles.size(); ++t) items.push_back({int(t), 1});
   }
   const int64_t per_head = int64_t(items.size()), per_span = per_head * p.Hk;
-  const int64_t stride = (round_up(p.D, VECTOR_SIZE<C>) + 2) * TILE;
+  const int64_t stride = (round_up(p.Dv, VECTOR_SIZE<C>) + 2) * TILE;
   Arena partial_memory(spans > 1 ? per_span * spans * stride * int64_t(sizeof(C)) : 0);
   C* partials = spans > 1 ? partial_memory.take<C>(per_span * spans * stride) : nullptr;
   Arena size;

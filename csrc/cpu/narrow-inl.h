@@ -14,7 +14,7 @@ template <typename U, int L>
 CTK_NOINLINE void narrow_logits(int count, const U* const* keys, int64_t depth, const U* q, C_of<U>* s,
                                 const U* const* ahead) {
   using C = C_of<U>;
-  alignas(64) U rows[L][256];
+  alignas(64) U rows[L][MAX_HEAD_DIM];
   for (int64_t d = 0; d < depth; ++d)
     for (int l = 0; l < L; ++l) rows[l][d] = q[d * TILE + l];
   constexpr int KEYS = 4;
@@ -42,7 +42,7 @@ CTK_NOINLINE void narrow_logits(int count, const U* const* keys, int64_t depth, 
   }
 }
 
-// o[d][l] <- factor[l] o[d][l] + sum over keys of p[n][l] value n[d]. p [count][TILE], o [D][TILE].
+// o[d][l] <- factor[l] o[d][l] + sum over keys of p[n][l] value n[d]. p [count][TILE], o [D][TILE], D of the values.
 template <typename U, int L>
 CTK_NOINLINE void narrow_sums(int count, const U* const* values, int64_t D, const C_of<U>* p, const C_of<U>* factor,
                               C_of<U>* o) {

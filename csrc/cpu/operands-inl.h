@@ -117,7 +117,7 @@ CTK_INLINE void key_columns(const U* const* rows, int n, int64_t D, U* scratch, 
   if constexpr (WIDTH<U> == 1) std::copy_n(rows, n, out);
 #ifdef CTK_BF16
   else {
-    static constexpr uint16_t zeros[256] = {};
+    static constexpr uint16_t zeros[MAX_HEAD_DIM] = {};
     for (int i = 0; i < n; i += 2) {
       const uint16_t* second = i + 1 < n ? reinterpret_cast<const uint16_t*>(rows[i + 1]) : zeros;
       interleave(reinterpret_cast<const uint16_t*>(rows[i]), second, D, scratch + i / 2 * D);

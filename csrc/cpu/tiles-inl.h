@@ -121,7 +121,7 @@ struct TileLanes {
   int64_t prefix() const { return pieces[0].row->prefix; }
   int64_t prefix_len() const { return pieces[0].row->prefix_len; }
 
-  // Offset in elements of the D values of lane l in a tensor laid out as q.
+  // Offset in elements of what lane l has in a tensor laid out as q.
   int64_t offset(const Tensor4& t, int64_t kv_head, const Params& p, int l, const Row& row) const {
     return row.batch * t.batch + (kv_head * (p.H / p.Hk) + head[l]) * t.head + (row.token + query[l]) * t.token;
   }
@@ -133,22 +133,26 @@ struct TileLanes {
   }
 };
 
-// Sizes of what a tile holds: D in units and in the compute type, whole vectors of each.
+// Sizes of what a tile holds: a head dimension, D of queries and keys or Dv of values, and in units and in the compute
+// type, whole vectors of each.
 template <typename U>
 struct Depth {
-  int64_t units, padded;
+  int64_t D, units, padded;
   int64_t elements() const { return units * WIDTH<U>; }  // of a row [units]; at least `padded`
-  explicit Depth(int64_t D)
-      : units(round_up(units_of<U>(D), VECTOR_SIZE<C_of<U>>)), padded(round_up(D, VECTOR_SIZE<C_of<U>>)) {}
+  explicit Depth(int64_t size)
+      : D(size),
+        units(round_up(units_of<U>(size), VECTOR_SIZE<C_of<U>>)),
+        padded(round_up(size, VECTOR_SIZE<C_of<U>>)) {}
 };
 
 // Loads the lanes of a tensor laid out as q as rows [TILE][depth.elements()], zero where there is nothing.
 template <typename U>
-void load_lanes(const Params& p, const Tensor4& t, int64_t kv_head, const TileLanes<C_of<U>>& lanes, Element<U>* rows,
-                int64_t elements) {
+void load_lanes(const Params& p, const Tensor4& t, const Depth<U>& depth, int64_t kv_head,
+                const TileLanes<C_of<U>>& lanes, Element<U>* rows) {
+  const int64_t elements = depth.elements();
   lanes.each([&](int l, const Row& row) {
-    load_row(rows + l * elements, t, lanes.offset(t, kv_head, p, l, row), p.D, t.type);
-    std::fill(rows + l * elements + p.D, rows + (l + 1) * elements, Element<U>(0));
+    load_row(rows + l * elements, t, lanes.offset(t, kv_head, p, l, row), depth.D, t.type);
+    std::fill(rows + l * elements + depth.D, rows + (l + 1) * elements, Element<U>(0));
   });
   std::fill(rows + lanes.count * elements, rows + lanes.vectors * VECTOR_SIZE<C_of<U>> * elements, Element<U>(0));
 }

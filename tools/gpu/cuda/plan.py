@@ -37,7 +37,7 @@ class ContextRule(ctypes.Structure):
 
 class Params(ctypes.Structure):
     _fields_ = [
-        *((name, c_int64) for name in ("B", "H", "Hk", "D", "G", "P", "max_own")),
+        *((name, c_int64) for name in ("B", "H", "Hk", "D", "Dv", "G", "P", "max_own")),
         ("rows", c_void_p),
         ("rule", ContextRule),
         *((name, Tensor4) for name in ("q", "k", "v", "prefix_k", "prefix_v")),
