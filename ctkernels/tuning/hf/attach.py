@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from ctkernels import ContextMask
 from ctkernels.tuning.hf.alibi import ALIBI_IMPLEMENTATION, serve_alibi
-from ctkernels.tuning.hf.attention import ATTACHED, IMPLEMENTATION, ForwardState, is_layout, no_padding
+from ctkernels.tuning.hf.attention import ATTACHED, ATTACHED_IMPLEMENTATION, ForwardState, is_layout, no_padding
 from ctkernels.tuning.hf.models import ALIBI, LEARNED, Decoder, config_hash, find_decoder, rope_switch
 from ctkernels.tuning.hf.parallel import head_group
 
@@ -67,7 +67,7 @@ class Attachment:
         self._last_first = max(each.first_position for each in self._prefixes)
         family, config = self._decoder.family, self._decoder.config
         self._name = type(self._decoder.model).__name__
-        self._implementation = ALIBI_IMPLEMENTATION if family.positions == ALIBI else IMPLEMENTATION
+        self._implementation = ALIBI_IMPLEMENTATION if family.positions == ALIBI else ATTACHED_IMPLEMENTATION
         self._position_limit = config.max_position_embeddings if family.positions == LEARNED else None
         switches = (rope_switch(config, each.first_position) for each in self._prefixes)
         self._rope_switch = min((switch for switch in switches if switch is not None), default=None)

@@ -1,4 +1,4 @@
-"""The attention function and the mask function that transformers calls under `attn_implementation="ctkernels"`.
+"""The attention function and the mask function that transformers calls in a model with an attached prefix.
 
     model's forward -> row_layout (once per forward and layer type): 2D padding mask -> where each row's keys lie
                     -> attention_forward (every layer): [prefix of this layer | own keys] through ctkernels
@@ -12,13 +12,12 @@ passes on whatever has four:
     [B, 1, 1, 2]            first and end of each row's valid keys (left padding, too)
     [1, 1, 1, 0]            the same, said by an attachment to spare transformers the search for masks
 
-A module without an attached prefix behaves as under "sdpa" (hf_plain.py). Importing this module, or anything that
-attaches a prefix, registers the name with transformers.
+They have a name of their own: a model under `attn_implementation="ctkernels"` without a prefix is served by plain.py,
+and never gets a layout for a mask.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,15 +29,13 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ctkernels import ContextMask, prefix_attention, prefix_attention_varlen
 from ctkernels.tuning.hf.parallel import own_heads
-from ctkernels.tuning.hf.plain import plain_attention
+from ctkernels.tuning.hf.plain import IMPLEMENTATION, unknown_argument
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-IMPLEMENTATION = "ctkernels"
+ATTACHED_IMPLEMENTATION = f"{IMPLEMENTATION}_attached"
 ATTACHED = "_ctkernels_layer_index"  # attribute of an attention module while a prefix is attached to it
-# arguments of other models' attention that change the result and that the op has no place for
-UNSUPPORTED_ARGUMENTS = ("position_bias", "s_aux", "cache", "head_mask")
 COMPILED_MASK = "under torch.compile, a padding mask must have rows that are one run of ones, up to the last query"
 
 
@@ -184,25 +181,6 @@ def row_layout(
     )
 
 
-def registered_row_layout(*args: Any, config: PreTrainedConfig | None = None, **kwargs: Any) -> Tensor | None:
-    """`row_layout` for models that call the registered attention function; others would ignore what it returns.
-
-    Raises:
-        ValueError: the model class has attention of its own (BLOOM, for one; `KVPrefix.attach` serves it).
-    """
-    if config is not None and not _calls_registry(type(config)):
-        raise ValueError(
-            f"{config.model_type} computes attention itself instead of calling the registered function; "
-            f'attn_implementation="{IMPLEMENTATION}" would run it without its causal mask'
-        )
-    return row_layout(*args, config=config, **kwargs)
-
-
-def _calls_registry(config_class: type[PreTrainedConfig]) -> bool:
-    modeling = sys.modules.get(config_class.__module__.replace(".configuration_", ".modeling_"))
-    return modeling is None or hasattr(modeling, "ALL_ATTENTION_FUNCTIONS")
-
-
 def attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -223,40 +201,28 @@ def attention_forward(
     Returns (`[B, S, H, D]`, None); there are no attention weights to return.
 
     Raises:
-        ValueError: attention dropout, a mask that is not padding, an argument the op has no place for, or a layer with
-            a prefix that runs outside of its model's forward.
+        ValueError: attention dropout, a mask that is not padding, an argument whose meaning is not known, or a layer
+            that runs without a prefix or outside of its model's forward.
     """
     index = getattr(module, ATTACHED, None)
     name = type(module).__name__
+    if index is None:
+        raise ValueError(f"{name}: this layer has no prefix, or its attach block was left while the model ran")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     layout = attention_mask if is_layout(attention_mask) else None
-    if index is None:
-        return plain_attention(
-            module,
-            query,
-            key,
-            value,
-            layout,
-            mask=attention_mask if layout is None else None,
-            scaling=scaling,
-            window=sliding_window,
-            softcap=softcap or None,
-            dropout=dropout,
-            is_causal=is_causal,
-            **kwargs,
-        )
-    unsupported = [argument for argument in UNSUPPORTED_ARGUMENTS if kwargs.get(argument) is not None]
+    unknown = unknown_argument(kwargs)
     if dropout > 0:
         raise ValueError(
             f"{name}: attention dropout {dropout} is not supported; a frozen model belongs in eval mode (model.eval())"
         )
     if ctkernels_state is None:
         raise ValueError(f"{name}: a layer with an attached prefix was called outside of its model's forward")
-    if not is_causal or unsupported or (layout is None and attention_mask is not None):
+    if unknown is not None:
+        raise ValueError(f"{name}: an attached model cannot take the argument {unknown}, whose meaning is not known")
+    if not is_causal or (layout is None and attention_mask is not None):
         raise ValueError(
-            f"{name}: an attached model takes causal attention with a 2D padding mask whose rows are one run of ones"
-            + (f", got {', '.join(unsupported)}" if unsupported else ", got another mask or bidirectional attention")
-            + "; rows packed into one sequence need attachment.cu_seqlens"
+            f"{name}: an attached model takes causal attention with a 2D padding mask whose rows are one run of ones, "
+            "got another mask or bidirectional attention; rows packed into one sequence need attachment.cu_seqlens"
         )
     settings = {"scale": scaling, "window": sliding_window, "softcap": softcap or None}
     return attend(ctkernels_state, index, query, key, value, layout, **settings), None
@@ -288,5 +254,5 @@ def attend(
     return out if row is None or not aligned else out[row, back]
 
 
-AttentionInterface.register(IMPLEMENTATION, attention_forward)
-AttentionMaskInterface.register(IMPLEMENTATION, registered_row_layout)
+AttentionInterface.register(ATTACHED_IMPLEMENTATION, attention_forward)
+AttentionMaskInterface.register(ATTACHED_IMPLEMENTATION, row_layout)
