@@ -57,7 +57,7 @@ class PrefixLM(HFLM):
         if isinstance(prefix, (str, os.PathLike)):  # once more, checked against the model
             adapter = Adapter.from_pretrained(prefix, model=self.model, tokenizer=self.tokenizer)
         adapter.prefix.to(self.device)
-        adapter.prefix.attach(self.model)  # refuses a prefix that does not fit, before the first request
+        adapter.prefix.attach(self.model).detach()  # refuses a prefix that does not fit, before the first request
         self.adapter = adapter
 
     @property
