@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from benchmarks import harness
 from benchmarks.harness import Laps
-from ctkernels.tuning.hf.attach import IMPLEMENTATION
+from ctkernels.tuning.hf import IMPLEMENTATION
 
 NAMES = (IMPLEMENTATION, "sdpa")
 AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # largest relative difference (norms over all values)

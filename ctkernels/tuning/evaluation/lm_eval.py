@@ -57,7 +57,7 @@ class PrefixLM(HFLM):
         if isinstance(prefix, (str, os.PathLike)):  # read again, now with a check against the model
             adapter = Adapter.from_pretrained(prefix, model=self.model, tokenizer=self.tokenizer)
         adapter.prefix.to(self.device)
-        adapter.prefix.attach(self.model)  # raises an error now if the prefix does not fit
+        adapter.prefix.attach(self.model).detach()  # raises an error now if the prefix does not fit
         self.adapter = adapter
 
     @property

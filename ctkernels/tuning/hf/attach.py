@@ -5,7 +5,10 @@
         models.py                             which model classes, where their layers are
         attention.py                          the attention and mask functions that the layers call
         alibi.py                              BLOOM, which does not call them
+        packed.py                             rows packed into one sequence
+        caches.py                             caches remember their attachment
         parallel.py                           KV heads of models that are spread over processes
+        traces.py                             what an attachment leaves on a model: undone later, never copied
 
 An attached model runs as usual (`forward`, loss, `generate`, gradient checkpointing) on a row's own tokens. Caches and
 2D padding masks cover only those. Every layer reads the prefix in place; it is never copied per row.
@@ -14,9 +17,14 @@ An attached model runs as usual (`forward`, loss, `generate`, gradient checkpoin
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
+import sys
 import threading
-from contextlib import ExitStack
+import uuid
+import warnings
+import weakref
+from collections.abc import Callable
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -27,16 +35,22 @@ from transformers import PreTrainedModel
 
 from ctkernels import ContextMask
 from ctkernels.tuning.hf.alibi import ALIBI_IMPLEMENTATION, serve_alibi
-from ctkernels.tuning.hf.attention import ATTACHED, IMPLEMENTATION, ForwardState, is_layout, no_padding
+from ctkernels.tuning.hf.attention import ATTACHED, ATTACHED_IMPLEMENTATION, ForwardState, is_layout, no_padding
+from ctkernels.tuning.hf.caches import ATTACHED_NOW, claim, own
 from ctkernels.tuning.hf.models import ALIBI, LEARNED, Decoder, config_hash, find_decoder, rope_switch
+from ctkernels.tuning.hf.packed import INTEGERS, TOLD_BY, packed_rows
 from ctkernels.tuning.hf.parallel import head_group
 from ctkernels.tuning.hf.protocols import PrefixLike, PrefixSetLike
+from ctkernels.tuning.hf.traces import Traces
 
 STATE = "ctkernels_state"  # the keyword argument that passes the state of a forward pass to the layers
 
 
 class Attachment:
-    """A prefix attached to a model, as a context manager; made by `KVPrefix.attach` or `PrefixSet.attach`.
+    """A prefix attached to a model; made by `KVPrefix.attach` or `PrefixSet.attach`.
+
+    `with prefix.attach(model):`, or `attachment = prefix.attach(model).enable()` and later `attachment.detach()`.
+    Before that nothing is attached: a model that runs, and an attachment that was never entered, cause a warning.
 
     Three attributes describe the rows of the next forward pass and may be set at any time:
 
@@ -45,7 +59,9 @@ class Attachment:
     prefix_index: integer `[B]`, the prefix that each row reads, for a PrefixSet; else None.
 
     Position ids, given or computed, count a row's own tokens from 0; the prefix's `first_position` is added to them.
-    Padding is a 2D `attention_mask` over own tokens, on the left or on the right.
+    Padding is a 2D `attention_mask` over own tokens, on the left or on the right. Rows that transformers packs
+    (`cu_seq_lens_q`, `cu_seq_lens_k`, `seq_idx`, position ids that start over) are served as with `cu_seqlens`. A cache
+    belongs to the attachment that filled it. `copy.deepcopy` of an attached model is a plain model.
     """
 
     def __init__(
@@ -67,46 +83,93 @@ class Attachment:
         self._last_first = max(each.first_position for each in self._prefixes)
         family, config = self._decoder.family, self._decoder.config
         self._name = type(self._decoder.model).__name__
-        self._implementation = ALIBI_IMPLEMENTATION if family.positions == ALIBI else IMPLEMENTATION
+        self._implementation = ALIBI_IMPLEMENTATION if family.positions == ALIBI else ATTACHED_IMPLEMENTATION
         self._position_limit = config.max_position_embeddings if family.positions == LEARNED else None
         switches = (rope_switch(config, each.first_position) for each in self._prefixes)
         self._rope_switch = min((switch for switch in switches if switch is not None), default=None)
         self._group = head_group(self._decoder.attentions[0])
         self._parameters = list(inspect.signature(self._decoder.base.forward).parameters)
-        self._stack: ExitStack | None = None
+        self._traces: Traces | None = None
         self._thread = threading.local()
+        self._owner = uuid.uuid4().hex  # what caches remember
+        self._notice = self._decoder.base.register_forward_pre_hook(partial(_say_not_entered, weakref.ref(self)))
 
-    def __enter__(self) -> Attachment:
+    def enable(self) -> Attachment:
+        """Attach the prefix, until `detach`. Returns the attachment itself.
+
+        Raises:
+            ValueError: the model has a prefix attached already.
+        """
         decoder = self._decoder
+        self._notice.remove()
         if any(hasattr(attention, ATTACHED) for attention in decoder.attentions):
             raise ValueError(f"this {self._name} already has a prefix attached; leave that block first")
-        with ExitStack() as stack:
+        with Traces() as traces:
             for index, attention in enumerate(decoder.attentions):
-                setattr(attention, ATTACHED, index)
-                stack.callback(delattr, attention, ATTACHED)
-            _switch_implementation(decoder, self._implementation, stack)
+                traces.set(attention, ATTACHED, index)
+            _switch_implementation(decoder, self._implementation, traces)
             if self._implementation == ALIBI_IMPLEMENTATION:
-                serve_alibi(decoder, stack, lambda: getattr(self._thread, "state", None))
-            base, embedding = decoder.base, decoder.base.get_input_embeddings()
-            for handle in (
-                base.register_forward_pre_hook(self._before, with_kwargs=True),
-                base.register_forward_hook(self._after, with_kwargs=True),
-                embedding.register_forward_hook(lambda module, args, out: self._carry_gradient(out)),
-                *(
-                    layer.register_forward_pre_hook(partial(self._check_recorded, index), with_kwargs=True)
-                    for index, layer in enumerate(decoder.layers)
-                ),
-            ):
-                stack.callback(handle.remove)
-            self._stack = stack.pop_all()
+                serve_alibi(decoder, traces, lambda: getattr(self._thread, "state", None))
+            model, base, embedding = decoder.model, decoder.base, decoder.base.get_input_embeddings()
+            traces.hook(base.register_forward_pre_hook(self._before, with_kwargs=True))
+            traces.hook(base.register_forward_hook(self._after, with_kwargs=True))
+            traces.hook(embedding.register_forward_hook(lambda module, args, out: self._carry_gradient(out)))
+            for index, layer in enumerate(decoder.layers):
+                traces.hook(layer.register_forward_pre_hook(partial(self._check_recorded, index), with_kwargs=True))
+            if model is not base:
+                traces.hook(model.register_forward_pre_hook(self._see_packed, with_kwargs=True))
+            if hasattr(model, "generate"):
+                traces.set(model, "generate", self._watched(model.generate))
+            for module in dict.fromkeys((model, base)):
+                traces.set(module, "__deepcopy__", partial(traces.plain_copy, self, module))
+            ATTACHED_NOW.add(self._owner)
+            traces.callback(ATTACHED_NOW.discard, self._owner)
+            self._traces = traces.pop_all()
         return self
+
+    def detach(self) -> None:
+        """Leave the model as it was. Does nothing if the prefix is not attached."""
+        self._notice.remove()
+        traces, self._traces = self._traces, None
+        if traces is not None:
+            traces.close()
+
+    def __enter__(self) -> Attachment:
+        return self.enable()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        stack, self._stack = self._stack, None
-        if stack is not None:
-            stack.close()
+        self.detach()
+
+    def __del__(self) -> None:
+        notice = getattr(self, "_notice", None)
+        if notice is not None and notice.id in (notice.hooks_dict_ref() or ()) and not sys.is_finalizing():
+            notice.remove()
+            warnings.warn(NOT_ENTERED.format("was never entered"), stacklevel=2)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            f"a part of this {self._name} cannot be copied or pickled while a prefix is attached; leave the attach "
+            "block, or copy the whole model"
+        )
+
+    def _watched(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        """`generate` that raises if the prefix was detached while it ran (in another thread)."""
+
+        @functools.wraps(generate)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            block = self._traces
+            result = generate(*args, **kwargs)
+            if self._traces is not block:
+                raise ValueError(f"the attach block was left while generate() of {self._name} ran")
+            return result
+
+        return run
+
+    def _see_packed(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Runs before the model with the head, which may keep arguments about packed rows to itself."""
+        self._thread.told = {name: kwargs[name] for name in TOLD_BY if kwargs.get(name) is not None}
 
     def _before(self, base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Runs before the decoder: shifts positions, and passes the state of this forward pass to the layers."""
@@ -120,16 +183,21 @@ class Attachment:
             return (), kwargs  # the model raises its own error
         if self.mask is not None and not isinstance(self.mask, ContextMask):
             raise TypeError(f"attachment.mask must be a ContextMask or None, got {type(self.mask).__name__}")
-        prepare = self._prepare_padded if self.cu_seqlens is None else self._prepare_packed
-        positions = prepare(tokens, kwargs)
-        index = self._index_of_rows(tokens)
-        first = self.prefix.first_position if index is None else self._first_positions(index, tokens)
+        claim(kwargs.get("past_key_values"), self._owner, self._name)
+        told, self._thread.told = getattr(self._thread, "told", {}), {}
+        cu_seqlens = packed_rows(self.cu_seqlens, {**kwargs, **told}, tokens)
+        if cu_seqlens is None:
+            positions = self._prepare_padded(tokens, kwargs)
+        else:
+            positions = self._prepare_packed(tokens, kwargs, cu_seqlens)
+        index = self._index_of_rows(tokens, cu_seqlens)
+        first = self.prefix.first_position if index is None else self._first_positions(index, tokens, cu_seqlens)
         self._check_positions(positions, first, tokens.shape[1], kwargs)
         state = ForwardState(
             tuple(self.prefix.keys),
             tuple(self.prefix.values),
             self.mask,
-            self.cu_seqlens,
+            cu_seqlens,
             self.backend,
             self._group,
             torch.is_grad_enabled(),
@@ -143,15 +211,15 @@ class Attachment:
             kwargs["position_ids"] = positions + first
         return (), kwargs
 
-    def _index_of_rows(self, tokens: Tensor) -> Tensor | None:
-        """The prefix that each row of this pass reads, int64 `[B]`, or None if all rows read one prefix."""
+    def _index_of_rows(self, tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
+        """Which prefix each row of this pass reads, int64 `[B]`, or None where there is one for all."""
         index = self.prefix_index
         if self._prefixes == (self.prefix,):
             if index is not None:
                 raise ValueError("attachment.prefix_index needs several prefixes: PrefixSet(...).attach")
             return None
-        count, rows = len(self._prefixes), tokens.shape[0] if self.cu_seqlens is None else len(self.cu_seqlens) - 1
-        if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype not in _INTEGERS:
+        count, rows = len(self._prefixes), tokens.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype not in INTEGERS:
             raise TypeError("attachment.prefix_index must be an int32 or int64 tensor [B]")
         if not len(index) or rows % len(index):
             raise ValueError(f"attachment.prefix_index must have an entry for each of {rows} rows, got {len(index)}")
@@ -159,12 +227,12 @@ class Attachment:
             raise ValueError(f"attachment.prefix_index must lie in [0, {count}), got {index.tolist()}")
         return index.to(tokens.device, torch.int64).repeat_interleave(rows // len(index))
 
-    def _first_positions(self, index: Tensor, tokens: Tensor) -> Tensor:
-        """Position of the first own token, int64: `[B, 1]` per row, or with packed rows `[1, N]` per token."""
+    def _first_positions(self, index: Tensor, tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """Position of the first own token for each row, int64 `[B, 1]`; if rows are packed for each token, `[1, N]`."""
         first = self.prefix.first_positions.to(tokens.device)[index]
-        if self.cu_seqlens is None:
+        if cu_seqlens is None:
             return first[:, None]
-        return first.repeat_interleave(self.cu_seqlens.diff().to(tokens.device), output_size=tokens.shape[1])[None]
+        return first.repeat_interleave(cu_seqlens.diff().to(tokens.device), output_size=tokens.shape[1])[None]
 
     def _prepare_padded(self, tokens: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Own position of each token of a batch with or without padding, int64 `[B, S]` or `[1, S]`."""
@@ -180,33 +248,18 @@ class Attachment:
                 tokens.shape[0], _past_length(kwargs) + S, dtype=torch.bool, device=tokens.device
             )
         if given is not None:
-            if mask is None and cache is None and not torch.compiler.is_compiling() and (given.diff() != 1).any():
-                raise ValueError(
-                    "position_ids are not consecutive: rows packed into one sequence need attachment.cu_seqlens, "
-                    "padded rows need an attention_mask"
-                )
             return given
         past = _past_length(kwargs)
         if padding is not None:
             return (padding.long().cumsum(dim=1) - 1).clamp(min=0)[:, past : past + S].to(tokens.device)
         return torch.arange(past, past + S, device=tokens.device)[None]
 
-    def _prepare_packed(self, tokens: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """Own position of each token of rows packed into one sequence, int64 `[1, N]`."""
-        cu_seqlens = self.cu_seqlens
-        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.dtype not in _INTEGERS:
-            raise TypeError("attachment.cu_seqlens must be an int32 tensor [B+1] or None")
-        if tokens.shape[0] != 1:
-            raise ValueError(
-                "with attachment.cu_seqlens, input_ids must be one packed sequence [1, N], "
-                f"got a batch of {tokens.shape[0]}"
-            )
+    def _prepare_packed(self, tokens: Tensor, kwargs: dict[str, Any], cu_seqlens: Tensor) -> Tensor:
+        """Own position of each token, int64 `[1, N]`, of rows packed into one sequence."""
         if kwargs.get("attention_mask") is not None:
-            raise ValueError("with attachment.cu_seqlens, attention_mask must be None: packed rows have no padding")
+            raise ValueError("with cu_seqlens, attention_mask must be None: packed rows have no padding")
         if kwargs.get("past_key_values") is not None:
-            raise ValueError(
-                "with attachment.cu_seqlens, past_key_values must be None: packed rows cannot be continued"
-            )
+            raise ValueError("with cu_seqlens, past_key_values must be None: packed rows cannot be continued")
         kwargs["use_cache"] = False
         kwargs["attention_mask"] = no_padding(tokens.device)
         given = kwargs.get("position_ids")
@@ -214,13 +267,15 @@ class Attachment:
             return given
         N = tokens.shape[1]
         token = torch.arange(N, device=tokens.device)
-        starts = cu_seqlens.long()
+        starts = cu_seqlens.to(tokens.device, torch.int64)
         row = torch.searchsorted(starts, token, right=True) - 1
         return (token - starts[row])[None]
 
     def _after(self, base: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Runs after the decoder: checks that every layer has read the prefix, and that it gets its gradient."""
         state, self._thread.state = kwargs.get(STATE), None
+        for value in output.values() if isinstance(output, dict) else output:
+            own(value, self._owner)
         missing = sorted(set(range(len(self._decoder.attentions))) - (state.consumed if state else set()))
         if missing:
             raise ValueError(
@@ -235,7 +290,7 @@ class Attachment:
                 "is needed, use torch.no_grad()"
             )
         if self._recomputes() and output[0].requires_grad:
-            block = self._stack
+            block = self._traces
             output[0].register_hook(lambda gradient: self._check_still_in(block))
 
     def _carry_gradient(self, hidden: Tensor) -> Tensor:
@@ -270,9 +325,9 @@ class Attachment:
         layer = self._decoder.layers[0]
         return getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
 
-    def _check_still_in(self, block: ExitStack | None) -> None:
-        """Runs at the start of a backward pass with gradient checkpointing."""
-        if self._stack is not block:
+    def _check_still_in(self, block: Traces | None) -> None:
+        """Runs first in a backward pass with gradient checkpointing."""
+        if self._traces is not block:
             raise ValueError(
                 "backward() was called after leaving the attach block; gradient checkpointing runs the layers again, "
                 "and they need the prefix: call backward() inside the block"
@@ -306,7 +361,20 @@ class Attachment:
             )
 
 
-_INTEGERS = (torch.int32, torch.int64)
+NOT_ENTERED = (
+    "prefix.attach(model) {}, so the model ran without the prefix; use `with prefix.attach(model):`, or "
+    "`attachment = prefix.attach(model).enable()` and later `attachment.detach()`"
+)
+
+
+def _say_not_entered(attachment: weakref.ref[Attachment], base: nn.Module, args: tuple) -> None:
+    """Runs before a model that an attachment was made for and not entered yet."""
+    made = attachment()
+    if made is None or base is not made._decoder.base or torch.compiler.is_compiling():
+        return
+    made._notice.remove()
+    if not any(hasattr(attention, ATTACHED) for attention in made._decoder.attentions):
+        warnings.warn(NOT_ENTERED.format("was not entered"), stacklevel=2)
 
 
 def _past_length(kwargs: dict[str, Any]) -> int:
@@ -323,6 +391,11 @@ def _check_padding(padding: Tensor, tokens: Tensor, kwargs: dict[str, Any]) -> N
         raise ValueError(
             f"attention_mask must cover the rows' own tokens alone, [{B}, {own}], got {list(padding.shape)}; "
             "the prefix needs no mask"
+        )
+    if padding.dtype != torch.bool and not torch.compiler.is_compiling() and (padding > 1).any():
+        raise ValueError(
+            "attention_mask must be 0 or 1, 1 for a token; rows packed into one sequence need attachment.cu_seqlens or "
+            "cu_seq_lens_q and cu_seq_lens_k instead of a mask that numbers them"
         )
     past = own - tokens.shape[1]
     if past and not torch.compiler.is_compiling():
@@ -386,8 +459,8 @@ def check_fit(prefix: PrefixLike, decoder: Decoder) -> None:
         )
 
 
-def _switch_implementation(decoder: Decoder, implementation: str, stack: ExitStack) -> None:
-    """Give this model a config with another attention implementation until `stack` is closed.
+def _switch_implementation(decoder: Decoder, implementation: str, traces: Traces) -> None:
+    """Give this model a config with another attention implementation until `traces` are undone.
 
     The config is a copy, since other models may share the object. Changes to the copy are written back at the end.
     """
@@ -404,6 +477,7 @@ def _switch_implementation(decoder: Decoder, implementation: str, stack: ExitSta
             if name != "_attn_implementation_internal" and before.get(name) is not value:
                 setattr(old, name, value)
 
-    stack.callback(restore)
+    traces.callback(restore)
+    traces.on_copy(new, lambda copied: setattr(copied, "_attn_implementation", old._attn_implementation))
     for module in holders:
         module.config = new

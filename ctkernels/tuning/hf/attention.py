@@ -1,4 +1,4 @@
-"""The attention function and the mask function that transformers calls under `attn_implementation="ctkernels"`.
+"""The attention function and the mask function that transformers calls in a model with an attached prefix.
 
     model's forward -> row_layout (once per forward and layer type): 2D padding mask -> where each row's keys are
                     -> attention_forward (every layer): the op on [prefix of this layer | own keys]
@@ -13,13 +13,12 @@ transformers passes on any mask with four:
     [1, 1, 1, 0]            every key is valid, or rows are packed (passed by an attachment instead of no mask, so that
                             transformers makes none)
 
-A module without an attached prefix behaves as under "sdpa" (plain.py). Importing this module, or any module that
-attaches a prefix, registers the name with transformers.
+They have a name of their own: a model under `attn_implementation="ctkernels"` without a prefix is served by plain.py,
+and never gets a layout for a mask.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -31,15 +30,13 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ctkernels import ContextMask, prefix_attention, prefix_attention_varlen
 from ctkernels.tuning.hf.parallel import own_heads
-from ctkernels.tuning.hf.plain import plain_attention
+from ctkernels.tuning.hf.plain import IMPLEMENTATION, unknown_argument
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-IMPLEMENTATION = "ctkernels"
+ATTACHED_IMPLEMENTATION = f"{IMPLEMENTATION}_attached"
 ATTACHED = "_ctkernels_layer_index"  # attribute of an attention module while a prefix is attached to it
-# arguments of other models' attention that change the result and that the op does not have
-UNSUPPORTED_ARGUMENTS = ("position_bias", "s_aux", "cache", "head_mask")
 COMPILED_MASK = "under torch.compile, a padding mask must have rows that are one run of ones, up to the last query"
 
 
@@ -187,25 +184,6 @@ def row_layout(
     )
 
 
-def registered_row_layout(*args: Any, config: PreTrainedConfig | None = None, **kwargs: Any) -> Tensor | None:
-    """`row_layout` for models that call the registered attention function. Others would ignore the layout.
-
-    Raises:
-        ValueError: the model class does not call the registered function. (For BLOOM, use `KVPrefix.attach`.)
-    """
-    if config is not None and not _calls_registry(type(config)):
-        raise ValueError(
-            f"{config.model_type} computes attention itself instead of calling the registered function; "
-            f'attn_implementation="{IMPLEMENTATION}" would run it without its causal mask'
-        )
-    return row_layout(*args, config=config, **kwargs)
-
-
-def _calls_registry(config_class: type[PreTrainedConfig]) -> bool:
-    modeling = sys.modules.get(config_class.__module__.replace(".configuration_", ".modeling_"))
-    return modeling is None or hasattr(modeling, "ALL_ATTENTION_FUNCTIONS")
-
-
 def attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -226,40 +204,28 @@ def attention_forward(
     Returns (`[B, S, H, D]`, None): there are no attention weights.
 
     Raises:
-        ValueError: attention dropout, a mask that is not padding, an argument that the op does not have, or a layer
-            with a prefix that runs outside of its model's forward.
+        ValueError: attention dropout, a mask that is not padding, an argument whose meaning is not known, or a layer
+            that runs without a prefix or outside of its model's forward.
     """
     index = getattr(module, ATTACHED, None)
     name = type(module).__name__
+    if index is None:
+        raise ValueError(f"{name}: this layer has no prefix, or its attach block was left while the model ran")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     layout = attention_mask if is_layout(attention_mask) else None
-    if index is None:
-        return plain_attention(
-            module,
-            query,
-            key,
-            value,
-            layout,
-            mask=attention_mask if layout is None else None,
-            scaling=scaling,
-            window=sliding_window,
-            softcap=softcap or None,
-            dropout=dropout,
-            is_causal=is_causal,
-            **kwargs,
-        )
-    unsupported = [argument for argument in UNSUPPORTED_ARGUMENTS if kwargs.get(argument) is not None]
+    unknown = unknown_argument(kwargs)
     if dropout > 0:
         raise ValueError(
             f"{name}: attention dropout {dropout} is not supported; put the model in eval mode: model.eval()"
         )
     if ctkernels_state is None:
         raise ValueError(f"{name}: a layer with an attached prefix was called outside of its model's forward")
-    if not is_causal or unsupported or (layout is None and attention_mask is not None):
+    if unknown is not None:
+        raise ValueError(f"{name}: an attached model cannot take the argument {unknown}, whose meaning is not known")
+    if not is_causal or (layout is None and attention_mask is not None):
         raise ValueError(
-            f"{name}: an attached model takes causal attention with a 2D padding mask whose rows are one run of ones"
-            + (f", got {', '.join(unsupported)}" if unsupported else ", got another mask or bidirectional attention")
-            + "; rows packed into one sequence need attachment.cu_seqlens"
+            f"{name}: an attached model takes causal attention with a 2D padding mask whose rows are one run of ones, "
+            "got another mask or bidirectional attention; rows packed into one sequence need attachment.cu_seqlens"
         )
     settings = {"scale": scaling, "window": sliding_window, "softcap": softcap or None}
     return attend(ctkernels_state, index, query, key, value, layout, **settings), None
@@ -291,5 +257,5 @@ def attend(
     return out if row is None or not aligned else out[row, back]
 
 
-AttentionInterface.register(IMPLEMENTATION, attention_forward)
-AttentionMaskInterface.register(IMPLEMENTATION, registered_row_layout)
+AttentionInterface.register(ATTACHED_IMPLEMENTATION, attention_forward)
+AttentionMaskInterface.register(ATTACHED_IMPLEMENTATION, row_layout)
