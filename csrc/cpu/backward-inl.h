@@ -187,10 +187,10 @@ class Backward {
     }
     const bool needs_ds = dk || dq || (p_.dbias && !own);
     // s <- k q, then the logits
-    times_rows<U>(count, k_rows, units_of<U>(p_.D), tile.q, TILE, s_rows, vectors, 3, false);
+    times_heads<U>(count, k_rows, units_of<U>(p_.D), tile.q, s_rows, vectors);
     logits.apply(tile.lanes, block_, own, s_, p_.softcap ? slope_ : nullptr);
     // dp <- v dout
-    if (needs_ds) times_rows<U>(count, v_rows, units_of<U>(p_.Dv), tile.dout, TILE, dp_rows, vectors, 3, false);
+    if (needs_ds) times_heads<U>(count, v_rows, units_of<U>(p_.Dv), tile.dout, dp_rows, vectors);
     for (int at = 0; at < vectors * VECTOR_SIZE<C>; at += VECTOR_SIZE<C>)
       probabilities(tile, at, logits.coefficient, needs_ds);
     if (p_.dbias && !own) add_bias(tile.lanes, logits.kv_head);

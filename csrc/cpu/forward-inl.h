@@ -135,7 +135,7 @@ class Forward {
       with_lanes<C>(tile->lanes.count, [&](auto lanes) {
         narrow_logits<U, lanes()>(block_.count, k_rows, units_of<U>(p_.D), tile->q, s_, v_rows);
       });
-    else times_rows<U>(block_.count, k_rows, units_of<U>(p_.D), tile->q + at, TILE, s_rows, vectors, 3, false, v_rows);
+    else times_heads<U>(block_.count, k_rows, units_of<U>(p_.D), tile->q + at, s_rows, vectors, v_rows);
     logits.apply(tile->lanes, block_, own, s_, nullptr);
     alignas(64) C factor[TILE], keep[TILE];
     for (int v = block_.first_vector; v < block_.last_vector; ++v)

@@ -156,6 +156,20 @@ void times_rows(int64_t n, const U* const* a, int64_t K, const U* b, int64_t ldb
   });
 }
 
+// C rows c[0..n) = a[0..n)[0..K) x b[0..K)[vectors], n <= KEY_BLOCK, for products along a head dimension: a sum of more
+// than LONG_SUM products is the sum of two, since its roundings grow with its length.
+constexpr int64_t LONG_SUM = 256;
+
+template <typename U>
+void times_heads(int64_t n, const U* const* a, int64_t K, const U* b, C_of<U>* const* c, int vectors,
+                 const U* const* ahead = nullptr) {
+  times_rows<U>(n, a, std::min(K, LONG_SUM), b, TILE, c, vectors, 3, false, ahead);
+  if (K <= LONG_SUM) return;
+  const U* rest[KEY_BLOCK];
+  for (int64_t r = 0; r < n; ++r) rest[r] = a[r] + LONG_SUM;
+  times_rows<U>(n, rest, K - LONG_SUM, b + LONG_SUM * TILE, TILE, c, vectors, 3, true);
+}
+
 // C[0..n)[vectors] = factor * C + sum over k of a[k][0..n) x b[k][vectors], products masked by the bits of `keep`.
 template <typename U>
 void times_cols(int64_t n, const U* const* a, int64_t K, const U* b, int64_t ldb, C_of<U>* c, int64_t ldc, int vectors,

@@ -95,8 +95,8 @@ def _padded(
     empty = total == 0  # no visible key, or only keys with a bias of -inf; `where` also cuts the gradient
     total = torch.where(empty, 1, total)
     out, lse = (weights @ keys(prefix_v, v)) / total, torch.log(total) + top
-    if sinks is not None:  # exp(sink) in the denominator, but not in lse
-        out = out * torch.sigmoid(lse - sinks.to(acc)[:, None, None])
+    if sinks is not None:  # exp(sink) in the denominator, but not in lse; sigmoid's own derivative would cancel near 1
+        out = out * torch.nn.functional.logsigmoid(lse - sinks.to(acc)[:, None, None]).exp()
     out, lse = torch.where(empty, 0, out), torch.where(empty, -math.inf, lse)
     return out.to(q.dtype), lse.squeeze(-1)
 

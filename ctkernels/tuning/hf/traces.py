@@ -19,9 +19,15 @@ class Traces(ExitStack):
         self._undo: list[tuple[Any, Callable[[Any], Any]]] = []  # an object, and what undoes its change on a copy of it
 
     def set(self, module: nn.Module, name: str, value: Any) -> None:
-        """Set an attribute that the module itself does not have."""
+        """Set an attribute, which is as it was before in the end."""
+        own = vars(module)
+        if name in own:
+            before = own[name]
+            self.callback(setattr, module, name, before)
+            self.on_copy(module, lambda copied: vars(copied).update({name: before}))
+        else:
+            self.callback(delattr, module, name)
         setattr(module, name, value)
-        self.callback(delattr, module, name)
 
     def hook(self, handle: RemovableHandle) -> None:
         """Remove a hook in the end."""

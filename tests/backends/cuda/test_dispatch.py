@@ -274,8 +274,8 @@ def test_auto_takes_the_backend_that_serves_the_head_dimension(gpu, monkeypatch)
     gpu.architecture = "sm_80"
     refusing = types.SimpleNamespace(refusal=lambda device, dtype, wide: "too wide" if wide else None)
     monkeypatch.setattr(dispatch, "load", lambda name: refusing if name == "cuda" else types.SimpleNamespace())
-    assert dispatch.choose(None, GPU, BF16, 64, 0) == "cuda"
-    assert dispatch.choose(None, GPU, BF16, 64, 256) == "triton"
+    assert dispatch.choose(None, GPU, BF16, 64, 0) == ("cuda", "cuda")
+    assert dispatch.choose(None, GPU, BF16, 64, 256) == ("triton", "triton")
     with pytest.raises(ValueError, match="backend='cuda' is unavailable: too wide"):
         dispatch.choose("cuda", GPU, BF16, 64, 256)
 

@@ -1,8 +1,6 @@
 """Where attn_implementation="ctkernels" leaves a call to transformers: whatever the op does not compute exactly, at
 every length, said once."""
 
-import json
-
 import pytest
 import torch
 import transformers
@@ -68,15 +66,6 @@ def test_class(kind):
     assert result["through"] == DIFFICULT.get(kind, ["op", "sdpa"]), result
 
 
-def test_every_class_is_in_the_table():
-    """tools/models/results/drop_in.json has what the sweep over all classes found; a class that came with another
-    version of transformers is not in it."""
-    classes = json.loads(drop_in.RESULTS.read_text())["classes"]
-    assert set(classes) == set(drop_in.classes())
-    assert not [kind for kind, result in classes.items() if result["verdict"] in ("wrong", "refused")]
-    assert sum(result["verdict"] == "right" for result in classes.values()) >= 200
-
-
 @quiet
 @pytest.mark.parametrize("S", [24, 100, 180, 300])
 @pytest.mark.parametrize("kind", ["narrow values", "wide values", "wide heads"])
@@ -84,7 +73,7 @@ def test_every_class_is_in_the_table():
 def test_length_decides_nothing(kind, S):
     """Dimensions that the op does not take go to SDPA, however small or large a call is."""
     if kind == "wide heads":
-        config = transformers.LlamaConfig(**{**GROUPED, "head_dim": 512, "max_position_embeddings": 512})
+        config = transformers.LlamaConfig(**{**GROUPED, "head_dim": 520, "max_position_embeddings": 512})
     else:
         config = tiny_config(transformers.DeepseekV3Config, v_head_dim=8 if kind == "narrow values" else 24)
     torch.manual_seed(0)
