@@ -1,18 +1,20 @@
-# Two commands do all set-up: `make demo` (the main job on a real model) and `make test` (all tests).
-# Both create .venv, install pinned versions and build the C++ extension.
+# Two commands do everything: `make demo` (Context Tuning of a real model) and `make test` (all tests).
+# Both create .venv, install the pinned versions and build the C++ extension.
 #
-#   TORCH  the torch requirement            make test TORCH=torch==2.14.1
-#   MODEL  a Hugging Face id or a directory make demo MODEL=Qwen/Qwen2.5-0.5B
-#   OUT    where benchmarks leave results    make bench OUT=benchmarks/results
-#   DATA   tasks in the MetaICL layout       make reproduce DATA=metaicl/data TASKS="sick qasc" SEEDS="13 21" FULL=1
-#   MOST_SECONDS  longest epoch of the scaling   make reproduce MOST_SECONDS=600
-#   CUDA_TORCH  a CUDA build of torch        make cuda-bindings CUDA_TORCH=torch==2.13.0
-#   OLDEST, NEWEST  bounds of torch          make test-bounds
+#   variable        meaning                                         example
+#   TORCH           the torch to install                            make test TORCH=torch==2.14.1
+#   MODEL           a Hugging Face id or a directory                make demo MODEL=Qwen/Qwen2.5-0.5B
+#   OUT             where benchmarks leave results                  make bench OUT=runs/bench
+#   DATA            tasks in the MetaICL layout                     make reproduce DATA=metaicl/data TASKS="sick qasc" SEEDS="13 21" FULL=1
+#   MOST_SECONDS    longest epoch of the scaling                    make reproduce MOST_SECONDS=600
+#   CUDA_TORCH      a CUDA build of torch                           make cuda-bindings CUDA_TORCH=torch==2.13.0
+#   OLDEST, NEWEST  the bounds of torch                             make test-bounds
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 MODEL ?=
-OUT ?= runs/bench
+OUT ?=
+RESULTS := $(or $(OUT),benchmarks/results)
 CUDA_TORCH ?= torch==2.14.1
 OLDEST ?= torch==2.6.0
 NEWEST ?= torch==2.14.1
@@ -33,65 +35,66 @@ demo: .venv/built
 	@if [ -z "$(MODEL)" ]; then .venv/bin/python examples/fetch_smollm2.py .models/smollm2-135m; fi
 	.venv/bin/python examples/demo.py --model $(or $(MODEL),.models/smollm2-135m) --out runs/demo
 
-# two workers with one thread each; the tests that need more threads ask for them
+# All tests: two workers with one thread each; the tests that need more threads ask for them
 test: .venv/built
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2
 
-# The Triton kernels without a GPU, all of it: the whole suite of the op under Triton's interpreter, and compiled code in
-# the PTX emulator on both architectures and in more schedules; an hour or two
+# Everything that can be tested of the GPU kernels without a GPU: the whole suite of the op under Triton's interpreter, and
+# compiled code in the PTX emulator, on both architectures and in more schedules. An hour or two.
 test-gpu-full: .venv/built
 	OMP_NUM_THREADS=1 CTKERNELS_TEST_PROFILE=thorough .venv/bin/python -m pytest -q -n 2 tests/backends tools
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 CTKERNELS_TEST_PROFILE=interpreter .venv/bin/python -m pytest -q -n 2 tests/op -k triton
 
 # Every causal language model class of the installed transformers, with a prefix and with the drop-in attention, each in
-# a process of its own: writes ctkernels/tuning/hf/served.json and docs/models.md. Half an hour. MODELS="llama gpt2": some.
+# a process of its own: writes ctkernels/tuning/hf/served.json and docs/models.md. Half an hour. TYPES="llama gpt2": some.
 test-models: .venv/built
-	OMP_NUM_THREADS=1 .venv/bin/python tools/class_sweep.py $(MODELS)
+	OMP_NUM_THREADS=1 .venv/bin/python tools/class_sweep.py $(TYPES)
 
-# The op against its peers, how it scales, training steps, models without a prefix, and serving: writes the tables of the
-# README and of docs, and JSON, Markdown and plots to OUT; about half an hour on two cores
+# The op against its peers, how it scales, training steps, models without a prefix, and serving: JSON, Markdown and plots in
+# OUT, and the tables of the documents unless OUT is given. About half an hour on two cores.
 bench: .venv/built
 	@if [ -z "$(MODEL)" ]; then .venv/bin/python examples/fetch_smollm2.py .models/smollm2-135m; fi
-	.venv/bin/python benchmarks/bench_attention.py --out $(OUT) --readme README.md
-	.venv/bin/python benchmarks/bench_scaling.py --out $(OUT) --readme README.md
-	.venv/bin/python benchmarks/bench_tuning.py --out $(OUT) --readme README.md --model $(or $(MODEL),.models/smollm2-135m)
-	.venv/bin/python benchmarks/bench_dropin.py --out $(OUT) --readme docs/guides/migrate.md --model $(or $(MODEL),.models/smollm2-135m)
-	.venv/bin/python benchmarks/bench_serving.py --out $(OUT) --readme README.md --model $(or $(MODEL),.models/smollm2-135m)
+	.venv/bin/python benchmarks/bench_attention.py --out $(RESULTS)
+	.venv/bin/python benchmarks/bench_scaling.py --out $(RESULTS)
+	.venv/bin/python benchmarks/bench_tuning.py --out $(RESULTS) --model $(or $(MODEL),.models/smollm2-135m)
+	.venv/bin/python benchmarks/bench_dropin.py --out $(RESULTS) --model $(or $(MODEL),.models/smollm2-135m)
+	.venv/bin/python benchmarks/bench_serving.py --out $(RESULTS) --model $(or $(MODEL),.models/smollm2-135m)
+	.venv/bin/python benchmarks/render.py --results $(RESULTS)
 
-# Mistakes planted into copies of the CUDA kernels: every one must be caught
+# Mistakes planted into copies of the CUDA kernels: the tests must catch every one
 mutations-cuda: .venv/installed
 	CTKERNELS_TEST_PROFILE=thorough .venv/bin/python -m pytest -q tests/backends/cuda/test_mutations.py
 
-# The op over all head shapes, prefix lengths, row lengths and batches, against its ceiling alone; about ten minutes
+# The op over all head shapes, prefix lengths, row lengths and batches, beside torch.mm alone; about ten minutes
 bench-full: .venv/built
-	.venv/bin/python benchmarks/bench_attention.py --full --peers --seconds 0.3 --out $(OUT)/full
+	.venv/bin/python benchmarks/bench_attention.py --full --peers --seconds 0.3 --out $(RESULTS)/full
 
-# Where the CPU kernels spend their time, on the cases furthest from the ceiling; needs Linux's perf
+# Where the CPU kernels spend their time, on the cases that are slowest beside torch.mm; needs Linux's perf
 profile: .venv/built
-	.venv/bin/python benchmarks/profile_attention.py --out $(OUT)
+	.venv/bin/python benchmarks/profile_attention.py --out $(RESULTS)
 
 # The papers' table: every method with settings chosen on validation items, the ablation, time per epoch against k. Without
-# DATA on the shipped task; in under half an hour on two cores, with FULL=1 in many hours. What is finished is kept in
-# runs/reproduce, so that the same command continues (docs/methods.md).
+# DATA it runs on the shipped task. It takes under half an hour on two cores, with FULL=1 many hours. What is finished is
+# kept in runs/reproduce: the same command continues there (docs/methods.md).
 reproduce: .venv/built
 	@if [ -z "$(MODEL)" ]; then .venv/bin/python examples/fetch_smollm2.py .models/smollm2-135m; fi
 	.venv/bin/python benchmarks/reproduce.py --model $(or $(MODEL),.models/smollm2-135m) $(if $(DATA),--data $(DATA)) \
 	  $(if $(TASKS),--tasks $(TASKS)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(FULL),--full) \
-	  $(if $(MOST_SECONDS),--most-seconds $(MOST_SECONDS)) --results $(OUT)/reproduce $(if $(DOCS),--docs $(DOCS))
+	  $(if $(MOST_SECONDS),--most-seconds $(MOST_SECONDS)) $(if $(OUT),--results $(OUT)) $(if $(DOCS),--docs $(DOCS))
 
-# On a machine with a GPU: all tests on it, then the op against its peers; writes runs/gpu-check/gpu_check.md and .json
+# On a machine with a GPU: all tests on it, then the op against its peers. Writes runs/gpu-check/gpu_check.md and .json.
 gpu-check: .venv/built
 	.venv/bin/python tools/gpu/check.py --out runs/gpu-check
 
-# What the GPU kernels need on every architecture, and what they execute: the tables in tools/gpu/results.
-# No GPU is needed; compiling everything takes long the first time, and seconds after that.
+# What the GPU kernels need on every architecture, and what they execute: the tables in tools/gpu/results. Needs no GPU.
+# Compiling everything takes long the first time, and seconds after that.
 gpu-report: .venv/installed
 	.venv/bin/python tools/gpu/triton/report.py --out tools/gpu/results --docs docs/gpu.md
 	.venv/bin/python tools/gpu/cuda/report.py --out tools/gpu/results --docs docs/cuda.md
 
-# The CUDA extension, whole, against a CUDA build of torch (several GB, in a virtual environment of its own): compiled for
-# every architecture, linked, imported, and its operators' registrations checked. No GPU is needed; five minutes
-# after the download.
+# Builds the whole CUDA extension against a CUDA build of torch (several GB, in a virtual environment of its own): compiles
+# it for every architecture, links it, imports it, and checks the registrations of its operators. Needs no GPU. Five
+# minutes after the download.
 cuda-bindings: .venv-cuda/installed
 	mkdir -p build/cuda-bindings
 	cd build/cuda-bindings && rm -rf ctkernels csrc python_bindings tools
@@ -106,16 +109,17 @@ lint: .venv/installed
 	.venv/bin/clang-format --dry-run -Werror $(CXX_FILES)
 	.venv/bin/mypy
 
-# The API reference from the docstrings
+# docs/api.md, the API reference (it is not committed), and the tables of docs/methods.md, from the code
 docs: .venv/built
 	.venv/bin/python docs/generate_api.py
+	.venv/bin/python docs/generate_methods.py
 
 format: .venv/installed
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 	.venv/bin/clang-format -i $(CXX_FILES)
 
-# The op's tests under AddressSanitizer and UndefinedBehaviorSanitizer, on a build of its own
+# The op's tests under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own
 sanitize: .venv/installed
 	rm -rf build/sanitize && mkdir -p build/sanitize
 	cp -r ctkernels csrc python_bindings tests setup.py pyproject.toml README.md build/sanitize
@@ -125,26 +129,26 @@ sanitize: .venv/installed
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
 	  ../../.venv/bin/python -m pytest -q -n 2 tests/op -k "not compile and not memory"
 
-# Source distribution, and the wheel built from it, in dist; CPU kernels for every instruction set, chosen at run time
+# Source distribution, and the wheel built from it, in dist. The wheel has CPU kernels for every instruction set.
 wheel: .venv/installed
 	rm -rf dist
 	.venv/bin/python -m build --no-isolation --outdir dist .
 
-# The wheel in a virtual environment of its own, away from the sources: the op on every instruction set of this machine,
-# then the demo. A few minutes.
+# Installs the wheel in a virtual environment of its own, away from the sources, and runs the op on every instruction set of
+# this machine, then the demo. A few minutes.
 wheel-check: wheel
 	rm -rf build/wheel-check && mkdir -p build/wheel-check
 	$(PYTHON) -m venv build/wheel-check/venv
 	build/wheel-check/venv/bin/pip --quiet install "$(TORCH)"
 	grep -vE '^nvidia-' requirements.txt > build/wheel-check/requirements.txt
 	build/wheel-check/venv/bin/pip --quiet install --no-deps -r build/wheel-check/requirements.txt dist/*.whl
-	cp -r benchmarks examples build/wheel-check
+	cp -r examples build/wheel-check
 	@if [ -z "$(MODEL)" ]; then .venv/bin/python examples/fetch_smollm2.py .models/smollm2-135m; fi
 	cd build/wheel-check && venv/bin/python ../../tests/check_wheel.py
 	cd build/wheel-check && venv/bin/python examples/demo.py --model $(abspath $(or $(MODEL),.models/smollm2-135m)) --out demo
 
-# The op against the oldest and the newest torch that pyproject.toml stands for, in virtual environments of their own
-# (several GB where the index has CUDA builds of torch alone)
+# The op's tests with the oldest and the newest torch that pyproject.toml allows, in virtual environments of their own
+# (several GB where the index has only CUDA builds of torch)
 test-bounds:
 	$(MAKE) test-torch TORCH="$(OLDEST)"
 	$(MAKE) test-torch TORCH="$(NEWEST)"

@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from benchmarks import harness
 from benchmarks.harness import Laps
-from ctkernels.tuning.hf.attach import IMPLEMENTATION
+from ctkernels.tuning.hf import IMPLEMENTATION
 
 NAMES = (IMPLEMENTATION, "sdpa")
 AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # largest relative difference (norms over all values)
@@ -67,7 +67,7 @@ def inputs(work: Work, vocabulary: int) -> dict[str, Tensor]:
 
 
 def run(model: PreTrainedModel, work: Work, batch: dict[str, Tensor]) -> Tensor:
-    """What the work computes: last logits of prefill and decoding, a weight's gradient of a training step."""
+    """The work's result: last logits of prefill and decoding, the gradient of one weight of a training step."""
     model.requires_grad_(work.train)
     if work.train:
         model.zero_grad()
@@ -85,7 +85,7 @@ def run(model: PreTrainedModel, work: Work, batch: dict[str, Tensor]) -> Tensor:
 
 
 def compare(model: PreTrainedModel, work: Work, seconds: float) -> dict[str, Any]:
-    """Times of both, in turn, and how far their results are apart.
+    """Times of both, run in turn, and the difference of their results.
 
     Raises:
         ArithmeticError: the results differ by more than `AGREEMENT`.
@@ -150,8 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for work in WORKS:
         results.append(compare(model, work, args.seconds))
         print(f"{work}: {results[-1]['ratio']:.2f}x", flush=True)
-    text = f"{args.model}, {args.dtype}\n\n{markdown(results)}"
-    harness.write_report("bench_dropin", args, machine, results, text)
+    harness.write_report("bench_dropin", args, machine, results, markdown(results))
 
 
 if __name__ == "__main__":

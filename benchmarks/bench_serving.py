@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Serving tasks from stored prefixes against encoding their demonstrations anew for every request.
+"""Serving tasks from stored prefixes, against encoding their demonstrations again for every request.
 
     python benchmarks/bench_serving.py --model .models/smollm2-135m            under three minutes on two cores
 
 Ways to answer requests whose demonstrations are known in advance:
 
     stored, in memory    PrefixStore.attach with the prefix kept in memory, then generate() on the requests alone
-    stored, on disk      the same with nothing kept: the file is mapped for every batch (the system may have it cached)
+    stored, on disk      the same without memory: the file is mapped for every batch (the system may have it cached)
     cache copied         transformers' own: a DynamicCache of the demonstrations, copied for every batch and row
     encoded anew         the demonstrations in front of every request, through the stock model
 
@@ -158,7 +158,7 @@ def measure_store(model: PreTrainedModel, directory: Path, contexts: list[Tensor
 
 
 def measure_many(model: PreTrainedModel, directory: Path, context: Tensor, count: int) -> dict[str, Any]:
-    """A store of `count` short prefixes, read in random order with room for a tenth of them, by a skewed demand."""
+    """Random reads from a store of `count` short prefixes: memory holds a tenth of them, some are read more often."""
     prefix = KVPrefix.from_tokens(model, context[:SMALL_TOKENS], torch.tensor([SMALL_TOKENS]))
     size = sum(p.numel() * p.element_size() for p in prefix.parameters())
     store = PrefixStore(directory, model, memory_bytes=count * size // 10)
@@ -175,9 +175,9 @@ def measure_many(model: PreTrainedModel, directory: Path, context: Tensor, count
     return {"count": count, "P": SMALL_TOKENS, "get": Spread.of(seconds), "p99": tail, "list": listing}
 
 
-def markdown(results: dict[str, Any], new_tokens: int) -> str:
+def markdown(results: dict[str, Any]) -> str:
     """The tables."""
-    rows = []
+    rows, new_tokens = [], results["new_tokens"]
     for batch in results["batches"]:
         anew = batch["ways"][ANEW]
         for name in (IN_MEMORY, ON_DISK, COPIED, ANEW):
@@ -208,7 +208,7 @@ def _tasks(count: int) -> str:
 
 
 def task_contexts(tokenizer: PreTrainedTokenizerBase, train: list[Demonstration], count: int) -> list[Tensor]:
-    """Demonstrations of `count` tasks: the same pairs in other orders, one fewer for every second task."""
+    """Demonstrations of `count` tasks: the same pairs in different orders, one fewer in every second task."""
     drawn, contexts = random.Random(0), []
     for task in range(count):
         pairs = drawn.sample(train, len(train) - task % 2)
@@ -237,10 +237,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     contexts = task_contexts(tokenizer, pairs, args.rows)
     texts = [f" {item.input} " for item in test[: args.rows]]
     rows = [tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0] for text in texts]
-    machine = {**harness.describe_machine("cpu"), "model": args.model}
+    machine = {**harness.describe_machine("cpu"), "model": args.model, "dtype": "float32"}
     print(harness.machine_line(machine), flush=True)
 
-    results: dict[str, Any] = {"row_tokens": round(statistics.mean(len(row) for row in rows)), "batches": []}
+    row_tokens = round(statistics.mean(len(row) for row in rows))
+    results: dict[str, Any] = {"row_tokens": row_tokens, "new_tokens": args.new_tokens, "batches": []}
     with tempfile.TemporaryDirectory() as folder:
         store = PrefixStore(Path(folder, "tasks"), model)
         for task, context in enumerate(contexts):
@@ -252,8 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{count} requests: logits agree to {results['batches'][-1]['difference']:.0e}", flush=True)
         results["store"] = measure_store(model, store.directory, contexts, args.rounds)
         results["many"] = measure_many(model, Path(folder, "many"), contexts[0], args.stored)
-    text = f"{args.model}, float32\n\n{markdown(results, args.new_tokens)}"
-    harness.write_report("bench_serving", args, machine, results, text)
+    harness.write_report("bench_serving", args, machine, results, markdown(results))
 
 
 if __name__ == "__main__":

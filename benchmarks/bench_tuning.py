@@ -5,7 +5,7 @@
 
 The plain loop (`plain_ctkv.py`: expanded cache, padded rows, dense mask, logits everywhere) runs with SDPA and with
 eager attention, on the same demonstrations with the same dropped tokens. First the losses of all three are compared;
-then they run in turn in this process. Longer prefixes come from inputs that are drawn out with text of the test set.
+then they run in turn in this process. For longer prefixes, the inputs are lengthened with text of the test set.
 """
 
 from __future__ import annotations
@@ -31,27 +31,21 @@ from benchmarks.cases import FLOPS
 from benchmarks.harness import MatrixProduct, Spread
 from ctkernels import ContextMask
 from ctkernels.testing import memory, plain_ctkv
-from ctkernels.tuning import (
-    Demonstration,
-    TrainSettings,
-    encode_context,
-    encode_rows,
-    load_jsonl,
-    tune,
-)
+from ctkernels.tuning import Demonstration, encode_context, encode_rows, load_jsonl, tune
 from ctkernels.tuning.methods import METHODS, get_method
+from ctkernels.tuning.methods.ct_kv import CtKvOptions
 
 TASK = Path(__file__).resolve().parent.parent / "examples" / "tasks" / "support-routing"
 OURS = "ctkernels"
 ATTENTIONS = ("sdpa", "eager")  # of the plain loop
 AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 3e-2}  # largest relative difference of a loss
-EPOCHS = 2  # of a run; more than one, so that a step that went wrong shows in the next loss
+EPOCHS = 2  # of a run; more than one, so that a wrong step shows in the next loss
 
 
 def draw_out(
     tokenizer: PreTrainedTokenizerBase, demonstrations: Sequence[Demonstration], filler: Sequence[str], length: int
 ) -> list[Demonstration]:
-    """The same demonstrations, their inputs drawn out in turn until the context has at least `length` tokens."""
+    """The same demonstrations, with inputs lengthened in turn until the context has at least `length` tokens."""
     drawn, more = list(demonstrations), cycle(filler)
     for i in cycle(range(len(drawn))):
         if len(encode_context(tokenizer, drawn).input_ids) >= length:
@@ -61,7 +55,7 @@ def draw_out(
 
 
 def run_ours(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: list[Demonstration], settings: TrainSettings
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: list[Demonstration], settings: CtKvOptions
 ) -> tuple[list[float], list[float]]:
     """Losses and seconds of the epochs."""
     history = tune(model, tokenizer, pairs, "ct-kv", settings).history
@@ -72,7 +66,7 @@ def run_plain(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     pairs: list[Demonstration],
-    settings: TrainSettings,
+    settings: CtKvOptions,
     attention: str,
 ) -> tuple[list[float], list[float]]:
     """Losses and seconds of the epochs of the authors' loop with "sdpa" or "eager" attention."""
@@ -100,7 +94,7 @@ def run_plain(
 def epoch_flops(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: list[Demonstration]
 ) -> dict[str, int]:
-    """Arithmetic that an epoch of CT-KV cannot do without: the model's own layers on the rows' tokens (forward, and the
+    """The least arithmetic of an epoch of CT-KV: the model's own layers on the rows' tokens (forward, and the
     gradients of their inputs; the head where there are labels), and attention on what leave-one-out keeps."""
     context, rows = encode_context(tokenizer, pairs), encode_rows(tokenizer, pairs)
     head = model.get_output_embeddings()
@@ -123,7 +117,7 @@ def compare(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: list[Demonstration], rounds: int
 ) -> dict[str, Any]:
     """Seconds per epoch, peak memory and losses of our loop and of the plain ones, in turn, and the least time that the
-    arithmetic of an epoch takes at the rate of a matrix product, which runs in turn with them.
+    arithmetic of an epoch takes at the rate of `torch.mm`, which runs in turn with them.
 
     Raises:
         ArithmeticError: the losses differ by more than `AGREEMENT`.
@@ -179,7 +173,8 @@ def time_method(
     rounds: int,
 ) -> dict[str, Any]:
     """Seconds per training epoch, if the method trains, and per test item of an evaluation."""
-    result = tune(model, tokenizer, pairs, name, get_method(name).settings(epochs=rounds))
+    method = get_method(name)
+    result = tune(model, tokenizer, pairs, name, method.settings(**method.pick({"epochs": rounds})))
     times = [harness.timed(lambda: result.adapter.evaluate(model, tokenizer, items), "cpu")[1] for _ in range(3)]
     return {
         "method": name,
@@ -189,16 +184,16 @@ def time_method(
 
 
 def profile_epoch(run: Callable[[], Any]) -> str:
-    """What an epoch spends its time on, operator by operator."""
+    """The time of an epoch by operator."""
     with profile(activities=[ProfilerActivity.CPU]) as record:
         run()
     return record.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=60)
 
 
-def markdown(comparisons: Sequence[dict[str, Any]], methods: Sequence[dict[str, Any]]) -> str:
+def markdown(results: dict[str, Any]) -> str:
     """The two tables."""
     rows = []
-    for result in comparisons:
+    for result in results["epochs"]:
         own = result["seconds"][OURS]
         floors = result["floors"]
         line = [str(result["P"]), f"{result['rows']} ({result['row_tokens']})", harness.milliseconds(own)]
@@ -210,7 +205,7 @@ def markdown(comparisons: Sequence[dict[str, Any]], methods: Sequence[dict[str, 
             line += [harness.milliseconds(spread), f"{spread.median / own.median:.1f}x"]
             line.append(harness.megabytes(result["peak_bytes"][name]))
         rows.append([*line, f"{result['difference']:.0e}"])
-    header = ["P", "rows (tokens)", "ctkernels ms", "floor ms", "reached", "peak MB"]
+    header = ["P", "rows (tokens)", "ctkernels ms", "floor ms", "floor / time", "peak MB"]
     for name in ATTENTIONS:
         header += [f"plain, {name} ms", "ratio", "peak MB"]
     epochs = harness.table([*header, "losses differ by"], rows)
@@ -222,12 +217,12 @@ def markdown(comparisons: Sequence[dict[str, Any]], methods: Sequence[dict[str, 
                 harness.milliseconds(method["epoch"]) if method["epoch"] else "",
                 harness.milliseconds(method["evaluation_per_item"]),
             ]
-            for method in methods
+            for method in results["methods"]
         ],
     )
     about = (
         "Medians and quartiles; peak memory of the process. Floor: the arithmetic of the model's layers + that of "
-        "attention on what leave-one-out keeps, at the rate of PyTorch's matrix product."
+        "attention on what leave-one-out keeps, at the rate of `torch.mm`, run in turn."
     )
     return f"One epoch of CT-KV. {about}\n\n{epochs}\n\n**Evaluation and training of every method**\n\n{times}"
 
@@ -241,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=2, help=f"runs of {EPOCHS} epochs of each loop")
     parser.add_argument("--items", type=int, default=32, help="test items of an evaluation")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--profile", action="store_true", help="also write what an epoch spends its time on")
+    parser.add_argument("--profile", action="store_true", help="also write the time of an epoch by operator")
     args = parser.parse_args(argv)
     harness.prepare(args)
     logging.disable_progress_bar()
@@ -265,8 +260,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         runs["sdpa"] = lambda: run_plain(model, tokenizer, pairs, settings, "sdpa")
         for name, run in runs.items():
             (args.out / f"profile_{name}.txt").write_text(profile_epoch(run))
-    text = f"{args.model}, {args.dtype}\n\n{markdown(comparisons, methods)}"
-    harness.write_report("bench_tuning", args, machine, {"epochs": comparisons, "methods": methods}, text)
+    results = {"epochs": comparisons, "methods": methods}
+    harness.write_report("bench_tuning", args, machine, results, markdown(results))
 
 
 if __name__ == "__main__":

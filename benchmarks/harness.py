@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: the machine, timing in turn, peak memory, measured ceilings, reports."""
+"""What the benchmark scripts share: the machine, timing in turn, peak memory, rates to compare with, reports."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from torch import Tensor
 import ctkernels
 from ctkernels import dispatch
 from ctkernels.testing import memory
+from ctkernels.tuning.storage import atomic_write_bytes
 
 Value = TypeVar("Value")
 Laps = dict[str, float]  # phase -> seconds of one run
@@ -33,7 +34,6 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     """A parser with the options that every script has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of the JSON, Markdown and plots")
-    parser.add_argument("--readme", type=Path, help="also replace the tables between the markers of this file")
     parser.add_argument("--threads", type=int, help="threads of the CPU kernels and of PyTorch (default: PyTorch's)")
     return parser
 
@@ -67,15 +67,19 @@ def describe_machine(device: str) -> dict[str, Any]:
     return info
 
 
-def machine_line(info: Mapping[str, Any]) -> str:
-    """`describe_machine` as one line of Markdown."""
+def hardware_line(info: Mapping[str, Any]) -> str:
+    """The part of `describe_machine` that stays the same from run to run."""
     where = f"{info['gpu']} (CUDA {info['cuda']}), " if "gpu" in info else ""
     units = f" with {', '.join(info['bf16_units'])}" if info["bf16_units"] else " without bf16 units"
     return (
         f"{where}{info['cpu']}{units}, {info['cores']} cores, {info['threads']} threads, kernels for {info['isa']}; "
-        f"torch {info['torch']}, Python {info['python']}; "
-        f"load before the run {info['load']:.1f}; {info['date']}"
+        f"torch {info['torch']}, Python {info['python']}"
     )
+
+
+def machine_line(info: Mapping[str, Any]) -> str:
+    """`describe_machine` as one line of Markdown."""
+    return f"{hardware_line(info)}; load before the run {info['load']:.1f}; {info['date']}"
 
 
 def _cpu_fields() -> dict[str, str]:
@@ -102,7 +106,7 @@ def timed(work: Callable[[], Value], device: str) -> tuple[Value, float]:
 
 @dataclass(frozen=True)
 class Spread:
-    """Median, quartiles and smallest of some times in seconds, and how many they are."""
+    """Median, quartiles, smallest value and number of some times in seconds."""
 
     median: float
     q1: float
@@ -119,9 +123,9 @@ class Spread:
 def in_turn(
     works: Mapping[str, Callable[[], Laps]], seconds: float, least: int = 3, most: int = 50
 ) -> dict[str, dict[str, Spread]]:
-    """Run all works in turn (A B C A B C ...) for about `seconds`: name -> phase -> times. They should have run before.
+    """Run all works in turn (A B C A B C ...) for about `seconds`: name -> phase -> times. Each should have run once.
 
-    In turn, so that whatever else the machine does meanwhile hits all of them alike.
+    In turn, so that other work on the machine slows all of them alike.
     """
     gc.collect()
     rounds: dict[str, list[Laps]] = {name: [] for name in works}
@@ -137,9 +141,9 @@ def in_turn(
 
 
 def extra_memory(work: Callable[[], Iterable[Tensor]], device: str) -> int | None:
-    """Peak memory in bytes that `work` needs beyond what is there before and the tensors that it returns.
+    """Peak memory in bytes that `work` needs, besides what was there before and the tensors that it returns.
 
-    None where the system cannot tell.
+    None if the system cannot tell.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
@@ -152,7 +156,7 @@ def extra_memory(work: Callable[[], Iterable[Tensor]], device: str) -> int | Non
         if sys.platform == "linux":
             if dispatch.availability()["cpu"] is None:
                 dispatch.load("cpu").release_memory()
-            ctypes.CDLL(None).malloc_trim(0)  # else memory kept from earlier calls is used again, unseen
+            ctypes.CDLL(None).malloc_trim(0)  # else memory kept from earlier calls is reused, not counted
         if not memory.reset_peak():
             return None
         before = memory.peak_bytes()
@@ -173,10 +177,11 @@ def free_memory(device: str) -> int:
 
 
 class MatrixProduct:
-    """The ceiling of arithmetic: PyTorch's own matrix product [n, n] @ [n, n], in the size that it computes fastest.
+    """The rate that ours is compared with: `torch.mm` of two [n, n] matrices, in the size that it computes fastest.
 
-    In the type that the kernels multiply: the rows' type, but on a CPU without bf16 units, and for fp16, fp32. Run it
-    in turn with the cases: a run repeats the product for about `LAP` seconds and reports the mean and the best time.
+    In the type that the kernels multiply: the rows' type, but fp32 for fp16 and on a CPU without bf16 units. Run it in
+    turn with the cases: a run repeats the product for about `LAP` seconds and reports the mean and the best time. It is
+    a measure, not a limit: ours may be faster.
     """
 
     LAP = 0.03
@@ -208,7 +213,7 @@ class MatrixProduct:
 
 
 class Reading:
-    """The ceiling of memory: PyTorch's own sum over a tensor of `size` bytes."""
+    """The rate of reading memory: PyTorch's own sum over a tensor of `size` bytes."""
 
     def __init__(self, size: int, device: str) -> None:
         self._x, self._device = torch.ones(max(1, size // 4), device=device), device
@@ -237,17 +242,24 @@ def megabytes(size: int | None) -> str:
 def write_report(
     name: str, options: argparse.Namespace, machine: Mapping[str, Any], results: Any, markdown: str
 ) -> None:
-    """Write OUT/NAME.json and OUT/NAME.md, print the Markdown, and put its first table into the README if asked to."""
-    markdown = f"{machine_line(machine)}\n\n{markdown}"
-    options.out.mkdir(parents=True, exist_ok=True)
+    """Write OUT/NAME.json and OUT/NAME.md, and print the Markdown."""
     record = {"machine": machine, "command": sys.argv, "results": results}
-    (options.out / f"{name}.json").write_text(json.dumps(record, indent=1, default=_plain) + "\n")
-    (options.out / f"{name}.md").write_text(markdown + "\n")
-    print(f"\n{markdown}\n\nwrote {options.out}/{name}.json and {name}.md")
-    if options.readme is not None:
-        # the first table says the most; the others stay in OUT
-        head, *tables = markdown.split("\n\n**")
-        replace_between_markers(options.readme, name, "\n\n**".join([head, *tables[:1]]))
+    text = report_text(machine, markdown)
+    atomic_write_bytes(options.out / f"{name}.json", (json.dumps(record, indent=1, default=_plain) + "\n").encode())
+    atomic_write_bytes(options.out / f"{name}.md", f"{text}\n".encode())
+    print(f"\n{text}\n\nwrote {options.out}/{name}.json and {name}.md")
+
+
+def read_report(path: Path) -> tuple[dict[str, Any], Any]:
+    """Machine and results of a JSON file of `write_report`."""
+    record = json.loads(path.read_text(), object_hook=_restored)
+    return record["machine"], record["results"]
+
+
+def report_text(machine: Mapping[str, Any], markdown: str) -> str:
+    """The Markdown of a report: the machine, the model if there is one, the tables."""
+    model = [f"{machine['model']}, {machine['dtype']}"] if "model" in machine else []
+    return "\n\n".join([machine_line(machine), *model, markdown])
 
 
 def replace_between_markers(path: Path, name: str, markdown: str) -> None:
@@ -261,8 +273,13 @@ def replace_between_markers(path: Path, name: str, markdown: str) -> None:
     if begin not in text or end not in text.split(begin)[1]:
         raise ValueError(f"{path} must hold the markers {begin} and {end}, in this order")
     before, rest = text.split(begin, 1)
-    path.write_text(f"{before}{begin}\n{markdown}\n{end}{rest.split(end, 1)[1]}")
+    atomic_write_bytes(path, f"{before}{begin}\n{markdown}\n{end}{rest.split(end, 1)[1]}".encode())
 
 
 def _plain(value: Any) -> Any:
     return asdict(value) if isinstance(value, Spread) else str(value)
+
+
+def _restored(value: dict[str, Any]) -> Any:
+    """`Spread`s as they were before `_plain`."""
+    return Spread(**value) if value.keys() == Spread.__dataclass_fields__.keys() else value

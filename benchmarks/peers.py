@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention, softmax
 import ctkernels as ct
 from benchmarks.cases import FLOPS, Case, Inputs
 
-# largest relative error (norms over all values) against the fp64 reference; an error of the mask is far larger
+# largest relative error (norms over all values) against the fp64 reference; a wrong mask gives a far larger one
 AGREEMENT = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 CHECK_FLOPS = 5e8  # a larger problem is checked on as many rows and KV heads as this allows
 
@@ -80,7 +80,7 @@ def flex(x: Inputs) -> Tensor:
 
 
 def flash(x: Inputs) -> Tensor:
-    """flash-attn, which has no such mask: the keys that a row sees, gathered and packed.
+    """flash-attn has no such mask: it gets the keys that each row sees, gathered and packed.
 
     Raises:
         RuntimeError: it is not installed, or cannot compute this type on this device.
@@ -113,8 +113,8 @@ def flash(x: Inputs) -> Tensor:
 
 
 def _visible_keys(x: Inputs) -> tuple[Tensor, Tensor, int]:
-    """Where the keys of each row are among `[all prefixes | all rows' own keys]`: their indices, row after row, where
-    each row's begin among them (int32 [B+1]), and the longest row."""
+    """The keys that each row sees, as indices into `[all prefixes | all rows' own keys]`, row after row; the offset of
+    each row among them (int32 [B+1]); the length of the longest row."""
     case = x.case
     rows = torch.arange(case.B, device=x.device)
     group = torch.zeros_like(rows) if x.prefix_index is None else x.prefix_index

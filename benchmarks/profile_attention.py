@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Where the op's CPU kernels spend their time: a sampled profile of forward and backward, by what the functions do.
 
-    python benchmarks/profile_attention.py                 the cases that stay furthest from the ceiling
+    python benchmarks/profile_attention.py                 the cases that are slowest beside torch.mm
     python benchmarks/profile_attention.py --only Gemma    cases whose name or sizes contain this
 
 Needs Linux's `perf` and the right to sample one's own processes.
@@ -26,7 +26,7 @@ from benchmarks.bench_attention import OURS, run_once
 from benchmarks.cases import GPT2_LARGE, HEADLINE, QUICK, SMOLLM2, Case, Inputs
 
 DROPOUT = replace(SMOLLM2, name="SmolLM2, heavy dropout", B=64, drop_p=0.9)
-SHORT_OF_CEILING = (replace(SMOLLM2, B=64, P=256, S=8), HEADLINE[1], DROPOUT, GPT2_LARGE)
+SLOWEST = (replace(SMOLLM2, B=64, P=256, S=8), HEADLINE[1], DROPOUT, GPT2_LARGE)
 REST = "Python, the system, the rest"
 # what a function does, by the first pattern that its name or library contains
 PARTS = {
@@ -75,9 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     harness.prepare(args)
     machine = harness.describe_machine("cpu")
     every = [case for case in (*HEADLINE, *QUICK, DROPOUT) if args.only and args.only in f"{case.name} {case.sizes}"]
-    results = [
-        {"case": case.name, "sizes": case.sizes, **sample(case, args.seconds)} for case in every or SHORT_OF_CEILING
-    ]
+    results = [{"case": case.name, "sizes": case.sizes, **sample(case, args.seconds)} for case in every or SLOWEST]
     rows = [[f"{r['case']} ({r['sizes']})", *(f"{r[part]:.0%}" for part in (*PARTS, REST))] for r in results]
     text = "Share of samples, forward and backward.\n\n" + harness.table(["case", *PARTS, REST], rows)
     harness.write_report("profile_attention", args, machine, results, text)

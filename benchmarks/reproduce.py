@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""The papers' table on a model and tasks at hand: all methods, the ablation of CT-KV, time per epoch against k.
+"""The papers' table on your model and tasks: all methods, the ablation of CT-KV, time per epoch against k.
 
-    make reproduce                                                a shipped task, for half an hour on two cores at most
+    make reproduce                                                a shipped task, at most half an hour on two cores
     make reproduce DATA=FOLDER TASKS="sick qasc" SEEDS="13 21"    tasks in the MetaICL layout
     make reproduce DATA=FOLDER FULL=1                             16 demonstrations, all tasks, two seeds: many hours
 
@@ -31,13 +31,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from benchmarks import harness, reproduce_scaling
 from ctkernels.cli import load_model
 from ctkernels.cli.options import ModelOptions
+from ctkernels.cli.view import SweepView
 from ctkernels.tuning.data.suites import SuiteOptions, get_suite
 from ctkernels.tuning.evaluation.sweep.cells import CellResult
 from ctkernels.tuning.evaluation.sweep.figures import plot_bars, plot_time
 from ctkernels.tuning.evaluation.sweep.report import Report, make_report
 from ctkernels.tuning.evaluation.sweep.run import Sweep, run_sweep
 from ctkernels.tuning.evaluation.sweep.spec import MethodSpec
-from ctkernels.tuning.evaluation.sweep.view import SweepView
 from ctkernels.tuning.evaluation.sweep.workers import Workers
 from ctkernels.tuning.storage import atomic_write_bytes, atomic_write_json
 from ctkernels.tuning.train.distributed import local_device
@@ -50,8 +50,7 @@ MASKS = {  # of CT-KV: what is hidden from a row, and how many of the other toke
     "token dropout alone": "leave_one_out=none:drop_p=0.05",
     "neither": "leave_one_out=none:drop_p=0",
 }
-# each method's own range: what starts from random tokens has further to go than what starts from demonstrations, and
-# weights want smaller steps than either
+# Learning rates to try: random tokens need larger steps than demonstrations, and weights smaller ones than both
 RATES = {
     "prompt-tuning": ("lr=3e-3", "lr=1e-2", "lr=3e-2", "lr=1e-1"),
     "prefix-tuning": ("lr=3e-3", "lr=1e-2", "lr=3e-2", "lr=1e-1"),
@@ -291,7 +290,7 @@ def main(argv: list[str] | None = None) -> None:
     text = markdown(record, main_report, ablation, tried, reproduce_scaling.markdown(points))
     atomic_write_json(results / "reproduce.json", record)
     atomic_write_bytes(results / "reproduce.md", text.encode())
-    # other programs do not lengthen it
+    # on a CPU against CPU time, which other programs do not lengthen
     plot_time(main_report.summaries, results / "reproduce_time.png", cpu=args.device == "cpu")
     plot_bars({"": ablation.summaries}, results / "reproduce_ablation.png")
     reproduce_scaling.plot(points, results / "reproduce_scaling.png")
@@ -301,7 +300,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _command(args: argparse.Namespace) -> str:
-    """The call of make that repeats this; where the data lie differs between machines."""
+    """The make command that repeats this run, without the folder of the data, which differs between machines."""
     words = ["DATA=FOLDER"] if args.data else []
     words += [f'TASKS="{" ".join(args.tasks)}"'] if args.tasks else []
     words += [f'SEEDS="{" ".join(map(str, args.seeds))}"'] if args.seeds else []

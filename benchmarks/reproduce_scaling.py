@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks import harness
-from ctkernels.tuning.data.demonstrations import Demonstration, encode_context
+from ctkernels.tuning.data.demonstrations import Demonstration
+from ctkernels.tuning.data.formats import encode_context
 from ctkernels.tuning.data.suites import SuiteOptions, get_suite
 from ctkernels.tuning.evaluation.sweep.spec import MethodSpec
+from ctkernels.tuning.methods.tune import tune
 from ctkernels.tuning.storage import atomic_file, atomic_write_json
-from ctkernels.tuning.train.trainer import tune
 
 if TYPE_CHECKING:
     from benchmarks.reproduce import Setting
@@ -41,7 +42,7 @@ class Point:
 
 
 def measure(setting: Setting, specs: Mapping[str, MethodSpec]) -> list[Point]:
-    """All points; those that lie in OUT/scaling already are kept."""
+    """All points; those in OUT/scaling are not measured again."""
     pool, folder = demonstrations(setting), setting.out / "scaling" / setting.tasks[0]
     points = []
     for name, spec in specs.items():
@@ -57,7 +58,7 @@ def measure(setting: Setting, specs: Mapping[str, MethodSpec]) -> list[Point]:
 
 
 def demonstrations(setting: Setting) -> list[Demonstration]:
-    """Pairs of the first task, each once: whatever it has, since only time is measured."""
+    """All different pairs of the first task, test items too: only time is measured."""
     suite, task = get_suite(setting.suite), setting.tasks[0]
     pairs: dict[str, Demonstration] = {}
     for seed in setting.plan.seeds:

@@ -1,7 +1,7 @@
 """The public op: attention of many short rows over one shared, trainable KV prefix.
 
-Reading order: this file (arguments, checks, docs) -> mask.py -> dispatch.py (which backend, why) -> ops.py (registered
-operators, autograd) -> one backend.
+Reading order: this file (arguments and their checks) -> mask.py -> problem.py -> dispatch.py (which backend) -> ops.py
+(registered operators, autograd) -> one backend.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ctkernels.backends import reference
 from ctkernels.mask import ContextMask
 from ctkernels.problem import Problem, check_values
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -38,6 +38,7 @@ def prefix_attention(
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     prefix_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -48,8 +49,11 @@ def prefix_attention(
         logit_j = softcap(scale * <q_i, key_j>) + prefix_bias_j - alibi_slopes_h * distance(i, j)
         out_i = sum_j softmax_j(logit) value_j        lse_i = log sum_j exp(logit_j)
 
-    Prefix keys are all in the past; own key t is visible to the query at own position i iff t <= i; `mask` hides
-    context positions. Two rows of three tokens that leave out their own demonstration (`#` visible, `.` not):
+    `sinks` add exp(sinks_h) to the denominator of the softmax, but not to lse: out_i is then multiplied by
+    sigmoid(lse_i - sinks_h).
+
+    Every prefix key is in the past. The query at own position i sees own key t iff t <= i. `mask` hides context
+    positions. Two rows of three tokens that leave out their own demonstration (`#` visible, `.` hidden):
 
         prefix     demo 0  demo 1  demo 2 | own keys
         row 0      ....    ####    ####   | #..
@@ -57,37 +61,41 @@ def prefix_attention(
                    ....    ####    ####   | ###
         row 2      ####    ####    ....   | #..   and so on
 
-    The prefix has no batch dimension: it is read in place by all rows, and its gradient is the sum over all rows, all
-    their queries and all heads of a KV group, accumulated in fp32 (fp64) in a fixed order: same inputs, same bits.
-    Nothing of size B x P outlasts a pass; GPU kernels write one bit per row and prefix token for its duration.
+    The prefix has no batch dimension: all rows read it in place. Its gradient is the sum over all rows, all their
+    queries and all heads of a KV group. It is accumulated in fp32 (fp64 for fp64 inputs) in a fixed order, so the same
+    inputs give the same bits. Nothing of size B x P is kept for the backward pass. During a pass, GPU kernels use one
+    bit per row and prefix token.
 
     Args:
-        q: `[B, H, S, D]`, fp32, bf16, fp16 (fp64 on CPU), D <= 256; any strides with a contiguous last dimension.
-        k, v: `[B, Hk, T, D]`, type of q, T >= S, H divisible by Hk. With T > S (decoding) the queries are the last S of
-            a row's valid keys.
-        prefix_k, prefix_v: `[Hk, P, D]`, or `[G, Hk, P, D]` for G prefixes. Type of q, or fp32 with bf16/fp16 rows
-            (then rounded on load, with an fp32 gradient). A NaN or infinity in there may reach rows that hide it.
+        q: `[B, H, S, D]`, fp32, bf16, fp16 (fp64 on CPU), D <= 512; any strides with a contiguous last dimension.
+        k, v: `[B, Hk, T, D]`, q's type, T >= S, H divisible by Hk; v may have a head dimension Dv <= 512 of its own.
+            With T > S (decoding) the queries are the last S of a row's valid keys.
+        prefix_k, prefix_v: `[Hk, P, D]`, or `[G, Hk, P, D]` for G prefixes; prefix_v has v's Dv in place of D. Their
+            type is q's, or fp32 with bf16/fp16 rows: then they are rounded on load, with an fp32 gradient. A NaN or
+            infinity in them may reach rows that must not see it.
         mask: context mask (leave-one-out spans, token dropout, explicit pattern).
-        prefix_index: integer `[B]`, which of the G prefixes a row reads.
+        prefix_index: integer `[B]`, the prefix that each row reads.
         prefix_lens: integer `[G]`, valid length of each prefix (default P).
-        seq_lens: integer `[B]`, valid own keys of each row, right padding (default T). Padding queries get out = 0 and
-            lse = -inf.
+        seq_lens: integer `[B]`, number of valid own keys of each row, the rest being padding on the right (default T).
+            Padding queries get out = 0 and lse = -inf.
         causal: False lets a query see every valid own key.
         scale: factor of the logits (default 1/sqrt(D)).
         window: a query sees only keys less than `window` positions back, counted along `[prefix | own keys]`.
-        window_prefix: False exempts the prefix from the window.
+        window_prefix: False makes the prefix visible whatever the window.
         softcap: c > 0 replaces a logit x by c * tanh(x / c).
         alibi_slopes: `[H]`, fp32, not differentiable.
         prefix_bias: `[P]`, `[H, P]` or `[G, H, P]`, floating, added to the logits of prefix keys; differentiable.
+        sinks: `[H]`, floating, a logit per head that has no value (attention sinks of gpt-oss); differentiable.
         return_lse: also return lse `[B, H, S]`, fp32 (fp64 for fp64), natural logarithm; differentiable.
-        backend: None or "auto", "reference", "cpu", "triton", "cuda". A named one is used or refused, never replaced.
+        backend: None or "auto", "reference", "cpu", "triton", "cuda". If a named backend cannot serve the call, an
+            error says why; no other one takes its place.
 
     Returns:
-        out `[B, H, S, D]` in q's type, or (out, lse). A query that sees no key gets out = 0, lse = -inf.
+        out `[B, H, S, Dv]` in q's type, or (out, lse). A query that sees no key gets out = 0, lse = -inf.
 
     Raises:
-        ValueError, TypeError: a violated precondition, named, before any kernel runs.
-        RuntimeError: second derivatives are asked of a kernel backend.
+        ValueError, TypeError: an argument is not as described above. The message names it; no kernel has run.
+        RuntimeError: a second derivative is needed, and the backend is not the reference.
 
     Source: Context Tuning for In-Context Optimization, arXiv 2507.04221.
     """
@@ -114,6 +122,7 @@ def prefix_attention(
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         prefix_bias=prefix_bias,
+        sinks=sinks,
         backend=backend,
     )
     return (out, lse) if return_lse else out
@@ -137,6 +146,7 @@ def prefix_attention_varlen(
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     prefix_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -144,16 +154,16 @@ def prefix_attention_varlen(
 
     Args:
         q: `[N, H, D]`, N tokens of all rows together.
-        k, v: `[N, Hk, D]`.
-        cu_seqlens: int32 `[B+1]`, row b is tokens cu_seqlens[b] to cu_seqlens[b+1]; starts at 0, never decreases, ends
-            at N.
-        Everything else as in `prefix_attention`.
+        k, v: `[N, Hk, D]`; v may have a head dimension Dv of its own.
+        cu_seqlens: int32 `[B+1]`; row b is tokens cu_seqlens[b] to cu_seqlens[b+1]. It starts at 0, never decreases and
+            ends at N.
+        All other arguments: as in `prefix_attention`.
 
     Returns:
-        out `[N, H, D]`, or (out, lse) with lse `[N, H]`.
+        out `[N, H, Dv]`, or (out, lse) with lse `[N, H]`.
 
     Raises:
-        ValueError, TypeError: a violated precondition, named, before any kernel runs.
+        ValueError, TypeError, RuntimeError: as `prefix_attention`.
     """
     q, k, v = _rows(q, k, v, "[N, H, D]", "[N, Hk, D]")
     if k.shape[0] != q.shape[0]:
@@ -180,6 +190,7 @@ def prefix_attention_varlen(
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         prefix_bias=prefix_bias,
+        sinks=sinks,
         backend=backend,
     )
     out, lse = (x.squeeze(0).transpose(0, 1) for x in (out, lse))
@@ -205,11 +216,13 @@ def _attend(
     softcap: float | None,
     alibi_slopes: Tensor | None,
     prefix_bias: Tensor | None,
+    sinks: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """Both public calls in one form: q `[B, H, S, D]`, or `[1, H, N, D]` with cu_seqlens; returns (out, lse)."""
-    prefix_k, prefix_v = _prefixes(q, k, prefix_k, prefix_v)
+    """Both public calls: q `[B, H, S, D]`, or `[1, H, N, D]` with cu_seqlens. Returns (out, lse) in that layout."""
+    prefix_k, prefix_v = _prefixes(q, k, v, prefix_k, prefix_v)
     G, _, P, D = prefix_k.shape
+    Dv = prefix_v.shape[3]
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if mask is None:
         mask = ContextMask()
@@ -229,9 +242,12 @@ def _attend(
     _check_mask(mask, rows, context_length, q.device)
     prefix_bias = _check_bias(prefix_bias, G, q.shape[1], P, q)
     _check_slopes(alibi_slopes, q)
+    _check_sinks(sinks, q)
     for name, flag in (("causal", causal), ("window_prefix", window_prefix)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name} must be a bool, got {_kind(flag)}")
+    # heads(D, Dv) are numbers, while torch.compile may know D and Dv only as symbols
+    choice = dispatch.choose(backend, q.device, q.dtype, *dispatch_table.heads(D, Dv))
     problem = Problem(
         alibi_slopes=alibi_slopes,
         cu_seqlens=cu_seqlens,
@@ -249,21 +265,19 @@ def _attend(
         window=_check_window(window),
         window_prefix=window_prefix,
         softcap=_check_softcap(softcap),
-        # the table's head dimension, since torch.compile may know D as a symbol only
-        backend=dispatch.choose(backend, q.device, q.dtype, dispatch_table.column(D)),
     )
-    # kernels read any strides in place as long as the last dimension is contiguous
+    # kernels read any strides in place if the last dimension is contiguous
     q, k, v, prefix_k, prefix_v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, prefix_k, prefix_v))
-    if problem.backend == "reference":
+    if choice.forward == "reference":
         if not torch.compiler.is_compiling():
             check_values(q, k, prefix_k, problem)
         with torch.autocast(q.device.type, enabled=False):
-            return reference.prefix_attention(q, k, v, prefix_k, prefix_v, prefix_bias, problem)
-    return ops.attend(q, k, v, prefix_k, prefix_v, prefix_bias, *problem)
+            return reference.prefix_attention(q, k, v, prefix_k, prefix_v, prefix_bias, sinks, problem)
+    return ops.attend(q, k, v, prefix_k, prefix_v, prefix_bias, sinks, *problem, *choice)
 
 
 def _rows(q: Tensor, k: Tensor, v: Tensor, q_shape: str, k_shape: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Check what belongs to the rows, in the caller's layout; heads are dimension 1 in both."""
+    """Check q, k and v in the caller's layout, and cast them under autocast. Heads are dimension 1 in both layouts."""
     for name, x, shape in (("q", q, q_shape), ("k", k, k_shape), ("v", v, k_shape)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor {shape}, got {_kind(x)}")
@@ -278,19 +292,20 @@ def _rows(q: Tensor, k: Tensor, v: Tensor, q_shape: str, k_shape: str) -> tuple[
             raise TypeError(f"{name} must have q's type {q.dtype}, got {x.dtype}")
         if x.device != q.device:
             raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
-        if x.shape[-1] != D:
-            raise ValueError(f"{name} must have q's head dimension D = {D}, got {x.shape[-1]}")
-    if k.shape != v.shape:
-        raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
-    if not 1 <= D <= MAX_HEAD_DIM:
-        raise ValueError(f"q must have a head dimension D in [1, {MAX_HEAD_DIM}], got {D}")
+    if k.shape[-1] != D:
+        raise ValueError(f"k must have q's head dimension D = {D}, got {k.shape[-1]}")
+    if k.shape[:-1] != v.shape[:-1]:
+        raise ValueError(f"v must have k's shape {tuple(k.shape)} but for the last dimension, got {tuple(v.shape)}")
+    for name, dimension, size in (("q", "D", D), ("v", "Dv", v.shape[-1])):
+        if not 1 <= size <= MAX_HEAD_DIM:
+            raise ValueError(f"{name} must have a head dimension {dimension} in [1, {MAX_HEAD_DIM}], got {size}")
     if Hk == 0 or H % Hk:
         raise ValueError(f"q's heads H must be a multiple of k's heads Hk >= 1, got H = {H}, Hk = {Hk}")
     return q, k, v
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast rows as autocast casts the inputs of scaled_dot_product_attention; the prefix keeps its master type."""
+    """Cast as autocast casts the inputs of scaled_dot_product_attention. The prefix keeps its own type."""
     device = tensors[0].device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
@@ -298,22 +313,25 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
-def _prefixes(q: Tensor, k: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> tuple[Tensor, Tensor]:
-    """Check the prefixes and bring them to `[G, Hk, P, D]`."""
-    Hk, D = k.shape[1], k.shape[3]
-    for name, x in (("prefix_k", prefix_k), ("prefix_v", prefix_v)):
+def _prefixes(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> tuple[Tensor, Tensor]:
+    """Check the prefixes and give them the shapes `[G, Hk, P, D]` and `[G, Hk, P, Dv]`."""
+    Hk = k.shape[1]
+    for name, x, own, dimension in (("prefix_k", prefix_k, "k", k.shape[3]), ("prefix_v", prefix_v, "v", v.shape[3])):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor [Hk, P, D] or [G, Hk, P, D], got {_kind(x)}")
         if x.dim() not in (3, 4):
             raise ValueError(f"{name} must have shape [Hk, P, D] or [G, Hk, P, D], got {tuple(x.shape)}")
-        if x.shape[-3] != Hk or x.shape[-1] != D:
-            raise ValueError(f"{name} must have Hk = {Hk} heads of dimension D = {D} as k has, got {tuple(x.shape)}")
+        if x.shape[-3] != Hk or x.shape[-1] != dimension:
+            raise ValueError(
+                f"{name} must have Hk = {Hk} heads of dimension {dimension} as {own}, got {tuple(x.shape)}"
+            )
         if x.dtype != q.dtype and not (x.dtype == torch.float32 and q.dtype in (torch.bfloat16, torch.float16)):
             raise TypeError(f"{name} must have q's type {q.dtype}, or fp32 with bf16/fp16 rows, got {x.dtype}")
         if x.device != q.device:
             raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
-    if prefix_k.shape != prefix_v.shape:
-        raise ValueError(f"prefix_v must have prefix_k's shape {tuple(prefix_k.shape)}, got {tuple(prefix_v.shape)}")
+    if prefix_k.shape[:-1] != prefix_v.shape[:-1]:
+        shape = f"{tuple(prefix_k.shape)} but for the last dimension"
+        raise ValueError(f"prefix_v must have prefix_k's shape {shape}, got {tuple(prefix_v.shape)}")
     if prefix_k.dtype != prefix_v.dtype:
         raise TypeError(f"prefix_v must have prefix_k's type {prefix_k.dtype}, got {prefix_v.dtype}")
     return (prefix_k, prefix_v) if prefix_k.dim() == 4 else (prefix_k.unsqueeze(0), prefix_v.unsqueeze(0))
@@ -344,7 +362,7 @@ def _check_mask(mask: ContextMask, rows: int, context_length: int, device: torch
 
 
 def _check_bias(bias: Tensor | None, G: int, H: int, P: int, q: Tensor) -> Tensor | None:
-    """Bring the bias to `[1 or G, 1 or H, P]`."""
+    """Check the bias and give it the shape `[1 or G, 1 or H, P]`."""
     if bias is None:
         return None
     if not isinstance(bias, Tensor) or not bias.is_floating_point():
@@ -366,7 +384,18 @@ def _check_slopes(slopes: Tensor | None, q: Tensor) -> None:
     if slopes.device != q.device:
         raise ValueError(f"alibi_slopes must be on q's device {q.device}, got {slopes.device}")
     if slopes.requires_grad:
-        raise ValueError("alibi_slopes must not require a gradient, since none is computed; pass alibi_slopes.detach()")
+        raise ValueError("alibi_slopes must not require a gradient: none is computed; pass alibi_slopes.detach()")
+
+
+def _check_sinks(sinks: Tensor | None, q: Tensor) -> None:
+    if sinks is None:
+        return
+    if not isinstance(sinks, Tensor) or not sinks.is_floating_point():
+        raise TypeError(f"sinks must be a floating tensor [H], got {_kind(sinks)}")
+    if tuple(sinks.shape) != (q.shape[1],):
+        raise ValueError(f"sinks must have shape [{q.shape[1]}], got {tuple(sinks.shape)}")
+    if sinks.device != q.device:
+        raise ValueError(f"sinks must be on q's device {q.device}, got {sinks.device}")
 
 
 def _check_number(name: str, value: float | None, default: float) -> float:

@@ -1,4 +1,4 @@
-"""Which backend computes a call, and why. One table; backends never import one another."""
+"""Which backend computes a call, and why another one cannot. Backends never import one another."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import platform
 import warnings
 from functools import cache
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
 from ctkernels import dispatch_table
 
-# name -> (module, device types it serves). "auto" takes the first available one that accepts the call: the C++ kernels
-# on CPU tensors; on CUDA tensors the one that `dispatch_table` names, and where that one refuses, the other; on ROCm
-# tensors Triton's. Under TRITON_INTERPRET=1 Triton serves CPU tensors, if named.
+# name -> (module, device types it serves). "auto" takes the first one that can serve the call: on CPU tensors the C++
+# kernels; on CUDA tensors the one that `dispatch_table` names, or the other one if that one cannot serve the call; on
+# ROCm tensors Triton's. Under TRITON_INTERPRET=1 Triton also serves CPU tensors.
 BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cpu": ("ctkernels.backends.cpu", ("cpu",)),
     "cuda": ("ctkernels.backends.cuda", ("cuda",)),
@@ -22,14 +23,24 @@ BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "reference": ("ctkernels.backends.reference", ()),  # () = every device
 }
 
-# of those that torch reports, what decides how fast an instruction set can be
+# of the CPU features that torch reports, those that decide how fast the kernels can be
 FEATURES = ("avx2", "fma3", "f16c", "avx512_f", "avx512_bw", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16")
 
 
+class Choice(NamedTuple):
+    """Names of `BACKENDS`: which one computes the forward pass of a call, and which one its backward pass."""
+
+    forward: str
+    backward: str
+
+
 def load(name: str) -> ModuleType:
-    """The module of a backend. A kernel backend provides `unavailable() -> str | None` (the reason in words),
-    `forward(q, k, v, prefix_k, prefix_v, prefix_bias, problem)` and `backward(...)` as in `ops.py`, and where it needs
-    more than its row of the table says, `refusal(device, dtype) -> str | None`."""
+    """The module of a backend.
+
+    A kernel backend provides `unavailable() -> str | None` (the reason in words),
+    `forward(q, k, v, prefix_k, prefix_v, prefix_bias, problem)` and `backward(...)` as `ops.py` calls them. If it
+    cannot serve every call on its devices, it also provides `refusal(device, dtype, wide) -> str | None`.
+    """
     return importlib.import_module(BACKENDS[name][0])
 
 
@@ -39,28 +50,36 @@ def _unavailable(name: str) -> str | None:
 
 
 def availability() -> dict[str, str | None]:
-    """Every backend's name -> None if it can be used on this machine, else the reason in words."""
+    """Name of each backend -> None if it can be used on this machine, else the reason in words."""
     return {name: _unavailable(name) for name in BACKENDS}
 
 
-def refusal(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
-    """Why backend `name` cannot compute rows of `dtype` on `device`, or None."""
+def refusal(name: str, device: torch.device, dtype: torch.dtype = torch.float32, wide: int = 0) -> str | None:
+    """Why backend `name` cannot compute rows of `dtype` on `device`, or None. `wide`: 0 where D = Dv <= 256, else 256
+    or 512, which holds both."""
     devices = BACKENDS[name][1]
     if devices and device.type not in devices:
         return f"it computes on {', '.join(devices)} tensors, got {device.type}"
     reason = _unavailable(name)
     if reason is None and hasattr(load(name), "refusal"):
-        reason = load(name).refusal(device, dtype)
+        reason = load(name).refusal(device, dtype, wide)
     return reason
 
 
-def choose(backend: str | None, device: torch.device, dtype: torch.dtype = torch.float32, head_dim: int = 64) -> str:
-    """The backend of a call. A named one is used or refused with the reason; "auto" says when it falls back.
+def choose(
+    backend: str | None,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    head_dim: int = 64,
+    wide: int = 0,
+) -> Choice:
+    """The backends of a call. `wide` as in `refusal`.
 
-    Returns:
-        A name of `BACKENDS`, or "FORWARD+BACKWARD" where "auto" takes another one backward (`for_direction`).
+    A named backend serves both directions, or an error gives the reason why it cannot. "auto" (or None) may take a
+    different one for each direction, and warns if it falls back to the reference.
 
     Raises:
+        TypeError: backend is not a string.
         ValueError: an unknown backend, or one that cannot serve this call.
     """
     if backend is not None and not isinstance(backend, str):
@@ -68,28 +87,23 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype = torch
     if backend not in (None, "auto"):
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
-        reason = refusal(backend, device, dtype)
+        reason = refusal(backend, device, dtype, wide)
         if reason is not None:
             raise ValueError(f"backend={backend!r} is unavailable: {reason}")
-        return backend
-    usable = (name for name in BACKENDS if refusal(name, device, dtype) is None)
+        return Choice(backend, backend)
+    usable = (name for name in BACKENDS if refusal(name, device, dtype, wide) is None)
     first = next(usable)  # the reference accepts every call
     if first == "reference":
-        _warn_fallback(device, dtype)
+        _warn_fallback(device, dtype, wide)
     if device.type != "cuda" or not {first, *usable}.issuperset(dispatch_table.GPU_BACKENDS):
-        return first  # nothing to choose
-    picks = [dispatch_table.pick(architecture(device), dtype, head_dim, d) for d in dispatch_table.DIRECTIONS]
-    return picks[0] if picks[0] == picks[1] else "+".join(picks)
+        return Choice(first, first)  # nothing to choose
+    table = {d: dispatch_table.pick(architecture(device), dtype, head_dim, d) for d in dispatch_table.DIRECTIONS}
+    return Choice(**table)
 
 
-# torch.compile keeps the answer, not the look-up. This is all that torch.compiler.assume_constant_result does, but for
-# importing the whole compiler, which takes as long as importing torch.
+# torch.compile keeps the result and does not trace the function. torch.compiler.assume_constant_result does just this,
+# but first imports the whole compiler, which takes as long as importing torch.
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def for_direction(chosen: str, direction: str) -> str:
-    """The backend that computes "forward" or "backward", of what `choose` returned."""
-    return chosen.split("+")[dispatch_table.DIRECTIONS.index(direction) if "+" in chosen else 0]
 
 
 @cache
@@ -100,14 +114,14 @@ def architecture(device: torch.device) -> str:
 
 
 @cache
-def _warn_fallback(device: torch.device, dtype: torch.dtype) -> None:
-    reasons = "; ".join(f"{name}: {refusal(name, device, dtype)}" for name in BACKENDS if name != "reference")
+def _warn_fallback(device: torch.device, dtype: torch.dtype, wide: int) -> None:
+    reasons = "; ".join(f"{name}: {refusal(name, device, dtype, wide)}" for name in BACKENDS if name != "reference")
     warnings.warn(f"ctkernels uses the slow reference backend on {device.type} ({reasons})", stacklevel=5)
 
 
 def cpu_info() -> dict[str, object]:
-    """The CPU, its vector and matrix features, torch's threads, the threads that the kernels run on, and their
-    instruction set: in use and possible (None and [] if they are not built)."""
+    """The CPU, its vector and matrix features, torch's threads, and the kernels' threads and instruction sets: the one
+    in use and all possible ones (None and [] if the kernels are not built)."""
     built = _unavailable("cpu") is None
     in_use, *possible = load("cpu").isas() if built else [None]
     known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

@@ -1,11 +1,11 @@
-"""Which of the two GPU backends "auto" takes: one table, by architecture, type, head dimension and direction.
+"""Which of the two GPU backends "auto" takes, by architecture, type, head dimension and direction.
 
-The first matching row decides. Rows of a file (`CTKERNELS_DISPATCH=FILE`, or `use`) come before those of `TABLE`; on a
+The first matching row decides. Rows of a file (`CTKERNELS_DISPATCH=FILE`, or `use`) come before those of `TABLE`. On a
 GPU, `make gpu-check` measures both backends and writes such a file:
 
     {"rows": [{"architecture": "sm_90", "dtype": "bf16", "head_dim": 64, "direction": "backward", "backend": "cuda"}]}
 
-A field that is left out, or "*", matches everything; so do `*` and `?` within names, as in file names ("sm_8?").
+Fields are patterns as in file names ("sm_8?"). A field that is left out, or "*", matches everything.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ VARIABLE = "CTKERNELS_DISPATCH"
 DIRECTIONS = ("forward", "backward")
 GPU_BACKENDS = ("cuda", "triton")
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-HEAD_DIMENSIONS = (64, 80, 96, 128, 256)  # other ones count as the next larger of these, which their kernels pad to
+HEAD_DIMENSIONS = (64, 80, 96, 128, 256)  # any other counts as the next larger one, to which the kernels pad it
 
 
 class Row(NamedTuple):
-    """For calls that match the first four fields: the backend. All are patterns, `head_dim` too."""
+    """The backend of the calls that match the other four fields, all of which are patterns."""
 
     architecture: str = "*"
     dtype: str = "*"
@@ -37,9 +37,9 @@ class Row(NamedTuple):
     backend: str = "triton"
 
 
-# Not measured yet. The CUDA kernels are written for mma.sync, which is all that these architectures have; Triton takes
-# the warp-group instructions of sm_90 and sm_100, but multiplies fp32 without tensor cores, where the CUDA kernels take
-# three TF32 products.
+# Not measured yet. The CUDA kernels use mma.sync, the only matrix instruction of sm_8? and sm_12?. Triton uses the
+# warp-group instructions of sm_90 and sm_100. For fp32 Triton uses no tensor cores; the CUDA kernels use three TF32
+# products.
 TABLE = (
     Row("sm_8?", backend="cuda"),
     Row("sm_12?", backend="cuda"),
@@ -47,14 +47,14 @@ TABLE = (
     Row(backend="triton"),
 )
 
-_overrides: list[Row] | None = None  # None: the environment variable has not been looked at
+_overrides: list[Row] | None = None  # None: the environment variable has not been read
 
 
 def use(source: str | os.PathLike[str] | Iterable[Mapping[str, Any]] | None) -> None:
-    """Put rows before those of `TABLE`: a file's, or mappings with the fields of `Row`. None: no rows but the table's.
+    """Put rows before those of `TABLE`: those of a file, or mappings with the fields of `Row`. None: `TABLE` alone.
 
     Raises:
-        ValueError: not a table; the message names the row and the field.
+        ValueError: not a valid table; the message names the row and the field.
         OSError: the file cannot be read.
     """
     global _overrides
@@ -63,13 +63,22 @@ def use(source: str | os.PathLike[str] | Iterable[Mapping[str, Any]] | None) -> 
 
 
 def column(head_dim: int) -> int:
-    """The head dimension of the table that one counts as."""
+    """The one of `HEAD_DIMENSIONS` that a head dimension counts as."""
     return next((D for D in HEAD_DIMENSIONS if head_dim <= D), HEAD_DIMENSIONS[-1])
+
+
+def heads(D: int, Dv: int) -> tuple[int, int]:
+    """`column(D)`, and 0 if that says all: Dv is D, and no larger than the table's. Else 256 or 512, which holds both.
+
+    Constants, by comparisons alone, though torch.compile may know D and Dv as symbols only."""
+    if HEAD_DIMENSIONS[-1] < D or HEAD_DIMENSIONS[-1] < Dv:
+        return column(D), 2 * HEAD_DIMENSIONS[-1]
+    return column(D), 0 if Dv == D else HEAD_DIMENSIONS[-1]
 
 
 @cache
 def pick(architecture: str, dtype: torch.dtype, head_dim: int, direction: str) -> str:
-    """The backend that the table names, by architecture ("sm_90"), type, head dimension (of `HEAD_DIMENSIONS`) and
+    """The backend that the table names for an architecture ("sm_90"), a type, one of `HEAD_DIMENSIONS` and a
     direction."""
     if _overrides is None:
         use(os.environ.get(VARIABLE) or None)
@@ -102,7 +111,7 @@ def _row(where: str, fields: Mapping[str, Any]) -> Row:
     if not isinstance(fields, Mapping) or "backend" not in fields:
         raise ValueError(f"{where} must be an object with a backend, got {fields!r}")
     row = Row(**{name: str(fields[name]) for name in Row._fields if name in fields})
-    if unknown := fields.keys() - {*Row._fields, "seconds"}:  # "seconds" says why, for people
+    if unknown := fields.keys() - {*Row._fields, "seconds"}:  # "seconds" tells people why
         raise ValueError(f"{where} has unknown fields: {', '.join(sorted(unknown))}")
     names = {"dtype": tuple(DTYPES.values()), "head_dim": tuple(map(str, HEAD_DIMENSIONS)), "direction": DIRECTIONS}
     for name, known in names.items():

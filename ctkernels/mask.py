@@ -1,7 +1,7 @@
 """ContextMask: which context positions a row may see.
 
-This file states the context rule once for Python; `csrc/mask.h` and the GPU kernels state it once for theirs, and the
-tests hold them against each other bit for bit.
+The context rule is written once per language: here for Python, in `csrc/mask.h` for C++, in `backends/triton/mask.py`
+for Triton. The tests compare them bit for bit.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor,
     c0, c1, c2, c3 = (c & LOW_32 for c in counter)
     k0, k1 = key
     for _ in range(PHILOX_ROUNDS):
-        # int64 products wrap modulo 2^64, so both 32-bit halves of the unsigned product are exact
+        # int64 products wrap modulo 2^64: both 32-bit halves of the unsigned product are exact
         p0, p1 = c0 * PHILOX_MULTIPLIERS[0], c2 * PHILOX_MULTIPLIERS[1]
         c0, c1, c2, c3 = (
             ((p1 >> 32) & LOW_32) ^ c1 ^ k0,
@@ -57,7 +57,7 @@ def dropped_positions(row_ids: Tensor, length: int, drop_p: float, seed: int) ->
 def apply_context_rule(
     visible: Tensor, hidden: Tensor | None, keep: Tensor | None, row_ids: Tensor | None, drop_p: float, seed: int
 ) -> None:
-    """Clear, in place, what the context rule hides in `visible`, bool `[B, C]`."""
+    """Set to False, in place, what the context rule hides in `visible`, bool `[B, C]`."""
     batch, length = visible.shape
     if hidden is not None:
         position = torch.arange(length, device=visible.device)
@@ -74,8 +74,8 @@ def apply_context_rule(
 class ContextMask:
     """Visibility of context positions per row: hidden span, token dropout, explicit pattern.
 
-    A row's keys are the concatenation `[prefix | own keys]`; the first C of them are the context. Context position c is
-    visible to every query of row b iff it is outside `hidden[b]`, `keep[b, c]` is true, and it was not dropped. Two
+    A row's keys are the concatenation `[prefix | own keys]`. The first C of them are the context. Context position c is
+    visible to the queries of row b iff it is outside `hidden[b]`, `keep[b, c]` is true, and it was not dropped. Two
     rows that leave out their own demonstration, with token dropout (`.` hidden, `x` dropped, `#` visible):
 
         context     demo 0   demo 1   demo 2
@@ -83,15 +83,16 @@ class ContextMask:
         row 2       ###x##   ######   ......
 
     Args:
-        hidden: integer `[B, 2]`, half-open span [start, end) of context positions a row must not see.
-        drop_p: token dropout probability in [0, 1); a dropped token is masked before the softmax, without rescaling.
-        seed: 64-bit integer; the same seed drops the same tokens on every backend.
-        row_ids: integer `[B]`, identity of a row in the random stream (default 0..B-1), in [0, 2^32).
+        hidden: integer `[B, 2]`, half-open span [start, end) of context positions that a row must not see.
+        drop_p: token dropout probability in [0, 1). A dropped token is masked before the softmax, without rescaling.
+        seed: 64-bit integer. The same seed drops the same tokens on every backend.
+        row_ids: integer `[B]` in [0, 2^32), each row's number in the random stream (default 0..B-1). A row with the
+            same number drops the same tokens, wherever it is in a batch.
         keep: bool `[B, C]`, True = visible.
         length: C, the number of context positions (default: the prefix length).
 
     Raises:
-        ValueError, TypeError: an argument has the wrong type, shape or range, or two disagree about B.
+        ValueError, TypeError: an argument has the wrong type, shape or range, or two arguments have different B.
 
     Nothing here is differentiable.
     """
@@ -152,12 +153,12 @@ class ContextMask:
 
         Args:
             segments: integer `[K+1]`, offsets of the K demonstrations, non-decreasing from >= 0.
-            held_out: integer `[B]`, index of the demonstration a row must not see; -1 hides nothing.
+            held_out: integer `[B]`, index of the demonstration that a row must not see; -1 hides nothing.
             drop_p, seed, row_ids: as in the class.
 
         Raises:
-            ValueError, TypeError: wrong shape or type; of CPU tensors also decreasing offsets and an index outside
-                [-1, K), which nobody looks for on other devices.
+            ValueError, TypeError: wrong shape or type. For CPU tensors also decreasing offsets, or an index outside
+                [-1, K); on other devices values are not checked.
         """
         segments, held_out = torch.as_tensor(segments), torch.as_tensor(held_out)
         _check_integers("segments", segments, "[K+1] with K >= 0", lambda s: len(s) == 1 and s[0] >= 1)
@@ -182,14 +183,14 @@ class ContextMask:
         return cls(hidden=hidden, drop_p=drop_p, seed=seed, row_ids=row_ids)
 
     def dense(self, batch: int, length: int | None = None) -> Tensor:
-        """The same mask, materialised: bool `[batch, length]`, True = visible.
+        """The mask as a tensor: bool `[batch, length]`, True = visible.
 
-        `length` defaults to `self.length`. Positions from `self.length` on are not context and hence visible.
+        `length` defaults to `self.length`. Positions from `self.length` on are not context, so they are visible.
         """
         if length is None:
             length = self.length if self.length is not None else (None if self.keep is None else self.keep.shape[1])
         if length is None:
-            raise ValueError("length must be given, since the mask has none of its own")
+            raise ValueError("length must be given: the mask has none")
         context = length if self.length is None else min(self.length, length)
         if self.length is None and self.keep is not None and self.keep.shape[1] != length:
             raise ValueError(f"keep must be [B, {length}] for length={length}, got {_describe(self.keep)}")
@@ -204,7 +205,7 @@ class ContextMask:
 
 
 def check_spans(hidden: Tensor | None, length: int | None) -> None:
-    """Refuse spans that are reversed or leave [0, length). Reads values: CPU tensors only, never under compilation."""
+    """Raise ValueError for spans that are reversed or reach outside [0, length]. CPU tensors only: it reads values."""
     if hidden is None or hidden.device.type != "cpu" or hidden.shape[0] == 0:
         return
     start, end = hidden.long().unbind(-1)
@@ -219,7 +220,7 @@ def check_spans(hidden: Tensor | None, length: int | None) -> None:
 
 
 def check_row_ids(row_ids: Tensor | None) -> None:
-    """Refuse ids outside [0, 2^32), which the random stream cannot tell apart."""
+    """Raise ValueError for ids outside [0, 2^32): the random stream has 32 bits for them. CPU tensors only."""
     if row_ids is None or row_ids.device.type != "cpu" or row_ids.shape[0] == 0:
         return
     low, high = (int(x) for x in row_ids.long().aminmax())

@@ -1,9 +1,14 @@
-"""Registered operators: schemas, fakes, autograd. Forward and backward are both ops, so that torch.compile, opcheck,
-selective checkpointing and profilers see them by name.
+"""Registered operators: schemas, fakes, autograd.
 
-The ops take q `[B, H, S, D]`, k and v `[B, Hk, T, D]` (B = 1 and rows packed along S and T with cu_seqlens), prefixes
-`[G, Hk, P, D]`, a bias `[1 or G, 1 or H, P]`, and the fields of `Problem` in order. They hand the call to the backend
-that `dispatch.choose` named, which refuses values that would leave memory.
+Forward and backward are operators of their own: torch.compile, opcheck, selective checkpointing and profilers see them
+by name. Arguments:
+
+    q [B, H, S, D], k [B, Hk, T, D], v [B, Hk, T, Dv]   with cu_seqlens: B = 1, and the rows packed along S and T
+    prefix_k [G, Hk, P, D], prefix_v [G, Hk, P, Dv], prefix_bias [1 or G, 1 or H, P], sinks [H]
+    the fields of Problem, then those of Choice
+
+An operator calls the backend that Choice names. The backend checks values that could make it read outside of a tensor.
+Backends know nothing of sinks: `backends/sinks.py` puts them around any of them.
 """
 
 from __future__ import annotations
@@ -13,64 +18,84 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ctkernels import dispatch
+from ctkernels.backends import sinks as sink
+from ctkernels.backends.check import expect
+from ctkernels.dispatch import Choice
 from ctkernels.problem import Problem, compute_dtype
 
-PROBLEM_SCHEMA = (
+INPUTS_SCHEMA = "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor? prefix_bias, Tensor? sinks"
+INPUT_COUNT = 7
+SETTINGS_SCHEMA = (  # the fields of Problem, then those of Choice
     "Tensor? alibi_slopes, Tensor? cu_seqlens, Tensor? seq_lens, Tensor? prefix_index, Tensor? prefix_lens, "
     "Tensor? hidden, Tensor? row_ids, Tensor? keep, SymInt context_length, float drop_p, SymInt seed, float scale, "
-    "bool causal, SymInt window, bool window_prefix, float softcap, str backend"
+    "bool causal, SymInt window, bool window_prefix, float softcap, str forward_backend, str backward_backend"
 )
-INPUTS_SCHEMA = "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor? prefix_bias"
-INPUT_COUNT = 6
 PROBLEM_TENSORS = 8
+SETTINGS_COUNT = len(Problem._fields) + len(Choice._fields)
 
-torch.library.define("ctkernels::prefix_attention", f"({INPUTS_SCHEMA}, {PROBLEM_SCHEMA}) -> (Tensor out, Tensor lse)")
+torch.library.define("ctkernels::prefix_attention", f"({INPUTS_SCHEMA}, {SETTINGS_SCHEMA}) -> (Tensor out, Tensor lse)")
 torch.library.define(
     "ctkernels::prefix_attention_backward",
     f"(Tensor dout, Tensor? dlse, {INPUTS_SCHEMA}, Tensor out, Tensor lse, bool[{INPUT_COUNT}] needs, "
-    f"{PROBLEM_SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dprefix_k, Tensor dprefix_v, Tensor dprefix_bias)",
+    f"{SETTINGS_SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dprefix_k, Tensor dprefix_v, Tensor dprefix_bias, "
+    "Tensor dsinks)",
 )
 prefix_attention = torch.ops.ctkernels.prefix_attention.default
 prefix_attention_backward = torch.ops.ctkernels.prefix_attention_backward.default
 
 
-def _load(problem: Problem, direction: str):
-    return dispatch.load(dispatch.for_direction(problem.backend, direction))
+def _split(settings) -> tuple[Problem, Choice]:
+    count = len(Problem._fields)
+    return Problem(*settings[:count]), Choice(*settings[count:])
 
 
 @torch.library.impl("ctkernels::prefix_attention", ("cpu", "cuda"))
-def _forward(q, k, v, prefix_k, prefix_v, prefix_bias, *fields):
-    problem = Problem(*fields)
-    return _load(problem, "forward").forward(q, k, v, prefix_k, prefix_v, prefix_bias, problem)
+def _forward(q, k, v, prefix_k, prefix_v, prefix_bias, sinks, *settings):
+    problem, choice = _split(settings)
+    out, lse = dispatch.load(choice.forward).forward(q, k, v, prefix_k, prefix_v, prefix_bias, problem)
+    if sinks is not None:
+        sink.apply(out, lse, sinks)
+    return out, lse
 
 
 @torch.library.impl("ctkernels::prefix_attention_backward", ("cpu", "cuda"))
-def _backward(dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, *fields):
-    problem = Problem(*fields)
-    return _load(problem, "backward").backward(
-        dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, problem
-    )
+def _backward(dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, sinks, out, lse, needs, *settings):
+    problem, choice = _split(settings)
+    inputs = (q, k, v, prefix_k, prefix_v, prefix_bias)
+    *kernel_needs, needs_sinks = needs
+    dsinks = q.new_empty(0)
+    if needs_sinks:
+        expect(sinks is not None, "the gradient of absent sinks is asked for")
+        dsinks = sink.gradient(dout, out, lse, sinks)
+    if not any(kernel_needs):
+        return *empty_gradients(*inputs, kernel_needs), dsinks
+    if sinks is not None:
+        dout, lse = sink.before_backward(dout, dlse, out, lse, sinks)
+    grads = dispatch.load(choice.backward).backward(dout, dlse, *inputs, out, lse, kernel_needs, problem)
+    return *grads, dsinks
 
 
 @torch.library.register_fake("ctkernels::prefix_attention")
-def _forward_fake(q, k, v, prefix_k, prefix_v, prefix_bias, *fields):
-    return empty_rows(q), q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype))
+def _forward_fake(q, k, v, *others):
+    return empty_rows(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype))
 
 
 @torch.library.register_fake("ctkernels::prefix_attention_backward")
-def _backward_fake(dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, *fields):
-    return empty_gradients(q, k, v, prefix_k, prefix_v, prefix_bias, needs)
+def _backward_fake(dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, sinks, out, lse, needs, *settings):
+    dsinks = torch.empty_like(sinks) if needs[-1] else q.new_empty(0)
+    return *empty_gradients(q, k, v, prefix_k, prefix_v, prefix_bias, needs[:-1]), dsinks
 
 
-def empty_rows(x: Tensor) -> Tensor:
-    """Uninitialised `[B, H, S, D]` in memory order B, S, H, D: what the layers around attention read and write."""
-    B, H, S, D = x.shape
+def empty_rows(x: Tensor, D: int) -> Tensor:
+    """Uninitialised `[B, H, S, D]` for x `[B, H, S, ..]`, in memory as B, S, H, D: the order that the layers around
+    attention use."""
+    B, H, S, _ = x.shape
     return x.new_empty(B, S, H, D).transpose(1, 2)
 
 
 def empty_gradients(q, k, v, prefix_k, prefix_v, prefix_bias, needs) -> tuple[Tensor, ...]:
-    """Uninitialised gradients; one that is not needed has zero elements."""
-    rows = [empty_rows(x) if need else x.new_empty(0) for x, need in zip((q, k, v), needs[:3], strict=True)]
+    """Uninitialised gradients. A gradient that is not needed has no elements."""
+    rows = [empty_rows(x, x.shape[3]) if need else x.new_empty(0) for x, need in zip((q, k, v), needs[:3], strict=True)]
     shared = [
         x.new_empty(x.shape if need else 0)
         for x, need in zip((prefix_k, prefix_v, q if prefix_bias is None else prefix_bias), needs[3:], strict=True)
@@ -85,8 +110,8 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, backward, dout: Tensor | None, dlse: Tensor | None, needs: list[bool]) -> tuple[Tensor | None, ...]:
-    """Gradients of the inputs, None for what has none; `backward` is the operator or something that calls it."""
-    nothing = (None,) * len(Problem._fields)
+    """Gradients of all arguments, None where there is none. `backward` is the operator, or calls it."""
+    nothing = (None,) * SETTINGS_COUNT
     if dout is None and dlse is None:
         return (None,) * INPUT_COUNT + nothing
     saved = ctx.saved_tensors
@@ -99,8 +124,11 @@ def _gradients(ctx, backward, dout: Tensor | None, dlse: Tensor | None, needs: l
 
 
 class _Attention(torch.autograd.Function):
-    """The derivative of the operator. It is registered under the Autograd key itself, since `register_autograd` adds
-    0.1 ms per call for a schema of this length (it looks up every argument's default)."""
+    """The derivative of the operator.
+
+    It is registered under the Autograd key directly. `register_autograd` would add 0.1 ms per call for a schema of this
+    length, since it looks up every argument's default.
+    """
 
     @staticmethod
     def forward(ctx, keyset, *inputs):
@@ -141,7 +169,7 @@ torch.library.register_autograd("ctkernels::prefix_attention_backward", _refuse_
 
 
 def _refuse_tangents(inputs) -> None:
-    """An operator that knows nothing of forward-mode derivatives would drop them without a word."""
+    """Raise RuntimeError for inputs with forward-mode derivatives, which the operator would silently drop."""
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
         raise RuntimeError(
             "ctkernels.prefix_attention has no forward-mode derivative in its kernel backends; use backend='reference'"
@@ -149,8 +177,7 @@ def _refuse_tangents(inputs) -> None:
 
 
 class _Transformed(torch.autograd.Function):
-    """`_Attention` for the transforms of torch.func, which take functions with a `setup_context` alone. vmap runs the
-    operator once per entry."""
+    """`_Attention` for torch.func's transforms, which need `setup_context`. vmap calls the operator once per entry."""
 
     generate_vmap_rule = True
 
@@ -182,7 +209,7 @@ class _TransformedBackward(torch.autograd.Function):
 
 
 def attend(*inputs) -> tuple[Tensor, Tensor]:
-    """The operator, in the form that whatever is active around it can differentiate."""
+    """Call the operator, in the form that an active transform of torch.func can differentiate."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         if forward_ad._current_level >= 0:
             _refuse_tangents(inputs[:INPUT_COUNT])

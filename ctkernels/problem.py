@@ -1,4 +1,4 @@
-"""Problem: everything about a call that is not differentiated. One description that all backends receive."""
+"""Problem: everything about a call that is not differentiated. All backends receive this one description."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from ctkernels.mask import check_row_ids, check_spans
 
 
 class Problem(NamedTuple):
-    """A list of rows and the rules that say which key a query sees.
+    """A list of rows, and the rules that say which key a query sees.
 
-    The fields are in the order of the registered operators' schemas (`ops.py`). Tensors are None where a call does not
-    use the feature. With `cu_seqlens`, q, k, v are `[1, H, N, D]` with the rows packed along N; without,
-    `[B, H, S, D]`.
+    The fields are in the order of the registered operators' schemas (`ops.py`). A tensor is None if the call does not
+    use the feature. q, k, v are `[B, H, S, D]`, or with `cu_seqlens` `[1, H, N, D]` with the rows packed along N.
     """
 
     alibi_slopes: Tensor | None  # fp32 [H]
     cu_seqlens: Tensor | None  # int32 [B+1]
-    seq_lens: Tensor | None  # int [B], valid own keys of each padded row
+    seq_lens: Tensor | None  # int [B], number of valid own keys of each padded row
     prefix_index: Tensor | None  # int [B]
     prefix_lens: Tensor | None  # int [G]
     hidden: Tensor | None  # int [B, 2]
@@ -34,7 +33,6 @@ class Problem(NamedTuple):
     window: int  # 0: none
     window_prefix: bool
     softcap: float  # 0: none
-    backend: str
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -48,8 +46,11 @@ def row_count(q: Tensor, problem: Problem) -> int:
 
 
 def check_values(q: Tensor, k: Tensor, prefix_k: Tensor, problem: Problem) -> None:
-    """Refuse indices and lengths that would leave memory or mean nothing. Reads values, hence only CPU tensors;
-    kernels on other devices clamp. `python_bindings/cpu.cpp` does the same for the C++ kernels."""
+    """Raise ValueError for indices and lengths that would read outside of a tensor, or that have no meaning.
+
+    CPU tensors only, since it reads values; kernels on other devices clamp them. `python_bindings/cpu.cpp` makes the
+    same checks for the C++ kernels.
+    """
     if q.device.type != "cpu":
         return
     check_spans(problem.hidden, problem.context_length)

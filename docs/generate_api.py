@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
-"""Writes docs/api.md: the public names with their signatures and docstrings.
+"""Writes docs/api.md: the public names with their signatures and docstrings. `make docs` calls it.
 
-python docs/generate_api.py            writes the page
-python docs/generate_api.py --check    fails if the page is not what it would write
+The page is built, not committed.
 """
 
 from __future__ import annotations
@@ -17,17 +16,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-PAGE = ROOT / "docs" / "api.md"
+from ctkernels.tuning.storage import atomic_write_bytes
+
 # module -> its public names, or None for its __all__
 MODULES: dict[str, tuple[str, ...] | None] = {
     "ctkernels": None,
     "ctkernels.dispatch": ("availability", "cpu_info", "set_cpu_isa"),
     "ctkernels.tuning": None,
 }
-HEAD = "Generated from the docstrings by `python docs/generate_api.py`; `ctkernels.tuning` needs `ctkernels[tuning]`."
+HEAD = "Written from the docstrings by `make docs`. `ctkernels.tuning` needs `pip install 'ctkernels[tuning]'`."
 
 
 def names(module: ModuleType, listed: tuple[str, ...] | None) -> Iterator[tuple[str, Any]]:
@@ -38,7 +37,7 @@ def names(module: ModuleType, listed: tuple[str, ...] | None) -> Iterator[tuple[
 
 
 class Unquoted(str):
-    """An annotation, which `inspect` shows as it is written rather than as a string."""
+    """An annotation that `inspect` shows as it is written, without quotes."""
 
     __repr__ = str.__str__
 
@@ -48,7 +47,7 @@ def unquote(annotation: Any) -> Any:
 
 
 def signature(name: str, value: Any) -> str:
-    """`name(arguments) -> result`, one argument a line where they are many."""
+    """`name(arguments) -> result`; long ones have one argument per line."""
     try:
         text = inspect.signature(value)
     except (TypeError, ValueError):
@@ -93,10 +92,10 @@ def section(name: str, value: Any) -> str:
 
 
 def document(value: Any) -> str:
-    """The docstring as a block of text: it has tables and pictures of masks in it."""
+    """The docstring as a block of text, since it may hold tables and pictures of masks."""
     text = inspect.getdoc(value) or ""
     if dataclasses.is_dataclass(value) and text.startswith(f"{getattr(value, '__name__', '')}("):
-        return ""  # the one that dataclasses write
+        return ""  # written by dataclasses, not by us
     return f"```text\n{text}\n```" if text else ""
 
 
@@ -110,13 +109,10 @@ def page() -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("api.md"))
     options = parser.parse_args(argv)
-    text = page()
-    if not options.check:
-        PAGE.write_text(text)
-    elif not PAGE.exists() or PAGE.read_text() != text:
-        raise SystemExit("docs/api.md is not current: run python docs/generate_api.py")
+    atomic_write_bytes(options.out, page().encode())
+    print(f"wrote {options.out}")
 
 
 if __name__ == "__main__":

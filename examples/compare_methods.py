@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, help="test only the first so many items")
     args = parser.parse_args(argv)
 
-    specs = [MethodSpec.parse(word) for word in args.methods]  # refuses a typing error before the model is loaded
+    specs = [MethodSpec.parse(word) for word in args.methods]  # a wrong name raises an error before the model loads
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").eval()
     demonstrations = load_jsonl(args.task / "train.jsonl")

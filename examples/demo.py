@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Context Tuning of a real model in a few minutes: zero-shot, ICL and CT-KV on a small task, and the plain loop beside.
+"""Context Tuning of a real model in a few minutes: zero-shot, ICL and CT-KV on a small task, beside the plain loop.
 
     python examples/demo.py --model .models/smollm2-135m --out runs/demo
 
@@ -19,23 +19,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # for benchmarks/, which is not installed
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
-import torch  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
-from transformers.utils import logging  # noqa: E402
-
-from ctkernels import ContextMask  # noqa: E402
-from ctkernels.cli.progress import epoch_bar  # noqa: E402
-from ctkernels.testing import memory, plain_ctkv  # noqa: E402
-from ctkernels.tuning import (  # noqa: E402
+from ctkernels import ContextMask
+from ctkernels.cli.progress import epoch_bar
+from ctkernels.testing import memory, plain_ctkv
+from ctkernels.tuning import (
     Demonstration,
     EvalResult,
     KVPrefix,
-    TrainSettings,
     encode_context,
     encode_rows,
     evaluate_prefix,
@@ -43,8 +39,11 @@ from ctkernels.tuning import (  # noqa: E402
     load_jsonl,
     tune,
 )
-from ctkernels.tuning.storage import atomic_write_json  # noqa: E402
+from ctkernels.tuning.methods.ct_kv import CtKvOptions
+from ctkernels.tuning.storage import atomic_write_json
+from ctkernels.tuning.train.options import Options
 
+ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("zero-shot", "icl", "ct-kv")
 SNAPSHOT_EVERY = 5  # epochs between points of the accuracy curve
 AGREEMENT = 1e-3  # largest relative difference of a loss to the plain implementation's, both in fp32
@@ -67,15 +66,15 @@ def run_method(
     tokenizer: PreTrainedTokenizerBase,
     train: list[Demonstration],
     test: list[Demonstration],
-    settings: TrainSettings,
+    settings: Options,
 ) -> tuple[dict[str, Any], KVPrefix, dict[int, KVPrefix]]:
     """Tune and evaluate one method; returns its row of the table, its prefix, and snapshots of it by epoch."""
     snapshots: dict[int, KVPrefix] = {}
-    with epoch_bar(settings.epochs) as move_bar:
+    with epoch_bar(settings) as move_bar:
 
         def on_epoch(record, prefix: KVPrefix) -> None:
             move_bar(record, prefix)
-            if record.epoch % SNAPSHOT_EVERY == 0 and record.epoch < settings.epochs:
+            if record.epoch % SNAPSHOT_EVERY == 0 and record.epoch < getattr(settings, "epochs", 0):
                 snapshots[record.epoch] = copy.deepcopy(prefix)
 
         result, seconds, peak = measured(lambda: tune(model, tokenizer, train, name, settings, on_epoch=on_epoch))
@@ -96,10 +95,10 @@ def run_plain(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     train: list[Demonstration],
-    settings: TrainSettings,
+    settings: CtKvOptions,
     epochs: int,
 ) -> tuple[plain_ctkv.PlainResult, float]:
-    """The same run in plain PyTorch for its first epochs, with the same dropped tokens; and its peak memory in GB."""
+    """The first epochs of the same run in plain PyTorch, with the same dropped tokens, and its peak memory in GB."""
     context = encode_context(tokenizer, train)
     rows = [
         plain_ctkv.PlainRow(row.tokens + row.answers[0][-1:], row.first_label + 1, row.held_out)
@@ -168,7 +167,7 @@ def print_tables(results: list[dict[str, Any]], comparison: dict[str, Any] | Non
 def compare(ours: dict[str, Any], plain: plain_ctkv.PlainResult, plain_peak: float) -> dict[str, Any]:
     """Time per epoch (median), peak memory and losses of the epochs that both ran.
 
-    The first epoch warms caches up and is left out of both medians where there are others.
+    The first epoch warms up caches. Both medians leave it out if there are others.
     """
     losses = [record["loss"] for record in ours["history"]][: len(plain.losses)]
     seconds = [record["seconds"] for record in ours["history"]]
@@ -209,7 +208,8 @@ def main(argv: list[str] | None = None) -> None:
 
     results, curve = [], {}
     for name in METHODS:
-        settings = get_method(name).settings(epochs=args.epochs)
+        method = get_method(name)
+        settings = method.settings(**method.pick({"epochs": args.epochs}))
         row, prefix, snapshots = run_method(name, model, tokenizer, train, test, settings)
         results.append(row)
         for epoch, snapshot in snapshots.items():

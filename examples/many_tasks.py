@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Many tasks over one model: the model is loaded once, every task leaves a small file, and any of them answers.
+"""One model, many tasks: the model is loaded once, and each task is a small file.
 
     python examples/many_tasks.py --model .models/smollm2-135m --tasks FOLDER --out runs/tasks
 
@@ -30,12 +30,12 @@ def main(argv: list[str] | None = None) -> None:
 
     settings = get_method("ct-kv").settings(epochs=args.epochs)
     for task in tasks:
-        if not (args.out / task.name / "prefix.json").exists():  # written last
+        if not (args.out / task.name / "adapter.safetensors").exists():
             result = tune(model, tokenizer, load_jsonl(task / "train.jsonl"), "ct-kv", settings)
             result.prefix.save_pretrained(args.out / task.name)
             print(f"{task.name}: loss {result.history[0].loss:.3f} -> {result.history[-1].loss:.3f}")
 
-    for task in tasks:  # the weights stay, the prefixes take turns
+    for task in tasks:  # the weights stay, only the prefix changes
         prefix = KVPrefix.from_pretrained(args.out / task.name, model=model, tokenizer=tokenizer)
         scores = evaluate_prefix(model, tokenizer, load_jsonl(task / "test.jsonl"), prefix)
         size = sum(file.stat().st_size for file in (args.out / task.name).rglob("*") if file.is_file())

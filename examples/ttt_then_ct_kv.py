@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Test-time training, then Context Tuning of the model that it leaves: what each step is worth on one task.
+"""Test-time training, then Context Tuning of the updated model: what each step gains on one task.
 
     python examples/ttt_then_ct_kv.py --model .models/smollm2-135m --out runs/ttt-ct-kv
 
-A LoRA update is trained on the demonstrations in random orders; merged into the weights, it gives the demonstrations a
-new KV cache, which CT-KV then tunes. The adapter that is saved holds both; the model is left as it was.
+First a LoRA update is trained on the demonstrations in random orders. With the updated weights, the demonstrations have
+a new KV cache, which CT-KV then tunes. The saved adapter holds both; the model stays as it was.
 """
 
 import argparse

@@ -39,16 +39,16 @@ def main(argv: list[str] | None = None) -> None:
         "ct-kv",
         settings,
         checkpoint_dir=args.out / "checkpoint",
-        resume=True,  # the same command goes on after an interruption, and ends with the same bits
+        resume=True,  # the same command continues after an interruption, and ends with the same bits
         on_epoch=lambda record, _: print(f"epoch {record.epoch}: loss {record.loss:.4f}, {record.seconds:.1f} s"),
     )
     scores = result.adapter.evaluate(model, tokenizer, items)
     print(f"{scores.metric} {scores.score:.3f}, loss of the correct answer {scores.gold_loss:.3f}")
     result.prefix.save_pretrained(args.out / "prefix")
 
-    # later, elsewhere: the model itself is untouched, the prefix is one small file
+    # later, or on another machine: the model is unchanged, the prefix is one small file
     prefix = KVPrefix.from_pretrained(args.out / "prefix", model=model, tokenizer=tokenizer)
-    question = torch.tensor([encode_prompt(tokenizer, items[0].input)])  # as rows of training begin
+    question = torch.tensor([encode_prompt(tokenizer, items[0].input)])  # as training rows begin
     with prefix.attach(model), torch.no_grad():
         answer = model.generate(question, max_new_tokens=8, do_sample=False)[0, question.shape[1] :]
     print(f"{items[0].input!r} -> {tokenizer.decode(answer).strip()!r}")

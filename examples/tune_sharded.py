@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Tune a prefix of a model that is spread over several processes, because one device cannot hold it.
+"""Tune a prefix for a model that is too large for one device and is spread over several processes.
 
 torchrun --standalone --nproc-per-node 2 examples/tune_sharded.py --model .models/smollm2-135m --out runs/routing
 

@@ -1,5 +1,5 @@
-// Torch side of the CPU backend: turns tensors into Params and registers the operators that ctkernels/backends/cpu.py calls.
-// Arguments have been checked in Python (attention.py for shapes and types, ops.py for values).
+// Torch side of the CPU backend: turns tensors into Params and registers the operators that ctkernels/backends/cpu.py
+// calls. Arguments have been checked in Python (attention.py for shapes and types, ops.py for values).
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -10,6 +10,7 @@
 #include <thread>
 #include <vector>
 
+#include "../csrc/cpu/arena.h"
 #include "../csrc/cpu/select.h"
 #include "problem.h"
 
@@ -44,7 +45,8 @@ struct Call {
     TORCH_CHECK_VALUE(q.is_cpu(), "expected CPU tensors, got q on ", q.device());
     check_inputs(q, k, v, prefix_k, prefix_v, prefix_bias, problem);
     compute = compute_type(q);
-    p.H = q.size(1), p.D = q.size(3), p.Hk = k.size(1), p.G = prefix_k.size(0), p.P = prefix_k.size(2);
+    p.H = q.size(1), p.D = q.size(3), p.Dv = v.size(3), p.Hk = k.size(1), p.G = prefix_k.size(0),
+    p.P = prefix_k.size(2);
     p.q = tensor4(q), p.k = tensor4(k), p.v = tensor4(v);
     p.prefix_k = tensor4(prefix_k), p.prefix_v = tensor4(prefix_v);
     if (prefix_bias) {
@@ -132,7 +134,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
                                    const Tensor& prefix_v, const MaybeTensor& prefix_bias, CTK_PROBLEM_ARGS) {
   Call call(q, k, v, prefix_k, prefix_v, prefix_bias, CTK_PROBLEM);
   const bool padded = seq_lens.has_value();
-  Tensor out = empty_rows(q, padded);
+  Tensor out = empty_rows(q, v.size(3), padded);
   Tensor lse = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(call.compute));
   if (padded) lse.fill_(-std::numeric_limits<double>::infinity());
   call.p.out = tensor4(out), call.p.lse = tensor4(lse);
@@ -146,16 +148,16 @@ Gradients backward(const Tensor& dout, const MaybeTensor& dlse, const Tensor& q,
   Call call(q, k, v, prefix_k, prefix_v, prefix_bias, CTK_PROBLEM);
   ctk::Params& p = call.p;
   const bool padded = seq_lens.has_value();
-  check_gradients(q, dout, dlse, prefix_bias, out, lse, needs);
+  check_gradients(q, v, dout, dlse, prefix_bias, out, lse, needs);
   const Tensor dout_rows = dout.stride(3) == 1 ? dout : dout.contiguous();
   const Tensor lse_rows = lse.contiguous(), dlse_rows = dlse ? dlse->to(call.compute).contiguous() : Tensor();
   p.out = tensor4(out), p.lse = tensor4(lse_rows), p.dout = tensor4(dout_rows);
   if (dlse) p.dlse = tensor4(dlse_rows);
 
   Tensor dq, dk, dv, dprefix_k, dprefix_v, dbias;
-  if (needs[0]) dq = empty_rows(q, padded), p.dq = tensor4(dq);
-  if (needs[1]) dk = empty_rows(k, padded), p.dk = tensor4(dk);
-  if (needs[2]) dv = empty_rows(v, padded), p.dv = tensor4(dv);
+  if (needs[0]) dq = empty_rows(q, q.size(3), padded), p.dq = tensor4(dq);
+  if (needs[1]) dk = empty_rows(k, k.size(3), padded), p.dk = tensor4(dk);
+  if (needs[2]) dv = empty_rows(v, v.size(3), padded), p.dv = tensor4(dv);
   // the prefix gradients are summed in the compute type
   const auto options = q.options().dtype(call.compute);
   if (needs[3]) dprefix_k = at::empty(prefix_k.sizes(), options), p.dprefix_k = tensor4(dprefix_k);
@@ -191,8 +193,7 @@ int64_t cpu_workers() {
 
 // Frees the scratch memory that threads keep between calls.
 void cpu_release() {
-  const auto* kernels = ctk::cpu::selected();
-  pool().run([&](int) { kernels->release(); });
+  pool().run([](int) { ctk::cpu::Arena::release(); });
 }
 
 void set_cpu_isa(const std::string& name) {

@@ -1,6 +1,6 @@
 // Torch side of the CUDA backend: launches the kernels on the current stream, and registers the operators that
-// ctkernels/backends/cuda.py calls. Values that index memory are not looked at here, since that would wait for the GPU: the
-// kernels clamp them.
+// ctkernels/backends/cuda.py calls. Values that index memory are not read here, since that would wait for the GPU:
+// the kernels clamp them.
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -17,11 +17,11 @@ namespace {
 
 using namespace ctk::bindings;
 
-constexpr uint32_t SHARED_WITHOUT_ASKING = 48 * 1024;
+constexpr uint32_t DEFAULT_SHARED_LIMIT = 48 * 1024;
 
-// A kernel may use more dynamic shared memory than that only after it was asked for, on each device.
+// Requests dynamic shared memory beyond the default limit, once per kernel and device.
 void allow_shared(const void* kernel, uint32_t bytes) {
-  if (bytes <= SHARED_WITHOUT_ASKING) return;
+  if (bytes <= DEFAULT_SHARED_LIMIT) return;
   static std::mutex mutex;
   static std::map<std::pair<int, const void*>, uint32_t> allowed;
   const std::lock_guard<std::mutex> lock(mutex);

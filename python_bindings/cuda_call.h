@@ -1,6 +1,5 @@
 // A call of the CUDA kernels, from tensors to the list of launches: checks, params, outputs, workspace. Knows torch but
-// not CUDA: who runs the launches is the caller's business (cuda.cpp on a GPU; the tests in an emulator, on CPU
-// tensors).
+// not CUDA: the caller runs the launches (cuda.cpp on a GPU; the tests in an emulator, on CPU tensors).
 #pragma once
 #include <ATen/Context.h>
 #include <torch/version.h>
@@ -21,7 +20,7 @@ struct Executor {
   std::function<void(const cuda::Plan&)> run;  // its launches in order, on the current stream
 };
 
-// Whether the user lets fp32 matrix products take TF32. The old way to ask raises once the new one was used to say so.
+// Whether the user allows TF32 in fp32 matrix products. Reading the old setting raises once the new one was written.
 inline bool tf32_allowed() {
 #if TORCH_VERSION_MAJOR > 2 || (TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR >= 10)
   const auto set = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
@@ -31,7 +30,7 @@ inline bool tf32_allowed() {
 #endif
 }
 
-// Whether tokens may belong to no row: padding, or what lies behind the last of packed rows. No kernel writes there.
+// Whether tokens may belong to no row: padding, or tokens after the last packed row. No kernel writes there.
 inline bool may_have_idle_tokens(const Problem& problem) {
   return problem.seq_lens.has_value() || problem.cu_seqlens.has_value();
 }
@@ -47,7 +46,10 @@ class CudaCall {
     TORCH_CHECK_TYPE(q.scalar_type() != at::kDouble, "q must be fp32, bf16 or fp16, got ", q.scalar_type());
     Params& p = call.p;
     p.B = row_count(q, problem);
-    p.H = q.size(1), p.D = q.size(3), p.Hk = k.size(1), p.G = prefix_k.size(0), p.P = prefix_k.size(2);
+    p.H = q.size(1), p.D = q.size(3), p.Dv = v.size(3), p.Hk = k.size(1), p.G = prefix_k.size(0),
+    p.P = prefix_k.size(2);
+    TORCH_CHECK_VALUE(p.D <= 256 && p.D == p.Dv,
+                      "the CUDA kernels compute head dimensions D = Dv <= 256, got D = ", p.D, " and Dv = ", p.Dv);
     TORCH_CHECK_VALUE(p.G > 0 || !p.B,
                       "prefix_k must hold at least one prefix (G >= 1) when there are rows, got G = 0");
     call.S = q.size(2), call.T = k.size(2), call.packed = problem.cu_seqlens.has_value();
@@ -108,7 +110,7 @@ inline std::tuple<Tensor, Tensor> cuda_forward(const Executor& executor, const T
                                                const MaybeTensor& prefix_bias, const Problem& problem) {
   CudaCall call(q, k, v, prefix_k, prefix_v, prefix_bias, problem);
   const bool idle = may_have_idle_tokens(problem);
-  const Tensor out = empty_rows(q, idle);
+  const Tensor out = empty_rows(q, v.size(3), idle);
   const Tensor lse = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat));
   if (idle) lse.fill_(-std::numeric_limits<float>::infinity());
   call.call.p.out = tensor4(out), call.call.p.lse = tensor4(lse);
@@ -121,7 +123,7 @@ inline Gradients cuda_backward(const Executor& executor, const Tensor& dout, con
                                const MaybeTensor& prefix_bias, const Tensor& out, const Tensor& lse, const Needs& needs,
                                const Problem& problem) {
   CudaCall call(q, k, v, prefix_k, prefix_v, prefix_bias, problem);
-  check_gradients(q, dout, dlse, prefix_bias, out, lse, needs);
+  check_gradients(q, v, dout, dlse, prefix_bias, out, lse, needs);
   Params& p = call.call.p;
   p.out = tensor4(out);
   p.dout = tensor4(dout.stride(3) == 1 ? dout : call.keep_alive(dout.contiguous()));
@@ -130,9 +132,9 @@ inline Gradients cuda_backward(const Executor& executor, const Tensor& dout, con
 
   const bool idle = may_have_idle_tokens(problem);
   Tensor dq, dk, dv, dprefix_k, dprefix_v, dbias;
-  if (needs[0]) dq = empty_rows(q, idle), p.dq = tensor4(dq);
-  if (needs[1]) dk = empty_rows(k, idle), p.dk = tensor4(dk);
-  if (needs[2]) dv = empty_rows(v, idle), p.dv = tensor4(dv);
+  if (needs[0]) dq = empty_rows(q, q.size(3), idle), p.dq = tensor4(dq);
+  if (needs[1]) dk = empty_rows(k, k.size(3), idle), p.dk = tensor4(dk);
+  if (needs[2]) dv = empty_rows(v, v.size(3), idle), p.dv = tensor4(dv);
   // accumulated in fp32 and rounded once, when they are stored
   if (needs[3]) dprefix_k = at::empty(prefix_k.sizes(), prefix_k.options()), p.dprefix_k = tensor4(dprefix_k);
   if (needs[4]) dprefix_v = at::empty(prefix_v.sizes(), prefix_v.options()), p.dprefix_v = tensor4(dprefix_v);

@@ -2,6 +2,7 @@
 #pragma once
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <optional>
@@ -75,22 +76,25 @@ inline int64_t row_count(const Tensor& q, const Problem& problem) {
   return problem.cu_seqlens ? problem.cu_seqlens->numel() - 1 : q.size(0);
 }
 
-// The operators can be called past attention.py; inconsistent tensors must not reach memory that is not theirs.
+// The operators can be called without attention.py; inconsistent tensors must not reach memory that is not theirs.
 inline void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_k,
                          const Tensor& prefix_v, const MaybeTensor& bias, const Problem& problem) {
   for (const Tensor* t : {&q, &k, &v, &prefix_k, &prefix_v})
     TORCH_CHECK_VALUE(t->dim() == 4 && (t->size(3) <= 1 || t->stride(3) == 1) && t->device() == q.device(),
                       "expected a 4-dimensional tensor on ", q.device(), " with a contiguous last dimension, got ",
                       t->sizes(), " on ", t->device());
-  const int64_t D = q.size(3), H = q.size(1), Hk = k.size(1);
-  const bool rows_fit = k.sizes() == v.sizes() && k.size(0) == q.size(0) && k.size(3) == D && k.size(2) >= q.size(2) &&
-                        Hk > 0 && H % Hk == 0 && D >= 1 && D <= 256 && k.scalar_type() == q.scalar_type() &&
+  const int64_t D = q.size(3), Dv = v.size(3), H = q.size(1), Hk = k.size(1);
+  const bool rows_fit = k.sizes().slice(0, 3) == v.sizes().slice(0, 3) && k.size(0) == q.size(0) && k.size(3) == D &&
+                        k.size(2) >= q.size(2) && Hk > 0 && H % Hk == 0 && std::min(D, Dv) >= 1 &&
+                        std::max(D, Dv) <= MAX_HEAD_DIM && k.scalar_type() == q.scalar_type() &&
                         v.scalar_type() == q.scalar_type();
   TORCH_CHECK_VALUE(rows_fit, "q ", q.sizes(), ", k ", k.sizes(), " and v ", v.sizes(), " do not fit together");
-  TORCH_CHECK_VALUE(prefix_k.sizes() == prefix_v.sizes() && prefix_k.size(1) == Hk && prefix_k.size(3) == D &&
+  TORCH_CHECK_VALUE(prefix_k.sizes().slice(0, 3) == prefix_v.sizes().slice(0, 3) && prefix_k.size(1) == Hk &&
+                        prefix_k.size(3) == D && prefix_v.size(3) == Dv &&
                         prefix_k.scalar_type() == prefix_v.scalar_type() &&
                         (q.scalar_type() == at::kDouble) == (prefix_k.scalar_type() == at::kDouble),
-                    "prefix_k ", prefix_k.sizes(), " and prefix_v ", prefix_v.sizes(), " do not fit k ", k.sizes());
+                    "prefix_k ", prefix_k.sizes(), " and prefix_v ", prefix_v.sizes(), " do not fit k ", k.sizes(),
+                    " and v ", v.sizes());
   const int64_t G = prefix_k.size(0), P = prefix_k.size(2), B = row_count(q, problem);
   TORCH_CHECK_VALUE(
       !bias || (bias->dim() == 3 && (bias->size(0) == 1 || bias->size(0) == G) &&
@@ -118,10 +122,11 @@ inline void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, cons
 }
 
 // What backward gets beside the inputs of forward.
-inline void check_gradients(const Tensor& q, const Tensor& dout, const MaybeTensor& dlse, const MaybeTensor& bias,
-                            const Tensor& out, const Tensor& lse, const Needs& needs) {
-  TORCH_CHECK_VALUE(dout.sizes() == q.sizes() && out.sizes() == q.sizes(), "dout ", dout.sizes(), " and out ",
-                    out.sizes(), " must have q's shape ", q.sizes());
+inline void check_gradients(const Tensor& q, const Tensor& v, const Tensor& dout, const MaybeTensor& dlse,
+                            const MaybeTensor& bias, const Tensor& out, const Tensor& lse, const Needs& needs) {
+  const std::array<int64_t, 4> sizes{q.size(0), q.size(1), q.size(2), v.size(3)};
+  TORCH_CHECK_VALUE(dout.sizes() == sizes && out.sizes() == sizes, "dout ", dout.sizes(), " and out ", out.sizes(),
+                    " must have shape ", at::IntArrayRef(sizes));
   TORCH_CHECK_VALUE(dout.scalar_type() == q.scalar_type() && out.scalar_type() == q.scalar_type() &&
                         lse.scalar_type() == compute_type(q),
                     "dout and out must have q's type, lse the compute type");
@@ -134,9 +139,9 @@ inline void check_gradients(const Tensor& q, const Tensor& dout, const MaybeTens
   TORCH_CHECK_VALUE(out.size(3) <= 1 || out.stride(3) == 1, "out must have a contiguous last dimension");
 }
 
-// [B, H, S, D] in memory order B, S, H, D: what the layers around attention read and write
-inline Tensor empty_rows(const Tensor& x, bool zero) {
-  const auto sizes = {x.size(0), x.size(2), x.size(1), x.size(3)};
+// [B, H, S, D], as x [B, H, S, ..], in memory order B, S, H, D: what the layers around attention read and write
+inline Tensor empty_rows(const Tensor& x, int64_t D, bool zero) {
+  const auto sizes = {x.size(0), x.size(2), x.size(1), D};
   return (zero ? at::zeros(sizes, x.options()) : at::empty(sizes, x.options())).transpose(1, 2);
 }
 

@@ -1,11 +1,13 @@
-"""Run by `make wheel-check` with an installed wheel: the op equals its reference on every instruction set, each in a
-process of its own that is told so by CTKERNELS_CPU_ISA, as on a machine that has no other."""
+"""Run by `make wheel-check` with an installed wheel: it holds the whole package and nothing else, and the op equals its
+reference on every instruction set, each in a process of its own that CTKERNELS_CPU_ISA limits to it."""
 
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
 CALL = """
 import torch, ctkernels
 from ctkernels import dispatch
@@ -14,6 +16,18 @@ out, wanted = (ctkernels.prefix_attention(*x, backend=name) for name in ("cpu", 
 torch.testing.assert_close(out, wanted)
 print(dispatch.cpu_info()["isa"], ctkernels.__file__)
 """
+
+
+def check_contents() -> None:
+    """Every module of the sources, the type marker, the compiled kernels; no tests, tools or benchmarks."""
+    files = [path for path in metadata.files("ctkernels") if path.suffix != ".pyc" and ".." not in path.parts]
+    folders = {path.parts[0] for path in files}
+    assert folders == {"ctkernels", f"ctkernels-{metadata.version('ctkernels')}.dist-info"}, folders
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "ctkernels").rglob("*.py")}
+    modules = {path.as_posix() for path in files if path.suffix == ".py"}
+    assert modules == sources, modules ^ sources
+    assert {"py.typed"} <= {path.name for path in files} and any(path.match("ctkernels/_C.*") for path in files)
+    print(f"{len(modules)} modules, and nothing else")
 
 
 def run(isa: str) -> str:
@@ -26,6 +40,7 @@ def run(isa: str) -> str:
 if __name__ == "__main__":
     from ctkernels import dispatch
 
+    check_contents()
     available = dispatch.cpu_info()["isa_available"]
     assert "portable" in available, available
     for name in available:

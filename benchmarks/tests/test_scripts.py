@@ -1,6 +1,7 @@
 """The benchmark scripts end to end on toy sizes."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from benchmarks import (
     bench_tuning,
     harness,
     profile_attention,
+    render,
 )
 from benchmarks.cases import Case, sweep
 from ctkernels.testing.models import make_model
@@ -35,10 +37,8 @@ def read(path):
 def test_bench_attention(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench_attention, "HEADLINE", (TOY,))
     monkeypatch.setattr(bench_attention, "QUICK", (replace(TOY, name="bf16 toy", dtype=torch.bfloat16),))
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- bench_attention -->\nold\n<!-- /bench_attention -->\nafter\n")
     out = tmp_path / "bench_attention"
-    bench_attention.main(["--seconds", "0", "--out", str(out), "--readme", str(readme)])
+    bench_attention.main(["--seconds", "0", "--out", str(out)])
     record, markdown = read(out)
     assert [case["name"] for case in record["results"]] == ["toy", "bf16 toy"]
     assert {"cpu", "cores", "isa", "torch", "load"} <= record["machine"].keys()
@@ -46,16 +46,47 @@ def test_bench_attention(monkeypatch, tmp_path, capsys):
         for name in ("ctkernels", "eager", "sdpa"):
             assert case["entries"][name]["times"].keys() == {"forward", "backward", "both"}
     assert markdown.count("| toy (B=4 H=4 Hk=2 P=40 S=3 D=16, 4 segments, float32) |") == 3
-    first = markdown.split("\n\n**forward**")[0]  # the README gets the table of both passes alone
-    assert readme.read_text() == f"before\n<!-- bench_attention -->\n{first}\n<!-- /bench_attention -->\nafter\n"
     assert markdown in capsys.readouterr().out
 
 
-def test_a_readme_without_markers_is_refused(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text("<!-- /a -->\n<!-- a -->\n")
+def test_a_page_without_markers_raises_an_error(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- /a -->\n<!-- a -->\n")
     with pytest.raises(ValueError, match="must hold the markers <!-- a -->"):
-        harness.replace_between_markers(readme, "a", "x")
+        harness.replace_between_markers(page, "a", "x")
+
+
+def test_the_documents_show_the_committed_results(tmp_path):
+    """Every committed table is what its JSON gives, in benchmarks/results and in the documents."""
+    for folder in (render.RESULTS, render.RESULTS / "full"):
+        for name, record in render.read(folder).items():
+            assert (folder / f"{name}.md").read_text() == f"{render.text(name, record)}\n", (folder, name)
+    pages = {"README.md", *render.PAGES.values()}
+    for page in pages:
+        (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(render.ROOT / page, tmp_path / page)
+    render.write_documents(render.read(render.RESULTS), tmp_path)
+    for page in pages:
+        assert (tmp_path / page).read_text() == (render.ROOT / page).read_text(), page
+
+
+def test_render_writes_a_folder_and_leaves_the_documents_alone(tmp_path):
+    before = {page: (render.ROOT / page).stat().st_mtime_ns for page in ("README.md", *render.PAGES.values())}
+    shutil.copy(render.RESULTS / "bench_tuning.json", tmp_path)
+    render.main(["--results", str(tmp_path)])
+    assert (tmp_path / "bench_tuning.md").read_text() == (render.RESULTS / "bench_tuning.md").read_text()
+    assert before == {page: (render.ROOT / page).stat().st_mtime_ns for page in before}
+    with pytest.raises(ValueError, match="missing: bench_attention, bench_dropin, bench_scaling, bench_serving"):
+        render.write_documents(render.read(tmp_path))
+    with pytest.raises(SystemExit):
+        render.main(["--results", str(tmp_path / "none")])
+
+
+def test_the_summary_is_of_one_machine():
+    records = render.read(render.RESULTS)
+    machine, results = records["bench_serving"]
+    with pytest.raises(ValueError, match=r"reports of one machine, got: .*3 cores"):
+        render.summary({**records, "bench_serving": ({**machine, "cores": 3}, results)})
 
 
 def test_a_phase_that_a_peer_cannot_run_is_reported():
@@ -134,16 +165,13 @@ def small_works(monkeypatch):
 def test_bench_dropin(monkeypatch, tmp_path):
     works = small_works(monkeypatch)
     make_model("llama", torch.float32).save_pretrained(tmp_path / "model")
-    readme = tmp_path / "README.md"
-    readme.write_text("<!-- bench_dropin -->\n<!-- /bench_dropin -->\n")
     out = tmp_path / "bench_dropin"
-    arguments = ["--model", f"{tmp_path}/model", "--seconds", "0", "--out", str(out), "--readme", str(readme)]
-    bench_dropin.main(arguments)
+    bench_dropin.main(["--model", f"{tmp_path}/model", "--seconds", "0", "--out", str(out)])
     record, markdown = read(out)
     assert [result["work"] for result in record["results"]] == [str(work) for work in works]
     for result in record["results"]:
         assert result["times"].keys() == {"ctkernels", "sdpa"} and 0 <= result["difference"] < 1e-4
-        assert f"| {result['work']} |" in markdown and f"| {result['work']} |" in readme.read_text()
+        assert f"| {result['work']} |" in markdown
 
 
 def test_models_that_disagree_are_not_timed(monkeypatch):

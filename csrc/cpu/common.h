@@ -1,5 +1,5 @@
-// Standard headers of the kernels. They are included before a kernel file raises the instruction set, so that inline
-// library code, which the linker may share between files, stays portable.
+// Everything that the kernels include. It comes before a kernel file raises the instruction set, so that inline library
+// code, which the linker may share between files, stays portable.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -9,7 +9,6 @@
 #include <cstring>
 #include <functional>
 #include <limits>
-#include <memory>
 #include <numeric>
 #include <utility>
 #include <vector>
@@ -18,4 +17,5 @@
 #include <immintrin.h>
 #endif
 
+#include "arena.h"
 #include "kernels.h"

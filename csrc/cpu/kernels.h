@@ -1,4 +1,4 @@
-// The CPU kernels' interface. The same sources (forward.h, backward.h) are built once per instruction set.
+// The CPU kernels' interface. The same sources (kernels-inl.h) are built once per instruction set.
 #pragma once
 #include <functional>
 
@@ -16,7 +16,6 @@ struct Kernels {
   const char* name;
   void (*forward)(const Params&, const Pool&);
   void (*backward)(const Params&, const Pool&);
-  void (*release)();  // frees the scratch memory that the calling thread keeps
 };
 
 namespace portable {

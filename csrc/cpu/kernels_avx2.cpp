@@ -11,7 +11,7 @@
 
 #define CTK_ISA avx2
 #define CTK_VECTOR_BYTES 32
-#include "build.h"
+#include "kernels-inl.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

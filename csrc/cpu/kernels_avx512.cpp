@@ -12,7 +12,7 @@
 
 #define CTK_ISA avx512
 #define CTK_VECTOR_BYTES 64
-#include "build.h"
+#include "kernels-inl.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

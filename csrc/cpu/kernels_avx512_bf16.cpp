@@ -15,7 +15,7 @@
 #define CTK_EXTENDS avx512
 #define CTK_BF16
 #define CTK_VECTOR_BYTES 64
-#include "build.h"
+#include "kernels-inl.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -3,4 +3,4 @@
 
 #define CTK_ISA portable
 #define CTK_VECTOR_BYTES 16
-#include "build.h"
+#include "kernels-inl.h"

@@ -1,9 +1,9 @@
 // What the CUDA kernels receive: one struct by value, the same for every kernel of a pass. Plain C++, for host and
 // device.
 //
-// Queries and the heads of a KV group form one axis of lanes, head fastest: lane = slot * group + head. A slot is a
-// valid query; rows follow one another, in the order of the prefix that they read, and the rows of each prefix start a
-// new tile:
+// A lane is a query of one head (and not a thread of a warp). Queries and the heads of a KV group form one axis of
+// lanes, head fastest: lane = slot * group + head. A slot is a valid query. Rows follow one another in the order of the
+// prefix that they read, and the rows of each prefix start a new tile:
 //
 //     rows          | row 0    | row 1 | row 2            |
 //     slots         0 1 2 3 4  5 6 7   8 9 ...
@@ -15,7 +15,26 @@
 
 namespace ctk::cuda {
 
-constexpr int BLOCK = 64;  // keys per word of the mask, and per entry of the tables
+constexpr int BLOCK = 64;             // keys per word of the mask, and per entry of the tables
+constexpr int MOST_TILE_LANES = 128;  // lanes of the largest tile; those of every shape divide it (shapes.h)
+
+template <class A, class B>
+CTK_HOST_DEVICE constexpr auto div_up(A a, B b) {
+  return (a + b - 1) / b;
+}
+
+// The rows of each prefix start at a multiple of so many slots: its first lane starts a tile, however large tiles are.
+CTK_HOST_DEVICE constexpr int slot_unit(int group) {
+  const int even = group & -group;  // the largest power of two that divides the group
+  return even < MOST_TILE_LANES ? MOST_TILE_LANES / even : 1;
+}
+
+// The first slot of a prefix's rows, if all earlier prefixes have `before` slots: a multiple of `unit`, and far enough
+// on for them, however their slots are shared out. That of prefix `runs` bounds the number of slots.
+template <class Int>
+CTK_HOST_DEVICE constexpr Int run_start(Int before, Int prefix, Int unit) {
+  return (before / unit + prefix) * unit;
+}
 
 // A contiguous vector of int32 or int64 (wide) on the device; null: absent.
 struct Index {
@@ -75,13 +94,14 @@ struct OwnBlock {
   int32_t row, start;
 };
 
-// What the backward pass needs of a lane. One that saw no key has high = +inf and bytes = 0: p = 0, zeros are read.
+// What the backward pass needs of a lane. A lane that saw no key has high = +inf and bytes = 0: then p = 0, and zeros
+// are read.
 struct alignas(16) LaneState {
   float high, delta;  // lse in units of log 2 as high + low; <out, dout> - dlse
   float low;
   int32_t index;       // of the row in the call
-  uint32_t q, dout;    // where its numbers begin, in pieces of 16 bytes from the tensors' data on
-  int32_t bytes;       // to read of each such piece: 16 or 0
+  uint32_t q, dout;    // offsets of its q and dout from the tensors' data, in units of 16 bytes
+  int32_t bytes;       // to read of each 16: 16, or 0 for zeros
   int32_t row;         // index into the rows; < 0: nothing there
   int32_t position;    // own position of the query
   int32_t prefix_len;  // of the prefix that the row reads
@@ -93,8 +113,8 @@ struct Pack {
   Tensor4 from;
   void* to;
   int64_t heads, tokens, elements;  // elements: of the copy, batches * heads * tokens * stride
-  int32_t stride;                   // of a token of the copy, D rounded up; zeros behind D
-  bool wide;                        // whether tokens can be read in pieces of 16 bytes
+  int32_t stride;                   // of a token of the copy, D rounded up; zeros after D
+  bool wide;                        // tokens can be read 16 bytes at a time
 };
 constexpr int MAX_PACKS = 7;
 
@@ -111,7 +131,7 @@ struct Args {
   int32_t prefix_programs;  // of the kernel of key gradients; programs of own keys follow
   bool own_context;         // the context reaches into own keys
 
-  // whether rows of the results can be written in pieces of 16 bytes
+  // rows of the results can be written 16 bytes at a time
   bool wide_out, wide_dq, wide_dk, wide_dv, wide_dprefix_k, wide_dprefix_v;
 
   // logits in units of log 2: product * factor, or tanh(product * factor) * cap
@@ -120,7 +140,7 @@ struct Args {
   // tables, in the workspace
   RowInfo* rows;         // [B]
   int32_t* run_first;    // [runs + 1] first slot of each prefix's rows
-  int32_t* run_end;      // [runs] behind its last slot
+  int32_t* run_end;      // [runs] one past its last slot
   Slot* slot_table;      // [slots]
   OwnBlock* own_table;   // [own_blocks]
   uint64_t* bits;        // [B, words] visible context positions of row `index`; positions from P on are own keys

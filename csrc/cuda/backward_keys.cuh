@@ -133,8 +133,8 @@ __device__ __forceinline__ void backward_keys(const Args& a) {
       }
     return x;
   };
-  const char* all_states = hold(reinterpret_cast<const char*>(a.state + int64_t(kv) * a.lanes) + threadIdx.x * 16);
-  const uint32_t my_states = hold(shared_address(states) + threadIdx.x * 16);
+  const char* all_states = opaque(reinterpret_cast<const char*>(a.state + int64_t(kv) * a.lanes) + threadIdx.x * 16);
+  const uint32_t my_states = opaque(shared_address(states) + threadIdx.x * 16);
   const auto copy_states = [&](const Place& x) {
 #pragma unroll
     for (int i = 0; i < STATES; i += 16 * THREADS) {
@@ -223,7 +223,7 @@ __device__ __forceinline__ void backward_keys(const Args& a) {
       }
     }
     copy_wait<0>();
-    __syncthreads();  // this step is here, and nobody reads what the last one has left any more
+    __syncthreads();  // this step is here, and nobody reads the memory of the last one any more
     if (STAGES == 2) copy_tiles(next);
     const LaneStep later = after(next);
     if (later.there) copy_states(later);
@@ -233,7 +233,7 @@ __device__ __forceinline__ void backward_keys(const Args& a) {
     const LaneState* lanes = states_of(now, 0);
     const bool all = now.full && !General;
     bool active = true;
-    if (!all) active = __any_sync(WARP, 2 * thread < L && reinterpret_cast<const uint32_t*>(word)[thread]);
+    if (!all) active = __any_sync(WHOLE_WARP, 2 * thread < L && reinterpret_cast<const uint32_t*>(word)[thread]);
     if (active) {
       multiply_rows<T, W, 1, L / 8>(s, left_k, rows.moved(now.stage), a.call.tf32);
       if (need_k) multiply_rows<T, W, 1, L / 8>(ds, left_v, rows.moved(now.stage + DOUT), a.call.tf32);
@@ -242,7 +242,7 @@ __device__ __forceinline__ void backward_keys(const Args& a) {
         const int i =
             8 * n + thread % 4 * 2;  // this thread's lanes are i and i + 1, its keys g and g + 8 of the warp's
         // bits 0 and 8: keys g and g + 8 of lane i; bits 16 and 24: of lane i + 1
-        const uint32_t visible = all ? WARP : *reinterpret_cast<const uint32_t*>(word + i) >> (thread / 4);
+        const uint32_t visible = all ? WHOLE_WARP : *reinterpret_cast<const uint32_t*>(word + i) >> (thread / 4);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const LaneState& lane = lanes[i + e % 2];

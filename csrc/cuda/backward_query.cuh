@@ -71,7 +71,7 @@ __device__ __forceinline__ void backward_query(const Args& a) {
     while (more) {
       bool full = false;
       if constexpr (!General) full = step.full;
-      if (full) {  // and so it goes on: nothing to hide
+      if (full) {  // nothing to hide, as long as full blocks follow
         bool ahead;
         do {
           copy_wait<0>();
@@ -143,7 +143,7 @@ __device__ __forceinline__ void backward_query(const Args& a) {
     const uint64_t any = find_words<1>(words, my_lanes, [&](const LaneInfo& lane) {
       return own_word<General>(a, step.start, step.any, walk.row, lane);
     });
-    if (!__any_sync(WARP, any != 0)) continue;
+    if (!__any_sync(WHOLE_WARP, any != 0)) continue;
     multiply_rows<T, W, 1, N / 8>(s, left_q, rows, a.call.tf32);
     multiply_rows<T, W, 1, N / 8>(ds, left_dout, rows.moved(V), a.call.tf32);
     if constexpr (General) {

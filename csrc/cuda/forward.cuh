@@ -19,8 +19,8 @@ namespace ctk::cuda {
 
 // What a thread keeps of its lanes' softmax: lane g + 8 h of each of M groups of 16.
 //
-// `top` follows the largest logit only when that has grown by more than SLACK: probabilities are then up to 2^SLACK,
-// which every type holds, and o is hardly ever rescaled.
+// `top` follows the largest logit only when that has grown by more than SLACK. So o is hardly ever rescaled, and
+// probabilities are at most 2^SLACK, which every type holds.
 template <int M>
 struct Softmax {
   static constexpr float SLACK = 8.0f;
@@ -47,14 +47,14 @@ struct Softmax {
         x = fmaxf(s[m][0][2 * h], s[m][0][2 * h + 1]);
 #pragma unroll
         for (int n = 1; n < N; ++n) x = fmaxf(x, fmaxf(s[m][n][2 * h], s[m][n][2 * h + 1]));
-        x = fmaxf(x, __shfl_xor_sync(WARP, x, 1));
-        x = fmaxf(x, __shfl_xor_sync(WARP, x, 2)) * factor;
+        x = fmaxf(x, __shfl_xor_sync(WHOLE_WARP, x, 1));
+        x = fmaxf(x, __shfl_xor_sync(WHOLE_WARP, x, 2)) * factor;
         any = any || x > top[m][h] + SLACK;
       }
-    return __any_sync(WARP, any != 0);
+    return __any_sync(WHOLE_WARP, any != 0);
   }
 
-  // New tops, o rescaled. Each lane by itself: what its neighbours hold must not change a bit of it.
+  // Sets new tops and rescales o. Each lane by itself: no bit of its result may depend on its neighbours.
   template <int D>
   __device__ __forceinline__ void grow(const float (&high)[M][2], float (&o)[M][D][4]) {
 #pragma unroll
@@ -88,7 +88,7 @@ struct Softmax {
       }
   }
 
-  // All of it: p from s.
+  // The whole step: p from s.
   template <int N, int D>
   __device__ __forceinline__ void step(float (&s)[M][N][4], float (&o)[M][D][4], float factor) {
     float high[M][2];
@@ -137,8 +137,8 @@ __device__ __forceinline__ void forward(const Args& a) {
     while (more) {  // k of the step is on its way
       bool full = false;
       if constexpr (!General) full = step.full;
-      // Nothing to hide, nothing to choose, and hardly ever a new top. A warp that needs one leaves the loop by itself:
-      // every way through a step has the same two barriers.
+      // Nothing to hide, nothing to choose, and hardly ever a new top. A warp that needs one leaves the loop without
+      // the others, which is safe: every path through a step has the same two barriers.
       if (full) {
         bool ahead, grows;
         do {
@@ -195,7 +195,7 @@ __device__ __forceinline__ void forward(const Args& a) {
     __syncthreads();  // nobody reads the last step's k and v any more
     const RowInfo& row = walk.info();
     copy.template start<false>(k, copy.from_once(p.k, row.batch, Program().kv, row.token), step.start, step.any);
-    __syncwarp();  // lest addresses of both be computed side by side, and registers spilled
+    __syncwarp();  // keeps the compiler from computing the addresses of both at once, which would spill
     copy.template start<false>(v, copy.from_once(p.v, row.batch, Program().kv, row.token), step.start, step.any);
     copy_commit();
     copy_wait<0>();
@@ -204,7 +204,7 @@ __device__ __forceinline__ void forward(const Args& a) {
     const uint64_t any = find_words<M>(words, my_lanes, [&](const LaneInfo& lane) {
       return own_word<General>(a, step.start, step.any, walk.row, lane);
     });
-    if (!__any_sync(WARP, any != 0)) continue;
+    if (!__any_sync(WHOLE_WARP, any != 0)) continue;
     multiply_rows<T, W, M, N / 8>(s, left, keys, a.call.tf32);
     if constexpr (General) to_logits<false, M, N>(a, s, step.start, 0, my_lanes, terms + warp * 16 * M);
     hide<M, N>(s, words);
@@ -224,15 +224,15 @@ __device__ __forceinline__ void forward(const Args& a) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float& total = softmax.total[m][h];
-      total += __shfl_xor_sync(WARP, total, 1);
-      total += __shfl_xor_sync(WARP, total, 2);
-      const int i = row + thread.lane / 4 + 8 * h;
+      total += __shfl_xor_sync(WHOLE_WARP, total, 1);
+      total += __shfl_xor_sync(WHOLE_WARP, total, 2);
+      const int i = row + thread.in_warp / 4 + 8 * h;
       if (a.key_splits == 1) {
         const float scale = total == 0.0f ? 0.0f : 1.0f / total;
 #pragma unroll
         for (int d = 0; d < W / 8; ++d) o[m][d][2 * h] *= scale, o[m][d][2 * h + 1] *= scale;
-        if (thread.lane % 4 == 0 && i < lane_count) store_lse(a, first_lane + i, at.kv, softmax.top[m][h], total);
-      } else if (thread.lane % 4 == 0) {
+        if (thread.in_warp % 4 == 0 && i < lane_count) store_lse(a, first_lane + i, at.kv, softmax.top[m][h], total);
+      } else if (thread.in_warp % 4 == 0) {
         const int64_t to = (int64_t(at.split) * p.Hk + at.kv) * a.lanes + first_lane + i;
         a.part_max[to] = softmax.top[m][h], a.part_sum[to] = total;
       }

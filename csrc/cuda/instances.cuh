@@ -1,7 +1,7 @@
 // The kernels of one type of rows, by the names of plan.h, and a table of them for the host.
 //
 // Plain kernels know spans, patterns, token dropout, ragged rows, several prefixes, grouped heads and causality.
-// General ones know everything; they branch on the options of the call, alike for all threads.
+// General ones know everything; they branch on the options of the call, the same way in all threads.
 #pragma once
 #include "backward_keys.cuh"
 #include "backward_query.cuh"
@@ -15,8 +15,8 @@ struct KernelEntry {
   const void* kernel;
 };
 
-// Blocks that a multiprocessor must take. 0: the compiler saves registers for a further one as it sees fit. 1: it takes
-// what it needs, where it would spill for another.
+// Minimum blocks per multiprocessor, as in __launch_bounds__. 0: none, and the compiler may limit registers to fit one
+// more block. 1: one block is enough, for kernels that would spill to fit a second one.
 constexpr int forward_blocks(int element_bytes, int width) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
   if (element_bytes == 4) return 1;
@@ -28,16 +28,16 @@ constexpr int query_blocks(bool general) { return general; }
 
 }  // namespace ctk::cuda
 
-// extern "C", so that no mangling comes between the names of plan.h and these. BOUNDS: threads of a block and, where it
-// matters, how many blocks a multiprocessor must take.
+// extern "C", so that these are the very names of plan.h. BOUNDS: threads per block and, where it matters, minimum
+// blocks per multiprocessor.
 #define CTK_KERNEL(NAME, BOUNDS, ...) \
   extern "C" __global__ void __launch_bounds__ BOUNDS NAME(const __grid_constant__ Args args) { __VA_ARGS__(args); }
 
 // TYPE: of the rows, NAME: its name.
-#define CTK_DEFINE_SMALL(TYPE, NAME)                       \
-  CTK_KERNEL(ctk_delta_##NAME, (128), delta<TYPE>)         \
-  CTK_KERNEL(ctk_merge_out_##NAME, (128), merge_out<TYPE>) \
-  CTK_KERNEL(ctk_merge_dq_##NAME, (128), merge_dq<TYPE>)
+#define CTK_DEFINE_SMALL(TYPE, NAME)                                \
+  CTK_KERNEL(ctk_delta_##NAME, (LANE_THREADS), delta<TYPE>)         \
+  CTK_KERNEL(ctk_merge_out_##NAME, (LANE_THREADS), merge_out<TYPE>) \
+  CTK_KERNEL(ctk_merge_dq_##NAME, (LANE_THREADS), merge_dq<TYPE>)
 #define CTK_LIST_SMALL(TYPE, NAME) \
   CTK_ENTRY(ctk_delta_##NAME) CTK_ENTRY(ctk_merge_out_##NAME) CTK_ENTRY(ctk_merge_dq_##NAME)
 

@@ -6,11 +6,11 @@
 
 namespace ctk::cuda {
 
-CTK_KERNEL(ctk_setup_rows, (128), setup_rows)
-CTK_KERNEL(ctk_setup_tiles, (128), setup_tiles)
-CTK_KERNEL(ctk_pack, (256), pack)
-CTK_KERNEL(ctk_sum_prefix, (256), sum_prefix)
-CTK_KERNEL(ctk_sum_bias, (256), sum_bias)
+CTK_KERNEL(ctk_setup_rows, (SETUP_THREADS), setup_rows)
+CTK_KERNEL(ctk_setup_tiles, (SETUP_THREADS), setup_tiles)
+CTK_KERNEL(ctk_pack, (PACK_THREADS), pack)
+CTK_KERNEL(ctk_sum_prefix, (SUM_THREADS), sum_prefix)
+CTK_KERNEL(ctk_sum_bias, (SUM_THREADS), sum_bias)
 
 extern const KernelEntry bf16_kernels[], fp16_kernels[], fp32_kernels[];
 static const KernelEntry common_kernels[] = {CTK_ENTRY(ctk_setup_rows) CTK_ENTRY(ctk_setup_tiles) CTK_ENTRY(ctk_pack)

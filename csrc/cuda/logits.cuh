@@ -11,7 +11,7 @@ __device__ __forceinline__ float tanh_accurate(float x) {
   p = fmaf(p, z, -0.05368597432971001f);
   p = fmaf(p, z, 0.13330799341201782f);
   p = fmaf(p, z, -0.3333325982093811f);
-  const float far = 1.0f - 2.0f / (exp2_fast(a * (2 * LOG2E)) + 1.0f);
+  const float far = 1.0f - 2.0f / (exp2_fast(a * (2 * LOG2E_F)) + 1.0f);
   return a < 0.65f ? fmaf(x * z, p, x) : copysignf(far, x);
 }
 
@@ -26,7 +26,7 @@ __device__ __forceinline__ float logit(const Args& a, float product, float bias,
     x = t * a.cap;
     *derivative = 1.0f - t * t;
   }
-  return fmaf(bias, LOG2E, fmaf(-slope, float(distance), x));
+  return fmaf(bias, LOG2E_F, fmaf(-slope, float(distance), x));
 }
 
 // The bias of prefix key `key`, 0 where there is none.

@@ -50,17 +50,13 @@ struct Plan {
 
 namespace detail {
 
-constexpr double LOG2E = 1.4426950408889634;
-// a range of its own must be worth the partial results that it costs, 8 bytes per lane and dimension
+// a range must be long enough to be worth its partial results, 8 bytes per lane and dimension
 constexpr int BLOCKS_PER_SPLIT = 4, TILES_PER_SPLIT = 8, MAX_SPLITS = 32;
 constexpr int GRID_LIMIT = 65535;  // of the second and third dimension
 
-inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t gcd(int64_t a, int64_t b) { return b ? gcd(b, a % b) : a; }
-
 inline const char* name_of(Type t) { return t == Type::bf16 ? "bf16" : t == Type::f16 ? "fp16" : "fp32"; }
 
-// Pieces of the workspace; null pointers as long as there is none.
+// Pieces of the workspace; null pointers while there is none.
 class Arena {
  public:
   explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
@@ -94,9 +90,8 @@ class Planner {
     const bool ruled = p.rule.drop_below || call.hidden.data || call.keep;
     a_.own_context = ruled && context > p.P;
     a_.tile_lanes = backward ? query_shape(bytes_, width_).lanes : forward_shape(bytes_, width_, general()).lanes;
-    // the rows of each prefix start at a slot whose first lane starts a tile of any size
     const int64_t most = call.packed ? call.S : p.B * call.S, unit = slot_unit(a_.group);
-    a_.slots = int32_t(a_.runs == 1 ? div_up(most, unit) * unit : (most / unit + a_.runs) * unit);
+    a_.slots = int32_t(a_.runs == 1 ? div_up(most, unit) * unit : run_start<int64_t>(most, a_.runs, unit));
     a_.lanes = a_.slots * a_.group;
     a_.tiles = a_.lanes / a_.tile_lanes;
     a_.prefix_blocks = int32_t(p.G ? div_up(p.P, BLOCK) : 0);
@@ -116,7 +111,7 @@ class Planner {
     const ForwardShape shape = forward_shape(bytes_, width_, general());
     split_keys(p.D + 2);
     launch_tiles("forward", a_.tiles, a_.key_splits, shape.threads(), forward_shared(bytes_, width_, general()));
-    if (a_.key_splits > 1) launch_typed("merge_out", div_up(a_.lanes, 4), 128);
+    if (a_.key_splits > 1) launch_typed("merge_out", div_up(a_.lanes, MERGE_LANES), LANE_THREADS);
     return finish();
   }
 
@@ -136,20 +131,18 @@ class Planner {
     a_.wide_dq = wide(p.dq), a_.wide_dk = wide(p.dk), a_.wide_dv = wide(p.dv);
     a_.wide_dprefix_k = wide(p.dprefix_k), a_.wide_dprefix_v = wide(p.dprefix_v);
     a_.state = arena_.take<LaneState>(p.Hk * a_.lanes);
-    launch_typed("delta", div_up(a_.lanes, 16), 128);
+    launch_typed("delta", div_up(a_.lanes, DELTA_LANES), LANE_THREADS);
     if (p.dq.data) {
       split_keys(p.D);
       const QueryShape shape = query_shape(bytes_, width_);
       launch_tiles("query", a_.tiles, a_.key_splits, shape.threads(), query_shared(bytes_, width_));
-      if (a_.key_splits > 1) launch_typed("merge_dq", div_up(a_.lanes, 4), 128);
+      if (a_.key_splits > 1) launch_typed("merge_dq", div_up(a_.lanes, MERGE_LANES), LANE_THREADS);
     }
     launch_keys();
     return finish();
   }
 
  private:
-  static int64_t slot_unit(int64_t group) { return 128 / gcd(128, group); }
-
   // Plain kernels know spans, patterns, dropout, ragged rows, causality; whatever else is general.
   bool general() const {
     const Params& p = a_.call.p;
@@ -164,7 +157,7 @@ class Planner {
            (t.head * bytes) % 16 == 0 && (t.token * bytes) % 16 == 0;
   }
 
-  // Bytes from the first number to behind the last.
+  // Bytes from the first number to the end of the last.
   int64_t extent(const Tensor4& t, int64_t batches, int64_t heads, int64_t tokens) const {
     return ((batches - 1) * t.batch + (heads - 1) * t.head + (tokens - 1) * t.token + a_.call.p.D) * bytes_;
   }
@@ -196,8 +189,9 @@ class Planner {
     a_.tile_table = arena_.take<TileInfo>(a_.tiles);
     a_.seen = arena_.take<Seen>(int64_t(a_.tiles) * a_.prefix_blocks);
     // a warp per row, per prefix, and per two words of the mask
-    launch_common("setup_rows", div_up(p.B + a_.runs + div_up(p.B * a_.words, 2), 4), 1, 1, 128);
-    launch_common("setup_tiles", a_.tiles, div_up(a_.prefix_blocks ? a_.prefix_blocks : 1, 128), 1, 128);
+    const int64_t jobs = p.B + a_.runs + div_up(p.B * a_.words, 2), blocks = a_.prefix_blocks ? a_.prefix_blocks : 1;
+    launch_common("setup_rows", div_up(jobs, SETUP_WARPS), 1, 1, SETUP_THREADS);
+    launch_common("setup_tiles", a_.tiles, div_up(blocks, SETUP_THREADS), 1, SETUP_THREADS);
     const int64_t batches = call.packed ? 1 : p.B;
     pack(&p.q, batches, p.H, call.S), pack(&p.k, batches, p.Hk, call.T), pack(&p.v, batches, p.Hk, call.T);
     pack(&p.prefix_k, p.G, p.Hk, p.P), pack(&p.prefix_v, p.G, p.Hk, p.P);
@@ -207,11 +201,10 @@ class Planner {
 
   void launch_packs() {
     if (!packs_) return;
-    const int64_t threads = 256, elements_per_thread = 16 / bytes_;
-    launch_common("pack", div_up(pack_elements_, threads * elements_per_thread), packs_, 1, threads);
+    launch_common("pack", div_up(pack_elements_, PACK_THREADS * 16 / bytes_), packs_, 1, PACK_THREADS);
   }
 
-  // As many ranges as run at once, two programs per multiprocessor: more would take turns, and cost partial results.
+  // As many ranges as run at once, two blocks per multiprocessor. More would take turns and cost more partial results.
   int64_t split_count(int64_t programs, int64_t pieces, int64_t least) const {
     const int64_t wanted = 2 * device_.multiprocessors / (programs > 1 ? programs : 1);
     int64_t splits = pieces / least < wanted ? pieces / least : wanted;
@@ -219,7 +212,7 @@ class Planner {
     return splits > 1 ? splits : 1;
   }
 
-  // Tiles that hold lanes: the others only fill up the rows of each prefix.
+  // Tiles that hold lanes; the others pad the rows of each prefix.
   int64_t used_tiles() const {
     const Params& p = a_.call.p;
     const int64_t most = (a_.call.packed ? a_.call.S : p.B * a_.call.S) * a_.group;
@@ -263,9 +256,12 @@ class Planner {
     if (!keys_apart(width_)) launch_tiles("keys", programs, 1, shape.threads(), shared);
     if (keys_apart(width_) && k) launch_tiles("keys_dk", programs, 1, shape.threads(), shared);
     if (keys_apart(width_) && v) launch_tiles("keys_dv", programs, 1, shape.threads(), shared);
-    if (a_.part_dk || a_.part_dv) launch_common("sum_prefix", div_up(p.G * p.Hk * p.P * p.D, 256), 2, 1, 256);
+    if (a_.part_dk || a_.part_dv) {
+      launch_common("sum_prefix", div_up(p.G * p.Hk * p.P * p.D, SUM_THREADS), 2, 1, SUM_THREADS);
+    }
     if (prefix && p.dbias)
-      launch_common("sum_bias", div_up(p.P, 256), p.dbias_head ? p.H : 1, p.dbias_prefix ? p.G : 1, 256);
+      launch_common("sum_bias", div_up(p.P, SUM_THREADS), p.dbias_head ? p.H : 1, p.dbias_prefix ? p.G : 1,
+                    SUM_THREADS);
   }
 
   void add(const char* name, int64_t x, int64_t y, int64_t z, int64_t threads, int64_t shared) {
@@ -277,21 +273,21 @@ class Planner {
     plan_.launches.push_back(l);
   }
 
-  // A kernel that there is once,
+  // A kernel that exists once.
   void launch_common(const char* kernel, int64_t x, int64_t y, int64_t z, int64_t threads) {
     char name[48];
     std::snprintf(name, sizeof name, "ctk_%s", kernel);
     add(name, x, y, z, threads, 0);
   }
 
-  // once for each type of the rows,
+  // A kernel that exists once per type of the rows.
   void launch_typed(const char* kernel, int64_t x, int64_t threads) {
     char name[48];
     std::snprintf(name, sizeof name, "ctk_%s_%s", kernel, name_of(a_.call.p.q.type));
     add(name, x, a_.call.p.Hk, 1, threads, 0);
   }
 
-  // and for each type, width and variant.
+  // A kernel that exists once per type, width and variant.
   void launch_tiles(const char* kernel, int64_t x, int64_t z, int64_t threads, int64_t shared) {
     char name[48];
     std::snprintf(name, sizeof name, "ctk_%s_%s_%d_%s", kernel, name_of(a_.call.p.q.type), width_,

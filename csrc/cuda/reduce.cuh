@@ -25,7 +25,7 @@ template <class T>
 __device__ __forceinline__ void pack_as(const Args& a) {
   constexpr int COUNT = 16 / int(sizeof(T));
   const Pack& job = a.packs[blockIdx.y];
-  const int64_t i = (int64_t(blockIdx.x) * 256 + threadIdx.x) * COUNT;
+  const int64_t i = (int64_t(blockIdx.x) * PACK_THREADS + threadIdx.x) * COUNT;
   if (i >= job.elements) return;
   const int64_t token = i / job.stride;
   const int d = int(i - token * job.stride), D = int(a.call.p.D);
@@ -49,7 +49,7 @@ __device__ __forceinline__ void pack_as(const Args& a) {
   *reinterpret_cast<uint4*>(static_cast<T*>(job.to) + i) = out;
 }
 
-// Grid (256 pieces of 16 bytes of the copy, copies).
+// Grid (PACK_THREADS pieces of 16 bytes of the copy, copies).
 __device__ __forceinline__ void pack(const Args& a) {
   switch (a.call.p.q.type) {
     case Type::bf16: return pack_as<bf16>(a);
@@ -61,16 +61,16 @@ __device__ __forceinline__ void pack(const Args& a) {
 // Fills in lse, in units of log 2 as the sum of two fp32 numbers: a single one would carry a rounding of the size of
 // lse into every probability.
 __device__ __forceinline__ void set_lse(float lse, LaneState* state) {
-  constexpr float HIGH = 1.4426950216293335f, LOW = 1.925963033500011e-08f;  // log2 e
+  constexpr float HIGH = float(LOG2E), LOW = float(LOG2E - HIGH);
   state->high = lse * HIGH;
   state->low = fmaf(lse, HIGH, -state->high) + lse * LOW;
 }
 
-// state <- lse, delta = <out, dout> - dlse. Grid (16 lanes, Hk); eight threads per lane, 16 bytes at a time.
+// state <- lse, delta = <out, dout> - dlse. Grid (DELTA_LANES lanes, Hk); eight threads per lane, 16 bytes at a time.
 template <class T>
 __device__ __forceinline__ void delta(const Args& a) {
   const Params& p = a.call.p;
-  const int lane = blockIdx.x * 16 + threadIdx.x / 8, kv = blockIdx.y, part = threadIdx.x % 8;
+  const int lane = blockIdx.x * DELTA_LANES + threadIdx.x / 8, kv = blockIdx.y, part = threadIdx.x % 8;
   const Slot slot = lane < a.lanes ? a.slot_table[lane / a.group] : Slot{-1, 0, 0, 0};
   const int head = kv * a.group + lane % a.group;
   float lse = -INFINITY, sum = 0.0f;
@@ -92,7 +92,7 @@ __device__ __forceinline__ void delta(const Args& a) {
     }
   }
 #pragma unroll
-  for (int step = 4; step; step /= 2) sum += __shfl_xor_sync(WARP, sum, step);
+  for (int step = 4; step; step /= 2) sum += __shfl_xor_sync(WHOLE_WARP, sum, step);
   if (lane >= a.lanes || part) return;
   if (lse != -INFINITY) {
     set_lse(lse, &state);
@@ -101,11 +101,11 @@ __device__ __forceinline__ void delta(const Args& a) {
   a.state[int64_t(kv) * a.lanes + lane] = state;
 }
 
-// out and lse from the ranges of keys, in order. Grid (4 lanes, Hk); a warp per lane.
+// out and lse from the ranges of keys, in order. Grid (MERGE_LANES lanes, Hk); a warp per lane.
 template <class T>
 __device__ __forceinline__ void merge_out(const Args& a) {
   const Params& p = a.call.p;
-  const int lane = blockIdx.x * 4 + threadIdx.x / 32, kv = blockIdx.y, thread = threadIdx.x % 32;
+  const int lane = blockIdx.x * MERGE_LANES + threadIdx.x / 32, kv = blockIdx.y, thread = threadIdx.x % 32;
   if (lane >= a.lanes) return;
   T* to = lane_token<T>(a, p.out, lane, kv);
   if (!to) return;
@@ -124,11 +124,11 @@ __device__ __forceinline__ void merge_out(const Args& a) {
   if (thread == 0) store_lse(a, lane, kv, top, total);
 }
 
-// dq as the sum over the ranges of keys, in order. Grid (4 lanes, Hk); a warp per lane.
+// dq as the sum over the ranges of keys, in order. Grid (MERGE_LANES lanes, Hk); a warp per lane.
 template <class T>
 __device__ __forceinline__ void merge_dq(const Args& a) {
   const Params& p = a.call.p;
-  const int lane = blockIdx.x * 4 + threadIdx.x / 32, kv = blockIdx.y;
+  const int lane = blockIdx.x * MERGE_LANES + threadIdx.x / 32, kv = blockIdx.y;
   if (lane >= a.lanes) return;
   T* to = lane_token<T>(a, p.dq, lane, kv);
   if (!to) return;
@@ -140,22 +140,22 @@ __device__ __forceinline__ void merge_dq(const Args& a) {
   }
 }
 
-// dprefix_k, dprefix_v as sums over the ranges of tiles, in order. Grid (256 elements, 2).
+// dprefix_k, dprefix_v as sums over the ranges of tiles, in order. Grid (SUM_THREADS numbers, 2).
 __device__ __forceinline__ void sum_prefix(const Args& a) {
   const Params& p = a.call.p;
   const float* part = blockIdx.y ? a.part_dv : a.part_dk;
   const Tensor4& to = blockIdx.y ? p.dprefix_v : p.dprefix_k;
-  const int64_t size = p.G * p.Hk * p.P * p.D, i = int64_t(blockIdx.x) * 256 + threadIdx.x;
+  const int64_t size = p.G * p.Hk * p.P * p.D, i = int64_t(blockIdx.x) * SUM_THREADS + threadIdx.x;
   if (!part || i >= size) return;
   float sum = 0.0f;
   for (int split = 0; split < a.tile_splits; ++split) sum += part[split * size + i];
   store_number(to.data, to.type, i, sum);
 }
 
-// dbias, also over the prefixes and heads that share it. Grid (256 keys, H or 1, G or 1).
+// dbias, also over the prefixes and heads that share it. Grid (SUM_THREADS keys, H or 1, G or 1).
 __device__ __forceinline__ void sum_bias(const Args& a) {
   const Params& p = a.call.p;
-  const int64_t key = int64_t(blockIdx.x) * 256 + threadIdx.x;
+  const int64_t key = int64_t(blockIdx.x) * SUM_THREADS + threadIdx.x;
   if (key >= p.P) return;
   const int64_t head_end = p.dbias_head ? blockIdx.y + 1 : p.H, prefix_end = p.dbias_prefix ? blockIdx.z + 1 : p.G;
   float sum = 0.0f;

@@ -5,14 +5,16 @@
 //                 a warp per two words of the mask: 2 x 64 context positions of a row, visible or not
 //   setup_tiles   a block per tile of lanes: its rows; a thread per block of prefix keys: what the tile sees of them
 //
-// Where a row lies follows from all rows before it: each warp adds those up by itself, which needs neither a scan nor
-// an order of blocks. Values that index memory are clamped, since the host cannot look at them.
+// `visible_positions` in csrc/mask.h states which context positions a row sees; here are its words.
+//
+// The place of a row follows from all rows before it. Each warp adds those up by itself, so that neither a scan nor an
+// order of blocks is needed. Values that index memory are clamped, since the host does not read them.
 #pragma once
-#include "args.h"
+#include "shapes.h"
 
 namespace ctk::cuda {
 
-constexpr uint32_t WARP = 0xffffffffu;
+constexpr uint32_t WHOLE_WARP = 0xffffffffu;
 
 __device__ __forceinline__ int64_t read(const Index& x, int64_t i, int64_t otherwise) {
   if (!x.data) return otherwise;
@@ -20,9 +22,6 @@ __device__ __forceinline__ int64_t read(const Index& x, int64_t i, int64_t other
 }
 
 __device__ __forceinline__ int clamp(int64_t x, int64_t low, int64_t high) { return int(max(low, min(x, high))); }
-
-// The lowest n bits.
-__device__ __forceinline__ uint64_t low_bits(int n) { return n >= 64 ? ~0ull : n <= 0 ? 0ull : (1ull << n) - 1; }
 
 struct RowSize {
   int queries, keys, batch, token, prefix;
@@ -43,28 +42,16 @@ __device__ inline RowSize size_of_row(const Args& a, int b) {
   return row;
 }
 
-// Slots and blocks are fewer than this; offsets of packed rows that do not ascend may add up to more.
+// There are fewer slots and blocks than this. Sums stop here: offsets of packed rows that do not ascend could add up to
+// more.
 constexpr int MOST = (1 << 30) - 1;
 
 __device__ __forceinline__ int add(int a, int b) { return min(a + b, MOST); }
 
 __device__ __forceinline__ int sum_over_warp(int x) {
 #pragma unroll
-  for (int step = 16; step; step /= 2) x = add(x, __shfl_xor_sync(WARP, x, step));
+  for (int step = 16; step; step /= 2) x = add(x, __shfl_xor_sync(WHOLE_WARP, x, step));
   return x;
-}
-
-// The first slot of the rows of a prefix, `before` slots being those of all earlier prefixes: a multiple of `unit`, so
-// that a tile starts there, and far enough for what comes before, whatever its parts are.
-__device__ __forceinline__ int run_start(int before, int prefix, int unit) { return (before / unit + prefix) * unit; }
-
-__device__ __forceinline__ int slot_unit(int group) {
-  int a = 128, b = group;
-  while (b) {
-    const int rest = a % b;
-    a = b, b = rest;
-  }
-  return 128 / a;
 }
 
 __device__ inline void set_up_row(const Args& a, int b) {
@@ -78,7 +65,7 @@ __device__ inline void set_up_row(const Args& a, int b) {
     before_prefix = add(before_prefix, x.prefix < row.prefix ? x.queries : 0);
     before = add(before, same && other < b ? x.queries : 0);
     rank += x.prefix < row.prefix || (same && other < b);
-    own = add(own, other < b ? (x.keys + BLOCK - 1) / BLOCK : 0);
+    own = add(own, other < b ? div_up(x.keys, BLOCK) : 0);
   }
   before_prefix = sum_over_warp(before_prefix), before = sum_over_warp(before);
   rank = sum_over_warp(rank), own = sum_over_warp(own);
@@ -94,8 +81,7 @@ __device__ inline void set_up_row(const Args& a, int b) {
   for (int i = thread; i < row.queries; i += 32) a.slot_table[first + i] = {rank, row.batch, row.token + i, offset + i};
 
   // padded rows have all their blocks, so that gradients of padding are written, too
-  const int per_row = int((call.T + BLOCK - 1) / BLOCK),
-            blocks = call.packed ? (row.keys + BLOCK - 1) / BLOCK : per_row;
+  const int per_row = int(div_up(call.T, BLOCK)), blocks = call.packed ? div_up(row.keys, BLOCK) : per_row;
   const int first_block = call.packed ? min(own, a.own_blocks) : b * per_row;
   for (int i = thread; i < blocks && first_block + i < a.own_blocks; i += 32)
     a.own_table[first_block + i] = {rank, i * BLOCK};
@@ -121,44 +107,26 @@ __device__ inline void set_up_run(const Args& a, int prefix) {
   for (int slot = end + thread; slot < next; slot += 32) a.slot_table[slot] = {-1, 0, 0, 0};
 }
 
-// Which of the context positions 4 * quad .. + 3 a row may see, as four bits.
-__device__ inline uint32_t visible_quad(const Args& a, int b, int64_t quad, int start, int end, uint32_t id) {
-  const Call& call = a.call;
-  const ContextRule& rule = call.p.rule;
-  uint32_t random[4];
-  if (rule.drop_below) philox4x32(uint32_t(quad), id, rule.seed, random);
-  uint32_t visible = 0;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int64_t c = 4 * quad + i;
-    bool sees = c < start || c >= end;
-    if (rule.drop_below) sees = sees && random[i] >= rule.drop_below;
-    if (c >= rule.length) sees = true;
-    else if (call.keep && sees) sees = call.keep[b * rule.length + c] != 0;
-    visible |= uint32_t(sees) << i;
-  }
-  return visible;
-}
-
 __device__ inline void set_up_bits(const Args& a, int64_t pair) {
   const Call& call = a.call;
   const int thread = threadIdx.x % 32;
   const int64_t word = 2 * pair + thread / 16;
   const bool there = word < call.p.B * a.words;
   const int b = there ? int(word / a.words) : 0;
-  const int64_t quad = word % a.words * (BLOCK / 4) + thread % 16;
-  const int64_t last = call.p.rule.length;
-  const int start = clamp(read(call.hidden, 2 * b, 0), 0, min(last, int64_t(INT32_MAX)));
-  const int end = clamp(read(call.hidden, 2 * b + 1, 0), 0, min(last, int64_t(INT32_MAX)));
-  const uint32_t id = uint32_t(read(call.row_ids, b, b));
-  uint64_t bits = uint64_t(visible_quad(a, b, quad, start, end, id)) << (4 * (thread % 16));
+  const int at = 4 * (thread % 16);  // of four positions of the word
+  const ContextRule& rule = call.p.rule;
+  ContextRow row;
+  row.hidden_start = read(call.hidden, 2 * b, 0), row.hidden_end = read(call.hidden, 2 * b + 1, 0);
+  row.keep = call.keep ? call.keep + b * rule.length : nullptr;
+  row.id = uint32_t(read(call.row_ids, b, b));
+  uint64_t bits = visible_positions<4>(rule, row, word % a.words * BLOCK + at) << at;
 #pragma unroll
-  for (int step = 8; step; step /= 2) bits |= __shfl_xor_sync(WARP, bits, step);
+  for (int step = 8; step; step /= 2) bits |= __shfl_xor_sync(WHOLE_WARP, bits, step);
   if (there && thread % 16 == 0) a.bits[word] = bits;
 }
 
 __device__ __forceinline__ void setup_rows(const Args& a) {
-  int64_t job = int64_t(blockIdx.x) * 4 + threadIdx.x / 32;
+  int64_t job = int64_t(blockIdx.x) * SETUP_WARPS + threadIdx.x / 32;
   if (job < a.call.p.B) return set_up_row(a, int(job));
   job -= a.call.p.B;
   if (job < a.runs) return set_up_run(a, int(job));
@@ -166,9 +134,9 @@ __device__ __forceinline__ void setup_rows(const Args& a) {
   if (2 * job < a.call.p.B * a.words) set_up_bits(a, job);
 }
 
-// Grid (tiles, blocks of 128 words of the prefix).
+// Grid (tiles, blocks of SETUP_THREADS words of the prefix).
 __device__ __forceinline__ void setup_tiles(const Args& a) {
-  const int tile = blockIdx.x, word = blockIdx.y * 128 + threadIdx.x;
+  const int tile = blockIdx.x, word = blockIdx.y * SETUP_THREADS + threadIdx.x;
   const int lane = tile * a.tile_lanes, slot = lane / a.group;
   TileInfo info{};
   info.row_begin = a.slot_table[slot].row;

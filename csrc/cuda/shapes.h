@@ -8,7 +8,7 @@
 
 namespace ctk::cuda {
 
-// Padded head dimensions. Others use the next larger one, whose columns behind D are zeros.
+// Padded head dimensions. Others use the next larger one, whose columns after D are zeros.
 constexpr int WIDTHS[] = {64, 80, 96, 128, 256};
 
 CTK_HOST_DEVICE constexpr int width_of(int64_t D) {
@@ -17,11 +17,19 @@ CTK_HOST_DEVICE constexpr int width_of(int64_t D) {
   return 0;
 }
 
-// Bytes that a warp stages 16 rows of fp32 results in.
+// Bytes of shared memory in which a warp stages 16 rows of fp32 results.
 CTK_HOST_DEVICE constexpr int staging_bytes(int width) { return 16 * (width * 4 + 16); }
 
-// What a lane's threads look up when a block of keys is not visible as a whole, and what the general kernels add to it.
+// Per lane: what its threads look up for a block of keys that is not visible as a whole, and what the general kernels
+// add to its logits (LaneInfo and LaneTerms in walk.cuh).
 constexpr int LANE_INFO_BYTES = 16, LANE_TERMS_BYTES = 16;
+
+// Blocks of the small kernels: their threads, and how many lanes they take. setup_rows has a warp per row, per prefix,
+// and per two words of the mask; setup_tiles a thread per word of the prefix; pack a thread per 16 bytes; the sums a
+// thread per number; delta and the merges take lanes.
+constexpr int SETUP_THREADS = 128, SETUP_WARPS = SETUP_THREADS / 32;
+constexpr int PACK_THREADS = 256, SUM_THREADS = 256;
+constexpr int LANE_THREADS = 128, DELTA_LANES = 16, MERGE_LANES = LANE_THREADS / 32;
 
 struct ForwardShape {
   int lanes, warps, keys;
@@ -41,7 +49,7 @@ CTK_HOST_DEVICE constexpr ForwardShape forward_shape(int element_bytes, int widt
 
 CTK_HOST_DEVICE constexpr int at_least(int a, int b) { return a > b ? a : b; }
 
-// Tiles of q, k, v, and in the end the results on their way out.
+// Bytes of the tiles of q, k, v. In the end the results are staged in the same memory.
 CTK_HOST_DEVICE constexpr int forward_tiles(int element_bytes, int width, bool general) {
   const ForwardShape s = forward_shape(element_bytes, width, general);
   return at_least((s.lanes + 2 * s.keys) * width * element_bytes, s.warps * staging_bytes(width));
@@ -66,7 +74,7 @@ CTK_HOST_DEVICE constexpr QueryShape query_shape(int element_bytes, int width) {
   return width <= 128 ? QueryShape{64, 4, 32, 1} : QueryShape{32, 2, 16, 1};
 }
 
-// Tiles of q, dout, k, v.
+// Bytes of the tiles of q, dout, k, v.
 CTK_HOST_DEVICE constexpr int query_tiles(int element_bytes, int width) {
   const QueryShape s = query_shape(element_bytes, width);
   return at_least((2 * s.lanes + 2 * s.stages * s.keys) * width * element_bytes, s.warps * staging_bytes(width));
@@ -98,7 +106,7 @@ constexpr bool keys_apart(int width) { return width > 128; }
 // Per lane: states and words of the mask of this step and the next two.
 constexpr int LANE_STAGE_BYTES = 3 * (int(sizeof(LaneState)) + 8);
 
-// Tiles of k, v, q, dout.
+// Bytes of the tiles of k, v, q, dout.
 CTK_HOST_DEVICE constexpr int key_tiles(int element_bytes, int width) {
   const KeyShape s = key_shape(element_bytes, width);
   return at_least((2 * s.keys + 2 * s.stages * s.lanes) * width * element_bytes, s.warps * staging_bytes(width));
@@ -109,18 +117,22 @@ CTK_HOST_DEVICE constexpr int key_shared(int element_bytes, int width) {
   return key_tiles(element_bytes, width) + s.lanes * LANE_STAGE_BYTES;
 }
 
-// The bias gradient needs a tile of logit gradients and a sum per key and head besides.
+// The bias gradient also needs a tile of logit gradients, and a sum per key and head.
 CTK_HOST_DEVICE constexpr int key_bias_shared(int element_bytes, int width, int group) {
   const KeyShape s = key_shape(element_bytes, width);
-  return 4 * s.keys * (s.lanes + 1 + group);
+  return 4 * (s.lanes * (s.keys + 1) + group * s.keys);
 }
 
-// The least that the architectures give a program, with room for the bias gradient of groups of up to 32 heads.
+// Shared memory of a block on the architecture that has the least. With a bias gradient it is enough for groups of up
+// to 32 heads.
 constexpr int SHARED_LIMIT = 99 * 1024;
 
 constexpr bool shapes_fit(int element_bytes) {
   for (int width : WIDTHS)
-    if (forward_shared(element_bytes, width, false) > SHARED_LIMIT ||
+    if (MOST_TILE_LANES % forward_shape(element_bytes, width, false).lanes ||
+        MOST_TILE_LANES % forward_shape(element_bytes, width, true).lanes ||
+        MOST_TILE_LANES % query_shape(element_bytes, width).lanes ||
+        forward_shared(element_bytes, width, false) > SHARED_LIMIT ||
         forward_shared(element_bytes, width, true) > SHARED_LIMIT ||
         query_shared(element_bytes, width) > SHARED_LIMIT ||
         key_shared(element_bytes, width) + key_bias_shared(element_bytes, width, 32) > SHARED_LIMIT)

@@ -9,12 +9,12 @@ namespace ctk::cuda {
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
-// Copies 16 bytes asynchronously, or writes zeros and does not look at `from`.
+// Copies 16 bytes asynchronously, or writes zeros and does not read `from`.
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until all but the N youngest groups have arrived.
+// Waits until all but the N youngest groups have arrived.
 template <int N>
 __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
@@ -38,24 +38,25 @@ __device__ __forceinline__ uint32_t load_shared(uint32_t address) {
   return x;
 }
 
-// Hides from the compiler where x comes from. Held ahead of a loop, x stays in its register instead of being computed
-// anew wherever it is used; held inside, nothing that follows from it is computed ahead, to wait in registers.
-__device__ __forceinline__ uint32_t hold(uint32_t x) {
+// Optimisation barrier: the compiler cannot see where the result comes from. Before a loop, it keeps x in a register
+// and does not compute x again at each use. Inside a loop, it does not hoist what depends on x, which would occupy
+// registers for the whole loop.
+__device__ __forceinline__ uint32_t opaque(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;
 }
-__device__ __forceinline__ int64_t hold(int64_t x) {
+__device__ __forceinline__ int64_t opaque(int64_t x) {
   asm volatile("" : "+l"(x));
   return x;
 }
 template <class P>
-__device__ __forceinline__ const P* hold(const P* x) {
+__device__ __forceinline__ const P* opaque(const P* x) {
   asm volatile("" : "+l"(x));
   return x;
 }
 
-// Where in the grid and in its block a thread is. Asked anew, it is read anew: what a kernel wants before and behind
-// its loops alone does not wait in registers while they run.
+// Where a thread is in the grid (Program) and in its block (Thread). Each object reads the special registers again, so
+// that a kernel which needs them only before and after its loops does not keep them in registers meanwhile.
 struct Program {
   int tile, kv, split;
   __device__ __forceinline__ Program() {
@@ -65,19 +66,19 @@ struct Program {
   }
 };
 struct Thread {
-  int warp, lane;
+  int warp, in_warp;
   __device__ __forceinline__ Thread() {
     int index;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
-    warp = index / 32, lane = index % 32;
+    warp = index / 32, in_warp = index % 32;
   }
 };
 
 template <class T, int W>
 struct Shared {
   static constexpr int ROW_BYTES = W * int(sizeof(T)), CHUNKS = ROW_BYTES / 16;
-  // Chunks are permuted within spans of so many bytes. Rows are 0, 1/2 or 1/4 of the banks apart, modulo all banks; a
-  // permutation of 8, 4 or 2 chunks supplies the rest. It repeats after 8 rows.
+  // Chunks are permuted within spans of SPAN bytes. Modulo all banks, rows start 0, 1/2 or 1/4 of the banks apart;
+  // permuting 8, 4 or 2 chunks spreads them over all banks. The pattern repeats after 8 rows.
   static constexpr int SPAN = CHUNKS % 8 == 0 ? 128 : CHUNKS % 4 == 0 ? 64 : 32;
 
   uint32_t base;  // a multiple of 128
@@ -100,7 +101,7 @@ template <class T, int W>
 class RowsA {
  public:
   __device__ __forceinline__ RowsA(Shared<T, W> tile, int row)
-      : at_(hold(tile.chunk(row + threadIdx.x % 16, threadIdx.x % 32 / 16))) {}
+      : at_(opaque(tile.chunk(row + threadIdx.x % 16, threadIdx.x % 32 / 16))) {}
   __device__ __forceinline__ FragmentA load(int m, int i) const {
     FragmentA a;
     load_matrices(a.x, Shared<T, W>::skip(at_, i) + 16 * m * Shared<T, W>::ROW_BYTES);
@@ -116,8 +117,8 @@ template <class T, int W>
 class RowsB {
  public:
   __device__ __forceinline__ explicit RowsB(Shared<T, W> tile)
-      : at_(hold(tile.chunk(threadIdx.x % 8 + threadIdx.x % 32 / 16 * 8, threadIdx.x / 8 % 2))) {}
-  // The same of a tile that lies `bytes` farther on.
+      : at_(opaque(tile.chunk(threadIdx.x % 8 + threadIdx.x % 32 / 16 * 8, threadIdx.x / 8 % 2))) {}
+  // The same for a tile `bytes` further on.
   __device__ __forceinline__ RowsB moved(uint32_t bytes) const {
     RowsB other = *this;
     other.at_ += bytes;
@@ -140,13 +141,13 @@ class ColumnsB {
   __device__ __forceinline__ explicit ColumnsB(Shared<T, W> tile) {
     const int thread = threadIdx.x % 32;
     if constexpr (sizeof(T) == 2) {
-      at_[0] = hold(tile.chunk(thread % 16, thread / 16));
+      at_[0] = opaque(tile.chunk(thread % 16, thread / 16));
     } else {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) at_[r] = hold(tile.chunk(thread % 4 * 2 + r, thread / 16) + thread / 4 % 4 * 4);
+      for (int r = 0; r < 2; ++r) at_[r] = opaque(tile.chunk(thread % 4 * 2 + r, thread / 16) + thread / 4 % 4 * 4);
     }
   }
-  // The same of a tile that lies `bytes` farther on.
+  // The same for a tile `bytes` further on.
   __device__ __forceinline__ ColumnsB moved(uint32_t bytes) const {
     ColumnsB other = *this;
     for (uint32_t& at : other.at_) at += bytes;
@@ -174,9 +175,9 @@ __device__ __forceinline__ void clear(float (&x)[4]) {
   for (int e = 0; e < 4; ++e) x[e] = 0.0f;
 }
 
-// f(whether fp32 rows are rounded to TF32, as a type). Products branch again and again instead of once: what
-// lies between two branches stays together, and the compiler does not load and split all of an operand ahead, for which
-// registers would lack.
+// Calls f with whether fp32 rows are rounded to TF32, as a type. Products branch in every step instead of once, since
+// the compiler does not move code across a branch: otherwise it would load and split a whole operand ahead of time, for
+// which there are not enough registers.
 template <class T, class F>
 __device__ __forceinline__ void with_precision(bool tf32, const F& f) {
   if (sizeof(T) == 4 && tf32) f(std::true_type{});
@@ -191,7 +192,7 @@ __device__ __forceinline__ void multiply_rows(float (&acc)[M][N][4], const RowsA
   for (int m = 0; m < M; ++m)
 #pragma unroll
     for (int n = 0; n < N; ++n) clear(acc[m][n]);
-  // fp32 takes six instructions where 16 bits take one: a loop, or compiling would take minutes
+  // fp32 takes six instructions where 16 bits take one: not unrolled, since that would take minutes to compile
 #pragma unroll(sizeof(T) == 4 ? 1 : W / STEP<T>)
   for (int i = 0; i < W / STEP<T>; ++i) {
     FragmentA left[M];
@@ -231,8 +232,8 @@ __device__ __forceinline__ void multiply_columns(float (&acc)[M][W / 8][4], cons
   }
 }
 
-// The same for the lanes that `mine` has a bit for (bit 2 m + 0 or 1: row g or g + 8): those of other lanes keep every
-// bit, whatever b holds.
+// The same for the lanes that `mine` has a bit for (bit 2 m + 0 or 1: row g or g + 8). Accumulators of other lanes do
+// not change, whatever b holds.
 template <class T, int W, int M, int K>
 __device__ __forceinline__ void multiply_columns_of(float (&acc)[M][W / 8][4], const float (&p)[M][K][4],
                                                     const ColumnsB<T, W>& b, uint32_t mine, bool tf32) {

@@ -1,4 +1,4 @@
-// What tiles of logits and results have in common: hiding keys, general logits, and the way back to global memory.
+// What tiles of logits and results have in common: hiding keys, general logits, and stores to global memory.
 #pragma once
 #include "logits.cuh"
 
@@ -112,7 +112,7 @@ __device__ __forceinline__ uint32_t lanes_of_row(const LaneInfo* lanes, int row)
   return mine;
 }
 
-// Where a lane's D numbers lie in a tensor like q; null: there is no lane.
+// Address of a lane's D numbers in a tensor laid out as q; null: there is no such lane.
 template <class T>
 __device__ __forceinline__ T* lane_token(const Args& a, const Tensor4& t, int lane, int kv) {
   const Slot slot = a.slot_table[lane / a.group];
@@ -124,13 +124,12 @@ __device__ __forceinline__ T* lane_token(const Args& a, const Tensor4& t, int la
 // lse of a lane from its largest logit and its sum. In fp64, once per lane: the backward pass multiplies every rounding
 // of lse by its size.
 __device__ __forceinline__ void store_lse(const Args& a, int lane, int kv, float top, float total) {
-  constexpr double LN2 = 0.6931471805599453;
   const float lse = total == 0.0f ? -INFINITY : float((double(top) + log2(double(total))) * LN2);
   if (float* to = lane_token<float>(a, a.call.p.lse, lane, kv)) *to = lse;
 }
 
-// 16 rows of W columns from a warp's accumulators, the first D of them, through `stage` in shared memory, each row to
-// row(i) (null: nowhere). wide: rows can be written in pieces of 16 bytes.
+// Stores the first D of W columns of a warp's accumulators, 16 rows, through `stage` in shared memory. Row i goes to
+// row(i) (null: nowhere). wide: rows can be written 16 bytes at a time.
 template <class To, int W, class Row>
 __device__ __forceinline__ void store_rows(const Args& a, const float (&acc)[W / 8][4], uint32_t stage, bool wide,
                                            const Row& row) {
@@ -150,7 +149,7 @@ __device__ __forceinline__ void store_rows(const Args& a, const float (&acc)[W /
                      : "memory");
     }
   __syncwarp();
-#pragma unroll 1  // or the addresses of all rows would wait in registers
+#pragma unroll 1  // unrolled, the addresses of all rows would occupy registers
   for (int at = thread; at < 16 * CHUNKS; at += 32) {
     const int i = at / CHUNKS, column = at % CHUNKS * CHUNK;
     To* to = row(i);

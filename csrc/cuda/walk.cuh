@@ -1,18 +1,17 @@
 // The keys that a tile of lanes walks, and which lane sees which of them.
 //
 // Visibility is a word per lane and block of keys, bit n for key n of the block: spans, patterns, dropped tokens, the
-// prefix's length, causality and windows all meet there. A block that no lane sees is skipped, one that all lanes see
-// whole needs no mask at all; both follow from the tables, before anything of the block is loaded. Own keys belong to
-// one row: they are walked row by row, in blocks that start at the row's first key, so that the order in which a lane's
-// sums are taken does not depend on its neighbours.
+// prefix's length, causality and windows are all in it. A block that no lane sees is skipped, and one that all lanes
+// see needs no mask at all; the tables tell which, before anything of the block is loaded. Own keys belong to one row:
+// they are walked row by row, in blocks that start at the row's first key, so that the order in which a lane's sums are
+// taken does not depend on its neighbours.
 #pragma once
 #include "setup.cuh"
-#include "shapes.h"
 #include "shared.cuh"
 
 namespace ctk::cuda {
 
-constexpr float LOG2E = 1.4426950408889634f;
+constexpr float LOG2E_F = float(LOG2E);
 
 // N keys from `start` on: of the prefix, or own keys of a row.
 struct Step {
@@ -46,13 +45,13 @@ __device__ __forceinline__ LaneTerms lane_terms(const Args& a, int lane, int kv,
   const int head = kv * a.group + lane % a.group;
   const float* bias = static_cast<const float*>(p.bias);
   if (bias) bias += prefix * p.bias_prefix + head * p.bias_head;
-  return {bias, p.alibi ? static_cast<const float*>(p.alibi)[head] * LOG2E : 0.0f};
+  return {bias, p.alibi ? static_cast<const float*>(p.alibi)[head] * LOG2E_F : 0.0f};
 }
 
 // Own keys start .. start + 63 of a row that are valid and that its context rule leaves visible.
 __device__ __forceinline__ uint64_t own_bits(const Args& a, const RowInfo& row, int start) {
   uint64_t bits = low_bits(row.keys - start);
-  if (a.own_context) {  // context positions, of which the words may start anywhere
+  if (a.own_context) {  // context positions; the block may start inside a word
     const int64_t position = a.call.p.P + start, word = position / BLOCK;
     const int shift = int(position % BLOCK);
     const uint64_t* words = a.bits + int64_t(row.index) * a.words;
@@ -121,8 +120,8 @@ class PrefixWalk {
   uint32_t key_, end_;
 };
 
-// The own keys of a tile's rows, row by row, or the part of them that is this split's. What it can read again from the
-// tables, it does not keep: registers are scarce where it is used.
+// The own keys of a tile's rows, row by row, or the part of them that is this split's. It reads values again from
+// the tables instead of keeping them: registers are scarce where it is used.
 template <int N>
 class OwnWalk {
  public:
@@ -174,26 +173,26 @@ __device__ __forceinline__ Source source(const Tensor4& t, int64_t batch, int64_
           t.token * int64_t(sizeof(T))};
 }
 
-// Copies N tokens of a head into a tile, zeros behind D. A thread copies the same chunk of several tokens, where there
-// are enough threads for the chunks of 8 tokens or more.
+// Copies N tokens of a head into a tile, zeros after D. A thread copies the same chunk of several tokens, if there are
+// enough threads for the chunks of 8 tokens or more.
 template <class T, int W, int N, int THREADS>
 class TokenCopy {
  public:
   __device__ __forceinline__ explicit TokenCopy(const Args& a)
-      : chunks_(a.chunks), to_(COLUMN ? hold(Shared<T, W>{0}.chunk(first_row(), first_chunk())) : 0) {}
+      : chunks_(a.chunks), to_(COLUMN ? opaque(Shared<T, W>{0}.chunk(first_row(), first_chunk())) : 0) {}
 
-  // What `start` wants to know of a head: where this thread begins to read.
+  // Start address of this thread in a head, for `start`.
   __device__ __forceinline__ Source from(const Tensor4& t, int64_t batch, int64_t head, int64_t token) const {
     Source x = source<T>(t, batch, head, token);
-    // held, lest this thread's offset be computed ahead of a loop over rows, and kept
-    if (COLUMN) x.data += hold(uint32_t(first_row())) * x.token + hold(uint32_t(first_chunk())) * 16;
-    x.data = hold(x.data);
+    // optimisation barrier: hoisted out of a loop over rows, this thread's offset would occupy registers
+    if (COLUMN) x.data += opaque(uint32_t(first_row())) * x.token + opaque(uint32_t(first_chunk())) * 16;
+    x.data = opaque(x.data);
     return x;
   }
 
-  // The same for a head of which one block is read.
+  // The same for a head of which only one block is read.
   __device__ __forceinline__ Source from_once(Tensor4 t, int64_t batch, int64_t head, int64_t token) const {
-    t.token = hold(t.token);
+    t.token = opaque(t.token);
     return from(t, batch, head, token);
   }
 
@@ -212,7 +211,7 @@ class TokenCopy {
       }
     } else {
       int row = first_row(), chunk = first_chunk();
-#pragma unroll 1  // or the addresses of all pieces would wait in registers
+#pragma unroll 1  // unrolled, the addresses of all pieces would occupy registers
       for (int at = threadIdx.x; at < N * CHUNKS; at += THREADS) {
         copy_async(to.chunk(row, chunk), token + row * from.token + chunk * 16,
                    chunk < chunks_ && (All || any >> row & 1));
@@ -231,7 +230,7 @@ class TokenCopy {
   uint32_t to_;
 };
 
-// Starts copying q of N lanes from lane `first` on into a tile, zeros where there is none and behind D.
+// Starts copying q of N lanes from lane `first` on into a tile, zeros where there is none and after D.
 template <class T, int W, int N, int THREADS>
 __device__ __forceinline__ void copy_queries(const Args& a, Shared<T, W> to, int first, int kv) {
   constexpr int CHUNKS = Shared<T, W>::CHUNKS;
@@ -244,7 +243,7 @@ __device__ __forceinline__ void copy_queries(const Args& a, Shared<T, W> to, int
   }
 }
 
-// Copies q and dout of N lanes into two tiles, zeros where their state says so and behind D.
+// Copies q and dout of N lanes into two tiles, zeros where their state says so and after D.
 template <class T, int W, int N, int THREADS>
 class LaneCopy {
  public:
@@ -252,12 +251,12 @@ class LaneCopy {
       : q_(static_cast<const char*>(a.call.p.q.data)),
         dout_(static_cast<const char*>(a.call.p.dout.data)),
         chunks_(a.chunks),
-        to_(COLUMN ? hold(Shared<T, W>{0}.chunk(first_lane(), first_chunk())) : 0) {
+        to_(COLUMN ? opaque(Shared<T, W>{0}.chunk(first_lane(), first_chunk())) : 0) {
     if (COLUMN) q_ += first_chunk() * 16, dout_ += first_chunk() * 16;
-    q_ = hold(q_), dout_ = hold(dout_);
+    q_ = opaque(q_), dout_ = opaque(dout_);
   }
 
-  // Of lanes that belong to other rows than `row` (< 0: to no row in particular) come zeros.
+  // Lanes of other rows than `row` are filled with zeros; row < 0: none are.
   __device__ __forceinline__ void start(Shared<T, W> q, Shared<T, W> dout, const LaneState* state, int row) const {
     if constexpr (COLUMN) {
       constexpr int COUNT = N / ROWS;

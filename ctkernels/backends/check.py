@@ -1,5 +1,5 @@
-"""Shapes and types that the kernels take for granted. `attention.py` has checked them for its callers; the registered
-operators can be called past it, and inconsistent tensors must not reach memory that is not theirs."""
+"""Shapes and types that the kernels rely on. `attention.py` has checked them for its callers, but the registered
+operators can be called without it, and inconsistent tensors must not reach memory that is not theirs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ctkernels.problem import Problem, row_count
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -28,14 +28,16 @@ def check(
     B, H, S, D = q.shape
     G, Hk, P = prefix_k.shape[:3]
     shape = f"q {tuple(q.shape)} {q.dtype}, k {tuple(k.shape)} {k.dtype} and v {tuple(v.shape)} {v.dtype}"
-    fits = k.shape == v.shape and k.shape[0] == B and k.shape[3] == D and k.shape[2] >= S
+    Dv = v.shape[3]
+    fits = k.shape[:3] == v.shape[:3] and k.shape[0] == B and k.shape[3] == D and k.shape[2] >= S
     fits = fits and q.dtype in ROW_DTYPES and k.dtype == v.dtype == q.dtype
-    fits = fits and k.shape[1] > 0 and H % k.shape[1] == 0 and 1 <= D <= MAX_HEAD_DIM
+    fits = fits and k.shape[1] > 0 and H % k.shape[1] == 0 and min(D, Dv) >= 1 and max(D, Dv) <= MAX_HEAD_DIM
     expect(fits, f"{shape} do not fit together")
-    fits = prefix_k.shape == prefix_v.shape and Hk == k.shape[1] and prefix_k.shape[3] == D
+    fits = prefix_k.shape[:3] == prefix_v.shape[:3] and Hk == k.shape[1]
+    fits = fits and prefix_k.shape[3] == D and prefix_v.shape[3] == Dv
     fits = fits and prefix_k.dtype == prefix_v.dtype and prefix_k.dtype in (q.dtype, torch.float32)
     shape = f"prefix_k {tuple(prefix_k.shape)} {prefix_k.dtype} and prefix_v {tuple(prefix_v.shape)} {prefix_v.dtype}"
-    expect(fits, f"{shape} do not fit k {tuple(k.shape)}")
+    expect(fits, f"{shape} do not fit k {tuple(k.shape)} and v {tuple(v.shape)}")
     if bias is not None:
         fits = bias.dim() == 3 and bias.shape[0] in (1, G) and bias.shape[1] in (1, H) and bias.shape[2] == P
         expect(fits, f"prefix_bias must be [1 or {G}, 1 or {H}, {P}], got {tuple(bias.shape)}")
@@ -67,6 +69,7 @@ def check(
 
 def check_gradients(
     q: Tensor,
+    v: Tensor,
     dout: Tensor,
     dlse: Tensor | None,
     out: Tensor,
@@ -74,10 +77,11 @@ def check_gradients(
     bias: Tensor | None,
     needs: list[bool],
 ) -> None:
-    """Raises ValueError if what backward gets does not fit q."""
+    """Raises ValueError if what backward gets does not fit q and v."""
+    shape = (*q.shape[:3], v.shape[3])
     for name, x in (("dout", dout), ("out", out)):
-        fits = x.shape == q.shape and x.dtype == q.dtype and x.device == q.device
-        expect(fits, f"{name} must be as q {tuple(q.shape)} {q.dtype}, got {tuple(x.shape)} {x.dtype}")
+        fits = x.shape == shape and x.dtype == q.dtype and x.device == q.device
+        expect(fits, f"{name} must be {shape} {q.dtype} on q's device, got {tuple(x.shape)} {x.dtype}")
     optional: Tensor | None
     for name, optional in (("dlse", dlse), ("lse", lse)):
         if optional is not None:

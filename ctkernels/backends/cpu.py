@@ -56,7 +56,7 @@ def set_isa(name: str) -> None:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, prefix_bias: Tensor | None, problem: Problem
 ) -> tuple[Tensor, Tensor]:
-    return torch.ops.ctkernels.cpu_forward(q, k, v, prefix_k, prefix_v, prefix_bias, *problem[:-1])
+    return torch.ops.ctkernels.cpu_forward(q, k, v, prefix_k, prefix_v, prefix_bias, *problem)
 
 
 def backward(
@@ -74,5 +74,5 @@ def backward(
     problem: Problem,
 ) -> tuple[Tensor, ...]:
     return torch.ops.ctkernels.cpu_backward(
-        dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, *problem[:-1]
+        dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, *problem
     )

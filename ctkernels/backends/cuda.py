@@ -30,10 +30,12 @@ def unavailable() -> str | None:
     return load_library() or (None if torch.cuda.is_available() else "torch finds no GPU")
 
 
-def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+def refusal(device: torch.device, dtype: torch.dtype, wide: int = 0) -> str | None:
     """Why the kernels cannot take rows of `dtype` on `device`, or None."""
     if dtype == torch.float64:
         return "it computes in fp32, got fp64 tensors"
+    if wide:
+        return "it computes head dimensions D = Dv <= 256, got another Dv or a larger one"
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) < LEAST_CAPABILITY:
         return f"it needs compute capability 8.0 (Ampere) or newer, got {major}.{minor}"
@@ -43,7 +45,7 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, prefix_bias: Tensor | None, problem: Problem
 ) -> tuple[Tensor, Tensor]:
-    return torch.ops.ctkernels.cuda_forward(q, k, v, prefix_k, prefix_v, prefix_bias, *problem[:-1])
+    return torch.ops.ctkernels.cuda_forward(q, k, v, prefix_k, prefix_v, prefix_bias, *problem)
 
 
 def backward(
@@ -61,5 +63,5 @@ def backward(
     problem: Problem,
 ) -> tuple[Tensor, ...]:
     return torch.ops.ctkernels.cuda_backward(
-        dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, *problem[:-1]
+        dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, *problem
     )

@@ -15,17 +15,24 @@ from ctkernels.problem import Problem, compute_dtype
 
 
 def prefix_attention(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, prefix_bias: Tensor | None, problem: Problem
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    prefix_bias: Tensor | None,
+    sinks: Tensor | None,
+    problem: Problem,
 ) -> tuple[Tensor, Tensor]:
     """Attention of rows over `[prefix | own keys]`.
 
-    q `[B, H, S, D]`, k and v `[B, Hk, T, D]` (B = 1 and rows packed along S and T with cu_seqlens),
-    prefix_k and prefix_v `[G, Hk, P, D]`, prefix_bias `[1 or G, 1 or H, P]`.
-    Returns out, shaped and typed as q, and lse `[B, H, S]` in the compute type.
+    q `[B, H, S, D]`, k `[B, Hk, T, D]`, v `[B, Hk, T, Dv]` (B = 1 and rows packed along S and T with cu_seqlens),
+    prefix_k `[G, Hk, P, D]`, prefix_v `[G, Hk, P, Dv]`, prefix_bias `[1 or G, 1 or H, P]`, sinks `[H]`.
+    Returns out `[B, H, S, Dv]` in q's type, and lse `[B, H, S]` in the compute type.
     """
     if problem.cu_seqlens is None:
         lengths = problem.seq_lens
-        return _padded(q, k, v, prefix_k, prefix_v, prefix_bias, lengths, problem)
+        return _padded(q, k, v, prefix_k, prefix_v, prefix_bias, sinks, lengths, problem)
     lengths = (problem.cu_seqlens[1:] - problem.cu_seqlens[:-1]).long()
     rows, longest = lengths.shape[0], int(lengths.max()) if lengths.numel() else 0
     at = problem.cu_seqlens[:-1, None].long() + torch.arange(longest, device=q.device)  # [B, S]
@@ -37,7 +44,8 @@ def prefix_attention(
             return x.new_zeros(rows, x.shape[1], longest, x.shape[3])
         return x[0][:, at].transpose(0, 1)
 
-    out, lse = _padded(unpack(q), unpack(k), unpack(v), prefix_k, prefix_v, prefix_bias, lengths, problem)
+    rows_of = (unpack(q), unpack(k), unpack(v))
+    out, lse = _padded(*rows_of, prefix_k, prefix_v, prefix_bias, sinks, lengths, problem)
     packed = out.transpose(1, 2)[valid].transpose(0, 1)[None]  # [1, H, N, D]
     return packed, lse.transpose(1, 2)[valid].transpose(0, 1)[None]
 
@@ -49,6 +57,7 @@ def _padded(
     prefix_k: Tensor,
     prefix_v: Tensor,
     prefix_bias: Tensor | None,
+    sinks: Tensor | None,
     lengths: Tensor | None,
     problem: Problem,
 ) -> tuple[Tensor, Tensor]:
@@ -84,8 +93,11 @@ def _padded(
     weights = torch.exp(logits - top)
     total = weights.sum(dim=-1, keepdim=True)
     empty = total == 0  # no visible key, or only keys with a bias of -inf; `where` also cuts the gradient
-    out = torch.where(empty, 0, (weights @ keys(prefix_v, v)) / torch.where(empty, 1, total))
-    lse = torch.where(empty, -math.inf, torch.log(torch.where(empty, 1, total)) + top)
+    total = torch.where(empty, 1, total)
+    out, lse = (weights @ keys(prefix_v, v)) / total, torch.log(total) + top
+    if sinks is not None:  # exp(sink) in the denominator, but not in lse; sigmoid's own derivative would cancel near 1
+        out = out * torch.nn.functional.logsigmoid(lse - sinks.to(acc)[:, None, None]).exp()
+    out, lse = torch.where(empty, 0, out), torch.where(empty, -math.inf, lse)
     return out.to(q.dtype), lse.squeeze(-1)
 
 

@@ -18,20 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from ctkernels.cli.model import load_model, print_scores
 from ctkernels.cli.models import models_command
-from ctkernels.cli.options import (
-    EvalConfig,
-    ExportConfig,
-    FailedRun,
-    ImportConfig,
-    TuneConfig,
-    UsageError,
-    as_yaml,
-    parse,
-)
+from ctkernels.cli.parse import CommandLine, FailedRun, UsageError, as_yaml
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from ctkernels.cli.options import ExportConfig, ImportConfig
     from ctkernels.tuning.train.trainer import EpochRecord
 
 HELP = """usage: ctkernels COMMAND [OPTIONS]
@@ -76,7 +68,9 @@ def run(argv: list[str]) -> int:
 
 def tune_command(argv: list[str]) -> None:
     """`ctkernels tune`: train, save the prefix and its history."""
-    config = parse(TuneConfig, "ctkernels tune", argv)
+    from ctkernels.cli.options import TuneConfig
+
+    config = CommandLine("ctkernels tune", argv).parse(TuneConfig)
     if config.out is None:
         raise UsageError("out is required: the folder of the results (--out)")
     settings = config.settings(config.method)
@@ -86,9 +80,9 @@ def tune_command(argv: list[str]) -> None:
 
     from ctkernels.cli.progress import epoch_bar
     from ctkernels.tuning.adapters.adapter import Adapter
+    from ctkernels.tuning.methods.tune import tune
     from ctkernels.tuning.storage import atomic_write_bytes, atomic_write_json
     from ctkernels.tuning.train.distributed import launched, local_device
-    from ctkernels.tuning.train.trainer import tune
 
     device = local_device(config.device)
     with launched(device) as group:
@@ -96,7 +90,7 @@ def tune_command(argv: list[str]) -> None:
         model, tokenizer = load_model(replace(config, device=device))
         start_from = None if config.start_from is None else Adapter.from_pretrained(config.start_from, model, tokenizer)
         written = config.out / "config.yaml"
-        with epoch_bar(settings.epochs, enabled=None if first else False) as show:
+        with epoch_bar(settings, enabled=None if first else False) as show:
 
             def on_epoch(record: EpochRecord, module: nn.Module) -> None:
                 if first and not written.exists():  # the run was accepted: it may be killed and resumed
@@ -132,25 +126,29 @@ def tune_command(argv: list[str]) -> None:
 
 def eval_command(argv: list[str]) -> None:
     """`ctkernels eval`: scores of methods and saved prefixes, as a table and JSON; with `--suite` a sweep."""
-    from ctkernels.cli.sweep import sweep_command, wants_suite
+    line = CommandLine("ctkernels eval", argv)
+    if line.has("suite"):
+        from ctkernels.cli.sweep import sweep_command
 
-    if wants_suite(argv):
-        return sweep_command(argv)
-    config = parse(EvalConfig, "ctkernels eval", argv)
+        return sweep_command(line)
+    from ctkernels.cli.options import EvalConfig
+    from ctkernels.tuning.methods import METHODS
+
+    config = line.parse(EvalConfig)
     if not config.methods and not config.prefix:
         raise UsageError("give methods (such as zero-shot icl ct-kv) or prefix (saved folders), or both")
     if config.limit is not None and config.limit < 1:
         raise UsageError(f"limit must be at least 1, got {config.limit}")
     settings, given = config.settings_of_each(config.methods), config.given()
     items = config.load("test", config.test)[: config.limit]
-    needs_train = any(name != "zero-shot" for name in config.methods)
+    needs_train = any(METHODS[name].needs_demonstrations for name in config.methods)
     demonstrations = config.load("train", config.train) if needs_train else []
     model, tokenizer = load_model(config)
 
     from ctkernels.cli.progress import epoch_bar
     from ctkernels.tuning.adapters.adapter import Adapter
-    from ctkernels.tuning.train.settings import TrainSettings
-    from ctkernels.tuning.train.trainer import tune
+    from ctkernels.tuning.methods.tune import tune
+    from ctkernels.tuning.train.options import Options
 
     results = []
     for name in [*config.methods, *config.prefix]:
@@ -158,7 +156,7 @@ def eval_command(argv: list[str]) -> None:
         if isinstance(name, Path):
             adapter = Adapter.from_pretrained(name, model, tokenizer)
         else:
-            with epoch_bar(settings[name].epochs) as on_epoch:
+            with epoch_bar(settings[name]) as on_epoch:
                 tuned = tune(
                     model, tokenizer, demonstrations, name, settings[name], config.text_format(), on_epoch=on_epoch
                 )
@@ -169,7 +167,7 @@ def eval_command(argv: list[str]) -> None:
             tokenizer,
             items,
             by=config.by,
-            max_tokens=given.get("max_tokens", TrainSettings().max_tokens),
+            max_tokens=given.get("max_tokens", Options.max_tokens),
             max_new_tokens=config.max_new_tokens,
             backend=given.get("backend"),
         )
@@ -184,7 +182,9 @@ def eval_command(argv: list[str]) -> None:
 
 def export_command(argv: list[str]) -> None:
     """`ctkernels export`: a saved adapter in peft's format."""
-    config = parse(ExportConfig, "ctkernels export", argv)
+    from ctkernels.cli.options import ExportConfig
+
+    config = CommandLine("ctkernels export", argv).parse(ExportConfig)
     adapter, out = _folders(config)
 
     from ctkernels.tuning.adapters.adapter import Adapter
@@ -197,7 +197,9 @@ def export_command(argv: list[str]) -> None:
 
 def import_command(argv: list[str]) -> None:
     """`ctkernels import`: an adapter of peft as ours."""
-    config = parse(ImportConfig, "ctkernels import", argv)
+    from ctkernels.cli.options import ImportConfig
+
+    config = CommandLine("ctkernels import", argv).parse(ImportConfig)
     adapter, out = _folders(config)
     model, tokenizer = load_model(config)
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ctkernels.cli.options import UsageError
+from ctkernels.cli.parse import UsageError
 
 HELP = """usage: ctkernels models [--json] [NAME ...]
 

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
+    from ctkernels.tuning.train.options import Options
     from ctkernels.tuning.train.trainer import EpochRecord
 
 
 @contextlib.contextmanager
-def epoch_bar(epochs: int, enabled: bool | None = None) -> Iterator[Callable[[EpochRecord, nn.Module], None]]:
+def epoch_bar(settings: Options, enabled: bool | None = None) -> Iterator[Callable[[EpochRecord, nn.Module], None]]:
     """Yield an `on_epoch` callback that moves a bar on stderr; `enabled=None` shows it if stderr is a terminal."""
+    epochs = getattr(settings, "epochs", 0)  # a method that trains nothing has none
     if not (sys.stderr.isatty() if enabled is None else enabled):
         yield lambda record, module: None
         return

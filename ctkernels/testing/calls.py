@@ -11,7 +11,7 @@ from torch import Tensor
 import ctkernels as ct
 from ctkernels.testing import oracle
 
-DIFFERENTIABLE = ("q", "k", "v", "prefix_k", "prefix_v", "prefix_bias")
+DIFFERENTIABLE = ("q", "k", "v", "prefix_k", "prefix_v", "prefix_bias", "sinks")
 TYPES = {
     "fp64": (torch.float64, torch.float64),
     "fp32": (torch.float32, torch.float32),
@@ -79,28 +79,33 @@ def make_call(
     T: int | None = None,
     P: int = 11,
     D: int = 8,
+    Dv: int | None = None,
     G: int | None = None,
     types: str = "fp64",
     lens: list[int] | None = None,
     bias: tuple[int, ...] | None = None,
+    sinks: bool = False,
     mask: dict | None = None,
     seed: int = 0,
     **options: object,
 ) -> Call:
-    """Random tensors of the given sizes; `lens` asks for a packed call, `bias` is the shape of prefix_bias."""
+    """Random tensors of the given sizes (Dv: default D); `lens` asks for a packed call, `bias` is the shape of
+    prefix_bias."""
     generator = torch.Generator().manual_seed(seed)
     rows, prefix = TYPES[types]
-    T = S if T is None else T
+    T, Dv = S if T is None else T, D if Dv is None else Dv
     shapes: dict[str, tuple[int, ...]]
     if lens is None:
-        shapes = {"q": (B, H, S, D), "k": (B, Hk, T, D), "v": (B, Hk, T, D)}
+        shapes = {"q": (B, H, S, D), "k": (B, Hk, T, D), "v": (B, Hk, T, Dv)}
     else:
-        shapes = {"q": (sum(lens), H, D), "k": (sum(lens), Hk, D), "v": (sum(lens), Hk, D)}
+        shapes = {"q": (sum(lens), H, D), "k": (sum(lens), Hk, D), "v": (sum(lens), Hk, Dv)}
     tensors = {name: tensor(generator, shape, rows) for name, shape in shapes.items()}
-    for name in ("prefix_k", "prefix_v"):
-        tensors[name] = tensor(generator, (Hk, P, D) if G is None else (G, Hk, P, D), prefix)
+    for name, size in (("prefix_k", D), ("prefix_v", Dv)):
+        tensors[name] = tensor(generator, (Hk, P, size) if G is None else (G, Hk, P, size), prefix)
     if bias is not None:
         tensors["prefix_bias"] = tensor(generator, bias, torch.promote_types(rows, torch.float32))
+    if sinks:
+        tensors["sinks"] = 1 + tensor(generator, (H,), torch.promote_types(rows, torch.float32))
     return Call(tensors, mask, options, None if lens is None else cu_seqlens_of(lens))
 
 
@@ -118,6 +123,7 @@ def call_op(call: Call, backend: str | None, return_lse: bool = True):
     common = dict(
         mask=context_mask(call),
         prefix_bias=t.get("prefix_bias"),
+        sinks=t.get("sinks"),
         return_lse=return_lse,
         backend=backend,
         **call.options,
@@ -191,13 +197,13 @@ def cotangents_for(call: Call, seed: int = 0, layout: str = "plain") -> tuple[Te
     """Random gradients of out and lse; `layout` decides out's strides ("expanded" is what `out.sum()` produces)."""
     q = call.tensors["q"]
     generator = torch.Generator().manual_seed(seed + 7919)
-    shape = q.shape
+    shape = (*q.shape[:-1], call.tensors["v"].shape[-1])
     if layout == "expanded":
         dout = torch.randn((), generator=generator, dtype=torch.float64).to(q.dtype).expand(shape)
     elif layout == "transposed":
-        swapped = (shape[0], shape[2], shape[1], shape[3]) if q.dim() == 4 else (shape[1], shape[0], shape[2])
+        swapped = (*shape[:-3], shape[-2], shape[-3], shape[-1])
         dout = torch.randn(swapped, generator=generator, dtype=torch.float64).to(q.dtype)
-        dout = dout.transpose(1, 2) if q.dim() == 4 else dout.transpose(0, 1)
+        dout = dout.transpose(-2, -3)
     else:
         dout = torch.randn(shape, generator=generator, dtype=torch.float64).to(q.dtype)
     lse_dtype = torch.promote_types(q.dtype, torch.float32)

@@ -115,8 +115,8 @@ def full_precision_softmax() -> Iterator[None]:
     """Stock eager attention casts its softmax to fp32; in here it stays in fp64 for fp64 models."""
     softmax = torch.nn.functional.softmax
 
-    def uncast(x: Tensor, dim: int | None = None, dtype: torch.dtype | None = None, **others: Any) -> Tensor:
-        return softmax(x, dim=dim, dtype=None if x.dtype == torch.float64 else dtype, **others)
+    def uncast(x: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
+        return softmax(x, dim=dim, dtype=None if x.dtype == torch.float64 else dtype)
 
     with mock.patch.object(torch.nn.functional, "softmax", uncast):
         yield

@@ -116,6 +116,7 @@ def attention(
     prefix_k: Tensor,
     prefix_v: Tensor,
     prefix_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
     *,
     mask: dict | None = None,
     prefix_index: Tensor | None = None,
@@ -128,7 +129,7 @@ def attention(
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out [B, H, S, D], lse [B, H, S], probabilities [B, H, S, P + T]; every step in q's type, for autograd."""
+    """out [B, H, S, Dv], lse [B, H, S], probabilities [B, H, S, P + T]; every step in q's type, for autograd."""
     B, H, S, D = q.shape
     Hk, T = k.shape[1:3]
     if prefix_k.dim() == 3:
@@ -136,7 +137,7 @@ def attention(
     P = prefix_k.shape[2]
     index = torch.zeros(B, dtype=torch.long) if prefix_index is None else prefix_index.long()
     keys = torch.cat([prefix_k.to(q.dtype)[index], k], 2).repeat_interleave(H // Hk, 1)  # [B, H, P + T, D]
-    values = torch.cat([prefix_v.to(q.dtype)[index], v], 2).repeat_interleave(H // Hk, 1)
+    values = torch.cat([prefix_v.to(q.dtype)[index], v], 2).repeat_interleave(H // Hk, 1)  # [B, H, P + T, Dv]
 
     visible, distance = visible_keys(
         B, S, T, P, mask, prefix_index, prefix_lens, seq_lens, causal, window, window_prefix
@@ -156,5 +157,8 @@ def attention(
     logits = logits.masked_fill(~visible[:, None], float("-inf")).masked_fill(~sees_any[..., None], 0.0)
     lse = torch.logsumexp(logits.to(torch.promote_types(q.dtype, torch.float32)), -1)
     lse = lse.masked_fill(~sees_any, float("-inf"))
-    p = torch.softmax(logits, -1).masked_fill(~visible[:, None], 0.0)
+    if sinks is not None:  # one more logit, whose probability is thrown away, as models with sinks write it
+        sink = sinks.to(q.dtype)[:, None, None].expand(B, H, S, 1)
+        logits = torch.cat([logits, sink.masked_fill(~sees_any[..., None], 0.0)], -1)
+    p = torch.softmax(logits, -1)[..., : P + T].masked_fill(~visible[:, None], 0.0)
     return p @ values, lse, p

@@ -10,7 +10,7 @@ from ctkernels.testing.calls import TYPES, Call, cu_seqlens_of, tensor
 
 ROW_LENGTHS = st.sampled_from([0, 1, 2, 3, 5, 8, 17, 33])
 PREFIX_LENGTHS = st.sampled_from([0, 1, 3, 16, 31, 33, 64, 65, 130])
-HEAD_DIMS = st.sampled_from([1, 2, 8, 17, 40, 64, 80, 96, 128, 256])
+HEAD_DIMS = st.sampled_from([1, 2, 8, 17, 40, 64, 80, 96, 128, 192, 256, 512])
 LAYOUTS = st.sampled_from(["plain", "transposed", "sliced", "broadcast"])
 SEEDS = st.one_of(st.integers(0, 2**64 - 1), st.sampled_from([0, 1, 2**32, 2**63, 2**64 - 1]))
 
@@ -22,6 +22,7 @@ def calls(draw: st.DrawFn, types: str, varlen: bool | None = None) -> Call:
     varlen = draw(st.booleans()) if varlen is None else varlen
     lens = draw(st.lists(ROW_LENGTHS, max_size=5))
     B, D, P = len(lens), draw(HEAD_DIMS), draw(PREFIX_LENGTHS)
+    Dv = draw(HEAD_DIMS) if draw(st.booleans()) else D
     Hk = draw(st.sampled_from([1, 2, 3]))
     H = Hk * draw(st.sampled_from([1, 1, 2, 4, 7]))
     G = draw(st.sampled_from([None, None, 1, 3]))
@@ -44,17 +45,19 @@ def calls(draw: st.DrawFn, types: str, varlen: bool | None = None) -> Call:
     shapes: dict[str, tuple[int, ...]]
     if varlen:
         N = sum(lens)
-        shapes = {"q": (N, H, D), "k": (N, Hk, D), "v": (N, Hk, D)}
+        shapes = {"q": (N, H, D), "k": (N, Hk, D), "v": (N, Hk, Dv)}
     else:
-        shapes = {"q": (B, H, S, D), "k": (B, Hk, T, D), "v": (B, Hk, T, D)}
+        shapes = {"q": (B, H, S, D), "k": (B, Hk, T, D), "v": (B, Hk, T, Dv)}
     tensors = {name: random(name, shape, rows_dtype, hot if name == "q" else 1.0) for name, shape in shapes.items()}
-    for name in ("prefix_k", "prefix_v"):
-        tensors[name] = random(name, (Hk, P, D) if G is None else (G, Hk, P, D), prefix_dtype)
+    for name, size in (("prefix_k", D), ("prefix_v", Dv)):
+        tensors[name] = random(name, (Hk, P, size) if G is None else (G, Hk, P, size), prefix_dtype)
     groups = G or 1
     bias_shape = draw(st.sampled_from([None, None, (P,), (H, P), (groups, H, P)]))
     if bias_shape is not None:
         bias_dtype = torch.promote_types(rows_dtype, torch.float32)
         tensors["prefix_bias"] = random("prefix_bias", bias_shape, bias_dtype)
+    if draw(st.integers(0, 2)) == 0:
+        tensors["sinks"] = random("sinks", (H,), torch.promote_types(rows_dtype, torch.float32), 4.0)
 
     if G is not None and (groups > 1 or draw(st.booleans())):
         options["prefix_index"] = torch.tensor(

@@ -30,8 +30,9 @@ _HOMES = {
     "adapters.prefix_set": ("PrefixSet", "left_padded"),
     "adapters.prompt": ("SoftPrompt",),
     "adapters.store": ("PrefixStore",),
-    "train.settings": ("TrainSettings",),
-    "train.trainer": ("EpochRecord", "TrainingError", "TuneResult", "tune"),
+    "methods.settings": ("TrainSettings",),
+    "methods.tune": ("TuneResult", "tune"),
+    "train.trainer": ("EpochRecord", "TrainingError"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -1,8 +1,6 @@
 """Files that are either complete or not there: written beside their target, flushed to disk, then renamed onto it.
 
 A reader never meets half a file, a full disk or an exception leaves the old file as it was, and nothing is left behind.
-Several files become one unit by a commit point: write the data files under new names, then the small file that names
-them, then remove the data files that it no longer names.
 """
 
 from __future__ import annotations

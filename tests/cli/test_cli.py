@@ -12,11 +12,16 @@ import torch
 import yaml
 
 from ctkernels import cli, dispatch
-from ctkernels.cli.options import EvalConfig, TrainOptions, TuneConfig, UsageError, as_yaml, parse
+from ctkernels.cli.options import EvalConfig, TrainOptions, TuneConfig
+from ctkernels.cli.parse import CommandLine, UsageError, as_yaml
 from ctkernels.testing.models import make_model
 from ctkernels.testing.tasks import DEMONSTRATIONS, char_tokenizer, write_jsonl
 from ctkernels.tuning.adapters.prefix import KVPrefix
-from ctkernels.tuning.train.settings import TrainSettings
+from ctkernels.tuning.methods.settings import TrainSettings
+
+
+def parse(kind, argv):
+    return CommandLine("ctkernels x", argv).parse(kind)
 
 
 def tune_arguments(files, out, *more):
@@ -110,7 +115,14 @@ def test_env_names_every_backend_and_says_why_not(capsys, monkeypatch):
         (["tune", "more"], "unexpected argument 'more'"),
         (["tune", "--lr", "fast"], "fast"),
         (["tune", "--layout", "ragged"], "invalid choice 'ragged' for argument '--layout'"),
+        (["tune", "--hidden", "8"], "unknown option --hidden; did you mean --mlp-width?"),
+        (["tune", "--pool=3"], "unknown option --pool; did you mean --pooled-tokens?"),
+        (["export", "--pool=3"], "unknown option --pool"),
         (["tune", "--config"], "--config needs a file"),
+        (["tune", "--config", "--lr", "1"], "--config needs a file"),
+        (["tune", "--config", "a", "b"], "unexpected argument 'b'"),
+        (["tune", "--config", "a", "--config=b"], "--config takes one file, got several"),
+        (["env", "--config", "/no/such.yaml"], "env takes no arguments, got '--config'"),
         (["tune", "--config", "/no/such.yaml"], "cannot read /no/such.yaml: No such file"),
         (["tune"], "out is required"),
         (["tune", "--out", "x", "--method", "ctkv"], "did you mean 'ct-kv'?"),
@@ -183,6 +195,8 @@ def test_a_full_disk_while_saving_is_one_line_and_leaves_nothing_half_written(ca
     ("text", "message"),
     [
         ("lrr: 1", "unknown key 'lrr'; did you mean lr?"),
+        ("pool: 3", "unknown key 'pool'; did you mean pooled_tokens?"),
+        ("hidden: 3", "unknown key 'hidden'; did you mean mlp_width?"),
         ("- lr", "must map names to values, got list"),
         ("lr: {a: 1}", "lr must be a plain value, got a mapping"),
         ("lr: [", "is not YAML"),
@@ -199,35 +213,49 @@ def test_wrong_yaml(capsys, tmp_path, text, message):
 def test_flags_win_over_the_file(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("lr: 3e-3\nepochs: 7\nresume: true\nleave_one_out: suffix\nout: runs/x\nseed:\ntask:\n")
-    config = parse(TuneConfig, "ctkernels tune", ["--epochs", "3", "--config", str(path), "--no-resume"])
+    config = parse(TuneConfig, ["--epochs", "3", "--config", str(path), "--no-resume"])
     # 3e-3 is a string to YAML, and a number here; a key without a value is not given
     assert config.given() == {"lr": 0.003, "epochs": 3, "leave_one_out": "suffix"}
     assert (str(config.out), config.task, config.resume) == ("runs/x", "", False)
 
 
+def test_the_last_of_equal_flags_wins_and_a_list_of_the_file_is_replaced(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("limit: 4\nmethods: [icl, ct-kv]\nprefix: [a, b]\n")
+    line = CommandLine("x", ["--methods", "ttt", f"--config={path}", "--limit", "1", "--limit=2"])
+    config = line.parse(EvalConfig)
+    assert (config.methods, [str(p) for p in config.prefix], config.limit) == (("ttt",), ["a", "b"], 2)
+    assert line.has("limit") and line.has("prefix") and not line.has("suite") and not line.has("config")
+    for resume in (["--no-resume", "--resume"], ["--resume", "--no-resume", "--resume"]):
+        assert parse(TuneConfig, resume).resume
+    with pytest.raises(UsageError, match="unexpected argument 'more'"):  # and no method of the file's list
+        parse(EvalConfig, ["more", "--config", str(path)])
+
+
 @pytest.mark.parametrize("spelling", ["None", "none"])
 def test_none_is_a_value_of_some_settings(tmp_path, spelling):
-    config = parse(TuneConfig, "x", ["--batch-rows", spelling, f"--clip-norm={spelling}", "--leave-one-out", "none"])
+    config = parse(TuneConfig, ["--batch-rows", spelling, f"--clip-norm={spelling}", "--leave-one-out", "none"])
     settings = config.settings("ct-prompt")  # whose own batch_rows is 4
     assert (settings.batch_rows, settings.clip_norm, settings.leave_one_out) == (None, None, "none")
     (tmp_path / "c.yaml").write_text(as_yaml(config))
-    assert parse(TuneConfig, "x", [f"--config={tmp_path}/c.yaml"]) == config
+    assert parse(TuneConfig, [f"--config={tmp_path}/c.yaml"]) == config
+    assert str(parse(TuneConfig, ["--out", "none"]).out) == "none"  # a folder's name
 
 
 @pytest.mark.parametrize("kind", [TuneConfig, EvalConfig])
 def test_configuration_survives_yaml(tmp_path, kind):
     lists = ["--methods", "icl", "ct-kv", "--prefix", "a b", "c"] if kind is EvalConfig else ["--resume"]
-    config = parse(kind, "x", ["--lr", "0.1", "--bos", "True", "--delimiter", "\n", "--train", "a/b.jsonl", *lists])
+    config = parse(kind, ["--lr", "0.1", "--bos", "True", "--delimiter", "\n", "--train", "a/b.jsonl", *lists])
     path = tmp_path / "c.yaml"
     path.write_text(as_yaml(config))
-    assert parse(kind, "x", [f"--config={path}"]) == config
+    assert parse(kind, [f"--config={path}"]) == config
     assert yaml.safe_load(path.read_text())["lr"] == 0.1
 
 
 def test_every_training_setting_is_an_option():
     assert [f.name for f in fields(TrainOptions)] == ["preset", *(f.name for f in fields(TrainSettings))]
     with pytest.raises(UsageError):
-        parse(EvalConfig, "x", ["--checkpoint-every", "3"])  # tune's alone
+        parse(EvalConfig, ["--checkpoint-every", "3"])  # tune's alone
 
 
 def test_help(capsys):
@@ -236,7 +264,9 @@ def test_help(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.run(["tune", "--help"])
     assert stop.value.code == 0
-    assert "Peak learning rate" in capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "Peak learning rate" in text and 'Orders that a "permuted" start averages over. [ct-kv, ttt+ct-kv]' in text
+    assert "probability in [0, 1) that a row does not see a context token in an epoch. [not ttt]" in text
     assert cli.run([]) == 2
 
 

@@ -7,8 +7,11 @@ import pytest
 from ctkernels import cli
 from ctkernels.testing.tasks import DEMONSTRATIONS, char_tokenizer, write_jsonl
 from ctkernels.tuning.adapters.prefix import KVPrefix
-from ctkernels.tuning.data.demonstrations import encode_context
-from ctkernels.tuning.methods import METHODS
+from ctkernels.tuning.data.formats import encode_context
+from ctkernels.tuning.data.suites import SUITES
+from ctkernels.tuning.methods import METHODS, PRESETS
+from ctkernels.tuning.methods.settings import SETTINGS
+from ctkernels.tuning.train.options import either
 from tests.cli.test_cli import complaint, tune_arguments
 
 
@@ -56,7 +59,7 @@ def test_transfer_and_presets_from_the_command_line(files, tmp_path):
         (["--method", "ctkv"], "method must be one of zero-shot, icl, prompt-tuning,"),
         (["--preset", "nlp"], "preset must be one of nlp-lr, mmlu, bbh, arc, got 'nlp'"),
         (["--start", "vocabulary"], "start of ct-kv must be one of context, separate, permuted, pooled, labels"),
-        (["--start-from", "nowhere"], "nowhere/prefix.json: no such file"),
+        (["--start-from", "nowhere"], "nowhere: no such file or folder"),
         (["--top-layers", "9"], "top_layers must be at most the model's 3 layers, got 9"),
         (["--method", "ttt", "--lora-targets", "c_attn"], "LlamaForCausalLM has no module named c_attn"),
     ],
@@ -85,4 +88,9 @@ def test_help_lists_every_method_and_setting(capsys):
         cli.run(["tune", "--help"])
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert all(f" {name}" in text for name in METHODS)
+    assert all(f"--{name.replace('_', '-')} " in text for name in SETTINGS)
+    assert f"The paper's settings for {either(tuple(PRESETS))};" in text
     assert "Token dropout: probability in [0, 1)" in text and "Rank of the LoRA update" in text
+    with pytest.raises(SystemExit):
+        cli.run(["eval", "--suite", "any", "--help"])
+    assert f"Tasks to evaluate: {either(tuple(SUITES))}." in " ".join(capsys.readouterr().out.replace("│", " ").split())

@@ -1,16 +1,20 @@
-"""The README's Python runs as it stands, on a tiny model in the place of the pretrained one."""
+"""The README's Python and commands run as they stand, on a tiny model in the place of the pretrained one."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
+from ctkernels import cli
 from ctkernels.testing.models import make_model
 from ctkernels.testing.tasks import char_tokenizer
 
 ROOT = Path(__file__).parents[2]
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = re.findall(r"^ctkernels .*$", README.replace("\\\n", " "), re.MULTILINE)
 
 
 def test_op_block():
@@ -22,21 +26,33 @@ def test_op_block():
 
 
 @pytest.fixture
-def tiny_checkpoint(tmp_path):
+def clone(tmp_path, monkeypatch):
+    """A folder with the examples and, where `make demo` puts the pretrained model, a tiny one."""
     model = make_model("llama", torch.float32, max_position_embeddings=4096)
-    model.save_pretrained(tmp_path / "model")
-    char_tokenizer().save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-def test_tuning_block(tiny_checkpoint, tmp_path, monkeypatch, capsys):
-    code = BLOCKS[1].replace(".models/smollm2-135m", str(tiny_checkpoint))
-    assert code != BLOCKS[1]
+    model.save_pretrained(tmp_path / ".models/smollm2-135m")
+    char_tokenizer().save_pretrained(tmp_path / ".models/smollm2-135m")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_tuning_block(clone, capsys):
     names = {}
-    exec(code, names)
+    exec(BLOCKS[1], names)
     accuracy = float(capsys.readouterr().out.splitlines()[0])
     assert 0 <= accuracy <= 1
     assert len(names["result"].history) == 25
     assert torch.equal(names["prefix"].keys[0], names["result"].prefix.keys[0])
+
+
+def test_commands(clone, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    assert [command.split()[1] for command in COMMANDS] == ["tune", "eval"]
+    for command in COMMANDS:
+        assert cli.run(shlex.split(command)[1:]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("zero-shot", "icl", "runs/routing-cli/prefix"))
+
+
+def test_it_is_a_tour_of_two_pages():
+    assert len(README.splitlines()) <= 155

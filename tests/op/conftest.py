@@ -46,6 +46,12 @@ def kernel_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     yield from _select(request.param)
 
 
+@pytest.fixture(params=[b for b in builds() if b.wide], ids=str)
+def wide_build(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Every build that computes values of a head dimension of their own, and head dimensions above 256."""
+    yield from _select(request.param)
+
+
 @pytest.fixture(params=[b for b in builds() if b.double], ids=str)
 def double_build(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """Every build that computes in fp64."""

@@ -21,6 +21,7 @@ ORDINARY = {
     "padded rows": dict(B=5, S=30, P=150, H=4, Hk=4, D=128, seq_lens=torch.tensor([30, 11, 25, 30, 7])),
     "odd sizes": dict(lens=[13, 57, 29], P=99, H=7, Hk=1, D=80, bias=(7, 99), softcap=20.0),
     "peaked": dict(B=4, S=25, P=120, H=4, Hk=2, D=64, scale=0.6),
+    "sinks": dict(lens=[31, 18, 40], P=240, H=6, Hk=2, D=64, sinks=True),
 }
 
 
@@ -28,10 +29,22 @@ DECODING = dict(B=6, S=2, T=90, P=300, H=8, Hk=2, D=64, seq_lens=torch.tensor([9
 TYPES = ["fp32", "bf16", "fp16", "bf16+fp32"]
 
 
+WIDE = {
+    "values narrower than keys": dict(lens=[31, 18, 40], P=240, H=4, Hk=4, D=192, Dv=128),
+    "wide heads": dict(B=3, S=30, P=150, H=4, Hk=2, D=512),
+}
+
+
 @pytest.mark.parametrize("types", TYPES)
 @pytest.mark.parametrize("problem", ORDINARY)
 def test_at_most_twice_the_error_of_eager_pytorch(build, problem, types):
     check(build, dict(types=types, **ORDINARY[problem]), gradients=True)
+
+
+@pytest.mark.parametrize("types", TYPES)
+@pytest.mark.parametrize("problem", WIDE)
+def test_head_dimensions_beyond_the_usual(wide_build, problem, types):
+    check(wide_build, dict(types=types, **WIDE[problem]), gradients=True)
 
 
 @pytest.mark.parametrize("types", TYPES)

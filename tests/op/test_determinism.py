@@ -13,7 +13,9 @@ HIDDEN = torch.tensor([[20 * (b % 10), 20 * (b % 10) + 20] for b in range(40)])
 LENS = [1 + 7 * b % 23 for b in range(40)]
 LARGE = dict(lens=[100, 90, 1, 120, 99], H=10, Hk=5, P=1500, D=128)  # as the test of bounded scratch memory has it
 PROBLEMS = {
-    "packed": dict(lens=LENS, P=200, H=6, Hk=2, D=64, bias=(6, 200), mask=dict(hidden=HIDDEN, drop_p=0.1, seed=1)),
+    "packed": dict(
+        lens=LENS, P=200, H=6, Hk=2, D=64, bias=(6, 200), sinks=True, mask=dict(hidden=HIDDEN, drop_p=0.1, seed=1)
+    ),
     "padded": dict(B=40, S=23, P=200, H=2, Hk=1, D=17, seq_lens=torch.tensor(LENS), mask=dict(hidden=HIDDEN)),
     "one long row": dict(B=1, S=400, P=300, H=1, Hk=1, D=64),
     "one query": dict(B=1, S=1, T=500, P=3000, H=8, Hk=2, D=64, mask=dict(drop_p=0.5, seed=2)),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ctkernels.testing.calls import Call, cotangents_for, cu_seqlens_of, make_call, run
-from ctkernels.testing.compare import assert_matches
+from ctkernels.testing.compare import assert_matches, assert_right_or_refused
 
 INF = float("inf")
 
@@ -40,6 +40,14 @@ EDGES = {
     "head dimension 80": dict(D=80),
     "head dimension 255": dict(D=255),
     "head dimension 256": dict(D=256),
+    "head dimension 257": dict(D=257),
+    "head dimension 512": dict(D=512),
+    "values narrower than keys": dict(D=192, Dv=128),
+    "values wider than keys": dict(D=64, Dv=512),
+    "values of one number": dict(D=17, Dv=1),
+    "keys of one number": dict(D=1, Dv=80),
+    "odd values over packed rows": dict(D=40, Dv=17, lens=[4, 0, 9, 1]),
+    "wide values in rows that share tiles": dict(D=64, Dv=257, lens=[i % 4 for i in range(60)], P=140, H=2, Hk=1),
     "seven heads per KV head": dict(H=14, Hk=2),
     "every head its own KV head": dict(H=5, Hk=5),
     "long prefix": dict(B=2, P=1100, S=3, H=2, Hk=1),
@@ -136,6 +144,9 @@ EDGES = {
         B=2, H=1, Hk=1, S=1, P=1100, D=32, mask=dict(hidden=spans((0, 1100), (0, 512)))
     ),
     "five queries over a long prefix": dict(B=1, H=2, Hk=1, S=5, P=1500, D=64),
+    "decoding with values narrower than keys": dict(B=1, H=2, Hk=1, S=1, P=700, D=192, Dv=128),
+    "decoding with values wider than keys": dict(B=1, H=3, Hk=1, S=1, T=9, P=1500, D=64, Dv=512),
+    "decoding with odd values": dict(B=2, H=2, Hk=1, S=1, P=300, D=64, Dv=17),
     "bidirectional": dict(causal=False),
     "bidirectional ragged rows": dict(causal=False, seq_lens=integers(0, 5, 2)),
     "bidirectional packed rows with a window": dict(causal=False, lens=[4, 9, 1], window=3),
@@ -162,6 +173,15 @@ EDGES = {
     "bias with softcap, ALiBi and dropout": dict(
         bias=(4, 11), softcap=1.0, alibi_slopes=torch.rand(4), mask=dict(drop_p=0.4, seed=10)
     ),
+    "sinks": dict(sinks=True),
+    "sinks over packed rows": dict(sinks=True, lens=[4, 0, 9, 1]),
+    "sinks over ragged rows": dict(sinks=True, seq_lens=integers(0, 5, 2)),
+    "sinks of rows that see nothing": dict(sinks=True, mask=dict(length=16, hidden=spans((0, 16), (0, 0), (2, 16)))),
+    "sinks of no rows": dict(sinks=True, B=0),
+    "sinks in decoding": dict(sinks=True, B=1, H=4, Hk=1, S=1, T=4, P=1500, D=64, window=900),
+    "sinks with softcap, bias and ALiBi": dict(
+        sinks=True, bias=(4, 11), softcap=1.0, alibi_slopes=torch.rand(4), mask=dict(drop_p=0.4, seed=10)
+    ),
     "negative scale": dict(scale=-0.5),
     "zero scale": dict(scale=0.0),
     "large scale": dict(scale=30.0),
@@ -169,6 +189,8 @@ EDGES = {
         lens=[4, 0, 9, 1, 17],
         G=2,
         P=33,
+        Dv=24,
+        sinks=True,
         bias=(2, 4, 33),
         prefix_index=integers(0, 1, 1, 0, 1),
         prefix_lens=integers(33, 20),
@@ -187,8 +209,22 @@ def test_edge(build, case, types):
     if types == "fp64" and not build.double:
         types = "fp16"
     call = make_call(types=types, **EDGES[case])
-    cotangents = cotangents_for(call)
-    assert_matches(call, run(call, build, cotangents), cotangents)
+    assert_right_or_refused(call, build, cotangents_for(call))
+
+
+@pytest.mark.parametrize("through", ["out", "lse", "both"])
+def test_sinks_without_weight_and_sinks_that_take_everything(build, through):
+    """From a share of zero to one that leaves nothing to the keys: no NaN, no overflow, and lse knows nothing of it."""
+    call = make_call(types="fp32", sinks=True, mask=dict(length=16, hidden=spans((0, 16), (0, 0), (2, 16))))
+    call.tensors["sinks"] = torch.tensor([-INF, -300.0, 80.0, 1e4])
+    dout, dlse = cotangents_for(call)
+    cotangents = (dout * (through != "lse"), dlse * (through != "out"))
+    got = run(call, build, cotangents)
+    assert_matches(call, got, cotangents)
+    assert torch.equal(got["lse"], run(make_call(types="fp32", mask=call.mask), build)["lse"])
+    call.tensors["sinks"][3] = INF  # the oracle cannot divide by this one
+    for name, x in run(call, build, cotangents).items():
+        assert torch.equal(x, got[name]), name
 
 
 def test_prefix_keys_with_a_bias_of_minus_infinity(build):

@@ -11,6 +11,7 @@ import torch
 
 import ctkernels as ct
 from ctkernels import dispatch
+from ctkernels.testing.backends import backends
 from ctkernels.testing.calls import Call, call_op, make_call
 
 from .test_gradients import Recorder
@@ -58,12 +59,17 @@ PADDED = {
     "fewer keys than queries": Wrong(("k", "T >= S", "5", "4"), sizes=dict(S=5, T=4)),
     "v shorter than k": Wrong(("v", "(3, 2, 5, 8)", "(3, 2, 4, 8)"), dict(v=lambda v: v[:, :, :4])),
     "k of another head dimension": Wrong(("k", "D = 8", "7"), dict(k=lambda k: k[..., :7])),
-    "v of another head dimension": Wrong(("v", "D = 8", "7"), dict(v=lambda v: v[..., :7])),
+    "v of another head dimension than prefix_v": Wrong(("prefix_v", "7 as v", "8)"), dict(v=lambda v: v[..., :7])),
+    "prefix_v of another head dimension than v": Wrong(
+        ("prefix_v", "8 as v", "7)"), dict(prefix_v=lambda x: x[..., :7])
+    ),
     "heads that do not divide": Wrong(("q", "multiple", "H = 5", "Hk = 2"), sizes=dict(H=5)),
     "more KV heads than heads": Wrong(("multiple", "H = 2", "Hk = 4"), sizes=dict(H=2, Hk=4)),
     "no KV heads": Wrong(("Hk", "0"), sizes=dict(Hk=0)),
-    "head dimension 257": Wrong(("q", "D", "256", "257"), sizes=dict(D=257)),
+    "head dimension 513": Wrong(("q", "D", "512", "513"), sizes=dict(D=513)),
+    "values of head dimension 513": Wrong(("v", "Dv", "512", "513"), sizes=dict(Dv=513)),
     "head dimension 0": Wrong(("q", "D", "0"), sizes=dict(D=0)),
+    "values of head dimension 0": Wrong(("v", "Dv", "0"), sizes=dict(Dv=0)),
     "integer q": Wrong(("q", "fp32", "int64"), dict(q=lambda q: q.long()), error=TypeError),
     "k of another type": Wrong(("k", "float32", "bfloat16"), dict(k=lambda k: k.bfloat16()), error=TypeError),
     "v of another type": Wrong(("v", "float32", "float64"), dict(v=lambda v: v.double()), error=TypeError),
@@ -75,7 +81,7 @@ PADDED = {
     "prefix_k not a tensor": Wrong(("prefix_k", "tensor", "NoneType"), dict(prefix_k=None), error=TypeError),
     "prefix_k of other heads": Wrong(("prefix_k", "Hk = 2", "(1,"), dict(prefix_k=lambda x: x[:1])),
     "prefix_v of other heads": Wrong(("prefix_v", "Hk = 2", "(1,"), dict(prefix_v=lambda x: x[:1])),
-    "prefix_k of another head dimension": Wrong(("prefix_k", "D = 8", "7)"), dict(prefix_k=lambda x: x[..., :7])),
+    "prefix_k of another head dimension": Wrong(("prefix_k", "8 as k", "7)"), dict(prefix_k=lambda x: x[..., :7])),
     "prefix_v shorter": Wrong(("prefix_v", "11", "10"), dict(prefix_v=lambda x: x[:, :10])),
     "prefixes of different ranks": Wrong(("prefix_", "(2, 11, 8)"), dict(prefix_v=lambda x: x[None])),
     "prefix_k of another type": Wrong(
@@ -187,6 +193,12 @@ PADDED = {
     "bias of four dimensions": Wrong(("prefix_bias", "(1, 1, 4, 11)"), dict(prefix_bias=Z(1, 1, 4, 11))),
     "integer bias": Wrong(("prefix_bias", "floating", "int64"), dict(prefix_bias=Z(11, **LONG)), error=TypeError),
     "bias on another device": Wrong(("prefix_bias", "device", "meta"), dict(prefix_bias=Z(11).to("meta"))),
+    "sinks of the KV heads": Wrong(("sinks", "[4]", "(2,)"), dict(sinks=Z(2))),
+    "sinks of two dimensions": Wrong(("sinks", "[4]", "(4, 1)"), dict(sinks=Z(4, 1))),
+    "a sink for all heads": Wrong(("sinks", "[4]", "()"), dict(sinks=Z(()))),
+    "integer sinks": Wrong(("sinks", "floating", "int64"), dict(sinks=Z(4, **LONG)), error=TypeError),
+    "sinks as a list": Wrong(("sinks", "tensor", "list"), dict(sinks=[0.1] * 4), error=TypeError),
+    "sinks on another device": Wrong(("sinks", "device", "meta"), dict(sinks=Z(4).to("meta"))),
 }
 
 
@@ -301,6 +313,11 @@ def test_every_backend_of_the_table_has_a_state():
         assert reason is None or (isinstance(reason, str) and len(reason) > 10), name
 
 
+def test_head_dimensions_that_all_backends_on_the_cpu_serve():
+    """Without it a backend that refuses what it could compute would pass."""
+    assert all(backend.wide for backend in backends() if backend.device == "cpu")
+
+
 def test_unknown_instruction_set():
     with pytest.raises((ValueError, RuntimeError), match=r"mmx|not built"):
         dispatch.set_cpu_isa("mmx")
@@ -338,7 +355,7 @@ sys.path.insert(0, {root!r})
 from ctkernels.testing.calls import call_op, make_call
 from tests.op.test_gradients import Recorder
 
-call = make_call(types="fp32", G=2, B=3, bias=(4, 11), prefix_index=torch.tensor([0, 1, 0]),
+call = make_call(types="fp32", G=2, B=3, bias=(4, 11), sinks=True, prefix_index=torch.tensor([0, 1, 0]),
                  prefix_lens=torch.tensor([11, 4]), seq_lens=torch.tensor([5, 2, 3]),
                  mask=dict(hidden=torch.tensor([[0, 3], [3, 11], [0, 0]]), keep=torch.ones(3, 11) > 0))
 leaves = {{n: x.clone().requires_grad_() for n, x in call.tensors.items()}}
@@ -350,7 +367,7 @@ changes = dict(
     prefix_index=torch.tensor([0, big, 0]), prefix_lens=torch.tensor([big, 4]), seq_lens=torch.tensor([big, 2, 3]),
     hidden=torch.tensor([[0, 3], [-big, big], [0, 0]]), keep=torch.ones(1, 1) > 0, k=torch.zeros(1, 1, 1, 8),
     v=torch.zeros(3, 2, 1, 8), prefix_k=torch.zeros(1, 1, 1, 8), prefix_v=torch.zeros(2, 2, 1, 8),
-    prefix_bias=torch.zeros(1, 1, 1), out=torch.zeros(1, 1, 1, 8), lse=torch.zeros(1, 1, 1),
+    prefix_bias=torch.zeros(1, 1, 1), sinks=torch.zeros(1), out=torch.zeros(1, 1, 1, 8), lse=torch.zeros(1, 1, 1),
     dout=torch.zeros(1, 1, 1, 8), dlse=torch.zeros(1, 1, 1), cu_seqlens=torch.tensor([0, big]),
 )
 accepted = []

@@ -12,6 +12,10 @@ from ctkernels.testing.calls import DIFFERENTIABLE, call_op, cotangents_for, mak
 SMALL = dict(B=2, H=2, Hk=1, S=3, P=4, D=2)
 CHECKED = {
     "plain": dict(SMALL, bias=(4,)),
+    "sinks": dict(SMALL, sinks=True, mask=dict(length=7, hidden=torch.tensor([[0, 7], [3, 4]]))),
+    "sinks and packed values of their own": dict(SMALL, lens=[2, 0, 3], Dv=3, bias=(2, 4), sinks=True, softcap=2.0),
+    "wider values": dict(SMALL, Dv=5),
+    "narrower values": dict(SMALL, D=5, Dv=1, seq_lens=torch.tensor([3, 1])),
     "grouped heads, span and dropout": dict(
         SMALL, H=4, Hk=2, bias=(4, 4), mask=dict(hidden=torch.tensor([[0, 2], [3, 4]]), drop_p=0.3, seed=1)
     ),
@@ -69,7 +73,7 @@ SUBSETS += [{"prefix_k", "prefix_v"}, {"prefix_k", "prefix_v", "prefix_bias"}, {
 @pytest.mark.parametrize("lens", [None, [4, 0, 7]], ids=["padded", "packed"])
 def test_only_requested_gradients(backend, wanted, lens):
     """Unrequested gradients are not computed, and asking for fewer changes no bit of the others."""
-    call = make_call(types="fp32", lens=lens, bias=(4, 11), mask=dict(drop_p=0.3, seed=1))
+    call = make_call(types="fp32", lens=lens, bias=(4, 11), sinks=True, mask=dict(drop_p=0.3, seed=1))
     cotangents = cotangents_for(call)
     full = run(call, backend, cotangents)
     tensors = leaves(call.to(backend.device), wanted)
@@ -94,10 +98,11 @@ def test_no_backward_without_a_request(backend):
     assert not out.requires_grad and not lse.requires_grad
 
 
+@pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("through", ["out", "lse"])
-def test_gradient_through_one_output(backend, through):
+def test_gradient_through_one_output(backend, through, sinks):
     """One output left out of the loss is the same as a zero gradient for it."""
-    call = make_call(types="fp32", bias=(11,), mask=dict(drop_p=0.3, seed=1))
+    call = make_call(types="fp32", bias=(11,), sinks=sinks, mask=dict(drop_p=0.3, seed=1))
     dout, dlse = cotangents_for(call)
     zeroed = (dout, dlse * 0) if through == "out" else (dout * 0, dlse)
     expected = run(call, backend, zeroed)
@@ -119,7 +124,7 @@ def test_return_lse_does_not_change_out(build):
 def test_gradient_types(build):
     """Gradients have their tensor's type: an fp32 prefix under bf16 rows gets fp32, unrounded, gradients."""
     for types in ("bf16+fp32", "fp16+fp32", "bf16", "fp32"):
-        call = make_call(types=types, bias=(4, 11), B=9)
+        call = make_call(types=types, bias=(4, 11), sinks=True, B=9)
         got = run(call, build, cotangents_for(call))
         assert got["out"].dtype == call.tensors["q"].dtype
         assert got["lse"].dtype == torch.float32

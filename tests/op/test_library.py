@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import scaled_dot_product_attention
 
 import ctkernels as ct
+from ctkernels.ops import INPUT_COUNT
 from ctkernels.testing.backends import Backend, backends
 from ctkernels.testing.calls import call_op, cotangents_for, make_call, run
 
@@ -19,6 +20,7 @@ OPCHECKED = {
         types="bf16+fp32",
         G=2,
         bias=(2, 4, 11),
+        sinks=True,
         prefix_index=torch.tensor([0, 1, 0]),
         prefix_lens=torch.tensor([11, 4]),
         seq_lens=torch.tensor([5, 0, 3]),
@@ -32,6 +34,7 @@ OPCHECKED = {
         softcap=3.0,
         alibi_slopes=torch.rand(4),
     ),
+    "values of their own": dict(Dv=5, sinks=True, types="fp32"),
     "packed": dict(lens=[4, 0, 3], types="fp32", mask=dict(drop_p=0.2, seed=3, row_ids=torch.tensor([5, 0, 2]))),
     "no rows": dict(B=0, types="fp32"),
 }
@@ -55,7 +58,7 @@ def test_opcheck(kernel_backend, case):
     assert forward is torch.ops.ctkernels.prefix_attention.default
     assert backward is torch.ops.ctkernels.prefix_attention_backward.default
     differentiable = tuple(
-        x.detach().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() and i < 6 else x
+        x.detach().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() and i < INPUT_COUNT else x
         for i, x in enumerate(forward_args)
     )
     torch.library.opcheck(forward, forward_args)
@@ -69,7 +72,7 @@ def test_operators_are_registered():
     for name in ("prefix_attention", "prefix_attention_backward"):
         schema = getattr(torch.ops.ctkernels, name).default._schema
         assert not schema.is_mutable
-        assert {"q", "k", "v", "prefix_k", "prefix_v", "prefix_bias"} <= {a.name for a in schema.arguments}
+        assert {"q", "k", "v", "prefix_k", "prefix_v", "prefix_bias", "sinks"} <= {a.name for a in schema.arguments}
 
 
 class Step:
@@ -77,13 +80,14 @@ class Step:
 
     def __init__(self, backend: str, lens: list[int] | None = None) -> None:
         self.backend = backend
-        self.call = make_call(types="fp32", lens=lens, bias=(11,))
+        self.call = make_call(types="fp32", lens=lens, bias=(11,), sinks=True)
         self.segments, self.held_out = torch.tensor([0, 4, 7, 11]), torch.tensor([2, -1, 0])
         self.cotangents = cotangents_for(self.call)
 
     def __call__(self, tensors: dict[str, torch.Tensor], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         mask = ct.ContextMask.leave_one_out(self.segments, self.held_out, 0.3, seed)
-        common = dict(mask=mask, prefix_bias=tensors["prefix_bias"], return_lse=True, backend=self.backend)
+        common = dict(mask=mask, return_lse=True, backend=self.backend)
+        common |= {name: tensors[name] for name in ("prefix_bias", "sinks")}
         q, k, v, prefix_k, prefix_v = (tensors[n] for n in ("q", "k", "v", "prefix_k", "prefix_v"))
         if self.call.cu_seqlens is None:
             return ct.prefix_attention(q * 1.5, k, v, prefix_k, prefix_v, **common)
@@ -163,7 +167,7 @@ def test_compiled_with_a_mask_as_an_argument(backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_is_that_of_sdpa(backend, dtype):
     """fp32 tensors come out in autocast's type and get fp32 gradients; the prefix stays in fp32."""
-    call = make_call(types="fp32", mask=dict(drop_p=0.3, seed=1), bias=(11,)).to(backend.device)
+    call = make_call(types="fp32", mask=dict(drop_p=0.3, seed=1), bias=(11,), sinks=True).to(backend.device)
     tensors = {name: x.detach().requires_grad_() for name, x in call.tensors.items()}
     with torch.autocast(backend.device, dtype=dtype):
         out, lse = call_op(replace(call, tensors=tensors), backend.name)

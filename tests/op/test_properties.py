@@ -12,6 +12,7 @@ from ctkernels.testing.calls import Call, cotangents_for, cu_seqlens_of, make_ca
 from ctkernels.testing.compare import assert_matches
 
 ROWS = ("q", "k", "v")
+SHARED = ("dprefix_k", "dprefix_v", "dprefix_bias", "dsinks")  # gradients of what all rows read
 NAN = float("nan")
 TIGHT = dict(rtol=1e-5, atol=1e-6)
 LENS = [5, 0, 9, 1, 17, 3]
@@ -27,13 +28,13 @@ def packed(**changes) -> Call:
     """Six ragged rows over two prefixes of 70 keys, with spans and dropout."""
     index = torch.tensor([0, 1, 1, 0, 1, 0])
     settings = dict(lens=LENS, G=2, P=70, types="fp32", D=16, prefix_index=index, mask=MASK, bias=(4, 70), softcap=8.0)
-    return make_call(**{**settings, **changes})
+    return make_call(**{"sinks": True, **settings, **changes})
 
 
 def padded(**changes) -> Call:
     index = torch.tensor([0, 1, 1, 0, 1, 0])
     settings = dict(B=6, S=17, G=2, P=70, types="fp32", D=16, prefix_index=index, mask=MASK, bias=(4, 70), softcap=8.0)
-    return make_call(**{**settings, "seq_lens": torch.tensor(LENS), **changes})
+    return make_call(**{"sinks": True, **settings, "seq_lens": torch.tensor(LENS), **changes})
 
 
 def tokens_of(rows: list[int], lens: list[int] = LENS) -> torch.Tensor:
@@ -64,7 +65,7 @@ def test_permuting_rows_permutes_results_exactly(build, make, types):
     whole, permuted = run(call, build, cotangents), run(*_with_build(select_rows(call, cotangents, order), build))
     for name in ("out", "lse", "dq", "dk", "dv"):
         assert torch.equal(permuted[name], whole[name][at]), name
-    for name in ("dprefix_k", "dprefix_v", "dprefix_bias"):
+    for name in SHARED:
         torch.testing.assert_close(permuted[name], whole[name], **TIGHT)
 
 
@@ -82,7 +83,7 @@ def test_sharding_rows_changes_nothing(build, make):
     shards = [run(*_with_build(select_rows(call, cotangents, rows), build)) for rows in ([0, 1, 2, 3], [4, 5])]
     for name in ("out", "lse", "dq", "dk", "dv"):
         torch.testing.assert_close(torch.cat([shard[name] for shard in shards]), whole[name], **TIGHT)
-    for name in ("dprefix_k", "dprefix_v", "dprefix_bias"):
+    for name in SHARED:
         torch.testing.assert_close(sum(shard[name] for shard in shards), whole[name], **TIGHT)
 
 
@@ -135,11 +136,28 @@ def test_padded_equals_packed(build):
         wide_dout[b, :, :n] = dout[tokens_of([b])].transpose(0, 1)
         wide_dlse[b, :, :n] = dlse[tokens_of([b])].transpose(0, 1)
     a, b_ = run(flat, build, (dout, dlse)), run(wide, build, (wide_dout, wide_dlse))
-    for name in ("dprefix_k", "dprefix_v", "dprefix_bias"):
+    for name in SHARED:
         torch.testing.assert_close(a[name], b_[name], **TIGHT)
     for name in ("out", "lse", "dq", "dk", "dv"):
         for b, n in enumerate(LENS):
             torch.testing.assert_close(a[name][tokens_of([b])].transpose(0, 1), b_[name][b, :, :n], **TIGHT)
+
+
+@pytest.mark.parametrize("make", [padded, packed])
+def test_wide_values_are_narrow_ones_side_by_side(wide_build, make):
+    """Columns of values do not affect one another, and what they do to the other gradients adds up."""
+    call = make(Dv=40)
+    dout, dlse = cotangents_for(call)
+    whole, parts = run(call, wide_build, (dout, dlse)), []
+    for columns in (slice(0, 16), slice(16, 17), slice(17, 40)):
+        narrow = call.with_tensors(**{name: call.tensors[name][..., columns] for name in ("v", "prefix_v")})
+        parts.append(run(narrow, wide_build, (dout[..., columns], dlse if columns.start == 0 else 0 * dlse)))
+    for name, x in whole.items():
+        if name in ("out", "dv", "dprefix_v"):
+            pieced = torch.cat([part[name] for part in parts], -1)
+        else:
+            pieced = parts[0][name] if name == "lse" else sum(part[name] for part in parts)
+        torch.testing.assert_close(pieced, x, **TIGHT, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_padding_is_zero_and_stays_out_of_everything(build):
@@ -248,7 +266,7 @@ def test_prompt_rows_get_no_gradient_in_what_they_hide(build):
 def test_queries_that_see_nothing(build):
     """out = 0, lse = -inf, no gradient, whatever arrives for them (even NaN): and the other queries do not notice."""
     mask = dict(length=16, hidden=torch.tensor([[0, 16], [0, 0], [0, 14]]))
-    call = make_call(types="fp32", bias=(11,), mask=mask)
+    call = make_call(types="fp32", bias=(11,), sinks=True, mask=mask)
     dout, dlse = cotangents_for(call)
     clean = run(call, build, (dout, dlse))
     dout[0], dlse[0], dout[2, :, :3], dlse[2, :, :3] = NAN, NAN, NAN, NAN

@@ -1,5 +1,7 @@
 """The reference backend and the tests' oracle against scaled_dot_product_attention with the dense mask."""
 
+import math
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -58,6 +60,11 @@ def test_nothing_hidden_is_sdpa(H, Hk):
     assert_same_as_sdpa(call, causal_visible(3, 5, 5, torch.ones(3, 7, dtype=torch.bool)))
 
 
+@pytest.mark.parametrize("Dv", [3, 20])
+def test_values_of_their_own_head_dimension_are_sdpa(Dv):
+    assert_same_as_sdpa(make(Dv=Dv), causal_visible(3, 5, 5, torch.ones(3, 7, dtype=torch.bool)))
+
+
 def test_without_a_prefix_is_causal_sdpa():
     call = make(P=0)
     t = call.tensors
@@ -96,7 +103,7 @@ def test_alibi():
     )
 
 
-def test_softcap_and_bias_by_hand():
+def test_softcap_bias_and_sink_by_hand():
     """One query, two prefix keys, itself: the formula in scalars."""
     q, keys = 2.0, [1.0, -3.0, 0.5]
     values, bias, cap, scale = [1.0, 10.0, 100.0], [0.3, -0.2], 1.5, 0.8
@@ -110,7 +117,9 @@ def test_softcap_and_bias_by_hand():
     tensors = {"q": column([q])[None], "k": column(keys[2:])[None], "v": column(values[2:])[None]}
     tensors |= {"prefix_k": column(keys[:2]), "prefix_v": column(values[:2])}
     tensors["prefix_bias"] = torch.tensor(bias, dtype=torch.float64)
+    tensors["sinks"] = torch.tensor([0.4], dtype=torch.float64)
     assert set(tensors) == set(DIFFERENTIABLE)
     got = run(Call(tensors, None, dict(softcap=cap, scale=scale)), REFERENCE)
-    torch.testing.assert_close(got["out"].flatten(), expected[None], rtol=1e-14, atol=0)
+    with_sink = expected * logits.exp().sum() / (logits.exp().sum() + math.exp(0.4))
+    torch.testing.assert_close(got["out"].flatten(), with_sink[None], rtol=1e-14, atol=0)
     torch.testing.assert_close(got["lse"].flatten(), torch.logsumexp(logits, 0)[None], rtol=1e-14, atol=0)

@@ -10,12 +10,12 @@ from torch.autograd import forward_ad
 from ctkernels.testing.calls import Call, call_op, cotangents_for, make_call, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # vmap runs entry by entry
-NAMES = ("prefix_k", "prefix_v", "q", "prefix_bias")
+NAMES = ("prefix_k", "prefix_v", "q", "prefix_bias", "sinks")
 
 
 @pytest.fixture
 def call() -> Call:
-    return make_call(types="fp32", mask=dict(drop_p=0.3, seed=1), bias=(11,))
+    return make_call(types="fp32", mask=dict(drop_p=0.3, seed=1), bias=(11,), sinks=True)
 
 
 def attend(call: Call, backend, *changed: Tensor):
@@ -36,7 +36,7 @@ def test_grad_is_that_of_autograd(backend, call):
     call = call.to(backend.device)
     inputs = [call.tensors[name] for name in NAMES]
     for gradient in (torch.func.grad, lambda f, n: torch.no_grad()(torch.func.grad(f, n))):
-        actual = gradient(lambda *x: loss(call, backend, *x), (0, 1, 2, 3))(*inputs)
+        actual = gradient(lambda *x: loss(call, backend, *x), tuple(range(len(NAMES))))(*inputs)
         for name, x in zip(NAMES, actual, strict=True):
             assert torch.equal(x.cpu(), expected["d" + name]), name
     out, pullback = torch.func.vjp(lambda x: attend(call, backend, x)[0], inputs[0])

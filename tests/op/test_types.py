@@ -65,16 +65,17 @@ def test_fp32_values_pass_unchanged(build):
     assert torch.equal(ct.prefix_attention(q, q, v, empty, empty, backend=build.name), v)
 
 
-@pytest.mark.parametrize("bias_dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("types", ["fp32", "bf16+fp32"])
-def test_bias_of_any_type(build, types, bias_dtype):
-    """The bias has a type of its own, and its gradient the same."""
-    if bias_dtype == torch.float64 and not build.double:
-        bias_dtype = torch.float32
-    call = make_call(types=types, bias=(4, 11))
-    call = call.with_tensors(prefix_bias=call.tensors["prefix_bias"].to(bias_dtype))
+@pytest.mark.parametrize("name", ["prefix_bias", "sinks"])
+def test_bias_and_sinks_of_any_type(build, name, types, dtype):
+    """They have a type of their own, and their gradients the same."""
+    if dtype == torch.float64 and not build.double:
+        dtype = torch.float32
+    call = make_call(types=types, bias=(4, 11), sinks=True)
+    call = call.with_tensors(**{name: call.tensors[name].to(dtype)})
     cotangents = cotangents_for(call)
     got = run(call, build, cotangents)
-    assert got["dprefix_bias"].dtype == bias_dtype
-    rounded = torch.finfo(bias_dtype).eps > torch.finfo(torch.float32).eps
-    assert_matches(call, got, cotangents, names=tuple(n for n in got if n != "dprefix_bias" or not rounded))
+    assert got["d" + name].dtype == dtype
+    rounded = torch.finfo(dtype).eps > torch.finfo(torch.float32).eps
+    assert_matches(call, got, cotangents, names=tuple(n for n in got if n != "d" + name or not rounded))

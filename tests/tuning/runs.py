@@ -7,34 +7,21 @@ import torch
 from ctkernels.testing.tasks import DEMONSTRATIONS, char_tokenizer
 from ctkernels.tuning.adapters.adapter import Adapter
 from ctkernels.tuning.data.demonstrations import Demonstration
-from ctkernels.tuning.methods import get_method
-from ctkernels.tuning.train.settings import TrainSettings
-from ctkernels.tuning.train.trainer import TuneResult, tune
+from ctkernels.tuning.methods import METHODS, get_method
+from ctkernels.tuning.methods.tune import TuneResult, tune
+from ctkernels.tuning.train.options import Options
 
-NAMES = (
-    "zero-shot",
-    "icl",
-    "prompt-tuning",
-    "prefix-tuning",
-    "ipt",
-    "ct-prompt",
-    "ct-kv",
-    "ttt",
-    "ttt+ct-kv",
-    "deep-thinking",
-    "cpt",
-)
-TRAINING = tuple(name for name in NAMES if name not in ("zero-shot", "icl", "deep-thinking"))
+NAMES = tuple(METHODS)
+TRAINING = tuple(name for name, method in METHODS.items() if method.trains != "nothing")
 TOKENIZER = char_tokenizer(adds_bos=True)
 ITEMS = [Demonstration("warm rain", "warm", ("warm", "cold", "ok")), Demonstration("ink", "ok", ("warm", "cold", "ok"))]
 
 
-def settings(name: str, **options) -> TrainSettings:
+def settings(name: str, **options) -> Options:
     """Three epochs at a high rate, a small update where there is one."""
-    small = {"lora_rank": 2, "ttt_epochs": 2, "ttt_lr": 1e-2, "prompt_tokens": 5}
-    reads = get_method(name).reads
-    common = {key: value for key, value in small.items() if key in reads}
-    return get_method(name).settings(**{**common, "epochs": 3, "lr": 1e-2, "seed": 2, **options})
+    small = {"lora_rank": 2, "ttt_epochs": 2, "ttt_lr": 1e-2, "prompt_tokens": 5, "epochs": 3, "lr": 1e-2, "seed": 2}
+    method = get_method(name)
+    return method.settings(**method.pick(small) | options)
 
 
 def run(name: str, model, demonstrations=DEMONSTRATIONS, options=None, **arguments) -> TuneResult:

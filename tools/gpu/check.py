@@ -32,7 +32,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for benchmarks/, which is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for benchmarks/ and tools/, which are not installed
 
 import torch
 
@@ -192,7 +192,7 @@ def check_case(
     """Measure a case beside its peers: rates as shares of the ceilings, same bits, the predicted time; or the error."""
     if torch.device(args.device).type == "cuda":
         torch.cuda.empty_cache()
-    torch._dynamo.reset()  # each case compiles its peers anew: past a limit of recompilations they would run uncompiled
+    torch._dynamo.reset()  # peers compile for each case; past a limit of recompilations they would run uncompiled
     if case.dtype not in ceilings:
         ceilings[case.dtype] = harness.MatrixProduct(case.dtype, args.device)
     result, error = attempt(

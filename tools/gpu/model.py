@@ -1,4 +1,5 @@
-"""A model of the time on GPUs that are not here, from the emulator's counters: a prediction to be refuted.
+"""A model of the time on GPUs that are not here, from the emulator's counters: predictions, to be checked against the
+first measurement.
 
 A kernel keeps the units of a multiprocessor busy, each with a documented rate: tensor cores, instruction issue, special
 functions (exp2), shared memory, and its share of the L2 cache and of memory. It takes at least as long as the busiest

@@ -35,6 +35,7 @@ class Sizes:
     alibi: bool = False
     softcap: float = 0.0
     window: int = 0
+    Dv: int | None = None  # None: D
 
     @property
     def hidden(self) -> Tensor | None:
@@ -78,15 +79,15 @@ def make(sizes: Sizes, device: str = "cpu") -> Inputs:
             return torch.empty(shape, dtype=dtype, device=device)
         return torch.randn(shape, generator=generator).to(dtype).to(device)
 
-    B, N = len(sizes.lens), sum(sizes.lens)
+    B, N, widths = len(sizes.lens), sum(sizes.lens), (sizes.D, sizes.Dv or sizes.D)
     if sizes.past:  # padded rows of one length
         S, T = sizes.lens[0], sizes.past + sizes.lens[0]
-        q, dout = (normal((B, S, sizes.H, sizes.D), sizes.dtype).transpose(1, 2) for _ in range(2))
-        k, v = (normal((B, T, sizes.Hk, sizes.D), sizes.dtype).transpose(1, 2) for _ in range(2))
+        q, dout = (normal((B, S, sizes.H, width), sizes.dtype).transpose(1, 2) for width in widths)
+        k, v = (normal((B, T, sizes.Hk, width), sizes.dtype).transpose(1, 2) for width in widths)
     else:
-        q, dout = (normal((N, sizes.H, sizes.D), sizes.dtype).transpose(0, 1)[None] for _ in range(2))
-        k, v = (normal((N, sizes.Hk, sizes.D), sizes.dtype).transpose(0, 1)[None] for _ in range(2))
-    prefix_k, prefix_v = (normal((1, sizes.Hk, sizes.P, sizes.D), sizes.prefix_dtype or sizes.dtype) for _ in range(2))
+        q, dout = (normal((N, sizes.H, width), sizes.dtype).transpose(0, 1)[None] for width in widths)
+        k, v = (normal((N, sizes.Hk, width), sizes.dtype).transpose(0, 1)[None] for width in widths)
+    prefix_k, prefix_v = (normal((1, sizes.Hk, sizes.P, width), sizes.prefix_dtype or sizes.dtype) for width in widths)
     problem = Problem(
         alibi_slopes=normal((sizes.H,), torch.float32).abs() if sizes.alibi else None,
         cu_seqlens=None if sizes.past else cu_seqlens(sizes.lens).to(device),
@@ -104,7 +105,6 @@ def make(sizes: Sizes, device: str = "cpu") -> Inputs:
         window=sizes.window,
         window_prefix=True,
         softcap=sizes.softcap,
-        backend="triton",
     )
     bias = normal((1, sizes.H, sizes.P), torch.float32) if sizes.bias else None
     return Inputs(q, k, v, prefix_k, prefix_v, bias, problem, dout)

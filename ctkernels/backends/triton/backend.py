@@ -1,4 +1,4 @@
-"""Triton backend: the kernels of `triton_kernels`, on GPU tensors, or on CPU tensors under Triton's interpreter."""
+"""Triton backend: the kernels of this folder, on GPU tensors, or on CPU tensors under Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ctkernels.problem import Problem, check_values
 
 LEAST_TRITON = (3, 2)  # tl.gather
 LEAST_CAPABILITY = (8, 0)
+WIDE_FP32 = ("sm_80", "sm_90", "sm_100", "gfx942")  # their blocks hold the 131 KiB of the backward pass, or need less
 
 
 def interpreting() -> bool:
@@ -38,7 +39,7 @@ def unavailable() -> str | None:
     return None
 
 
-def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+def refusal(device: torch.device, dtype: torch.dtype, wide: int = 0) -> str | None:
     """Why the kernels cannot take rows of `dtype` on `device`, or None."""
     if dtype == torch.float64:
         return "it computes in fp32, got fp64 tensors"
@@ -49,6 +50,8 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
         major, minor = torch.cuda.get_device_capability(device)
         return f"it needs compute capability 8.0 (Ampere) or newer, got {major}.{minor}"
+    if wide > 256 and dtype == torch.float32 and (arch := target(device).arch) not in WIDE_FP32:
+        return f"fp32 rows of head dimensions above 256 need shared memory of {', '.join(WIDE_FP32)}, got {arch}"
     return None
 
 

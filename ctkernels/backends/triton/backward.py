@@ -22,6 +22,8 @@ from ctkernels.backends.triton.mask import (
 )
 from ctkernels.backends.triton.tile import (
     LOG2E,
+    OWN_BLOCK,
+    OWN_ROW,
     ROW_BATCH,
     ROW_FIRST,
     ROW_KEYS,
@@ -60,7 +62,7 @@ from ctkernels.backends.triton.tile import (
 def delta_kernel(
     DOUT, OUT, LSE, DLSE, ROWS, SLOTS, STATE,
     dout_b, dout_h, dout_t, out_b, out_h, out_t, lse_b, lse_h, dlse_b, dlse_h, dlse_t, n_rows, n_slots,
-    GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, HAS_DLSE: tl.constexpr,
+    GROUP: tl.constexpr, VD: tl.constexpr, VD0: tl.constexpr, VD1: tl.constexpr, HAS_DLSE: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Grid (lane blocks, Hk). STATE, fp32 [3, Hk, lanes]: lse2, delta, and for fp32 rows what lse2 was rounded by."""
@@ -70,10 +72,10 @@ def delta_kernel(
     _, batch, token, _ = lane_slots(lane, ok, SLOTS, n_slots, GROUP)
     lse = tl.load(LSE + offsets(batch, head, token, lse_b, lse_h, 1), mask=ok, other=-float("inf"))
     alive = lse != -float("inf")
-    out0, out1 = load_pieces(OUT, offsets(batch, head, token, out_b, out_h, out_t), alive, D, D0, D1)
-    dout0, dout1 = load_pieces(DOUT, offsets(batch, head, token, dout_b, dout_h, dout_t), alive, D, D0, D1)
+    out0, out1 = load_pieces(OUT, offsets(batch, head, token, out_b, out_h, out_t), alive, VD, VD0, VD1)
+    dout0, dout1 = load_pieces(DOUT, offsets(batch, head, token, dout_b, dout_h, dout_t), alive, VD, VD0, VD1)
     delta = tl.sum(out0.to(tl.float32) * dout0.to(tl.float32), 1)
-    if D1 > 0:
+    if VD1 > 0:
         delta += tl.sum(out1.to(tl.float32) * dout1.to(tl.float32), 1)
     if HAS_DLSE:
         delta -= tl.load(DLSE + offsets(batch, head, token, dlse_b, dlse_h, dlse_t), mask=alive, other=0.0)
@@ -95,6 +97,7 @@ def dq_kernel(
     dq_b, dq_h, dq_t, bias_g, bias_h, n_rows, n_slots, n_tiles, n_words, P, length, drop_below, seed_low, seed_high,
     factor, cap, scale, window,
     GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, W1: tl.constexpr,
+    VD: tl.constexpr, VD0: tl.constexpr, VD1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OWN_N: tl.constexpr, SPLITS: tl.constexpr,
     MASKED: tl.constexpr, DROP: tl.constexpr, KEPT: tl.constexpr, OWN_CONTEXT: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, WINDOW_PREFIX: tl.constexpr, SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -121,7 +124,7 @@ def dq_kernel(
     n_lanes = n_slots * GROUP
     high, low, delta, alive = lane_state(STATE, lane, ok, kv, tl.num_programs(1), n_lanes, PAIR)
     q0, q1 = load_pieces(Q, offsets(batch, head, token, q_b, q_h, q_t), alive, D, D0, D1)  # [BLOCK_M, D0 | D1]
-    do0, do1 = load_pieces(DOUT, offsets(batch, head, token, dout_b, dout_h, dout_t), alive, D, D0, D1)
+    do0, do1 = load_pieces(DOUT, offsets(batch, head, token, dout_b, dout_h, dout_t), alive, VD, VD0, VD1)
     lowest = tl.min(tl.where(ok, position, 2147483647), 0)
     highest = tl.max(tl.where(ok, position, -2147483647), 0)
     slope2 = 0.0
@@ -141,25 +144,25 @@ def dq_kernel(
         PREFIX_V + prefix * pv_g + kv.to(tl.int64) * pv_h,
     )
     for block in range(first, first + count):
-        k0 = (block + tl.where(block >= skip, skipped, 0)) * BLOCK_N
-        n = k0 + tl.arange(0, BLOCK_N)
+        first_key = (block + tl.where(block >= skip, skipped, 0)) * BLOCK_N
+        n = first_key + tl.arange(0, BLOCK_N)
         seen = seen_by_tile(TILE_WORDS, n_tiles, tile, n) if MASKED else n < prefix_len
         if NEAR:
             seen = seen & (prefix_len + lowest - n < window)
         at = n.to(tl.int64)
-        k0_, k1_ = load_pieces(prefix_k, at * pk_t, seen, D, D0, D1)
-        v0, v1 = load_pieces(prefix_v, at * pv_t, seen, D, D0, D1)
-        s = inner(q0, q1, k0_, k1_, D1, PRECISION)  # [BLOCK_M, BLOCK_N]
+        k0, k1 = load_pieces(prefix_k, at * pk_t, seen, D, D0, D1)
+        v0, v1 = load_pieces(prefix_v, at * pv_t, seen, VD, VD0, VD1)
+        s = inner(q0, q1, k0, k1, D1, PRECISION)  # [BLOCK_M, BLOCK_N]
         s, derivative = prefix_logits(
             s, n, position, prefix_len, bias, slope2, ok, factor, cap, SOFTCAP, HAS_BIAS, ALIBI, PLAIN, False
         )
         s = prefix_masked(
-            s, WORDS, TILE_WORDS, n_rows, n_words, n_tiles, tile, row, k0, position, highest, prefix_len, window,
+            s, WORDS, TILE_WORDS, n_rows, n_words, n_tiles, tile, row, first_key, position, highest, prefix_len, window,
             MASKED, BRANCH, NEAR, False, BLOCK_N,
         )  # fmt: skip
         p = probabilities(s, high, low, factor, PLAIN, PAIR, False)
-        ds = p * (inner(do0, do1, v0, v1, D1, PRECISION) - delta[:, None]) * derivative
-        dq0, dq1 = accumulate(dq0, dq1, ds, k0_, k1_, D1, PRECISION)
+        ds = p * (inner(do0, do1, v0, v1, VD1, PRECISION) - delta[:, None]) * derivative
+        dq0, dq1 = accumulate(dq0, dq1, ds, k0, k1, D1, PRECISION)
 
     if split == SPLITS - 1:
         for r in range(row0, row0 + rows):
@@ -167,22 +170,22 @@ def dq_kernel(
             mine = ok & (row == r)
             own_batch = tl.load(ROWS + ROW_BATCH * n_rows + r)
             own_token = tl.load(ROWS + ROW_TOKEN * n_rows + r)
-            for t0 in tl.range(begin, end, OWN_N, num_stages=1):  # short: prefetching costs registers
-                t = t0 + tl.arange(0, OWN_N)
+            for first_t in tl.range(begin, end, OWN_N, num_stages=1):  # short: prefetching costs registers
+                t = first_t + tl.arange(0, OWN_N)
                 seen = own_seen(
                     ROWS, KEEP, n_rows, r, t, keys, P, length, drop_below, seed_low, seed_high, OWN_CONTEXT, DROP, KEPT
                 )
-                k0_, k1_ = load_pieces(K, offsets(own_batch, kv, own_token + t, k_b, k_h, k_t), seen, D, D0, D1)
-                v0, v1 = load_pieces(V, offsets(own_batch, kv, own_token + t, v_b, v_h, v_t), seen, D, D0, D1)
-                s = inner(q0, q1, k0_, k1_, D1, PRECISION)  # [BLOCK_M, OWN_N]
+                k0, k1 = load_pieces(K, offsets(own_batch, kv, own_token + t, k_b, k_h, k_t), seen, D, D0, D1)
+                v0, v1 = load_pieces(V, offsets(own_batch, kv, own_token + t, v_b, v_h, v_t), seen, VD, VD0, VD1)
+                s = inner(q0, q1, k0, k1, D1, PRECISION)  # [BLOCK_M, OWN_N]
                 s, derivative = own_logits(s, t, position, slope2, factor, cap, SOFTCAP, ALIBI, PLAIN, False)
                 visible = own_visible(t, seen, position, mine, window, CAUSAL, WINDOW, False)
                 p = probabilities(tl.where(visible, s, -float("inf")), high, low, factor, PLAIN, PAIR, False)
-                ds = p * (inner(do0, do1, v0, v1, D1, PRECISION) - delta[:, None]) * derivative
+                ds = p * (inner(do0, do1, v0, v1, VD1, PRECISION) - delta[:, None]) * derivative
                 # other rows have p = 0, which must not meet a NaN; a lane that sees one in k has it in lse, too
                 ds = tl.where(visible, ds, 0.0)
-                k0_, k1_ = only(all_finite(k0_, k1_, D1), k0_, k1_)
-                dq0, dq1 = accumulate(dq0, dq1, ds, k0_, k1_, D1, PRECISION)
+                k0, k1 = only(all_finite(k0, k1, D1), k0, k1)
+                dq0, dq1 = accumulate(dq0, dq1, ds, k0, k1, D1, PRECISION)
 
     lane, ok, batch, head, token = result_lanes(TILES, n_tiles, tile, kv, SLOTS, n_slots, GROUP, BLOCK_M)
     if SPLITS == 1:
@@ -219,18 +222,19 @@ def own_kernel(
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, dout_b, dout_h, dout_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
     n_rows, n_slots, n_own, P, length, drop_below, seed_low, seed_high, factor, cap, scale, window,
     GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, W1: tl.constexpr,
+    VD: tl.constexpr, VD0: tl.constexpr, VD1: tl.constexpr, VW1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
     DROP: tl.constexpr, KEPT: tl.constexpr, OWN_CONTEXT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (own blocks, Hk): dk, dv of BLOCK_N own keys of one row."""
-    row = tl.load(OWN + tl.program_id(0))
+    row = tl.load(OWN + OWN_ROW * n_own + tl.program_id(0))
     if row < 0:
         return
     PAIR: tl.constexpr = Q.dtype.element_ty == tl.float32
     kv = tl.program_id(1)
-    t0 = tl.load(OWN + n_own + tl.program_id(0)) * BLOCK_N
-    t = t0 + tl.arange(0, BLOCK_N)
+    first_t = tl.load(OWN + OWN_BLOCK * n_own + tl.program_id(0)) * BLOCK_N
+    t = first_t + tl.arange(0, BLOCK_N)
     first = tl.load(ROWS + ROW_FIRST * n_rows + row)
     queries = tl.load(ROWS + ROW_QUERIES * n_rows + row)
     keys = tl.load(ROWS + ROW_KEYS * n_rows + row)
@@ -241,18 +245,18 @@ def own_kernel(
     seen = own_seen(
         ROWS, KEEP, n_rows, row, t, keys, P, length, drop_below, seed_low, seed_high, OWN_CONTEXT, DROP, KEPT
     )
-    k0_, k1_ = load_pieces(K, offsets(batch, kv, token0 + t, k_b, k_h, k_t), seen, D, D0, D1)  # [BLOCK_N, D0 | D1]
-    v0, v1 = load_pieces(V, offsets(batch, kv, token0 + t, v_b, v_h, v_t), seen, D, D0, D1)
+    k0, k1 = load_pieces(K, offsets(batch, kv, token0 + t, k_b, k_h, k_t), seen, D, D0, D1)  # [BLOCK_N, D0 | D1]
+    v0, v1 = load_pieces(V, offsets(batch, kv, token0 + t, v_b, v_h, v_t), seen, VD, VD0, VD1)
     dk0 = tl.zeros([BLOCK_N, D0], tl.float32)
     dk1 = tl.zeros([BLOCK_N, W1], tl.float32)
-    dv0 = tl.zeros([BLOCK_N, D0], tl.float32)
-    dv1 = tl.zeros([BLOCK_N, W1], tl.float32)
+    dv0 = tl.zeros([BLOCK_N, VD0], tl.float32)
+    dv1 = tl.zeros([BLOCK_N, VW1], tl.float32)
 
     begin, end = 0, queries  # queries that may see these keys
     if CAUSAL:
-        begin = tl.maximum(t0 - offset, 0)
+        begin = tl.maximum(first_t - offset, 0)
     if WINDOW:
-        end = tl.minimum(queries, t0 + BLOCK_N - 1 + window - offset)
+        end = tl.minimum(queries, first_t + BLOCK_N - 1 + window - offset)
     n_lanes = n_slots * GROUP
     lane_end = (first + end) * GROUP
     for start in range((first + begin) * GROUP, lane_end, BLOCK_M):
@@ -263,20 +267,20 @@ def own_kernel(
         position = query + offset
         high, low, delta, alive = lane_state(STATE, lane, ok, kv, tl.num_programs(1), n_lanes, PAIR)
         q0, q1 = load_pieces(Q, offsets(batch, head, token0 + query, q_b, q_h, q_t), alive, D, D0, D1)
-        do0, do1 = load_pieces(DOUT, offsets(batch, head, token0 + query, dout_b, dout_h, dout_t), alive, D, D0, D1)
+        do0, do1 = load_pieces(DOUT, offsets(batch, head, token0 + query, dout_b, dout_h, dout_t), alive, VD, VD0, VD1)
         slope2 = 0.0
         if ALIBI:
             slope2 = tl.load(SLOPES + head, mask=ok, other=0.0) * LOG2E
-        s = inner(k0_, k1_, q0, q1, D1, PRECISION)  # [BLOCK_N, BLOCK_M]
+        s = inner(k0, k1, q0, q1, D1, PRECISION)  # [BLOCK_N, BLOCK_M]
         s, derivative = own_logits(s, t, position, slope2, factor, cap, SOFTCAP, ALIBI, PLAIN, True)
         s = tl.where(own_visible(t, seen, position, ok, window, CAUSAL, WINDOW, True), s, -float("inf"))
         p = probabilities(s, high, low, factor, PLAIN, PAIR, True)
         if NEED_V:
-            dv0, dv1 = accumulate(dv0, dv1, p, do0, do1, D1, PRECISION)
+            dv0, dv1 = accumulate(dv0, dv1, p, do0, do1, VD1, PRECISION)
         if NEED_K:
-            ds = p * (inner(v0, v1, do0, do1, D1, PRECISION) - delta[None, :]) * derivative
+            ds = p * (inner(v0, v1, do0, do1, VD1, PRECISION) - delta[None, :]) * derivative
             dk0, dk1 = accumulate(dk0, dk1, ds, q0, q1, D1, PRECISION)
     if NEED_K:
         store_pieces(DK, offsets(batch, kv, token0 + t, dk_b, dk_h, dk_t), dk0 * scale, dk1 * scale, valid, D, D0, D1)
     if NEED_V:
-        store_pieces(DV, offsets(batch, kv, token0 + t, dv_b, dv_h, dv_t), dv0, dv1, valid, D, D0, D1)
+        store_pieces(DV, offsets(batch, kv, token0 + t, dv_b, dv_h, dv_t), dv0, dv1, valid, VD, VD0, VD1)

@@ -41,34 +41,38 @@ def prefix_kernel(
     q_b, q_h, q_t, pk_g, pk_h, pk_t, pv_g, pv_h, pv_t, dout_b, dout_h, dout_t, bias_g, bias_h,
     n_prefixes, n_rows, n_slots, n_tiles, n_words, P, factor, cap, scale, window,
     GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, W1: tl.constexpr,
+    VD: tl.constexpr, VD0: tl.constexpr, VD1: tl.constexpr, VW1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
     SKIP: tl.constexpr, BIAS_HEADS: tl.constexpr, BIAS_WIDTH: tl.constexpr, MASKED: tl.constexpr, DROP: tl.constexpr,
     KEPT: tl.constexpr, WINDOW: tl.constexpr, WINDOW_PREFIX: tl.constexpr, SOFTCAP: tl.constexpr,
     HAS_BIAS: tl.constexpr, ALIBI: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (key blocks, Hk, G * SPLITS). DK, DV: [SPLITS, G, Hk, P, D]; DBIAS: fp32 [SPLITS, G, Hk * BIAS_HEADS, P].
+    """Grid (key blocks, Hk, G * SPLITS). DK [SPLITS, G, Hk, P, D], DV [SPLITS, G, Hk, P, VD]; DBIAS: fp32
+    [SPLITS, G, Hk * BIAS_HEADS, P].
 
     BIAS_HEADS: 0 no gradient of the bias, 1 one per KV head (a bias that heads share), GROUP one per head, in an
     accumulator of BIAS_WIDTH, the next power of two. SKIP: look for tiles none of whose rows sees the keys; the
     branch keeps Triton from prefetching the next tile, so that it must be worth it.
     """
-    k0, kv = tl.program_id(0) * BLOCK_N, tl.program_id(1)
+    first_key, kv = tl.program_id(0) * BLOCK_N, tl.program_id(1)
     prefix, split = tl.program_id(2) % n_prefixes, tl.program_id(2) // n_prefixes
     BRANCH: tl.constexpr = not (DROP or KEPT)
     NEAR: tl.constexpr = WINDOW and WINDOW_PREFIX
     PAIR: tl.constexpr = Q.dtype.element_ty == tl.float32
     NEED_DS: tl.constexpr = NEED_K or BIAS_HEADS > 0
-    n = k0 + tl.arange(0, BLOCK_N)
+    n = first_key + tl.arange(0, BLOCK_N)
     inside = n < P
     at = n.to(tl.int64)
-    k0_, k1_ = load_pieces(PREFIX_K + prefix.to(tl.int64) * pk_g + kv.to(tl.int64) * pk_h, at * pk_t, inside, D, D0, D1)
-    v0, v1 = load_pieces(PREFIX_V + prefix.to(tl.int64) * pv_g + kv.to(tl.int64) * pv_h, at * pv_t, inside, D, D0, D1)
+    prefix_k = PREFIX_K + prefix.to(tl.int64) * pk_g + kv.to(tl.int64) * pk_h
+    k0, k1 = load_pieces(prefix_k, at * pk_t, inside, D, D0, D1)
+    prefix_v = PREFIX_V + prefix.to(tl.int64) * pv_g + kv.to(tl.int64) * pv_h
+    v0, v1 = load_pieces(prefix_v, at * pv_t, inside, VD, VD0, VD1)
     # zeros for what is not finite, which p = 0 would not hide; lanes that see it have an lse or delta of that kind
-    k0_, k1_, v0, v1 = finite(k0_), finite(k1_), finite(v0), finite(v1)  # [BLOCK_N, D0 | D1]
+    k0, k1, v0, v1 = finite(k0), finite(k1), finite(v0), finite(v1)  # [BLOCK_N, D0 | D1 | VD0 | VD1]
     dk0 = tl.zeros([BLOCK_N, D0], tl.float32)
     dk1 = tl.zeros([BLOCK_N, W1], tl.float32)
-    dv0 = tl.zeros([BLOCK_N, D0], tl.float32)
-    dv1 = tl.zeros([BLOCK_N, W1], tl.float32)
+    dv0 = tl.zeros([BLOCK_N, VD0], tl.float32)
+    dv1 = tl.zeros([BLOCK_N, VW1], tl.float32)
     dbias = tl.zeros([BLOCK_N, BIAS_WIDTH], tl.float32)
     bias_column = tl.arange(0, BIAS_WIDTH)
     n_lanes = n_slots * GROUP
@@ -77,14 +81,14 @@ def prefix_kernel(
     prefix_len = 0
     if first < last:
         prefix_len = tile_value(TILES, n_tiles, first, TILE_PREFIX_LEN)
-    if k0 >= prefix_len:
+    if first_key >= prefix_len:
         last = first
     share = tl.cdiv(last - first, SPLITS)
     begin = first + split * share
     for tile in range(begin, tl.minimum(begin + share, last)):
         hidden = False
         if SKIP:
-            hidden = block_word(TILE_WORDS, n_tiles, tile, k0, BLOCK_N, False) == 0
+            hidden = block_word(TILE_WORDS, n_tiles, tile, first_key, BLOCK_N, False) == 0
         if not hidden:
             lane0 = tile_value(TILES, n_tiles, tile, TILE_LANE)
             lane = lane0 + tl.arange(0, BLOCK_M)
@@ -93,26 +97,26 @@ def prefix_kernel(
             row, batch, token, position = lane_slots(lane, ok, SLOTS, n_slots, GROUP)
             high, low, delta, alive = lane_state(STATE, lane, ok, kv, tl.num_programs(1), n_lanes, PAIR)
             q0, q1 = load_pieces(Q, offsets(batch, head, token, q_b, q_h, q_t), alive, D, D0, D1)
-            do0, do1 = load_pieces(DOUT, offsets(batch, head, token, dout_b, dout_h, dout_t), alive, D, D0, D1)
+            do0, do1 = load_pieces(DOUT, offsets(batch, head, token, dout_b, dout_h, dout_t), alive, VD, VD0, VD1)
             slope2 = 0.0
             if ALIBI:
                 slope2 = tl.load(SLOPES + head, mask=ok, other=0.0) * LOG2E
             bias = BIAS + prefix.to(tl.int64) * bias_g + head.to(tl.int64) * bias_h
-            s = inner(k0_, k1_, q0, q1, D1, PRECISION)  # [BLOCK_N, BLOCK_M]
+            s = inner(k0, k1, q0, q1, D1, PRECISION)  # [BLOCK_N, BLOCK_M]
             s, derivative = prefix_logits(
                 s, n, position, prefix_len, bias, slope2, ok, factor, cap, SOFTCAP, HAS_BIAS, ALIBI, PLAIN, True
             )
             highest = tl.max(tl.where(ok, position, -2147483647), 0)
             s = prefix_masked(
-                s, WORDS, TILE_WORDS, n_rows, n_words, n_tiles, tile, row, k0, position, highest, prefix_len, window,
-                MASKED, BRANCH, NEAR, True, BLOCK_N,
+                s, WORDS, TILE_WORDS, n_rows, n_words, n_tiles, tile, row, first_key, position, highest, prefix_len,
+                window, MASKED, BRANCH, NEAR, True, BLOCK_N,
             )  # fmt: skip
             p = probabilities(s, high, low, factor, PLAIN, PAIR, True)
             ds = p
             if NEED_DS:
-                ds = p * (inner(v0, v1, do0, do1, D1, PRECISION) - delta[None, :])
+                ds = p * (inner(v0, v1, do0, do1, VD1, PRECISION) - delta[None, :])
             if NEED_V:
-                dv0, dv1 = accumulate(dv0, dv1, p, do0, do1, D1, PRECISION)
+                dv0, dv1 = accumulate(dv0, dv1, p, do0, do1, VD1, PRECISION)
             if BIAS_HEADS == 1:
                 dbias += tl.sum(ds, 1)[:, None]
             if BIAS_HEADS > 1:
@@ -122,11 +126,11 @@ def prefix_kernel(
             if NEED_K:
                 dk0, dk1 = accumulate(dk0, dk1, ds * derivative, q0, q1, D1, PRECISION)
 
-    out = ((tl.program_id(2).to(tl.int64) * tl.num_programs(1) + kv) * P + n) * D
+    out = (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + kv) * P + n
     if NEED_K:
-        store_pieces(DK, out, dk0 * scale, dk1 * scale, inside, D, D0, D1)
+        store_pieces(DK, out * D, dk0 * scale, dk1 * scale, inside, D, D0, D1)
     if NEED_V:
-        store_pieces(DV, out, dv0, dv1, inside, D, D0, D1)
+        store_pieces(DV, out * VD, dv0, dv1, inside, VD, VD0, VD1)
     if BIAS_HEADS > 0:
         heads = (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + kv) * BIAS_HEADS + bias_column
         here = inside[:, None] & (bias_column < BIAS_HEADS)[None, :]

@@ -44,12 +44,14 @@ LARGE = {
         96: Config(Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 16, 4, 1), Tile(32, 64, 4, 2)),
         128: Config(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(32, 32, 4, 1), Tile(32, 64, 4, 2)),
         256: Config(Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 32, 4, 1), Tile(32, 32, 8, 1)),
+        512: Config(Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
     },
     32: {
         64: Config(Tile(32, 32, 4, 1), Tile(32, 16, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
         96: Config(Tile(32, 16, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 4, 1), Tile(32, 32, 8, 1)),
         128: Config(Tile(32, 16, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 4, 1), Tile(32, 32, 8, 1)),
         256: Config(Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1)),
+        512: Config(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
     },
 }
 HOPPER = {**LARGE, 16: {**LARGE[16], 64: LARGE[16][64]._replace(prefix=Tile(32, 64, 4, 2))}}

@@ -68,11 +68,13 @@ def softmax_step(s, m, factor, PLAIN: tl.constexpr):
 
 
 @triton.jit
-def finish(OUT, LSE, m, total, acc0, acc1, offset, lse_offset, ok, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+def finish(
+    OUT, LSE, m, total, acc0, acc1, offset, lse_offset, ok, VD: tl.constexpr, VD0: tl.constexpr, VD1: tl.constexpr
+):
     """out and lse of the lanes; 0 and -inf where no key was seen, or only keys of probability 0."""
     empty = total == 0
     total = tl.where(empty, 1.0, total)
-    store_pieces(OUT, offset, acc0 / total[:, None], acc1 / total[:, None], ok, D, D0, D1)
+    store_pieces(OUT, offset, acc0 / total[:, None], acc1 / total[:, None], ok, VD, VD0, VD1)
     # in fp64, once per lane: the backward pass multiplies every rounding of lse by its size
     lse = (m.to(tl.float64) + tl.log2(total.to(tl.float64))) * LN2
     tl.store(LSE + lse_offset, tl.where(empty, -float("inf"), lse.to(tl.float32)), mask=ok)
@@ -83,13 +85,14 @@ def forward_kernel(
     Q, K, V, PREFIX_K, PREFIX_V, BIAS, SLOPES, KEEP, ROWS, SLOTS, TILES, WORDS, TILE_WORDS, OUT, LSE, PART, STATS,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, pk_g, pk_h, pk_t, pv_g, pv_h, pv_t, out_b, out_h, out_t, lse_b, lse_h,
     bias_g, bias_h, n_rows, n_slots, n_tiles, n_words, P, length, drop_below, seed_low, seed_high, factor, cap, window,
-    GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, W1: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    VD: tl.constexpr, VD0: tl.constexpr, VD1: tl.constexpr, VW1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OWN_N: tl.constexpr, SPLITS: tl.constexpr,
     MASKED: tl.constexpr, DROP: tl.constexpr, KEPT: tl.constexpr, OWN_CONTEXT: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, WINDOW_PREFIX: tl.constexpr, SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr,
     ALIBI: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, Hk, SPLITS). If SPLITS > 1, PART and STATS are scratch, fp32 [SPLITS, Hk, lanes, D] and
+    """Grid (tiles, Hk, SPLITS). If SPLITS > 1, PART and STATS are scratch, fp32 [SPLITS, Hk, lanes, VD] and
     [2, SPLITS, Hk, lanes]."""
     tile, kv, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     lanes = tile_value(TILES, n_tiles, tile, TILE_LANES)
@@ -118,8 +121,8 @@ def forward_kernel(
 
     m = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    acc0 = tl.zeros([BLOCK_M, D0], tl.float32)
-    acc1 = tl.zeros([BLOCK_M, W1], tl.float32)
+    acc0 = tl.zeros([BLOCK_M, VD0], tl.float32)
+    acc1 = tl.zeros([BLOCK_M, VW1], tl.float32)
 
     share = tl.cdiv(tl.cdiv(P, BLOCK_N), SPLITS)
     first, count, skip, skipped = prefix_blocks(
@@ -130,25 +133,25 @@ def forward_kernel(
         PREFIX_V + prefix * pv_g + kv.to(tl.int64) * pv_h,
     )
     for block in range(first, first + count):
-        k0 = (block + tl.where(block >= skip, skipped, 0)) * BLOCK_N
-        n = k0 + tl.arange(0, BLOCK_N)
+        first_key = (block + tl.where(block >= skip, skipped, 0)) * BLOCK_N
+        n = first_key + tl.arange(0, BLOCK_N)
         seen = seen_by_tile(TILE_WORDS, n_tiles, tile, n) if MASKED else n < prefix_len
         if NEAR:
             seen = seen & (prefix_len + lowest - n < window)
         at = n.to(tl.int64)
-        k0_, k1_ = load_pieces(prefix_k, at * pk_t, seen, D, D0, D1)
-        s = inner(q0, q1, k0_, k1_, D1, PRECISION)  # [BLOCK_M, BLOCK_N]
+        k0, k1 = load_pieces(prefix_k, at * pk_t, seen, D, D0, D1)
+        s = inner(q0, q1, k0, k1, D1, PRECISION)  # [BLOCK_M, BLOCK_N]
         s, _derivative = prefix_logits(
             s, n, position, prefix_len, bias, slope2, ok, factor, cap, SOFTCAP, HAS_BIAS, ALIBI, PLAIN, False
         )
         s = prefix_masked(
-            s, WORDS, TILE_WORDS, n_rows, n_words, n_tiles, tile, row, k0, position, highest, prefix_len, window,
+            s, WORDS, TILE_WORDS, n_rows, n_words, n_tiles, tile, row, first_key, position, highest, prefix_len, window,
             MASKED, BRANCH, NEAR, False, BLOCK_N,
         )  # fmt: skip
         p, m, alpha = softmax_step(s, m, factor, PLAIN)
         total = total * alpha + tl.sum(p, 1)
-        v0, v1 = load_pieces(prefix_v, at * pv_t, seen, D, D0, D1)
-        acc0, acc1 = accumulate(acc0 * alpha[:, None], acc1 * alpha[:, None], p, v0, v1, D1, PRECISION)
+        v0, v1 = load_pieces(prefix_v, at * pv_t, seen, VD, VD0, VD1)
+        acc0, acc1 = accumulate(acc0 * alpha[:, None], acc1 * alpha[:, None], p, v0, v1, VD1, PRECISION)
 
     if split == SPLITS - 1:
         for r in range(row0, row0 + rows):
@@ -156,33 +159,34 @@ def forward_kernel(
             mine = ok & (row == r)
             own_batch = tl.load(ROWS + ROW_BATCH * n_rows + r)
             own_token = tl.load(ROWS + ROW_TOKEN * n_rows + r)
-            for t0 in tl.range(begin, end, OWN_N, num_stages=1):  # short: prefetching costs registers
-                t = t0 + tl.arange(0, OWN_N)
+            for first_t in tl.range(begin, end, OWN_N, num_stages=1):  # short: prefetching costs registers
+                t = first_t + tl.arange(0, OWN_N)
                 seen = own_seen(
                     ROWS, KEEP, n_rows, r, t, keys, P, length, drop_below, seed_low, seed_high, OWN_CONTEXT, DROP, KEPT
                 )
-                k0_, k1_ = load_pieces(K, offsets(own_batch, kv, own_token + t, k_b, k_h, k_t), seen, D, D0, D1)
-                s = inner(q0, q1, k0_, k1_, D1, PRECISION)  # [BLOCK_M, OWN_N]
+                k0, k1 = load_pieces(K, offsets(own_batch, kv, own_token + t, k_b, k_h, k_t), seen, D, D0, D1)
+                s = inner(q0, q1, k0, k1, D1, PRECISION)  # [BLOCK_M, OWN_N]
                 s, _derivative = own_logits(s, t, position, slope2, factor, cap, SOFTCAP, ALIBI, PLAIN, False)
                 visible = own_visible(t, seen, position, mine, window, CAUSAL, WINDOW, False)
                 p, m, alpha = softmax_step(tl.where(visible, s, -float("inf")), m, factor, PLAIN)
                 total = total * alpha + tl.sum(p, 1)
-                v0, v1 = load_pieces(V, offsets(own_batch, kv, own_token + t, v_b, v_h, v_t), seen, D, D0, D1)
+                v0, v1 = load_pieces(V, offsets(own_batch, kv, own_token + t, v_b, v_h, v_t), seen, VD, VD0, VD1)
                 # other rows have p = 0, which must not meet a NaN; the lanes that see one get it as a factor
-                good = all_finite(v0, v1, D1)
+                good = all_finite(v0, v1, VD1)
                 spoilt = tl.max((visible & ~good[None, :]).to(tl.int32), 1) != 0
                 alpha = tl.where(spoilt, float("nan"), alpha)
                 v0, v1 = only(good, v0, v1)
-                acc0, acc1 = accumulate(acc0 * alpha[:, None], acc1 * alpha[:, None], p, v0, v1, D1, PRECISION)
+                acc0, acc1 = accumulate(acc0 * alpha[:, None], acc1 * alpha[:, None], p, v0, v1, VD1, PRECISION)
 
     lane, ok, batch, head, token = result_lanes(TILES, n_tiles, tile, kv, SLOTS, n_slots, GROUP, BLOCK_M)
     if SPLITS == 1:
         offset = offsets(batch, head, token, out_b, out_h, out_t)
-        finish(OUT, LSE, m, total, acc0, acc1, offset, offsets(batch, head, token, lse_b, lse_h, 1), ok, D, D0, D1)
+        lse_offset = offsets(batch, head, token, lse_b, lse_h, 1)
+        finish(OUT, LSE, m, total, acc0, acc1, offset, lse_offset, ok, VD, VD0, VD1)
     else:
         n_lanes = n_slots * GROUP
         at = (split * tl.num_programs(1) + kv).to(tl.int64) * n_lanes + lane
-        store_pieces(PART, at * D, acc0, acc1, ok, D, D0, D1)
+        store_pieces(PART, at * VD, acc0, acc1, ok, VD, VD0, VD1)
         tl.store(STATS + at, m, mask=ok)
         tl.store(STATS + SPLITS * tl.num_programs(1).to(tl.int64) * n_lanes + at, total, mask=ok)
 
@@ -190,7 +194,7 @@ def forward_kernel(
 @triton.jit
 def merge_kernel(
     PART, STATS, ROWS, SLOTS, OUT, LSE, out_b, out_h, out_t, lse_b, lse_h, n_rows, n_slots,
-    GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, W1: tl.constexpr,
+    GROUP: tl.constexpr, VD: tl.constexpr, VD0: tl.constexpr, VD1: tl.constexpr, VW1: tl.constexpr,
     BLOCK_M: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Grid (lane blocks, Hk): one softmax out of the SPLITS ranges of keys, added in order."""
@@ -201,8 +205,8 @@ def merge_kernel(
     n_lanes = n_slots * GROUP
     m = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    acc0 = tl.zeros([BLOCK_M, D0], tl.float32)
-    acc1 = tl.zeros([BLOCK_M, W1], tl.float32)
+    acc0 = tl.zeros([BLOCK_M, VD0], tl.float32)
+    acc1 = tl.zeros([BLOCK_M, VW1], tl.float32)
     for split in range(SPLITS):
         at = (split * tl.num_programs(1) + kv).to(tl.int64) * n_lanes + lane
         part_m = tl.load(STATS + at, mask=ok, other=-float("inf"))
@@ -210,10 +214,11 @@ def merge_kernel(
         top = tl.maximum(m, part_m)
         base = tl.where(top == -float("inf"), 0.0, top)
         old, new = tl.exp2(m - base), tl.exp2(part_m - base)
-        part0, part1 = load_pieces(PART, at * D, ok, D, D0, D1)
+        part0, part1 = load_pieces(PART, at * VD, ok, VD, VD0, VD1)
         acc0 = acc0 * old[:, None] + part0 * new[:, None]
         acc1 = acc1 * old[:, None] + part1 * new[:, None]
         total = total * old + part_total * new
         m = top
     offset = offsets(batch, head, token, out_b, out_h, out_t)
-    finish(OUT, LSE, m, total, acc0, acc1, offset, offsets(batch, head, token, lse_b, lse_h, 1), ok, D, D0, D1)
+    lse_offset = offsets(batch, head, token, lse_b, lse_h, 1)
+    finish(OUT, LSE, m, total, acc0, acc1, offset, lse_offset, ok, VD, VD0, VD1)

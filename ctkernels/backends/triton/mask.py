@@ -1,10 +1,10 @@
-"""Who sees what: the context rule, stated once here for Triton, as it is in `ctkernels/mask.py` for Python and in
-`csrc/mask.h` for C++. The tests hold them against each other bit for bit.
+"""Who sees what. `visible_positions` is the one function that states the context rule for Triton; a change of the rule
+is a change there. `ctkernels/mask.py` states it for Python, `csrc/mask.h` for C++; tests compare them bit for bit.
 
-`words_kernel` applies the rule to the prefix once per call, a bit for each (row, prefix key), so that every head, tile
-and pass costs one load per lane and 32 keys, whatever the mask. `tile_words_kernel` joins the rows of a tile: which
-keys some row sees (others are loaded as zeros, a block without any is skipped) and which all rows see (a block of these
-is full and pays no mask arithmetic). Both run in the forward and again in the backward pass; nothing is kept between.
+`words_kernel` applies the rule to the prefix once per pass: a bit for each (row, prefix key). Whatever the mask, a tile
+then loads one word per lane and 32 keys. `tile_words_kernel` joins the rows of a tile: which keys some row sees (others
+are loaded as zeros, and a block without any is skipped), and which keys all rows see (a block of these needs no mask
+arithmetic). Both run in the forward pass and again in the backward pass; nothing is kept in between.
 """
 
 import triton
@@ -47,35 +47,51 @@ def low_bits(count):
     return tl.where(count > 31, -1, short)
 
 
+@triton.jit
+def visible_positions(
+    first, ok, row_id, hide_start, hide_end, keep, length, drop_below, seed_low, seed_high,
+    N: tl.constexpr, DROP: tl.constexpr, KEPT: tl.constexpr,
+):  # fmt: skip
+    """THE context rule. int32 [X], of which bit i < N is set where a row sees its context position first + i: outside
+    of the row's hidden span, kept by its pattern, and not dropped. Positions from `length` on are not context, and
+    visible.
+
+    first [X]: multiples of 4; N: 4 to 32. row_id, hide_start, hide_end [X] and keep [X], pointers to the row's pattern,
+    which is read where `ok` [X]. One evaluation of the random stream serves four positions.
+    """
+    seen = low_bits(hide_start - first) | ~low_bits(hide_end - first)
+    if DROP:
+        quad = tl.arange(0, N // 4)
+        kept = kept_words((first // 4)[:, None] + quad[None, :], row_id[:, None], seed_low, seed_high, drop_below)
+        seen = seen & tl.sum(kept << (4 * quad)[None, :], 1)  # disjoint bits
+    if KEPT:
+        n = tl.arange(0, N)
+        c = first[:, None] + n[None, :]
+        kept = tl.load(keep[:, None] + c, mask=ok[:, None] & (c < length), other=1)
+        seen = seen & tl.sum((kept != 0).to(tl.int32) << n[None, :], 1)
+    return seen | ~low_bits(length - first)
+
+
 @triton.jit(do_not_specialize=["length", "drop_below", "seed_low", "seed_high"])
 def words_kernel(
     KEEP, ROWS, WORDS, n_rows, length, drop_below, seed_low, seed_high,
     DROP: tl.constexpr, KEPT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (words, blocks of rows). WORDS int32 [words, rows]: bit j of word w is set where the row sees prefix key
-    32 w + j. One evaluation of the random stream serves four keys."""
-    k0 = tl.program_id(0) * WORD
+    32 w + j."""
     row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(0) * WORD + tl.zeros_like(row)
     ok = row < n_rows
     at = ROWS + row
-    words = tl.full([BLOCK], -1, tl.int32)
-    if DROP:
-        row_id = tl.load(at + ROW_ID * n_rows, mask=ok, other=0)
-        quad = tl.arange(0, 8)
-        kept = kept_words((k0 // 4 + quad)[None, :], row_id[:, None], seed_low, seed_high, drop_below)
-        words = tl.sum(kept << (4 * quad)[None, :], 1)  # disjoint bits
-    if KEPT:
-        n = tl.arange(0, 32)
-        index = tl.load(at + ROW_INDEX * n_rows, mask=ok, other=0).to(tl.int64)
-        here = ok[:, None] & (k0 + n < length)[None, :]
-        kept = tl.load(KEEP + index[:, None] * length + (k0 + n)[None, :], mask=here, other=1)
-        words = words & tl.sum((kept != 0).to(tl.int32) << n[None, :], 1)
+    row_id = tl.load(at + ROW_ID * n_rows, mask=ok, other=0)
     hide_start = tl.load(at + ROW_HIDE_START * n_rows, mask=ok, other=0)
     hide_end = tl.load(at + ROW_HIDE_END * n_rows, mask=ok, other=0)
+    keep = KEEP + tl.load(at + ROW_INDEX * n_rows, mask=ok, other=0).to(tl.int64) * length
+    words = visible_positions(
+        first, ok, row_id, hide_start, hide_end, keep, length, drop_below, seed_low, seed_high, WORD, DROP, KEPT
+    )
     prefix_len = tl.load(at + ROW_PREFIX_LEN * n_rows, mask=ok, other=0)
-    words = words & (low_bits(hide_start - k0) | ~low_bits(hide_end - k0))
-    words = words | ~low_bits(length - k0 + tl.zeros_like(row))  # keys from `length` on are not context
-    tl.store(WORDS + tl.program_id(0).to(tl.int64) * n_rows + row, words & low_bits(prefix_len - k0), mask=ok)
+    tl.store(WORDS + tl.program_id(0).to(tl.int64) * n_rows + row, words & low_bits(prefix_len - first), mask=ok)
 
 
 @triton.jit
@@ -116,13 +132,13 @@ def seen_by_tile(TILE_WORDS, n_tiles, tile, n):
 
 
 @triton.jit
-def block_word(TILE_WORDS, n_tiles, tile, k0, BLOCK_N: tl.constexpr, ALL: tl.constexpr):
+def block_word(TILE_WORDS, n_tiles, tile, first_key, BLOCK_N: tl.constexpr, ALL: tl.constexpr):
     """The words of a block of at most 64 keys in one: 0 if it has no bit set; with ALL, -1 if it has all of them."""
-    at = TILE_WORDS + (k0 // WORD).to(tl.int64) * n_tiles + tile
+    at = TILE_WORDS + (first_key // WORD).to(tl.int64) * n_tiles + tile
     word = tl.load(at)
     if BLOCK_N < 32:
         bits: tl.constexpr = (1 << BLOCK_N) - 1
-        word = (word >> (k0 % WORD)) & bits
+        word = (word >> (first_key % WORD)) & bits
         if ALL:
             word = tl.where(word == bits, -1, 0)
     if BLOCK_N > 32:
@@ -131,13 +147,14 @@ def block_word(TILE_WORDS, n_tiles, tile, k0, BLOCK_N: tl.constexpr, ALL: tl.con
 
 
 @triton.jit
-def seen_by_lanes(WORDS, n_rows, row, k0, KEYS_FIRST: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which lane sees which of the prefix keys k0 .. k0 + BLOCK_N - 1, bool tile; row [BLOCK_M] is the lane's."""
-    at = WORDS + (k0 // WORD).to(tl.int64) * n_rows + row
+def seen_by_lanes(WORDS, n_rows, row, first_key, KEYS_FIRST: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which lane sees which of the prefix keys first_key .. first_key + BLOCK_N - 1, bool tile; row [BLOCK_M] is the
+    lane's."""
+    at = WORDS + (first_key // WORD).to(tl.int64) * n_rows + row
     word = tl.load(at)
     n = tl.arange(0, BLOCK_N)
     if BLOCK_N < 32:
-        word = word >> (k0 % WORD)
+        word = word >> (first_key % WORD)
     bits = along(word, KEYS_FIRST)
     if BLOCK_N > 32:
         bits = tl.where(across(n < 32, KEYS_FIRST), bits, along(tl.load(at + n_rows), KEYS_FIRST))
@@ -146,10 +163,10 @@ def seen_by_lanes(WORDS, n_rows, row, k0, KEYS_FIRST: tl.constexpr, BLOCK_N: tl.
 
 @triton.jit
 def prefix_masked(
-    s, WORDS, TILE_WORDS, n_rows, n_words, n_tiles, tile, row, k0, position, highest, prefix_len, window,
+    s, WORDS, TILE_WORDS, n_rows, n_words, n_tiles, tile, row, first_key, position, highest, prefix_len, window,
     MASKED: tl.constexpr, BRANCH: tl.constexpr, NEAR: tl.constexpr, KEYS_FIRST: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Logits of prefix keys k0 .. k0 + BLOCK_N - 1 with -inf where a lane does not see a key.
+    """Logits of prefix keys first_key .. first_key + BLOCK_N - 1 with -inf where a lane does not see a key.
 
     MASKED: by the rows' words, else by the prefix's length. BRANCH: full tiles, which have no hidden pair, are frequent
     enough to look for, and returned as they are. NEAR: a window that includes the prefix; highest: last position of
@@ -159,33 +176,18 @@ def prefix_masked(
     if BRANCH:
         if MASKED:
             all_words = TILE_WORDS + n_words.to(tl.int64) * n_tiles
-            partial = block_word(all_words, n_tiles, tile, k0, BLOCK_N, True) != -1
+            partial = block_word(all_words, n_tiles, tile, first_key, BLOCK_N, True) != -1
         else:
-            partial = k0 + BLOCK_N > prefix_len
+            partial = first_key + BLOCK_N > prefix_len
         if NEAR:
-            partial = partial | (prefix_len + highest - k0 >= window)
+            partial = partial | (prefix_len + highest - first_key >= window)
     if partial:
-        key = across(k0 + tl.arange(0, BLOCK_N), KEYS_FIRST)
-        visible = seen_by_lanes(WORDS, n_rows, row, k0, KEYS_FIRST, BLOCK_N) if MASKED else key < prefix_len
+        key = across(first_key + tl.arange(0, BLOCK_N), KEYS_FIRST)
+        visible = seen_by_lanes(WORDS, n_rows, row, first_key, KEYS_FIRST, BLOCK_N) if MASKED else key < prefix_len
         if NEAR:
             visible = visible & (along(prefix_len + position, KEYS_FIRST) - key < window)
         s = tl.where(visible, s, -float("inf"))
     return s
-
-
-@triton.jit
-def own_context(
-    c, row_id, hide_start, hide_end, keep, length, drop_below, seed_low, seed_high,
-    DROP: tl.constexpr, KEPT: tl.constexpr,
-):  # fmt: skip
-    """The context rule for positions c [BLOCK_N] of one row, bool [BLOCK_N]: contexts that reach into own keys."""
-    seen = (c < hide_start) | (c >= hide_end)
-    if DROP:
-        kept = kept_words(c // 4, row_id + tl.zeros_like(c), seed_low, seed_high, drop_below)
-        seen = seen & (((kept >> (c & 3)) & 1) != 0)
-    if KEPT:
-        seen = seen & (tl.load(keep + c, mask=c < length, other=1) != 0)
-    return seen | (c >= length)
 
 
 @triton.jit
@@ -196,13 +198,16 @@ def own_seen(
     """Own keys t [BLOCK_N] of a row that are valid and not hidden by a context that reaches into them."""
     seen = t < keys
     if OWN_CONTEXT:
-        row_id = tl.load(ROWS + ROW_ID * n_rows + row)
-        hide_start = tl.load(ROWS + ROW_HIDE_START * n_rows + row)
-        hide_end = tl.load(ROWS + ROW_HIDE_END * n_rows + row)
-        keep = KEEP + tl.load(ROWS + ROW_INDEX * n_rows + row).to(tl.int64) * length
-        seen = seen & own_context(
-            P + t, row_id, hide_start, hide_end, keep, length, drop_below, seed_low, seed_high, DROP, KEPT
+        c = P + t
+        at = ROWS + row + tl.zeros_like(t)
+        row_id = tl.load(at + ROW_ID * n_rows)
+        hide_start = tl.load(at + ROW_HIDE_START * n_rows)
+        hide_end = tl.load(at + ROW_HIDE_END * n_rows)
+        keep = KEEP + tl.load(at + ROW_INDEX * n_rows).to(tl.int64) * length
+        bits = visible_positions(
+            c // 4 * 4, seen, row_id, hide_start, hide_end, keep, length, drop_below, seed_low, seed_high, 4, DROP, KEPT
         )
+        seen = seen & (((bits >> (c & 3)) & 1) != 0)
     return seen
 
 

@@ -44,10 +44,11 @@ class Call:
     ) -> None:  # fmt: skip
         check(q, k, v, prefix_k, prefix_v, bias, problem)
         self.q, self.k, self.v, self.prefix_k, self.prefix_v, self.problem = q, k, v, prefix_k, prefix_v, problem
-        self.H, self.D, self.Hk = q.shape[1], q.shape[3], k.shape[1]
+        self.H, self.D, self.Dv, self.Hk = q.shape[1], q.shape[3], v.shape[3], k.shape[1]
+        self.widest = max(self.D, self.Dv)
         self.G, self.P = prefix_k.shape[0], prefix_k.shape[2]
         self.group, self.target = self.H // self.Hk, target
-        self.config = config.config_for(target, self.D, q.dtype)
+        self.config = config.config_for(target, self.widest, q.dtype)
         self.tables = tables_of(q, k, self.G, self.P, problem)
         self.rows = self.tables.rows
         self.lanes = self.rows.slots_bound * self.group
@@ -80,12 +81,13 @@ class Call:
         if self.bias is not None:
             self.scalars["bias_g"] = self.bias.stride(0) if self.bias.shape[0] > 1 else 0
             self.scalars["bias_h"] = self.bias.stride(1) if self.bias.shape[1] > 1 else 0
-        D0, D1 = config.pieces(self.D)
+        (D0, D1), (VD0, VD1) = config.pieces(self.D), config.pieces(self.Dv)
         hidden, dropped, kept = problem.hidden is not None, drop_below > 0, keep is not None and C > 0
         masked = hidden or dropped or kept
         exact = q.dtype != torch.float32 or not tf32_allowed()
         self.flags = {
-            "GROUP": self.group, "D": self.D, "D0": D0, "D1": D1, "W1": max(D1, 1), "MASKED": masked, "DROP": dropped,
+            "GROUP": self.group, "D": self.D, "D0": D0, "D1": D1, "W1": max(D1, 1),
+            "VD": self.Dv, "VD0": VD0, "VD1": VD1, "VW1": max(VD1, 1), "MASKED": masked, "DROP": dropped,
             "KEPT": kept, "OWN_CONTEXT": C > self.P and masked, "CAUSAL": problem.causal,
             "WINDOW": problem.window > 0, "WINDOW_PREFIX": problem.window_prefix, "SOFTCAP": softcap > 0,
             "HAS_BIAS": self.bias is not None, "ALIBI": slopes is not None,
@@ -109,7 +111,8 @@ class Call:
         rounded = [self.q.new_empty(x.shape) for x in (self.prefix_k, self.prefix_v)]
         grid = (-(-self.P // ROUND_BLOCK), self.Hk, self.G)
         values = dict(ROUNDED_K=rounded[0], ROUNDED_V=rounded[1])
-        self.launches.append(self.launch(round_kernel, grid, Tile(0, ROUND_BLOCK, 4, 1), **values))
+        warps = 4 if self.widest <= 256 else 8  # whole rows in registers
+        self.launches.append(self.launch(round_kernel, grid, Tile(0, ROUND_BLOCK, warps, 1), **values))
         self._take_prefix(*rounded)
 
     def _apply_mask(self) -> None:
@@ -144,7 +147,7 @@ class Call:
         branch = not (self.flags["DROP"] or self.flags["KEPT"])  # full tiles are told from others
         options = near or not self.flags["PLAIN"]
         if options or (branch and kernel != "forward") or (kernel == "prefix" and self.may_skip(tile)):
-            tile = config.lighter(tile, kernel, self.D)
+            tile = config.lighter(tile, kernel, self.widest)
         if kernel != "prefix":  # tiles walk the own keys of their rows, too, one row after another
             # all lanes wait while one row's keys are walked: limit the others' part to half of the useful work
             most = min(most, self.row_lanes + self.row_lanes * (self.P + self.row_keys) // (2 * max(self.row_keys, 1)))
@@ -165,12 +168,12 @@ class Call:
 
     def may_skip(self, tile: Tile) -> bool:
         """Whether `prefix_kernel` looks for tiles that see none of its keys: rows so few that each leaves out much, so
-        long that tiles hold one or two of them, and a head dimension of one piece, which leaves registers for it."""
+        long that tiles hold one or two of them, and head dimensions of one piece, which leaves registers for it."""
         alone = self.row_lanes >= 2 * tile.block_m and self.rows.count <= FEW_ROWS
-        return self.flags["MASKED"] and alone and self.flags["D1"] == 0
+        return self.flags["MASKED"] and alone and self.flags["D1"] == self.flags["VD1"] == 0
 
     def own_block(self, tile: Tile) -> int:
-        wide = self.row_keys >= config.ROW_KEYS_FOR_WIDE_BLOCKS and self.D <= config.LARGEST_D_OF_WIDE_BLOCKS
+        wide = self.row_keys >= config.ROW_KEYS_FOR_WIDE_BLOCKS and self.widest <= config.LARGEST_D_OF_WIDE_BLOCKS
         return tile.block_n if wide else min(tile.block_n, 32)
 
     def key_splits(self, tile: Tile, tiles: Tensor) -> int:
@@ -190,7 +193,7 @@ class Call:
 
 
 def tf32_allowed() -> bool:
-    """Whether the user lets fp32 matrix products take TF32. torch 2.9 has two ways to say so, and the old one must not
+    """Whether the user allows TF32 in fp32 matrix products. torch 2.9 has two settings for it, and the old one must not
     be read after the new one was written."""
     matmul = torch.backends.cuda.matmul
     precision = getattr(matmul, "fp32_precision", None)
@@ -206,14 +209,15 @@ def strides(name: str, x: Tensor, letters: str) -> dict[str, int]:
     return {f"{name}_{letter}": x.stride(i) for i, letter in enumerate(letters)}
 
 
-def empty_rows(x: Tensor, zero: bool) -> Tensor:
-    """`[B, H, S, D]` in memory order B, S, H, D: what the layers around attention read and write."""
-    B, H, S, D = x.shape
+def empty_rows(x: Tensor, D: int, zero: bool) -> Tensor:
+    """`[B, H, S, D]`, as x `[B, H, S, ..]`, in memory order B, S, H, D: what the layers around attention read and
+    write."""
+    B, H, S, _ = x.shape
     return (x.new_zeros if zero else x.new_empty)(B, S, H, D).transpose(1, 2)
 
 
 def may_have_idle_tokens(problem: Problem) -> bool:
-    """Whether tokens may belong to no row: padding, or what is behind the last packed row. No kernel writes there."""
+    """Whether tokens may belong to no row: padding, or tokens after the last packed row. No kernel writes there."""
     return problem.seq_lens is not None or problem.cu_seqlens is not None
 
 
@@ -221,13 +225,13 @@ def plan_forward(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, prefix_bias: Tensor | None, problem: Problem,
     target: Target = config.A100,
 ) -> Plan:  # fmt: skip
-    """out `[B, H, S, D]` in q's type and lse fp32 `[B, H, S]`, and the launches that compute them.
+    """out `[B, H, S, Dv]` in q's type and lse fp32 `[B, H, S]`, and the launches that compute them.
 
     Shapes as in `ops.py`. The last dimension of the tensors must be contiguous.
     """
     call = Call(q, k, v, prefix_k, prefix_v, prefix_bias, problem, target)
     idle = may_have_idle_tokens(problem)
-    out = empty_rows(q, idle)
+    out = empty_rows(q, call.Dv, idle)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if idle:
         lse.fill_(-math.inf)
@@ -235,7 +239,7 @@ def plan_forward(
         return Plan((out, lse), [])
     tile, tiles, _, words = call.tile("forward")
     splits = call.key_splits(tile, tiles)
-    part = q.new_empty(splits * call.Hk * call.lanes * call.D if splits > 1 else 1, dtype=torch.float32)
+    part = q.new_empty(splits * call.Hk * call.lanes * call.Dv if splits > 1 else 1, dtype=torch.float32)
     stats = q.new_empty(2 * splits * call.Hk * call.lanes if splits > 1 else 1, dtype=torch.float32)
     values = dict(
         TILES=tiles, TILE_WORDS=words, OUT=out, LSE=lse, PART=part, STATS=stats, n_tiles=tiles.shape[1], SPLITS=splits,
@@ -256,11 +260,11 @@ def plan_backward(
 
     One that `needs` does not ask for has zero elements.
     """
-    check_gradients(q, dout, dlse, out, lse, prefix_bias, needs)
+    check_gradients(q, v, dout, dlse, out, lse, prefix_bias, needs)
     call = Call(q, k, v, prefix_k, prefix_v, prefix_bias, problem, target)
     idle = may_have_idle_tokens(problem)
     dq, dk, dv = (
-        empty_rows(x, idle or call.empty) if need else x.new_empty(0)
+        empty_rows(x, x.shape[3], idle or call.empty) if need else x.new_empty(0)
         for x, need in zip((q, k, v), needs[:3], strict=True)
     )
     dprefix_k, dprefix_v, dbias = (
@@ -326,8 +330,8 @@ def _launch_prefix(call: Call, dk: Tensor, dv: Tensor, dbias: Tensor, needs: lis
     def buffer(grad: Tensor, per_head: int, size: int) -> Tensor:
         return grad.new_empty(splits, call.G, call.Hk * per_head, size, dtype=torch.float32)
 
-    size = call.P * call.D
-    parts = [buffer(x, 1, size) if need and splits > 1 else x for x, need in zip((dk, dv), needs[3:5], strict=True)]
+    grads = [(dk, call.P * call.D, needs[3]), (dv, call.P * call.Dv, needs[4])]
+    parts = [buffer(x, 1, size) if need and splits > 1 else x for x, size, need in grads]
     part_bias = buffer(dbias, heads, call.P) if heads else dbias
     values = dict(
         TILES=tiles, RANGES=ranges, TILE_WORDS=words, DK=parts[0], DV=parts[1], DBIAS=part_bias, n_tiles=tiles.shape[1],
@@ -336,7 +340,7 @@ def _launch_prefix(call: Call, dk: Tensor, dv: Tensor, dbias: Tensor, needs: lis
         BIAS_WIDTH=1 << max(heads - 1, 0).bit_length(),
     )  # fmt: skip
     launches = [call.launch(prefix_kernel, (blocks, call.Hk, call.G * splits), tile, **values)]
-    sums = [(p, x, 1, size) for p, x, need in zip(parts, (dk, dv), needs[3:5], strict=True) if need and splits > 1]
+    sums = [(p, x, 1, size) for p, (x, size, need) in zip(parts, grads, strict=True) if need and splits > 1]
     if heads:
         sums.append((part_bias, dbias, heads, call.P))
     for part, total, per_head, width in sums:

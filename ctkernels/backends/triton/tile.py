@@ -3,8 +3,9 @@
 A tile of logits is [BLOCK_M lanes, BLOCK_N keys], or [BLOCK_N, BLOCK_M] in the kernels that own keys (KEYS_FIRST),
 whose products take it from registers. Logits are kept in units of log 2, so that exp2 needs no factor.
 
-A head dimension D is read as D0 + D1, powers of two with zeros behind D: 80 as 64 + 16, 96 as 64 + 32, where padding
+A head dimension D is read as D0 + D1, powers of two with zeros after D: 80 as 64 + 16, 96 as 64 + 32, where padding
 to 128 would cost 1.6 and 1.3 times the work. D1 = 0 where one piece will do; the second one is then an unused [.., 1].
+Values have a head dimension VD of their own (Dv elsewhere, where no gradient is called DV), read as VD0 + VD1.
 """
 
 import triton
@@ -40,6 +41,8 @@ TILE_ROWS: tl.constexpr = tl.constexpr(tables.TILE_ROWS)
 TILE_LANE: tl.constexpr = tl.constexpr(tables.TILE_LANE)
 TILE_LANES: tl.constexpr = tl.constexpr(tables.TILE_LANES)
 TILE_PREFIX_LEN: tl.constexpr = tl.constexpr(tables.TILE_PREFIX_LEN)
+OWN_ROW: tl.constexpr = tl.constexpr(tables.OWN_ROW)
+OWN_BLOCK: tl.constexpr = tl.constexpr(tables.OWN_BLOCK)
 
 
 @triton.jit
@@ -196,8 +199,8 @@ def lane_block(ROWS, n_rows, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
 def result_lanes(TILES, n_tiles, tile, kv, SLOTS, n_slots, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
     """Lane, whether it is one, batch index, head and token of each lane, to store results by: [BLOCK_M].
 
-    Read anew (`volatile`, or Triton would keep what it read before), because a kernel that carried them through its
-    loops in the layout of its stores would spill.
+    Read again, so that they are not kept in registers: a kernel that carried them through its loops, in the layout of
+    its stores, would spill. `volatile`, since Triton would otherwise use what it has read before.
     """
     lane0 = tl.load(TILES + TILE_LANE * n_tiles + tile, volatile=True)
     lane = lane0 + tl.arange(0, BLOCK_M)
@@ -227,7 +230,7 @@ def split_lse(lse, alive):
 
 @triton.jit
 def hidden_from_all(ROWS, n_rows, row, ok):
-    """Range of context positions that all lanes' rows hide, empty if its end is not behind its start; row [BLOCK_M]."""
+    """Range of context positions that all lanes' rows hide, empty if it does not end after its start; row [BLOCK_M]."""
     start = tl.load(ROWS + ROW_HIDE_START * n_rows + row, mask=ok, other=0)
     end = tl.load(ROWS + ROW_HIDE_END * n_rows + row, mask=ok, other=INT_MAX)
     return tl.max(start, 0), tl.min(end, 0)

@@ -9,19 +9,25 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from ctkernels.tuning.adapters.file import faults, read_file, write_folder
 from ctkernels.tuning.adapters.lora import Lora
 from ctkernels.tuning.adapters.prefix import KVPrefix
 from ctkernels.tuning.adapters.prompt import SoftPrompt
-from ctkernels.tuning.data.demonstrations import Demonstration, TextFormat
+from ctkernels.tuning.data.demonstrations import Demonstration
+from ctkernels.tuning.data.formats import TextFormat
 from ctkernels.tuning.data.retrieval import InWordsEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ctkernels.tuning.evaluation.evaluate import EvalResult
+
+LORA = "lora."  # what the names of the update's tensors begin with in a file
 
 
 @dataclass(frozen=True)
@@ -30,13 +36,13 @@ class Adapter:
 
     prefix: what rows read.  prompt: the soft prompt that it was made of, if there is one.
     lora: the update of the weights that the prefix belongs to, if there is one.
-    pool: the demonstrations that are put in words before an input (ipt), else none.
+    demonstrations: those that are put in words before an input (ipt), else none.
     """
 
     prefix: KVPrefix
     prompt: SoftPrompt | None = None
     lora: Lora | None = None
-    pool: tuple[Demonstration, ...] = ()
+    demonstrations: tuple[Demonstration, ...] = ()
 
     @property
     def method(self) -> str:
@@ -58,12 +64,12 @@ class Adapter:
                 yield
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase, text_format: TextFormat | None = None) -> InWordsEncoder:
-        """Turns items into tokens, with demonstrations in words before them if the adapter has a pool."""
+        """Turns items into tokens, with demonstrations in words before them if the adapter has any."""
         made_with = self.prefix.metadata.settings
         return InWordsEncoder(
             tokenizer,
             text_format or self.text_format,
-            self.pool,
+            self.demonstrations,
             made_with.get("ipt_shots", 0),
             made_with.get("demonstrate", "similar"),
             made_with.get("seed", 0),
@@ -79,15 +85,34 @@ class Adapter:
         with self.weights(model):
             return evaluate_prefix(model, tokenizer, items, self.prefix, encoder=encoder, **options)
 
-    def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Write the adapter into `directory`, replacing one that is there (see `adapter_file.py`).
+    def save_pretrained(self, directory: str | os.PathLike, card: bool = False) -> None:
+        """Write the adapter into `directory`, as one file that replaces what is there in one step (see `file.py`).
+
+            keys.0 values.0 ...     the prefix
+            prompt                  the soft prompt's embeddings
+            lora.NAME               A and B of the update, by their names in peft's files
+
+        card: also write a model card, README.md.
 
         Raises:
-            OSError: the disk.
+            PrefixFileError: a value that is not finite.
+            TypeError: settings that JSON cannot hold.
+            OSError: the disk.  What was there before is unharmed and nothing half-written remains.
         """
-        from ctkernels.tuning.adapters.adapter_file import save
-
-        save(self, directory)
+        description, tensors = self.prefix.parts()
+        if self.prompt is not None:
+            description["prompt"] = {"segments": self.prompt.segments.tolist()}
+            tensors["prompt"] = self.prompt.embeddings
+        if self.lora is not None:
+            description["lora"] = {
+                "rank": self.lora.rank,
+                "alpha": self.lora.alpha,
+                "targets": sorted(self.lora.targets),
+            }
+            tensors |= {LORA + name: tensor for name, tensor in self.lora.tensors.items()}
+        if self.demonstrations:
+            description["demonstrations"] = [asdict(pair) for pair in self.demonstrations]
+        write_folder(directory, description, tensors, with_card=card)
 
     @classmethod
     def from_pretrained(
@@ -96,11 +121,25 @@ class Adapter:
         model: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> Adapter:
-        """Read an adapter, or a saved prefix alone. With `model` and `tokenizer` it is checked against them.
+        """Read an adapter, or a saved prefix alone, from a folder or its file. With `model` and `tokenizer` it is
+        checked against them, and put on the model's device. Warns of other weights as `KVPrefix.from_pretrained` does.
 
         Raises:
-            PrefixFileError: missing, damaged, foreign or too new files, or those of another model or tokenizer.
+            PrefixFileError: a missing, damaged, foreign or too new file, or one of another model or tokenizer.
         """
-        from ctkernels.tuning.adapters.adapter_file import load
-
-        return load(directory, model, tokenizer)
+        path, description, tensors = saved = read_file(directory, "adapter")
+        prefix = KVPrefix.from_parts(saved, model, tokenizer)
+        device = prefix.keys[0].device
+        with faults(path):
+            prompt = lora = None
+            if "prompt" in description:
+                segments = torch.tensor(description["prompt"]["segments"])
+                prompt = SoftPrompt(tensors["prompt"], segments).to(device)
+                if model is not None:
+                    prompt.to(prefix.keys[0].dtype)
+            if "lora" in description:
+                update = description["lora"]
+                own = {name.removeprefix(LORA): x.to(device) for name, x in tensors.items() if name.startswith(LORA)}
+                lora = Lora(update["rank"], update["alpha"], tuple(update["targets"]), tensors=own)
+            demonstrations = tuple(Demonstration(**pair) for pair in description.get("demonstrations", ()))
+        return cls(prefix, prompt, lora, demonstrations)

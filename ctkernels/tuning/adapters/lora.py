@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ctkernels.tuning.hf.fingerprint import base_held
 from ctkernels.tuning.hf.models import find_decoder
 
 if TYPE_CHECKING:
@@ -70,20 +71,21 @@ class Lora:
             raise ValueError("the model carries a peft adapter already; test-time training needs the model without it")
         flags = [(p, p.requires_grad) for p in model.parameters()]
         wrapped = None
-        try:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(self.seed)  # torch.manual_seed would seed the GPUs, too
-                config = self.config(find_decoder(model).family.causal)
-                wrapped = peft.LoraModel(model, {ADAPTER: config}, ADAPTER)
-            for name, parameter in lora_parameters(wrapped).items():
-                wide = parameter.data if parameter.dtype == torch.float64 else parameter.data.float()
-                parameter.data = self.tensors[name].to(wide, copy=True) if self.tensors else wide
-            yield wrapped
-        finally:
-            if wrapped is not None:
-                wrapped.unload()  # takes off what merging has left, too
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
+        with base_held(model):
+            try:
+                with torch.random.fork_rng(devices=[]):
+                    torch.default_generator.manual_seed(self.seed)  # torch.manual_seed would seed the GPUs, too
+                    config = self.config(find_decoder(model).family.causal)
+                    wrapped = peft.LoraModel(model, {ADAPTER: config}, ADAPTER)
+                for name, parameter in lora_parameters(wrapped).items():
+                    wide = parameter.data if parameter.dtype == torch.float64 else parameter.data.float()
+                    parameter.data = self.tensors[name].to(wide, copy=True) if self.tensors else wide
+                yield wrapped
+            finally:
+                if wrapped is not None:
+                    wrapped.unload()  # takes off what merging has left, too
+                for parameter, flag in flags:
+                    parameter.requires_grad_(flag)
 
     @contextmanager
     def merged(self, model: PreTrainedModel) -> Iterator[None]:
@@ -91,16 +93,17 @@ class Lora:
 
         Beside quantised weights it is computed on its own: in them it would be rounded like them.
         """
-        before = [(p, p.data) for p in model.parameters()]
-        try:
-            with self.injected(model) as wrapped:
-                wrapped.requires_grad_(False)
-                if getattr(model, "hf_quantizer", None) is None:
-                    wrapped.merge_and_unload(safe_merge=True)  # safe: into copies, the original tensors stay
-                yield
-        finally:
-            for parameter, data in before:
-                parameter.data = data
+        with base_held(model):  # which may unpack quantised weights
+            before = [(p, p.data) for p in model.parameters()]
+            try:
+                with self.injected(model) as wrapped:
+                    wrapped.requires_grad_(False)
+                    if getattr(model, "hf_quantizer", None) is None:
+                        wrapped.merge_and_unload(safe_merge=True)  # safe: into copies, the original tensors stay
+                    yield
+            finally:
+                for parameter, data in before:
+                    parameter.data = data
 
     def capture(self, wrapped: LoraModel) -> None:
         """Take over A and B from an injected model."""

@@ -74,7 +74,7 @@ def export_peft(
             adapter.lora.config(metadata.model_class), base_model_name_or_path=model_id, inference_mode=True
         )
         return write_peft(directory, config, adapter.lora.tensors, _header(adapter.prefix.segments, metadata))
-    if adapter.pool:
+    if adapter.demonstrations:
         warnings.warn("peft has no place for the demonstrations that this adapter puts in words", stacklevel=2)
     if kind == "prompt-tuning":
         described, tensor = adapter.prompt, adapter.prompt.embeddings

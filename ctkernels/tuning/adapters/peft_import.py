@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +20,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ctkernels.tuning.adapters.adapter import Adapter
+from ctkernels.tuning.adapters.file import PrefixFileError, faults
 from ctkernels.tuning.adapters.lora import Lora, lora_parameters
 from ctkernels.tuning.adapters.peft_export import CONFIG, EMBEDDINGS, HEADER, WEIGHTS
 from ctkernels.tuning.adapters.prefix import KVPrefix, PrefixMetadata
-from ctkernels.tuning.adapters.prefix_file import PrefixFileError
 from ctkernels.tuning.adapters.prompt import SoftPrompt
-from ctkernels.tuning.data.demonstrations import TextFormat, start_tokens
+from ctkernels.tuning.data.formats import TextFormat, start_tokens
 from ctkernels.tuning.hf.encode import encode_tokens
-from ctkernels.tuning.hf.models import Decoder, find_decoder, other_architecture
+from ctkernels.tuning.hf.models import Decoder, find_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -106,13 +106,6 @@ def import_peft(
     config = _read_config(path)
     tensors, header = _read_weights(directory)
     kind = config.get("peft_type")
-    named = config.get("base_model_name_or_path")
-    own_id = decoder.model.name_or_path
-    if named and own_id and named != own_id:
-        warnings.warn(
-            f"{path}: made for model {named!r}, loaded for {own_id!r}; with other weights it means nothing",
-            stacklevel=2,
-        )
     read = {
         "CARTRIDGE": _read_prefix,
         "PREFIX_TUNING": _read_prefix,
@@ -124,11 +117,15 @@ def import_peft(
             f"{path}: an adapter of type {kind} cannot be imported; known are CARTRIDGE, PREFIX_TUNING, PROMPT_TUNING "
             "and LORA"
         )
-    try:
+    with faults(path):
         segments, metadata = _described(decoder, tokenizer, kind, header)
+        made_for = (
+            metadata if header else replace(metadata, model_id=config.get("base_model_name_or_path"), weights=None)
+        )
+        doubt = made_for.other_weights(decoder.model)
+        if doubt:
+            warnings.warn(f"{path}: {doubt}", stacklevel=2)
         return read(decoder, Source(config, tensors, segments, metadata, tokenizer))
-    except (KeyError, TypeError, ValueError) as error:
-        raise PrefixFileError(f"{path}: {_words(error)}") from error
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -166,10 +163,7 @@ def _described(
     if not header:
         return None, PrefixMetadata.of(decoder.model, tokenizer, f"peft {kind.lower().replace('_', '-')}")
     metadata = PrefixMetadata(**header["metadata"])
-    other = other_architecture(metadata, decoder.config)
-    if other is not None:
-        name = type(decoder.model).__name__
-        raise ValueError(f"made for {metadata.model_class} {metadata.model_id!r}; this {name} has {other}")
+    metadata.check(decoder.model)
     return torch.tensor(header["segments"]), metadata
 
 
@@ -232,7 +226,3 @@ def _read_lora(decoder: Decoder, source: Source) -> Adapter:
         keys, values = encode_tokens(decoder.model, torch.tensor(start, dtype=torch.int64))
     prefix = KVPrefix(keys, values, torch.tensor([len(start)]), len(start), source.metadata)
     return Adapter(prefix, lora=lora)
-
-
-def _words(error: Exception) -> str:
-    return f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)

@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,11 +23,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ctkernels import ContextMask
-from ctkernels.tuning.data.demonstrations import Demonstration, TextFormat, encode_context
+from ctkernels.tuning.adapters.file import Saved, faults, read_file, write_folder
+from ctkernels.tuning.data.demonstrations import Demonstration
+from ctkernels.tuning.data.formats import TextFormat, encode_context
 from ctkernels.tuning.hf.attach import Attachment
 from ctkernels.tuning.hf.encode import encode_tokens
+from ctkernels.tuning.hf.fingerprint import base_fingerprint
 from ctkernels.tuning.hf.limits import check_context_length
-from ctkernels.tuning.hf.models import architecture, config_hash, find_decoder
+from ctkernels.tuning.hf.models import architecture, config_hash, find_decoder, other_architecture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,7 +40,9 @@ if TYPE_CHECKING:
 class PrefixMetadata:
     """Which model and tokenizer a prefix belongs to, and how it was made.
 
-    model_class, model_id: class name and `name_or_path`.  config_hash, architecture: see `hf/models.py`.
+    model_class, model_id: class name and `name_or_path`.  config_hash, architecture: see `hf.models`.
+    weights: fingerprint of the model's own weights (see `hf.fingerprint`), without a LoRA update merged into them; None
+        if it is not known.
     tokenizer_id, tokenizer_hash: `name_or_path` and `tokenizer_hash`, None if the prefix was made from tokens alone.
     method, settings: name of the tuning method and its settings, JSON values.
     """
@@ -46,6 +50,7 @@ class PrefixMetadata:
     model_class: str
     model_id: str
     config_hash: str
+    weights: str | None = None
     tokenizer_id: str | None = None
     tokenizer_hash: str | None = None
     method: str = "icl"
@@ -60,17 +65,54 @@ class PrefixMetadata:
         method: str = "icl",
         settings: Mapping[str, Any] | None = None,
     ) -> PrefixMetadata:
-        """Metadata of a prefix for `model`."""
+        """Metadata of a prefix for `model`. If processes hold parts of it, all of them have to make this call."""
         decoder = find_decoder(model)
         return cls(
             model_class=type(decoder.model).__name__,
             model_id=decoder.model.name_or_path,
             config_hash=config_hash(decoder.config),
+            weights=base_fingerprint(decoder.model),
             tokenizer_id=None if tokenizer is None else tokenizer.name_or_path,
             tokenizer_hash=None if tokenizer is None else tokenizer_hash(tokenizer),
             method=method,
             settings=dict(settings or {}),
             architecture=architecture(decoder.config),
+        )
+
+    def check(self, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        """Refuse another model or tokenizer than those that a prefix was made for; None is not compared.
+
+        Raises:
+            ValueError: the model's configuration or the tokenizer's vocabulary differs.
+        """
+        if model is not None:
+            decoder = find_decoder(model)
+            other = other_architecture(self, decoder.config)
+            if other is not None:
+                raise ValueError(
+                    f"made for {self.model_class} {self.model_id!r}; this {type(decoder.model).__name__} "
+                    f"{decoder.model.name_or_path!r} has {other}"
+                )
+        if tokenizer is not None and self.tokenizer_hash not in (None, tokenizer_hash(tokenizer)):
+            raise ValueError(
+                f"made with tokenizer {self.tokenizer_id!r}, not with this {tokenizer.name_or_path!r}, whose "
+                "vocabulary is another one"
+            )
+
+    def other_weights(self, model: PreTrainedModel) -> str | None:
+        """In words, that the weights of `model` are not those that a prefix was made for; None if they are, as far as
+        one can tell: by their fingerprints, or else by the model's name."""
+        model = find_decoder(model).model
+        own_id, own = model.name_or_path, base_fingerprint(model, alone=True)
+        if self.weights is not None and own is not None:
+            same, what = self.weights == own, f"with other weights ({own}, not {self.weights})"
+        else:
+            same, what = not self.model_id or not own_id or self.model_id == own_id, "perhaps with other weights"
+        if same:
+            return None
+        return (
+            f"made for model {self.model_id!r}, loaded for {own_id!r} of the same configuration, {what}; with other "
+            "weights the prefix means nothing"
         )
 
 
@@ -220,16 +262,17 @@ class KVPrefix(nn.Module):
                     layers[index] = nn.Parameter(layers[index].detach().to(device), layers[index].requires_grad)
         return self
 
-    def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Write the prefix into `directory`, replacing one that is there in one step (see `prefix_file.py`).
+    def save_pretrained(self, directory: str | os.PathLike, card: bool = False) -> None:
+        """Write the prefix into `directory`, as one file that replaces what is there in one step (see `file.py`).
+
+        card: also write a model card, README.md.
 
         Raises:
+            PrefixFileError: a value that is not finite.
             TypeError: settings that JSON cannot hold.
-            OSError: the disk; what was there before is unharmed and nothing half-written remains.
+            OSError: the disk.  What was there before is unharmed and nothing half-written remains.
         """
-        from ctkernels.tuning.adapters.prefix_file import save
-
-        save(self, directory)
+        write_folder(directory, *self.parts(), with_card=card)
 
     @classmethod
     def from_pretrained(
@@ -238,21 +281,58 @@ class KVPrefix(nn.Module):
         model: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> KVPrefix:
-        """Read a prefix. With `model` and `tokenizer` it is checked against them, and put on the model's device.
+        """Read a prefix, from a folder or its file. With `model` and `tokenizer` it is checked against them, and put on
+        the model's device.
 
-        Warns where the folder also holds an update of the weights, which `Adapter.from_pretrained` reads.
+        Warns if the model has other weights than the prefix was made for, as far as this process can tell, and if an
+        update of the weights belongs to the prefix, which `Adapter.from_pretrained` reads.
 
         Raises:
-            PrefixFileError: missing, damaged, foreign or too new files, or a prefix for another model or tokenizer.
+            PrefixFileError: a missing, damaged, foreign or too new file, or a prefix for another model or tokenizer.
         """
-        from ctkernels.tuning.adapters.prefix_file import DESCRIPTION, load, read_description
-
-        prefix = load(directory, model, tokenizer)
-        if "lora" in read_description(Path(directory) / DESCRIPTION).get("beside", {}):
+        saved = read_file(directory, "adapter")
+        prefix = cls.from_parts(saved, model, tokenizer)
+        if "lora" in saved.description:
             warnings.warn(
-                f"{directory}: the prefix belongs to a LoRA update beside it; Adapter.from_pretrained reads both",
+                f"{saved.path}: the prefix belongs to a LoRA update beside it; Adapter.from_pretrained reads both",
                 stacklevel=2,
             )
+        return prefix
+
+    def parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Its description and its tensors, as `file.py` stores them."""
+        description = {
+            "segments": self.segments.tolist(),
+            "first_position": self.first_position,
+            "metadata": asdict(self.metadata),
+        }
+        layers = {
+            f"{kind}.{index}": layer for kind in ("keys", "values") for index, layer in enumerate(getattr(self, kind))
+        }
+        return description, layers
+
+    @classmethod
+    def from_parts(
+        cls, saved: Saved, model: PreTrainedModel | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> KVPrefix:
+        """The prefix of a file that was read. Arguments, warnings and errors as in `from_pretrained`."""
+        decoder = None if model is None else find_decoder(model)
+        path, description, tensors = saved
+        with faults(path):
+            metadata = PrefixMetadata(**description["metadata"])
+            metadata.check(model, tokenizer)
+            known = {"keys", "values"} | ({"prompt", "lora"} & description.keys())
+            unknown = [name for name in tensors if name.partition(".")[0] not in known]
+            if unknown:
+                raise ValueError(f"holds a tensor {unknown[0]}, of which nothing is known")
+            layers = range(len({name.partition(".")[2] for name in tensors if name.startswith(("keys.", "values."))}))
+            keys, values = ([tensors[f"{kind}.{index}"] for index in layers] for kind in ("keys", "values"))
+            prefix = cls(keys, values, torch.tensor(description["segments"]), description["first_position"], metadata)
+        if decoder is not None:
+            prefix.to(dtype=decoder.prefix_dtype).place(decoder.devices)
+            doubt = metadata.other_weights(decoder.model)
+            if doubt:
+                warnings.warn(f"{path}: {doubt}", stacklevel=3)
         return prefix
 
 

@@ -5,16 +5,16 @@
     with store.attach(["routing", "sentiment", "routing"]):        # one batch, a task per row
         model.generate(**rows)
 
-One safetensors file per prefix, `QUOTED NAME.safetensors`, with its description in the header: a name is there with all
-that belongs to it, or not at all. Files are mapped, not read, so that a prefix costs memory as its keys are used, and
-processes that serve the same prefix share it.
+One file per prefix, `QUOTED NAME.safetensors` (see `file.py`): a name is there with all that belongs to it, or not at
+all. Files are mapped, so that a prefix costs memory as its keys are used, and processes that serve the same one share
+it. The first time that a store gets a prefix it reads all of the file, to compare the checksum.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -23,21 +23,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 
-from ctkernels.tuning.adapters.prefix import KVPrefix, PrefixMetadata
-from ctkernels.tuning.adapters.prefix_file import PrefixFileError
+from ctkernels.tuning.adapters.file import PrefixFileError, faults, read_file, write_file
+from ctkernels.tuning.adapters.prefix import KVPrefix
 from ctkernels.tuning.adapters.prefix_set import PrefixSet
 from ctkernels.tuning.hf.attach import Attachment, check_fit
 from ctkernels.tuning.hf.models import find_decoder
-from ctkernels.tuning.storage import atomic_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FORMAT, SUFFIX = "ctkernels-stored-prefix", ".safetensors"
+SUFFIX = ".safetensors"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Version = tuple[str, int, int, int]  # name, inode, time of change in ns, size of the file
 LONGEST_NAME = 221  # bytes of a quoted name; file systems have 255 for a file's, a temporary one adds 34
@@ -52,6 +49,7 @@ class PrefixStore:
         memory_bytes: how much the prefixes kept in memory may take together, the least recently used leaving first. A
             larger prefix is read anew each time. What a batch uses stays until the batch is done with it.
         dtype: how prefixes are written; None keeps their own type. bfloat16 halves fp32, and equals it in a bf16 model.
+        verify: compare the checksum of each file, and look for values that are not finite, when it is first read.
 
     Raises:
         TypeError: a model class that is not supported, a dtype that is none of fp32, bf16, fp16, fp64.
@@ -64,16 +62,18 @@ class PrefixStore:
         model: PreTrainedModel,
         memory_bytes: int = 1 << 30,
         dtype: torch.dtype | None = None,
+        verify: bool = True,
     ) -> None:
         if dtype is not None and dtype not in DTYPES:
             raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))} or None, got {dtype}")
         if memory_bytes < 0:
             raise ValueError(f"memory_bytes must be >= 0, got {memory_bytes}")
-        self.directory, self.memory_bytes, self.dtype = Path(directory), memory_bytes, dtype
+        self.directory, self.memory_bytes, self.dtype, self.verify = Path(directory), memory_bytes, dtype, verify
         self._decoder = find_decoder(model)
         self._lock = threading.Lock()
         self._kept: OrderedDict[Version, KVPrefix] = OrderedDict()  # least recently used first
         self._loading: dict[Version, Future[KVPrefix]] = {}
+        self._seen: dict[str, Version] = {}  # what was read and found in order, by name
         self._bytes = 0
 
     @property
@@ -96,23 +96,13 @@ class PrefixStore:
         """Write a prefix, replacing one of this name in one step; batches that read the old one go on with it.
 
         Raises:
-            ValueError: a prefix for another model; a name that is empty or too long.
+            ValueError: a prefix for another model; a value that is not finite; a name that is empty or too long.
             OSError: the disk; the old prefix is unharmed.
         """
         check_fit(prefix, self._decoder)
         path, dtype = self._path(name), self.dtype or prefix.keys[0].dtype
-        tensors = {
-            f"{kind}.{index}": x.detach().to("cpu", dtype).contiguous()
-            for kind in ("keys", "values")
-            for index, x in enumerate(getattr(prefix, kind))
-        }
-        description = {
-            "segments": prefix.segments.tolist(),
-            "first_position": prefix.first_position,
-            "metadata": {**vars(prefix.metadata), "settings": dict(prefix.metadata.settings)},
-        }
-        with atomic_file(path) as temporary:
-            safetensors.torch.save_file(tensors, temporary, {"format": "pt", FORMAT: json.dumps(description)})
+        description, tensors = prefix.parts()
+        write_file(path, "adapter", description, {key: x.detach().to("cpu", dtype) for key, x in tensors.items()})
         with self._lock:
             self._forget(name)
 
@@ -150,7 +140,7 @@ class PrefixStore:
         if not mine:
             return loading.result()
         try:
-            prefix = self._read(name)
+            prefix = self._read(name, version)
         except BaseException as error:
             with self._lock:
                 del self._loading[version]
@@ -192,38 +182,25 @@ class PrefixStore:
         hint = f"; near names are {', '.join(map(repr, near))}" if near else ""
         return PrefixFileError(f"{self.directory}: no prefix named {name!r}{hint}")
 
-    def _read(self, name: str) -> KVPrefix:
+    def _read(self, name: str, version: Version) -> KVPrefix:
         path, decoder = self._path(name), self._decoder
-        dtypes = (decoder.dtype, decoder.prefix_dtype)
+        first = self._seen.get(name) != version
         try:
-            with safe_open(path, "pt") as file:
-                description = json.loads((file.metadata() or {}).get(FORMAT, "null"))
-                if description is None:
-                    raise PrefixFileError(f"{path}: not a prefix of a store")
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            count = len(tensors) // 2
-            keys, values = (
-                [x if x.dtype in dtypes else x.to(dtypes[1]) for x in (tensors[f"{kind}.{i}"] for i in range(count))]
-                for kind in ("keys", "values")
-            )
-            prefix = KVPrefix(
-                keys,
-                values,
-                torch.tensor(description["segments"]),
-                description["first_position"],
-                PrefixMetadata(**description["metadata"]),
-            )
-        except FileNotFoundError:
-            raise self._unknown(name) from None
-        except PrefixFileError:
-            raise
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise PrefixFileError(f"{path}: damaged or cut off: {error}") from error
-        try:
+            saved = read_file(path, "adapter", mapped=True, verify=first and self.verify)
+        except PrefixFileError as error:
+            raise (self._unknown(name) if isinstance(error.__cause__, FileNotFoundError) else error) from None
+        with faults(path):
+            if "lora" in saved.description:
+                raise ValueError("its prefix belongs to a LoRA update of the weights, which a store does not apply")
+            dtypes = (decoder.dtype, decoder.prefix_dtype)
+            own = {key: x if x.dtype in dtypes else x.to(dtypes[1]) for key, x in saved.tensors.items()}
+            prefix = KVPrefix.from_parts(saved._replace(tensors=own))
             prefix.place(decoder.devices).requires_grad_(False)
             check_fit(prefix, decoder)
-        except ValueError as error:
-            raise PrefixFileError(f"{path}: {error}") from error
+        doubt = prefix.metadata.other_weights(decoder.model) if first else None
+        if doubt:
+            warnings.warn(f"{path}: {doubt}", stacklevel=4)
+        self._seen[name] = version
         return prefix
 
     def _keep(self, version: Version, prefix: KVPrefix) -> None:

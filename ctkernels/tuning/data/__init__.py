@@ -1,8 +1,7 @@
-"""Tasks as data: demonstrations, their tokens, batches of rows, metrics, retrieval, and suites of tasks."""
+"""Tasks: demonstrations, their tokens, batches of rows, metrics, retrieval, and suites of tasks."""
 
-from ctkernels.tuning.data.demonstrations import (
-    DataError,
-    Demonstration,
+from ctkernels.tuning.data.demonstrations import DataError, Demonstration, load_jsonl, load_metaicl
+from ctkernels.tuning.data.formats import (
     EncodedContext,
     PairEncoder,
     Row,
@@ -10,8 +9,6 @@ from ctkernels.tuning.data.demonstrations import (
     encode_context,
     encode_prompt,
     encode_rows,
-    load_jsonl,
-    load_metaicl,
 )
 
 __all__ = [

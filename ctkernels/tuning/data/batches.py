@@ -1,4 +1,4 @@
-"""Rows into batches: packed without padding, or right-padded; logits only where a label is.
+"""Batches of rows: packed without padding, or padded on the right. Logits are computed only where there is a label.
 
 Three rows in the two layouts (`.` is padding):
 
@@ -6,7 +6,7 @@ Three rows in the two layouts (`.` is padding):
              cu_seqlens [B+1]   0           4     6        9                                b0 b1 .  .
                                                                                             c0 c1 c2 .
 
-With a `lead` every row starts with that many positions for a soft prompt, whose embeddings are filled in later.
+With `lead`, each row starts with so many positions for a soft prompt, whose embeddings are filled in later.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ctkernels.tuning.data.demonstrations import Row
+from ctkernels.tuning.data.formats import Row
 
 Layout = Literal["packed", "padded"]
 
@@ -30,11 +30,11 @@ class Batch:
 
     input_ids, position_ids: int64 [1, N] packed or [B, S] padded; positions count a row's own tokens from 0.
     cu_seqlens: int32 [B+1], packed only.  attention_mask: int64 [B, S], padded only (1 = a token, 0 = padding).
-    row_ids: int64 [B], each row's index in the list it came from.  held_out: int64 [B].
-    logit_positions: int64 [U], where along dim 1 logits are wanted (the model's `logits_to_keep`).
-    label_index: int64 [M], which of the kept logits, seen as [-1, V], predicts a label.  labels: int64 [M].
-    answer_sizes: number of labels of each answer, in order; they sum to M.
-    lead: number of soft prompt positions at the start of each row; their input_ids mean nothing.
+    row_ids: int64 [B], index of each row in the list that it came from.  held_out: int64 [B].
+    logit_positions: int64 [U], positions along dim 1 with logits (the model's `logits_to_keep`).
+    label_index: int64 [M], for each label the index of its logits, among all logits as [-1, V].  labels: int64 [M].
+    answer_sizes: number of labels of each answer, in order; their sum is M.
+    lead: number of soft prompt positions at the start of each row; their input_ids are not used.
     """
 
     input_ids: Tensor
@@ -50,7 +50,7 @@ class Batch:
     lead: int = 0
 
     def with_prompt(self, embedded: Tensor, prompt: Tensor) -> Tensor:
-        """The embeddings of `input_ids`, `[1, N, E]` or `[B, S, E]`, with `prompt` `[lead, E]` in front of each row."""
+        """`embedded` `[1, N, E]` or `[B, S, E]` with `prompt` `[lead, E]` in the first positions of each row."""
         if self.cu_seqlens is None:
             return torch.cat((prompt.expand(len(embedded), -1, -1), embedded[:, self.lead :]), dim=1)
         starts = self.cu_seqlens[:-1].long()
@@ -65,10 +65,9 @@ class Batch:
 
 
 def split_by_tokens(rows: Sequence[Row], max_tokens: int, layout: Layout = "packed", lead: int = 0) -> list[list[int]]:
-    """Indices of the rows of each batch, in order, so that a batch runs at most `max_tokens` tokens, padding and a soft
-    prompt of `lead` tokens in front of each row included.
+    """Indices of the rows of each batch, in order. A batch has at most `max_tokens` tokens.
 
-    A row longer than `max_tokens` gets a batch of its own.
+    Padding and the `lead` soft prompt tokens of each row count. A row longer than `max_tokens` gets its own batch.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
@@ -86,7 +85,7 @@ def split_by_tokens(rows: Sequence[Row], max_tokens: int, layout: Layout = "pack
 
 
 def make_batch(rows: Sequence[Row], indices: Sequence[int], layout: Layout = "packed", lead: int = 0) -> Batch:
-    """A batch of `rows[i] for i in indices` with room for a soft prompt of `lead` tokens before each, on the CPU."""
+    """A batch of `rows[i] for i in indices`, each with `lead` positions for a soft prompt, on the CPU."""
     picked = [rows[i] for i in indices]
     sizes = [lead + len(row.tokens) for row in picked]
     positions = [torch.arange(size) for size in sizes]
@@ -102,7 +101,7 @@ def make_batch(rows: Sequence[Row], indices: Sequence[int], layout: Layout = "pa
         position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
         attention_mask = (position_ids < torch.tensor(sizes)[:, None]).long()
 
-    labels, where, answer_sizes = [], [], []  # where: (row, position along dim 1) of each label's logits
+    labels, where, answer_sizes = [], [], []  # where: (row, position along dim 1) of the logits of each label
     for b, row in enumerate(picked):
         for number, answer in enumerate(row.answers):
             labels += answer
@@ -134,5 +133,5 @@ def answer_losses(logits: Tensor, batch: Batch) -> Tensor:
     flat = logits.flatten(0, 1).index_select(0, batch.label_index)
     flat = flat if flat.dtype == torch.float64 else flat.float()
     losses = cross_entropy(flat, batch.labels, reduction="none")
-    # split and mean rather than a scatter: the same order, hence the same bits, on every device
+    # split and mean instead of a scatter: the order is fixed, so every device gives the same bits
     return torch.stack([part.mean() for part in losses.split(batch.answer_sizes)])

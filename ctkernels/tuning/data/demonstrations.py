@@ -1,49 +1,35 @@
-"""Demonstrations: reading them, refusing unusable ones by file and line, and turning them into tokens.
+"""Demonstrations: the pairs of a task, read from files. An unusable pair raises an error with its file and line.
 
-Two layouts are read, both one JSON object per line with `input`, `output` and perhaps `options` or `references`:
+Two layouts are read. Both have one JSON object per line, with `input`, `output` and perhaps `options` or `references`:
 
     load_jsonl("train.jsonl")
     load_metaicl("DIR", task="sick", seed=13, split="train")    # DIR/sick/sick_16_13_train.jsonl
-
-Tokens (`_` is the delimiter, one token; x, y are tokenised on their own, so nothing merges across a border):
-
-    context        x0 _ y0  _ x1 _ y1  _ x2 _ y2        a row of demonstration 1:   _ x1 _ y1
-    segments      |        |          |          |      its labels:                        y1
 """
 
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from typing import Any
 
 METAICL_SPLITS = ("train", "dev", "test")
-SPECIAL, DELIMITER, INPUT, OUTPUT = range(4)  # kinds of context tokens
 
 
 class DataError(ValueError):
-    """Data that cannot be used; the message starts with the place, `FILE:LINE`, where there is one."""
+    """Data that cannot be used. The message starts with the place, `FILE:LINE`, if it is known."""
 
 
 @dataclass(frozen=True)
 class Demonstration:
-    """One pair of a task; a test item is the same thing.
+    """One pair of a task. Test items have the same form.
 
     Args:
         input: what the model reads; not blank.
         output: what it should answer; not blank.
-        options: the answers to choose from, if the task is one of choice; they contain `output`; repeats are dropped.
-        references: further right answers, which BLEU takes into account beside `output`.
-        source: where the pair comes from (`FILE:LINE`), for messages alone.
+        options: the answers to choose from, for a task of choice. `output` is one of them; duplicates are removed.
+        references: further right answers, which BLEU compares with in addition to `output`.
+        source: where the pair comes from (`FILE:LINE`); used only in messages.
 
     Raises:
         TypeError: a field of the wrong type.
@@ -75,7 +61,7 @@ class Demonstration:
                 raise TypeError(f"options must be strings, got {_show(option)}")
             if not option.strip():
                 raise ValueError(f"options must not be blank, got {option!r}")
-        # some of MetaICL's items list an answer twice; a prediction is a text, so it counts once
+        # Some items of MetaICL list an option twice. Predictions are texts, so it counts once.
         object.__setattr__(self, "options", tuple(dict.fromkeys(self.options)))
         if len(self.options) < 2:
             raise ValueError(f"options must name at least two answers, got {list(self.options)}")
@@ -84,11 +70,12 @@ class Demonstration:
 
 
 def parse_demonstration(record: Any, source: str) -> Demonstration:
-    """A demonstration from one decoded JSON value with `input`, `output` and perhaps `options` and `references`; other
-    fields are ignored.
+    """A demonstration from a decoded JSON object with `input`, `output` and perhaps `options` and `references`.
+
+    Other fields are ignored.
 
     Raises:
-        DataError: anything that makes it unusable, prefixed with `source`.
+        DataError: the pair is unusable. The message starts with `source`.
     """
     if not isinstance(record, dict):
         raise DataError(f"{source}: expected an object with input and output, got {_show(record)}")
@@ -97,7 +84,7 @@ def parse_demonstration(record: Any, source: str) -> Demonstration:
             raise DataError(f"{source}: the field {name!r} is missing; the fields are {sorted(record)}")
     options = record.get("options")
     try:
-        # MetaICL writes "options": [] where a task has no choices
+        # MetaICL writes "options": [] for a task without options
         options = None if options == [] else options
         return Demonstration(record["input"], record["output"], options, source, record.get("references") or ())
     except (TypeError, ValueError) as error:
@@ -108,7 +95,7 @@ def load_jsonl(path: str | Path) -> list[Demonstration]:
     """All pairs of a JSONL file (UTF-8, one object per line; blank lines are skipped).
 
     Raises:
-        DataError: a file that cannot be read or holds no pair; the first unusable line, as `FILE:LINE: why`.
+        DataError: the file cannot be read, has no pair, or has an unusable line: `FILE:LINE: why` of the first one.
     """
     path = Path(path)
     try:
@@ -135,7 +122,7 @@ def load_metaicl(folder: str | Path, task: str, seed: int, split: str, shots: in
     """One split of a task in the MetaICL layout, `FOLDER/TASK/TASK_SHOTS_SEED_SPLIT.jsonl`.
 
     Raises:
-        DataError: an unknown task, seed or split (the message lists what is there); as `load_jsonl`.
+        DataError: an unknown task, seed or split (the message lists what there is); as `load_jsonl`.
     """
     folder = Path(folder)
     if split not in METAICL_SPLITS:
@@ -148,212 +135,6 @@ def load_metaicl(folder: str | Path, task: str, seed: int, split: str, shots: in
         found = sorted(p.name for p in path.parent.glob("*.jsonl"))
         raise DataError(f"{path.parent} has no file {path.name}; {_list('files there', found)}")
     return load_jsonl(path)
-
-
-@dataclass(frozen=True)
-class TextFormat:
-    """How pairs become tokens.
-
-    Args:
-        delimiter: text between input and output and between pairs; it must be exactly one token.
-        max_pair_tokens: most tokens of one pair (input, delimiter, output); a longer input loses its end.
-        bos: whether a sequence starts with the tokenizer's BOS token; None does what the tokenizer itself does.
-    """
-
-    delimiter: str = " "
-    max_pair_tokens: int = 256
-    bos: bool | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_pair_tokens < 3:
-            raise ValueError(f"max_pair_tokens must be at least 3, got {self.max_pair_tokens}")
-
-
-@dataclass(frozen=True)
-class EncodedContext:
-    """The concatenated demonstrations.
-
-    input_ids: int64 [P].  segments: int64 [K+1]; demonstration i is `input_ids[segments[i]:segments[i + 1]]`, its
-    leading delimiter included. A BOS token comes before the first segment, so that no row hides it.
-    kinds: int64 [P], what each token is: SPECIAL, DELIMITER, INPUT or OUTPUT.
-    """
-
-    input_ids: Tensor
-    segments: Tensor
-    kinds: Tensor
-
-
-@dataclass(frozen=True)
-class Row:
-    """One sequence to run against the prefix, and the answers to score in it.
-
-    tokens: what the model is fed: the prompt and the answer without its last token (which predicts nothing).
-    answers: token lists that share all but their last token, hence one run scores all of them.
-    held_out: the demonstration this row must not see, or -1.  source: for messages.
-    predicted_at: for each token of an answer the index of the token whose logits predict it; None if the answers end
-        the row. Several demonstrations' answers in one sequence count as one answer whose tokens lie apart.
-    """
-
-    tokens: tuple[int, ...]
-    answers: tuple[tuple[int, ...], ...]
-    held_out: int = -1
-    source: str | None = None
-    predicted_at: tuple[int, ...] | None = None
-
-    @property
-    def first_label(self) -> int:
-        """Index of the token whose logits predict the first answer token."""
-        return len(self.tokens) - len(self.answers[0])
-
-    def label_positions(self, answer: int) -> tuple[int, ...]:
-        """Index of the token whose logits predict each token of an answer."""
-        if self.predicted_at is not None:
-            return self.predicted_at
-        return tuple(range(self.first_label, self.first_label + len(self.answers[answer])))
-
-
-def start_tokens(tokenizer: PreTrainedTokenizerBase, text_format: TextFormat) -> tuple[int, ...]:
-    """What a sequence starts with: BOS, or nothing. Raises ValueError: BOS is asked of a tokenizer without one."""
-    bos, use_bos = tokenizer.bos_token_id, text_format.bos
-    if use_bos and bos is None:
-        raise ValueError("bos=True, but the tokenizer has no BOS token")
-    if use_bos is None:
-        use_bos = bos is not None and list(tokenizer("a").input_ids[:1]) == [bos]
-    return (bos,) if use_bos else ()
-
-
-class PairEncoder:
-    """The tokens of pairs under one tokenizer and one `TextFormat`.
-
-    Raises:
-        ValueError: the tokenizer does not turn the delimiter into exactly one known token, or BOS is asked of a
-            tokenizer without one.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, text_format: TextFormat | None = None) -> None:
-        self.tokenizer = tokenizer
-        self.format = text_format or TextFormat()
-        self.cut_sources: list[str] = []
-        delimiter = self.encode(self.format.delimiter)
-        if len(delimiter) != 1 or delimiter[0] == tokenizer.unk_token_id:
-            raise ValueError(
-                f"delimiter must be exactly one token; this tokenizer turns {self.format.delimiter!r} into "
-                f"{delimiter}; choose another delimiter, such as '\\n'"
-            )
-        self.delimiter = delimiter[0]
-        self.start = start_tokens(tokenizer, self.format)
-
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Tokens of a text, without special tokens."""
-        return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-
-    def answer(self, demonstration: Demonstration, output: str) -> tuple[int, ...]:
-        """Tokens of an output or option."""
-        tokens = self.encode(output)
-        if not tokens:
-            raise DataError(f"{_place(demonstration)}the output {output!r} has no tokens under this tokenizer")
-        if len(tokens) > self.format.max_pair_tokens - 2:
-            raise DataError(
-                f"{_place(demonstration)}the output alone has {len(tokens)} tokens; with max_pair_tokens="
-                f"{self.format.max_pair_tokens} no room is left for the input"
-            )
-        return tokens
-
-    def prompt(self, demonstration: Demonstration, longest_answer: int) -> tuple[int, ...]:
-        """Tokens of the input and the delimiter after it, the input cut to leave room for `longest_answer` tokens."""
-        tokens = self.encode(demonstration.input)
-        if not tokens:
-            raise DataError(
-                f"{_place(demonstration)}the input {demonstration.input!r} has no tokens under this tokenizer"
-            )
-        room = self.format.max_pair_tokens - longest_answer - 1
-        if room < 1:
-            raise DataError(
-                f"{_place(demonstration)}max_pair_tokens={self.format.max_pair_tokens} leaves no room for an input "
-                f"before {longest_answer} tokens"
-            )
-        if len(tokens) > room:
-            self.cut_sources.append(demonstration.source or repr(demonstration.input[:30]))
-        return (*tokens[:room], self.delimiter)
-
-    def report_cuts(self) -> None:
-        """Warn about inputs that were cut since the last report."""
-        if self.cut_sources:
-            shown = ", ".join(self.cut_sources[:5]) + (", ..." if len(self.cut_sources) > 5 else "")
-            warnings.warn(
-                f"{len(self.cut_sources)} inputs lost their end to keep a pair within "
-                f"{self.format.max_pair_tokens} tokens: {shown}",
-                stacklevel=3,
-            )
-            self.cut_sources.clear()
-
-
-def encode_context(
-    tokenizer: PreTrainedTokenizerBase,
-    demonstrations: Sequence[Demonstration],
-    text_format: TextFormat | None = None,
-) -> EncodedContext:
-    """The demonstrations as one context. No demonstrations give the BOS token, or an empty context.
-
-    Raises:
-        DataError: a pair without tokens, or an output that leaves no room for its input.
-        ValueError: a delimiter that is not one token.
-    """
-    encoder = PairEncoder(tokenizer, text_format)
-    tokens, kinds = list(encoder.start), [SPECIAL] * len(encoder.start)
-    segments = [len(tokens)]
-    for i, demonstration in enumerate(demonstrations):
-        answer = encoder.answer(demonstration, demonstration.output)
-        prompt = encoder.prompt(demonstration, len(answer))
-        lead = (encoder.delimiter,) if i > 0 else ()
-        tokens += lead + prompt + answer
-        kinds += [DELIMITER] * len(lead) + [INPUT] * (len(prompt) - 1) + [DELIMITER] + [OUTPUT] * len(answer)
-        segments.append(len(tokens))
-    encoder.report_cuts()
-    return EncodedContext(
-        torch.tensor(tokens, dtype=torch.long), torch.tensor(segments), torch.tensor(kinds, dtype=torch.long)
-    )
-
-
-def encode_rows(
-    tokenizer: PreTrainedTokenizerBase,
-    demonstrations: Sequence[Demonstration],
-    text_format: TextFormat | None = None,
-    learn_stop: bool = False,
-    encoder: PairEncoder | None = None,
-) -> list[Row]:
-    """Training rows, one per demonstration: `_ x _ y`, with y as labels.
-
-    `learn_stop` makes the delimiter after the answer a label, too, so that generation learns where to stop.
-    `encoder` is one that writes more before an input than the input itself.
-
-    Raises:
-        as `encode_context`.
-    """
-    encoder = encoder or PairEncoder(tokenizer, text_format)
-    rows = []
-    for i, demonstration in enumerate(demonstrations):
-        answer = encoder.answer(demonstration, demonstration.output)
-        prompt = (encoder.delimiter, *encoder.prompt(demonstration, len(answer)))
-        labels = (*answer, encoder.delimiter) if learn_stop else answer
-        rows.append(Row(prompt + labels[:-1], (labels,), held_out=i, source=demonstration.source))
-    encoder.report_cuts()
-    return rows
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, text_format: TextFormat | None = None) -> list[int]:
-    """Token ids `_ x _` of an input behind a prefix, as rows of training begin: text and delimiters tokenised apart,
-    so that no space merges into the first word; nothing is cut.
-
-    Raises:
-        ValueError: a delimiter that is not one token.
-    """
-    encoder = PairEncoder(tokenizer, text_format)
-    return [encoder.delimiter, *encoder.encode(text), encoder.delimiter]
-
-
-def _place(demonstration: Demonstration) -> str:
-    return f"{demonstration.source}: " if demonstration.source else ""
 
 
 def _show(value: Any) -> str:

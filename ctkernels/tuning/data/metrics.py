@@ -1,10 +1,10 @@
 """Scores of predictions, all within [0, 1].
 
-accuracy     share of items whose prediction is their output
-macro-F1     mean, over the labels that occur as outputs, of 2 * precision * recall / (precision + recall), 0 where
-             both are 0; as in MetaICL
+accuracy     share of items whose prediction equals their output
+macro-F1     mean of 2 * precision * recall / (precision + recall) over the labels that occur as outputs, 0 for 0 / 0;
+             as in MetaICL
 exact match  accuracy of generated answers
-BLEU         corpus BLEU of sacrebleu (Post, arXiv 1804.08771) over 100, against the output and further references
+BLEU         corpus BLEU of sacrebleu (Post, arXiv 1804.08771) divided by 100, against output and further references
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ Metric = Literal["macro_f1", "accuracy", "exact_match", "bleu"]
 
 
 def default_metric(items: Sequence[Demonstration], by: Literal["options", "generation"]) -> Metric:
-    """Exact match for generation; macro-F1 for classification, that is, if all items have the same set of options;
-    accuracy otherwise."""
+    """Exact match for generation, macro-F1 for classification (all items have the same options), otherwise accuracy."""
     if by == "generation":
         return "exact_match"
     return "macro_f1" if len({frozenset(item.options or ()) for item in items}) == 1 else "accuracy"
 
 
 def score_predictions(metric: Metric, predictions: Sequence[str], items: Sequence[Demonstration]) -> float:
-    """The score of one prediction per item; white space around a text does not count.
+    """The score of one prediction per item. White space around a text is ignored.
 
     Raises:
         ValueError: an unknown metric.
@@ -55,7 +54,7 @@ def macro_f1(predictions: Sequence[str], outputs: Sequence[str]) -> float:
 
 
 def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Corpus BLEU over 100; an item may have any number of references.
+    """Corpus BLEU divided by 100. An item may have any number of references.
 
     Raises:
         ValueError: sacrebleu is not installed.
@@ -65,6 +64,6 @@ def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> flo
     except ImportError:
         raise ValueError("metric bleu needs the package sacrebleu (pip install 'ctkernels[suites]')") from None
     longest = max(map(len, references))
-    # sacrebleu wants one list per reference position, None where an item has no further one
+    # sacrebleu expects one list per reference number, with None for items that have fewer references
     streams = [[texts[n] if n < len(texts) else None for texts in references] for n in range(longest)]
     return sacrebleu.corpus_bleu(list(predictions), streams).score / 100

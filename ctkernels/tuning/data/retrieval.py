@@ -1,29 +1,30 @@
-"""Demonstrations in words before an input: which ones, and as which tokens."""
+"""Demonstrations shown as text before an input: which ones, and their tokens."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from ctkernels.tuning.data.demonstrations import Demonstration, PairEncoder, TextFormat
-from ctkernels.tuning.train.settings import Demonstrate
+from ctkernels.tuning.data.demonstrations import Demonstration
+from ctkernels.tuning.data.formats import PairEncoder, TextFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Demonstrate = Literal["similar", "fixed"]
 SATURATION, LENGTH = 1.5, 0.75  # k1 and b of BM25
 
 
 class InWordsEncoder(PairEncoder):
-    """Encodes an input behind `shots` demonstrations of a pool in words: `x0 _ y0 _ x1 _ y1 _ x _`.
+    """Encodes an input after `shots` demonstrations of a pool, as text: `x0 _ y0 _ x1 _ y1 _ x _`.
 
-    demonstrate: "similar" takes the pairs whose inputs have the highest BM25 score for the input (Robertson and
-    Zaragoza, 2009; over tokens), the best one last; "fixed" the same pairs, drawn once from `seed`. A pair is never
-    shown before itself.
+    demonstrate: "similar" shows the pairs whose inputs have the highest BM25 score for the input (Robertson and
+    Zaragoza, 2009; over tokens), the best one last. "fixed" shows the same pairs before every input, drawn once from
+    `seed`. A pair is never shown before itself.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class InWordsEncoder(PairEncoder):
         return shown + super().prompt(demonstration, longest_answer)
 
     def choose(self, demonstration: Demonstration) -> list[Demonstration]:
-        """The pairs to show before an input, in order."""
+        """The pairs to show before an input, in the order in which they are shown."""
         if self._fixed is not None:
             return [pair for pair in self._fixed if pair != demonstration][: self.shots]
         query = set(self.encode(demonstration.input))
@@ -66,7 +67,7 @@ class InWordsEncoder(PairEncoder):
         counts = self._counts[index]
         norm = SATURATION * (1 - LENGTH + LENGTH * counts.total() / self._mean_length)
         total = 0.0
-        for token in sorted(query & counts.keys()):  # sorted: the same sum, to the bit, in every process
+        for token in sorted(query & counts.keys()):  # sorted: every process adds in the same order
             containing = self._frequency[token]
             idf = math.log(1 + (len(self.pool) - containing + 0.5) / (containing + 0.5))
             total += idf * counts[token] * (SATURATION + 1) / (counts[token] + norm)

@@ -2,9 +2,9 @@
 
     python -m ctkernels.tuning.lm_eval run --model ctkernels --model_args pretrained=MODEL,prefix=FOLDER --tasks NAME
 
-The command line is lm-eval's own. From Python, importing this module registers the name. It is the harness's "hf" model
-in everything but the prefix: rows see it as a context in front of theirs, and no logits of it are returned, since it
-has none; what the harness gets are those of a request's own tokens.
+The command line is lm-eval's own. In Python, the import of this module registers the name. The model is the harness's
+"hf" model with a prefix attached: each request sees the prefix before its own tokens. A prefix has no logits, so the
+harness gets only those of a request's own tokens.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ NAME = "ctkernels"
 
 @register_model(NAME)
 class PrefixLM(HFLM):
-    """A causal language model with a tuned prefix in front of every request.
+    """A causal language model with a tuned prefix before every request.
 
-    A request's text follows the demonstrations as it is. To see what tuning saw, a task's `doc_to_text` begins with the
-    delimiter of the text format, a space unless another was chosen. An empty context is the harness's prefix token, as
+    A request's text directly follows the demonstrations. To get the same form as in tuning, let a task's `doc_to_text`
+    begin with the delimiter of the text format (by default a space). An empty context is the harness's prefix token, as
     without a prefix.
 
     Args:
-        pretrained: hub id, folder, or a loaded model of the class and configuration the prefix was made for.
-        prefix: folder of a saved `Adapter` or `KVPrefix`, or one of the two.
-        add_bos_token: whether a request starts with BOS; no by default, since the prefix has it.
-        kwargs: everything else that lm-eval's "hf" model takes (batch_size, device, dtype, tokenizer, max_length ...).
+        pretrained: hub id, folder, or a loaded model of the class and configuration that the prefix was made for.
+        prefix: an `Adapter` or `KVPrefix`, or the folder of a saved one.
+        add_bos_token: whether a request starts with BOS; by default not, since the prefix has it.
+        kwargs: all other arguments of lm-eval's "hf" model (batch_size, device, dtype, tokenizer, max_length ...).
 
     Raises:
-        TypeError: prefix is neither; a model class that no prefix can be attached to.
-        ValueError: an adapter that puts demonstrations in words (ipt), which raw requests have no place for; a prefix
-            of another model or tokenizer (PrefixFileError).
+        TypeError: prefix is none of these, or no prefix can be attached to the model class.
+        ValueError: the adapter shows demonstrations as text (ipt), for which raw requests have no place; or the prefix
+            belongs to another model or tokenizer (PrefixFileError).
     """
 
     def __init__(
@@ -54,15 +54,15 @@ class PrefixLM(HFLM):
     ) -> None:
         adapter = _find_adapter(prefix)
         super().__init__(pretrained, backend="causal", add_bos_token=add_bos_token, **kwargs)
-        if isinstance(prefix, (str, os.PathLike)):  # once more, checked against the model
+        if isinstance(prefix, (str, os.PathLike)):  # read again, now with a check against the model
             adapter = Adapter.from_pretrained(prefix, model=self.model, tokenizer=self.tokenizer)
         adapter.prefix.to(self.device)
-        adapter.prefix.attach(self.model)  # refuses a prefix that does not fit, before the first request
+        adapter.prefix.attach(self.model).detach()  # raises an error now if the prefix does not fit
         self.adapter = adapter
 
     @property
     def max_length(self) -> int:
-        """Most tokens of a request: what the prefix leaves of the model's positions."""
+        """Most tokens of a request: the model's positions that are left after the prefix."""
         return self._max_length or super().max_length - self.adapter.prefix.first_position
 
     @contextmanager
@@ -84,16 +84,16 @@ class PrefixLM(HFLM):
 
 
 def _find_adapter(prefix: str | os.PathLike | Adapter | KVPrefix) -> Adapter:
-    """The adapter, before a model is loaded for it."""
+    """The adapter. Called before the model is loaded, so that errors come early."""
     if isinstance(prefix, (str, os.PathLike)):
         prefix = Adapter.from_pretrained(prefix)
     elif isinstance(prefix, KVPrefix):
         prefix = Adapter(prefix)
     elif not isinstance(prefix, Adapter):
         raise TypeError(f"prefix must be a folder, an Adapter or a KVPrefix, got {type(prefix).__name__}")
-    if prefix.pool:
+    if prefix.demonstrations:
         raise ValueError(
-            f"prefix: an adapter made by {prefix.method} puts demonstrations in words before each input, and a request "
-            "of lm-eval is text that has no such place; evaluate it with Adapter.evaluate"
+            f"prefix: an adapter made by {prefix.method} puts demonstrations in words before each input, and the "
+            "text of an lm-eval request has no separate input; evaluate it with Adapter.evaluate"
         )
     return prefix

@@ -1,10 +1,10 @@
-"""BLOOM: ALiBi attention that does not go through transformers' attention registry.
+"""BLOOM: ALiBi attention that does not use transformers' attention registry.
 
-BloomAttention computes its own scores, so the registered function would never be called. While a prefix is attached,
-each attention module of that one model gets a `forward` of its own (an instance attribute; no class is touched), and
-the decoder's `build_alibi_tensor`, whose result goes to every layer, returns the state of the forward pass instead.
-BLOOM adds `slope * key position`, the op `-slope * distance`: they differ by a constant per query, which the softmax
-does not see.
+BloomAttention computes its own scores and never calls the registered function. While a prefix is attached, each
+attention module of the model has its own `forward` (an instance attribute; no class changes). The decoder's
+`build_alibi_tensor`, whose result every layer receives, returns the state of the forward pass instead. BLOOM adds
+`slope * key position` and the op `-slope * distance`. They differ by a constant per query, which does not change the
+softmax.
 """
 
 from __future__ import annotations
@@ -22,24 +22,27 @@ from transformers import AttentionMaskInterface, Cache
 from ctkernels.tuning.hf.attention import ATTACHED, IMPLEMENTATION, ForwardState, attend, is_layout, row_layout
 from ctkernels.tuning.hf.models import Decoder
 
-# A name of its own: a BLOOM model without an attached prefix must never get a layout in place of its mask.
+# A separate name: a BLOOM model without an attached prefix must never get a layout instead of its mask.
 ALIBI_IMPLEMENTATION = f"{IMPLEMENTATION}_alibi"
 AttentionMaskInterface.register(ALIBI_IMPLEMENTATION, row_layout)
 
 
 def alibi_slopes(heads: int) -> Tensor:
-    """Slope of each head, fp32 `[heads]`: 2^(-8 i / n) for i = 1..n, n the largest power of two up to `heads`; further
-    heads take the odd steps of the sequence for 2n heads."""
+    """Slope of each head, fp32 `[heads]`.
+
+    The first n heads, n the largest power of two up to `heads`, have 2^(-8 i / n) for i = 1..n. The others have the
+    slopes of 2n heads at odd i.
+    """
     n = 2 ** math.floor(math.log2(heads))
     exponents = [8 * i / n for i in range(1, n + 1)] + [4 * i / n for i in range(1, 2 * (heads - n), 2)]
     return torch.tensor([2**-e for e in exponents])
 
 
 def serve_alibi(decoder: Decoder, stack: ExitStack, current_state: Callable[[], ForwardState | None]) -> None:
-    """Let the attention modules of `decoder` read the prefix until `stack` is closed.
+    """Make the attention modules of `decoder` read the prefix until `stack` is closed.
 
     Raises:
-        ValueError: something else (such as offloading) has already replaced the forward of an attention module.
+        ValueError: the forward of an attention module is already replaced, for instance by offloading.
     """
     slopes = alibi_slopes(decoder.config.num_attention_heads).to(decoder.device)
     for attention in decoder.attentions:
@@ -65,7 +68,7 @@ def _forward(
     output_attentions: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """BloomAttention.forward with a prefix: hidden_states and residual `[B, S, H * D]`, returns the same shape."""
+    """BloomAttention.forward with a prefix: hidden_states, residual and the result are `[B, S, H * D]`."""
     if not isinstance(alibi, ForwardState):
         raise ValueError("BloomAttention: a layer with an attached prefix was called outside of its model's forward")
     if attention_mask is not None and not is_layout(attention_mask):
@@ -74,8 +77,8 @@ def _forward(
         )
     if module.training and module.attention_dropout.p > 0:
         raise ValueError(
-            f"BloomAttention: attention dropout {module.attention_dropout.p} is not supported; a frozen model belongs "
-            "in eval mode (model.eval())"
+            f"BloomAttention: attention dropout {module.attention_dropout.p} is not supported; put the model in eval "
+            "mode: model.eval()"
         )
     B, S, width = hidden_states.shape
     fused = module.query_key_value(hidden_states).view(B, S, module.num_heads, 3, module.head_dim)

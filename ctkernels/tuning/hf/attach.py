@@ -1,24 +1,33 @@
 """Attaching a prefix to a transformers model.
 
-    KVPrefix.attach(model) -> Attachment      this file: switches the model over, sees every forward pass in and out
-        hf_models.py                          which model classes, where their layers are
-        hf_attention.py                       the attention and mask functions that the layers call
-        hf_alibi.py                           BLOOM, which does not call them
-        hf_parallel.py                        KV heads of models spread over processes
+    KVPrefix.attach(model) -> Attachment      this file: hooks before and after each forward pass
+        protocols.py                          what is needed of a prefix
+        models.py                             which model classes, where their layers are
+        attention.py                          the attention and mask functions that the layers call
+        alibi.py                              BLOOM, which does not call them
+        packed.py                             rows packed into one sequence
+        caches.py                             caches remember their attachment
+        parallel.py                           KV heads of models that are spread over processes
+        traces.py                             what an attachment leaves on a model: undone later, never copied
 
-While attached, a model runs as usual (`forward`, loss, `generate`, gradient checkpointing) on a row's own tokens;
-caches and 2D padding masks cover only those. The prefix is read in place by every layer, never copied per row.
+An attached model runs as usual (`forward`, loss, `generate`, gradient checkpointing) on a row's own tokens. Caches and
+2D padding masks cover only those. Every layer reads the prefix in place; it is never copied per row.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
+import sys
 import threading
-from contextlib import ExitStack
+import uuid
+import warnings
+import weakref
+from collections.abc import Callable
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,30 +35,37 @@ from transformers import PreTrainedModel
 
 from ctkernels import ContextMask
 from ctkernels.tuning.hf.alibi import ALIBI_IMPLEMENTATION, serve_alibi
-from ctkernels.tuning.hf.attention import ATTACHED, IMPLEMENTATION, STATE, ForwardState, is_layout, no_padding
+from ctkernels.tuning.hf.attention import ATTACHED, ATTACHED_IMPLEMENTATION, STATE, ForwardState, is_layout, no_padding
+from ctkernels.tuning.hf.caches import ATTACHED_NOW, claim, own
 from ctkernels.tuning.hf.discover import passes_keywords
 from ctkernels.tuning.hf.models import ALIBI, LEARNED, Decoder, find_decoder, other_architecture, rope_switch
+from ctkernels.tuning.hf.packed import INTEGERS, TOLD_BY, packed_rows
 from ctkernels.tuning.hf.parallel import head_group
-
-if TYPE_CHECKING:
-    from ctkernels.tuning.adapters.prefix import KVPrefix
-    from ctkernels.tuning.adapters.prefix_set import PrefixSet
+from ctkernels.tuning.hf.protocols import PrefixLike, PrefixSetLike
+from ctkernels.tuning.hf.traces import Traces
 
 
 class Attachment:
-    """A prefix attached to a model, as a context manager; made by `KVPrefix.attach`, or `PrefixSet.attach` for several.
+    """A prefix attached to a model; made by `KVPrefix.attach` or `PrefixSet.attach`.
 
-    mask: ContextMask over the prefix for the rows of the next forward, or None; may be set at any time.
-    cu_seqlens: int32 `[B+1]` if `input_ids` is `[1, N]` with B rows packed one after another, else None; ditto.
-    prefix_index: of a PrefixSet, integer `[B]`: which prefix each row reads; ditto.
+    `with prefix.attach(model):`, or `attachment = prefix.attach(model).enable()` and later `attachment.detach()`.
+    Before that nothing is attached: a model that runs, and an attachment that was never entered, cause a warning.
 
-    Position ids, given or computed, count a row's own tokens from 0; the prefix's `first_position` is added. Padding is
-    a 2D `attention_mask` over own tokens, on the left or on the right.
+    Three attributes describe the rows of the next forward pass and may be set at any time:
+
+    mask: ContextMask over the prefix, or None.
+    cu_seqlens: int32 `[B+1]` if `input_ids` is `[1, N]` with B rows packed one after another, else None.
+    prefix_index: integer `[B]`, the prefix that each row reads, for a PrefixSet; else None.
+
+    Position ids, given or computed, count a row's own tokens from 0; the prefix's `first_position` is added to them.
+    Padding is a 2D `attention_mask` over own tokens, on the left or on the right. Rows that transformers packs
+    (`cu_seq_lens_q`, `cu_seq_lens_k`, `seq_idx`, position ids that start over) are served as with `cu_seqlens`. A cache
+    belongs to the attachment that filled it. `copy.deepcopy` of an attached model is a plain model.
     """
 
     def __init__(
         self,
-        prefix: KVPrefix | PrefixSet,
+        prefix: PrefixLike | PrefixSetLike,
         model: PreTrainedModel,
         mask: ContextMask | None = None,
         cu_seqlens: Tensor | None = None,
@@ -59,57 +75,104 @@ class Attachment:
         self.prefix, self.mask, self.cu_seqlens, self.backend = prefix, mask, cu_seqlens, backend
         self.prefix_index = prefix_index
         self._decoder = find_decoder(model)
-        self._prefixes: tuple[KVPrefix, ...] = getattr(prefix, "prefixes", (prefix,))
+        self._prefixes: tuple[PrefixLike, ...] = getattr(prefix, "prefixes", (prefix,))
         for each in self._prefixes:
             check_fit(each, self._decoder)
         self._trainable = (prefix,) if self._prefixes == (prefix,) else ()  # a set of prefixes is a copy
         self._last_first = max(each.first_position for each in self._prefixes)
         family, config = self._decoder.family, self._decoder.config
         self._name = type(self._decoder.model).__name__
-        self._implementation = ALIBI_IMPLEMENTATION if family.positions == ALIBI else IMPLEMENTATION
+        self._implementation = ALIBI_IMPLEMENTATION if family.positions == ALIBI else ATTACHED_IMPLEMENTATION
         self._position_limit = self._decoder.context_limit if family.positions == LEARNED else None
         switches = (rope_switch(config, each.first_position) for each in self._prefixes)
         self._rope_switch = min((switch for switch in switches if switch is not None), default=None)
         self._group = head_group(self._decoder.attentions[0])
         self._parameters = list(inspect.signature(self._decoder.base.forward).parameters)
         self._passes_keywords = passes_keywords(type(self._decoder.layers[0]))
-        self._stack: ExitStack | None = None
+        self._traces: Traces | None = None
         self._thread = threading.local()
+        self._owner = uuid.uuid4().hex  # what caches remember
+        self._notice = self._decoder.base.register_forward_pre_hook(partial(_say_not_entered, weakref.ref(self)))
 
-    def __enter__(self) -> Attachment:
+    def enable(self) -> Attachment:
+        """Attach the prefix, until `detach`. Returns the attachment itself.
+
+        Raises:
+            ValueError: the model has a prefix attached already.
+        """
         decoder = self._decoder
+        self._notice.remove()
         if any(hasattr(attention, ATTACHED) for attention in decoder.attentions):
             raise ValueError(f"this {self._name} already has a prefix attached; leave that block first")
-        with ExitStack() as stack:
+        with Traces() as traces:
             for index, attention in enumerate(decoder.attentions):
-                setattr(attention, ATTACHED, index)
-                stack.callback(delattr, attention, ATTACHED)
-            _switch_implementation(decoder, self._implementation, stack)
+                traces.set(attention, ATTACHED, index)
+            _switch_implementation(decoder, self._implementation, traces)
             if self._implementation == ALIBI_IMPLEMENTATION:
-                serve_alibi(decoder, stack, lambda: getattr(self._thread, "state", None))
-            base, embedding = decoder.base, decoder.base.get_input_embeddings()
-            for handle in (
-                base.register_forward_pre_hook(self._before, with_kwargs=True),
-                base.register_forward_hook(self._after, with_kwargs=True),
-                embedding.register_forward_hook(lambda module, args, out: self._carry_gradient(out)),
-                *(
-                    layer.register_forward_pre_hook(partial(self._check_recorded, index), with_kwargs=True)
-                    for index, layer in enumerate(decoder.layers)
-                ),
-            ):
-                stack.callback(handle.remove)
-            self._stack = stack.pop_all()
+                serve_alibi(decoder, traces, lambda: getattr(self._thread, "state", None))
+            model, base, embedding = decoder.model, decoder.base, decoder.base.get_input_embeddings()
+            traces.hook(base.register_forward_pre_hook(self._before, with_kwargs=True))
+            traces.hook(base.register_forward_hook(self._after, with_kwargs=True))
+            traces.hook(embedding.register_forward_hook(lambda module, args, out: self._carry_gradient(out)))
+            for index, layer in enumerate(decoder.layers):
+                traces.hook(layer.register_forward_pre_hook(partial(self._check_recorded, index), with_kwargs=True))
+            if model is not base:
+                traces.hook(model.register_forward_pre_hook(self._see_packed, with_kwargs=True))
+            if hasattr(model, "generate"):
+                traces.set(model, "generate", self._watched(model.generate))
+            for module in dict.fromkeys((model, base)):
+                traces.set(module, "__deepcopy__", partial(traces.plain_copy, self, module))
+            ATTACHED_NOW.add(self._owner)
+            traces.callback(ATTACHED_NOW.discard, self._owner)
+            self._traces = traces.pop_all()
         return self
+
+    def detach(self) -> None:
+        """Leave the model as it was. Does nothing if the prefix is not attached."""
+        self._notice.remove()
+        traces, self._traces = self._traces, None
+        if traces is not None:
+            traces.close()
+
+    def __enter__(self) -> Attachment:
+        return self.enable()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        stack, self._stack = self._stack, None
-        if stack is not None:
-            stack.close()
+        self.detach()
+
+    def __del__(self) -> None:
+        notice = getattr(self, "_notice", None)
+        if notice is not None and notice.id in (notice.hooks_dict_ref() or ()) and not sys.is_finalizing():
+            notice.remove()
+            warnings.warn(NOT_ENTERED.format("was never entered"), stacklevel=2)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            f"a part of this {self._name} cannot be copied or pickled while a prefix is attached; leave the attach "
+            "block, or copy the whole model"
+        )
+
+    def _watched(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        """`generate` that raises if the prefix was detached while it ran (in another thread)."""
+
+        @functools.wraps(generate)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            block = self._traces
+            result = generate(*args, **kwargs)
+            if self._traces is not block:
+                raise ValueError(f"the attach block was left while generate() of {self._name} ran")
+            return result
+
+        return run
+
+    def _see_packed(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Runs before the model with the head, which may keep arguments about packed rows to itself."""
+        self._thread.told = {name: kwargs[name] for name in TOLD_BY if kwargs.get(name) is not None}
 
     def _before(self, base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Runs before the decoder: shifts positions, and hands the layers the state of this forward pass."""
+        """Runs before the decoder: shifts positions, and passes the state of this forward pass to the layers."""
         kwargs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         self._check_implementation(base)
         _check_mask_argument(kwargs.get("attention_mask"))
@@ -117,19 +180,24 @@ class Attachment:
         if tokens is None and kwargs.get("inputs_embeds") is not None:
             tokens = kwargs["inputs_embeds"] = self._carry_gradient(kwargs["inputs_embeds"])
         if tokens is None:
-            return (), kwargs  # the model itself says what is missing
+            return (), kwargs  # the model raises its own error
         if self.mask is not None and not isinstance(self.mask, ContextMask):
             raise TypeError(f"attachment.mask must be a ContextMask or None, got {type(self.mask).__name__}")
-        prepare = self._prepare_padded if self.cu_seqlens is None else self._prepare_packed
-        positions = prepare(tokens, kwargs)
-        index = self._index_of_rows(tokens)
-        first = self.prefix.first_position if index is None else self._first_positions(index, tokens)
+        claim(kwargs.get("past_key_values"), self._owner, self._name)
+        told, self._thread.told = getattr(self._thread, "told", {}), {}
+        cu_seqlens = packed_rows(self.cu_seqlens, {**kwargs, **told}, tokens)
+        if cu_seqlens is None:
+            positions = self._prepare_padded(tokens, kwargs)
+        else:
+            positions = self._prepare_packed(tokens, kwargs, cu_seqlens)
+        index = self._index_of_rows(tokens, cu_seqlens)
+        first = self.prefix.first_position if index is None else self._first_positions(index, tokens, cu_seqlens)
         self._check_positions(positions, first, tokens.shape[1], kwargs)
         state = ForwardState(
             tuple(self.prefix.keys),
             tuple(self.prefix.values),
             self.mask,
-            self.cu_seqlens,
+            cu_seqlens,
             self.backend,
             self._group,
             torch.is_grad_enabled(),
@@ -137,7 +205,7 @@ class Attachment:
             None if index is None else self.prefix.lengths,
         )
         kwargs[STATE] = state
-        if self._decoder.family.positions == ALIBI:  # BLOOM has no position ids and passes no keyword arguments on
+        if self._decoder.family.positions == ALIBI:  # BLOOM has no position ids, and its layers get no such argument
             self._thread.state = state
         else:
             kwargs["position_ids"] = positions + first + self._decoder.first_position_id
@@ -145,15 +213,15 @@ class Attachment:
                 setattr(kwargs["position_ids"], STATE, state)
         return (), kwargs
 
-    def _index_of_rows(self, tokens: Tensor) -> Tensor | None:
+    def _index_of_rows(self, tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
         """Which prefix each row of this pass reads, int64 `[B]`, or None where there is one for all."""
         index = self.prefix_index
         if self._prefixes == (self.prefix,):
             if index is not None:
                 raise ValueError("attachment.prefix_index needs several prefixes: PrefixSet(...).attach")
             return None
-        count, rows = len(self._prefixes), tokens.shape[0] if self.cu_seqlens is None else len(self.cu_seqlens) - 1
-        if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype not in _INTEGERS:
+        count, rows = len(self._prefixes), tokens.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype not in INTEGERS:
             raise TypeError("attachment.prefix_index must be an int32 or int64 tensor [B]")
         if not len(index) or rows % len(index):
             raise ValueError(f"attachment.prefix_index must have an entry for each of {rows} rows, got {len(index)}")
@@ -161,15 +229,15 @@ class Attachment:
             raise ValueError(f"attachment.prefix_index must lie in [0, {count}), got {index.tolist()}")
         return index.to(tokens.device, torch.int64).repeat_interleave(rows // len(index))
 
-    def _first_positions(self, index: Tensor, tokens: Tensor) -> Tensor:
+    def _first_positions(self, index: Tensor, tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """Position of the first own token for each row, int64 `[B, 1]`; if rows are packed for each token, `[1, N]`."""
         first = self.prefix.first_positions.to(tokens.device)[index]
-        if self.cu_seqlens is None:
+        if cu_seqlens is None:
             return first[:, None]
-        return first.repeat_interleave(self.cu_seqlens.diff().to(tokens.device), output_size=tokens.shape[1])[None]
+        return first.repeat_interleave(cu_seqlens.diff().to(tokens.device), output_size=tokens.shape[1])[None]
 
     def _prepare_padded(self, tokens: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """Own position of each token, int64 `[B, S]` or `[1, S]`, of a batch with or without padding."""
+        """Own position of each token of a batch with or without padding, int64 `[B, S]` or `[1, S]`."""
         S = tokens.shape[1]
         mask, given, cache = (kwargs.get(name) for name in ("attention_mask", "position_ids", "past_key_values"))
         padding = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
@@ -177,16 +245,11 @@ class Attachment:
             _check_padding(padding, tokens, kwargs)
         elif mask is None and not getattr(cache, "is_compileable", False):
             kwargs["attention_mask"] = no_padding(tokens.device)
-        elif mask is None and self._decoder.family.positions == ALIBI:  # to have build_alibi_tensor called
+        elif mask is None and self._decoder.family.positions == ALIBI:  # needed so that build_alibi_tensor is called
             kwargs["attention_mask"] = torch.ones(
                 tokens.shape[0], _past_length(kwargs) + S, dtype=torch.bool, device=tokens.device
             )
         if given is not None:
-            if mask is None and cache is None and not torch.compiler.is_compiling() and (given.diff() != 1).any():
-                raise ValueError(
-                    "position_ids are not consecutive: rows packed into one sequence need attachment.cu_seqlens, "
-                    "padded rows an attention_mask"
-                )
             return given
         prepared = mask.values() if isinstance(mask, dict) else (mask,)
         if self._decoder.family.positions != ALIBI and any(is_layout(x) and x.shape[-1] == 2 for x in prepared):
@@ -199,22 +262,12 @@ class Attachment:
             return (padding.long().cumsum(dim=1) - 1).clamp(min=0)[:, past : past + S].to(tokens.device)
         return torch.arange(past, past + S, device=tokens.device)[None]
 
-    def _prepare_packed(self, tokens: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    def _prepare_packed(self, tokens: Tensor, kwargs: dict[str, Any], cu_seqlens: Tensor) -> Tensor:
         """Own position of each token, int64 `[1, N]`, of rows packed into one sequence."""
-        cu_seqlens = self.cu_seqlens
-        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.dtype not in _INTEGERS:
-            raise TypeError("attachment.cu_seqlens must be an int32 tensor [B+1] or None")
-        if tokens.shape[0] != 1:
-            raise ValueError(
-                "with attachment.cu_seqlens, input_ids must be one packed sequence [1, N], "
-                f"got a batch of {tokens.shape[0]}"
-            )
         if kwargs.get("attention_mask") is not None:
-            raise ValueError("with attachment.cu_seqlens, attention_mask must be None: packed rows have no padding")
+            raise ValueError("with cu_seqlens, attention_mask must be None: packed rows have no padding")
         if kwargs.get("past_key_values") is not None:
-            raise ValueError(
-                "with attachment.cu_seqlens, past_key_values must be None: packed rows cannot be continued"
-            )
+            raise ValueError("with cu_seqlens, past_key_values must be None: packed rows cannot be continued")
         kwargs["use_cache"] = False
         kwargs["attention_mask"] = no_padding(tokens.device)
         given = kwargs.get("position_ids")
@@ -222,35 +275,37 @@ class Attachment:
             return given
         N = tokens.shape[1]
         token = torch.arange(N, device=tokens.device)
-        starts = cu_seqlens.long()
+        starts = cu_seqlens.to(tokens.device, torch.int64)
         row = torch.searchsorted(starts, token, right=True) - 1
         return (token - starts[row])[None]
 
     def _after(self, base: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        """Runs after the decoder: every layer must have read the prefix."""
+        """Runs after the decoder: checks that every layer has read the prefix, and that it gets its gradient."""
         state, self._thread.state = kwargs.get(STATE), None
+        for value in output.values() if isinstance(output, dict) else output:
+            own(value, self._owner)
         missing = sorted(set(range(len(self._decoder.attentions))) - (state.consumed if state else set()))
         if missing:
             raise ValueError(
                 f"the attention of layers {missing} of {self._name} did not read the attached prefix, so this output "
-                "ignores it (layers skipped or replaced?)"
+                "ignores it; were layers skipped or replaced?"
             )
         trainable = any(x.requires_grad for x in (*state.keys, *state.values))
         if state.recording and trainable and torch.is_grad_enabled() and not output[0].requires_grad:
             raise ValueError(
-                f"this output of {self._name} depends on a trainable prefix, but no gradient would reach it (quantised "
-                "layers that were run in eval mode before, or kernels without a derivative?); if none is wanted, use "
-                "torch.no_grad()"
+                f"this output of {self._name} depends on a trainable prefix, but no gradient would reach it. Possible "
+                "causes: quantised layers that ran in eval mode before, kernels without a derivative. If no gradient "
+                "is needed, use torch.no_grad()"
             )
         if self._recomputes() and output[0].requires_grad:
-            block = self._stack
+            block = self._traces
             output[0].register_hook(lambda gradient: self._check_still_in(block))
 
     def _carry_gradient(self, hidden: Tensor) -> Tensor:
-        """Let embeddings require a gradient where reentrant checkpointing would otherwise cut the graph.
+        """Make embeddings require a gradient if reentrant checkpointing would otherwise lose that of the prefix.
 
-        A reentrant checkpoint records a gradient only if one of its inputs requires one, and with a frozen model no
-        input of the first layer does, although the prefix inside needs it.
+        A reentrant checkpoint records a gradient only if one of its inputs requires one. In a frozen model no input of
+        the first layer does, although the prefix inside needs a gradient.
         """
         trainable = any(p.requires_grad for each in self._trainable for p in each.parameters())
         if not self._recomputes() or hidden.requires_grad or not trainable:
@@ -259,7 +314,7 @@ class Attachment:
         return hidden if options.get("use_reentrant") is False else hidden.detach().requires_grad_()
 
     def _check_recorded(self, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Runs before each layer: a reentrant checkpoint put around it by hand must not lose the prefix's gradient."""
+        """Runs before each layer: an error if a user's reentrant checkpoint would lose the prefix's gradient."""
         if torch.is_grad_enabled():
             return
         state = kwargs.get(STATE) or getattr(self._thread, "state", None)
@@ -269,29 +324,29 @@ class Attachment:
         if state.keys[index].requires_grad or state.values[index].requires_grad:
             raise ValueError(
                 f"layer {index} of {self._name} runs in a reentrant checkpoint (or under no_grad) and its input "
-                "requires no gradient, so the prefix would get none from it; pass use_reentrant=False to the "
+                "requires no gradient, so the prefix would get no gradient from it; pass use_reentrant=False to the "
                 "checkpoint, or call model.enable_input_require_grads()"
             )
 
     def _recomputes(self) -> bool:
-        """Whether the layers of a forward pass will run once more in its backward pass."""
+        """Whether the backward pass runs the layers again (gradient checkpointing)."""
         layer = self._decoder.layers[0]
         return getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
 
-    def _check_still_in(self, block: ExitStack | None) -> None:
+    def _check_still_in(self, block: Traces | None) -> None:
         """Runs first in a backward pass with gradient checkpointing."""
-        if self._stack is not block:
+        if self._traces is not block:
             raise ValueError(
                 "backward() was called after leaving the attach block; gradient checkpointing runs the layers again, "
-                "which must still have the prefix: call backward() inside the block"
+                "and they need the prefix: call backward() inside the block"
             )
 
     def _check_implementation(self, base: nn.Module) -> None:
         current = base.config._attn_implementation
         if current != self._implementation:
             raise ValueError(
-                f"the attention implementation was changed to {current!r} while a prefix is attached, which would "
-                "ignore the prefix; change it before or after"
+                f"the attention implementation was changed to {current!r} while a prefix is attached, and would "
+                "ignore the prefix; change it before attaching or after the block"
             )
 
     def _check_positions(self, own: Tensor, first: int | Tensor, S: int, kwargs: dict[str, Any]) -> None:
@@ -299,7 +354,7 @@ class Attachment:
         if not limits or torch.compiler.is_compiling() or own.numel() == 0:
             return
         if self._last_first + _past_length(kwargs) + S <= min(limits):
-            return  # the values are read only if the shapes do not settle the question
+            return  # the shapes are enough, so no value is read
         own, first = (x.flatten() for x in torch.broadcast_tensors(own, torch.as_tensor(first, device=own.device)))
         furthest = int((own + first).argmax())
         count, before = int(own[furthest]) + 1, int(first[furthest])
@@ -309,22 +364,35 @@ class Attachment:
             raise ValueError(f"{what} need {end} positions; {self._name} has {self._position_limit}")
         if self._rope_switch is not None and end > self._rope_switch:
             raise ValueError(
-                f"{what} pass position {self._rope_switch}, where {self._name} rotates all keys differently; the "
-                "prefix cannot follow"
+                f"{what} pass position {self._rope_switch}, from which on {self._name} rotates all keys differently; "
+                "the keys of the prefix are already rotated"
             )
 
 
-_INTEGERS = (torch.int32, torch.int64)
+NOT_ENTERED = (
+    "prefix.attach(model) {}, so the model ran without the prefix; use `with prefix.attach(model):`, or "
+    "`attachment = prefix.attach(model).enable()` and later `attachment.detach()`"
+)
+
+
+def _say_not_entered(attachment: weakref.ref[Attachment], base: nn.Module, args: tuple) -> None:
+    """Runs before a model that an attachment was made for and not entered yet."""
+    made = attachment()
+    if made is None or base is not made._decoder.base or torch.compiler.is_compiling():
+        return
+    made._notice.remove()
+    if not any(hasattr(attention, ATTACHED) for attention in made._decoder.attentions):
+        warnings.warn(NOT_ENTERED.format("was not entered"), stacklevel=2)
 
 
 def _past_length(kwargs: dict[str, Any]) -> int:
-    """Own tokens in the cache."""
+    """Number of own tokens in the cache."""
     cache = kwargs.get("past_key_values")
     return 0 if cache is None else int(cache.get_seq_length())
 
 
 def _check_padding(padding: Tensor, tokens: Tensor, kwargs: dict[str, Any]) -> None:
-    """A padding mask is `[B, own tokens]`; with a static cache it may run ahead of them."""
+    """Raise ValueError unless `padding` is `[B, own tokens]`. With a static cache it may be longer."""
     B, own = tokens.shape[0], _past_length(kwargs) + tokens.shape[1]
     ahead = getattr(kwargs.get("past_key_values"), "is_compileable", False)
     if padding.shape[0] != B or padding.shape[1] < own or (padding.shape[1] > own and not ahead):
@@ -332,18 +400,23 @@ def _check_padding(padding: Tensor, tokens: Tensor, kwargs: dict[str, Any]) -> N
             f"attention_mask must cover the rows' own tokens alone, [{B}, {own}], got {list(padding.shape)}; "
             "the prefix needs no mask"
         )
+    if padding.dtype != torch.bool and not torch.compiler.is_compiling() and (padding > 1).any():
+        raise ValueError(
+            "attention_mask must be 0 or 1, 1 for a token; rows packed into one sequence need attachment.cu_seqlens or "
+            "cu_seq_lens_q and cu_seq_lens_k instead of a mask that numbers them"
+        )
     past = own - tokens.shape[1]
     if past and not torch.compiler.is_compiling():
         seen = padding[:, :past].bool()
         if (seen.any(dim=1) & ~seen[:, -1] & padding[:, past].bool()).any():
             raise ValueError(
-                "attention_mask must be padding whose rows are one run of ones; here rows padded on the right go on "
-                "behind their padding; pad on the left: tokenizer.padding_side = 'left', or tuning.left_padded"
+                "attention_mask must be padding whose rows are one run of ones; rows padded on the right go on behind "
+                "their padding; pad on the left: tokenizer.padding_side = 'left', or tuning.left_padded"
             )
 
 
 def _check_mask_argument(mask: Any) -> None:
-    """Refuse masks that are not padding. Layouts come from `generate`, which prepares masks ahead for static caches."""
+    """Raise ValueError for a mask that is not padding. (`generate` makes layouts in advance for static caches.)"""
     for entry in mask.values() if isinstance(mask, dict) else (mask,):
         if entry is None or is_layout(entry) or (isinstance(entry, Tensor) and entry.dim() == 2):
             continue
@@ -354,12 +427,18 @@ def _check_mask_argument(mask: Any) -> None:
         )
 
 
-def check_fit(prefix: KVPrefix, decoder: Decoder) -> None:
-    """Refuse a prefix that was made for another model, or lies elsewhere."""
+def check_fit(prefix: PrefixLike, decoder: Decoder) -> None:
+    """Check that a prefix fits a model.
+
+    Raises:
+        TypeError: its type is neither the model's nor the master type.
+        ValueError: it was made for another model, or is on another device.
+    """
     name = type(decoder.model).__name__
-    if len(prefix.keys) != len(decoder.attentions):
-        raise ValueError(f"prefix has {len(prefix.keys)} layers, {name} has {len(decoder.attentions)}")
-    for index, key in enumerate(prefix.keys):
+    keys = tuple(prefix.keys)
+    if len(keys) != len(decoder.attentions):
+        raise ValueError(f"prefix has {len(keys)} layers, {name} has {len(decoder.attentions)}")
+    for index, key in enumerate(keys):
         heads, _, dimension = key.shape
         shape = decoder.shapes[index]
         if (heads, dimension) != (shape.heads, shape.key_dim):
@@ -368,7 +447,7 @@ def check_fit(prefix: KVPrefix, decoder: Decoder) -> None:
                 f"dimension {shape.key_dim}"
             )
         device = next(decoder.attentions[index].parameters()).device
-        if key.device != device and device.type != "meta":  # meta: weights are offloaded and come where they are needed
+        if key.device != device and device.type != "meta":  # meta: offloaded weights
             raise ValueError(
                 f"prefix layer {index} is on {key.device}, the layer is on {device}; move the prefix there"
             )
@@ -390,11 +469,10 @@ def check_fit(prefix: KVPrefix, decoder: Decoder) -> None:
         )
 
 
-def _switch_implementation(decoder: Decoder, implementation: str, stack: ExitStack) -> None:
-    """Give this model a config with another attention implementation until `stack` is closed.
+def _switch_implementation(decoder: Decoder, implementation: str, traces: Traces) -> None:
+    """Give this model a config with another attention implementation until `traces` are undone.
 
-    A copy, since models made from one config object share it, and only this one is switched over. What is changed in
-    the copy meanwhile is carried back.
+    The config is a copy, since other models may share the object. Changes to the copy are written back at the end.
     """
     old = decoder.config
     new = copy.copy(old)
@@ -409,6 +487,7 @@ def _switch_implementation(decoder: Decoder, implementation: str, stack: ExitSta
             if name != "_attn_implementation_internal" and before.get(name) is not value:
                 setattr(old, name, value)
 
-    stack.callback(restore)
+    traces.callback(restore)
+    traces.on_copy(new, lambda copied: setattr(copied, "_attn_implementation", old._attn_implementation))
     for module in holders:
         module.config = new

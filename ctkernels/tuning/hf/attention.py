@@ -1,24 +1,24 @@
-"""The attention function and the mask function that transformers calls under `attn_implementation="ctkernels"`.
+"""The attention function and the mask function that transformers calls in a model with an attached prefix.
 
-    model's forward -> row_layout (once per forward and layer type): 2D padding mask -> where each row's keys lie
-                    -> attention_forward (every layer): [prefix of this layer | own keys] through ctkernels
+    model's forward -> row_layout (once per forward and layer type): 2D padding mask -> where each row's keys are
+                    -> attention_forward (every layer): the op on [prefix of this layer | own keys]
 
-transformers builds a `[B, 1, S, T]` mask for most attention functions. The op needs only where a row's valid keys begin
-and end, so `row_layout` returns a small int64 tensor in the mask's place, of four dimensions because transformers
-passes on whatever has four:
+transformers builds a `[B, 1, S, T]` mask for most attention functions. The op only needs to know where a row's valid
+keys begin and end, so `row_layout` returns a small int64 tensor instead of a mask. It has four dimensions, because
+transformers passes on any mask with four:
 
     None                    every key is valid
     [B, 1, 1, 1]            end of each row's valid keys (right padding, static caches)
     [B, 1, 1, 2]            first and end of each row's valid keys (left padding, too)
-    [1, 1, 1, 0]            the same, said by an attachment to spare transformers the search for masks
+    [1, 1, 1, 0]            every key is valid, or rows are packed (passed by an attachment instead of no mask, so that
+                            transformers makes none)
 
-A module without an attached prefix behaves as under "sdpa" (hf_plain.py). Importing this module, or anything that
-attaches a prefix, registers the name with transformers.
+They have a name of their own: a model under `attn_implementation="ctkernels"` without a prefix is served by plain.py,
+and never gets a layout for a mask.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,24 +30,23 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ctkernels import ContextMask, prefix_attention, prefix_attention_varlen
 from ctkernels.tuning.hf.parallel import own_heads
-from ctkernels.tuning.hf.plain import plain_attention
+from ctkernels.tuning.hf.plain import IMPLEMENTATION, unknown_argument
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-IMPLEMENTATION = "ctkernels"
-STATE = "ctkernels_state"  # keyword argument that carries the state of a forward pass to the layers
+STATE = "ctkernels_state"  # the keyword argument that passes the state of a forward pass to the layers
+ATTACHED_IMPLEMENTATION = f"{IMPLEMENTATION}_attached"
 ATTACHED = "_ctkernels_layer_index"  # attribute of an attention module while a prefix is attached to it
-# arguments of other models' attention that change the result and that the op has no place for
-UNSUPPORTED_ARGUMENTS = ("position_bias", "s_aux", "cache", "head_mask")
 COMPILED_MASK = "under torch.compile, a padding mask must have rows that are one run of ones, up to the last query"
 
 
 class KeySpan(NamedTuple):
-    """Where the valid ones of T keys lie in each row.
+    """Which of a row's T keys are valid.
 
-    lengths: int64 `[B]`.  With left padding, else None: row int64 `[B, 1]`; forward int64 `[B, T]`, indices that bring
-    each row's first valid key to the front; back int64 `[B, T]`, indices that undo it.
+    lengths: int64 `[B]`, number of valid keys.  The others only with left padding, else None: row int64 `[B, 1]`, row
+    numbers; forward int64 `[B, T]`, indices that move each row's first valid key to the front; back int64 `[B, T]`, the
+    inverse of forward.
     """
 
     lengths: Tensor
@@ -60,11 +59,11 @@ class KeySpan(NamedTuple):
 class ForwardState:
     """What one forward pass of an attached model needs in every layer.
 
-    It travels through the model as a keyword argument rather than on the attachment, so that gradient checkpointing
-    recomputes a layer with the mask of its own forward, and two threads can run one model.
+    It is passed through the model as a keyword argument and not kept on the attachment. So gradient checkpointing runs
+    a layer again with the mask of its own forward pass, and two threads can run one model.
 
     keys, values: per layer `[Hk, P, D]`, or `[G, Hk, P, D]` with prefix_index (int `[B]`) and prefix_lens (int `[G]`).
-    group: see `hf_parallel.head_group`.  recording: whether gradients are recorded around the model.  consumed: layers
+    group: see `parallel.head_group`.  recording: whether gradients are recorded around the model.  consumed: the layers
     whose attention has read keys and values.
     """
 
@@ -81,7 +80,7 @@ class ForwardState:
     spans: dict[int, tuple[Tensor, KeySpan]] = field(default_factory=dict)
 
     def span(self, layout: Tensor, T: int) -> KeySpan:
-        """`key_span` of a layout over T keys, computed once for all layers that share it."""
+        """`key_span` of a layout over T keys, computed once for all layers with that layout."""
         known = self.spans.get(id(layout))
         if known is None:
             known = self.spans[id(layout)] = layout, key_span(layout, T)
@@ -89,6 +88,7 @@ class ForwardState:
 
 
 def key_span(layout: Tensor, T: int) -> KeySpan:
+    """The valid ones of T keys, from a layout `[B, 1, 1, 1]` or `[B, 1, 1, 2]`."""
     if layout.shape[-1] == 1:
         return KeySpan(layout.flatten())
     first, end = layout.flatten(0, 2).split(1, dim=-1)  # [B, 1]
@@ -97,12 +97,12 @@ def key_span(layout: Tensor, T: int) -> KeySpan:
 
 
 def no_padding(device: torch.device) -> Tensor:
-    """The layout that says that every key is valid, or that rows are packed."""
+    """The layout for packed rows, or if every key is valid."""
     return torch.empty(1, 1, 1, 0, dtype=torch.int64, device=device)
 
 
 def is_layout(mask: Any) -> bool:
-    """Whether `mask` came from `row_layout` rather than from a user (whose 4D masks are bool or floating)."""
+    """Whether `mask` is a layout of `row_layout`. (Users' 4D masks are bool or floating.)"""
     return (
         isinstance(mask, Tensor)
         and mask.dim() == 4
@@ -127,16 +127,16 @@ def row_layout(
     config: PreTrainedConfig | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The layout of a batch (see the top of this file), or a dense bool `[B, 1, S, T]` for what a layout cannot say.
+    """The layout of a batch (see the top of this file), or a dense bool mask `[B, 1, S, T]` if no layout describes it.
 
-    Called by transformers; the arguments are those of its mask functions. attention_mask: bool `[B, L]`, True = token.
-    A layout is possible if the rule is causal (with or without a sliding window, which the op applies itself) and each
-    row's tokens are one run that, with a cache (T > S), ends at the last query.
+    transformers calls it; the arguments are those of its mask functions. attention_mask: bool `[B, L]`, True = token. A
+    layout is possible if the rule is causal (perhaps with a sliding window, which the op applies itself) and the tokens
+    of each row are one run, which with a cache (T > S) ends at the last query.
     """
     plain = (
         not use_vmap
         and "allow_is_bidirectional_skip" not in kwargs
-        and (allow_is_causal_skip or q_length == 1)  # transformers forbids the skip when a mask is not just causal
+        and (allow_is_causal_skip or q_length == 1)  # transformers sets it to False if the rule is not just causal
         and (local_size is None or local_size == getattr(config, "sliding_window", None))
     )
     limit = q_offset + q_length - kv_offset  # keys up to the last query
@@ -156,10 +156,10 @@ def row_layout(
         first = end - count
         one_run = (valid == ((first[:, None] <= position) & (position < end[:, None]))).all()
         ends_at_query = ((end == limit) | (count == 0)).all() if kv_length > q_length else one_run
-        if torch.compiler.is_compiling():  # a graph cannot depend on values: the general layout, checked as it runs
+        if torch.compiler.is_compiling():  # a graph cannot depend on values: the general layout, checked at run time
             torch._assert_async(one_run & ends_at_query, COMPILED_MASK)
             return torch.stack((first, end), dim=-1)[:, None, None]
-        # one transfer from the device for all questions
+        # one transfer from the device for all three values
         complete, representable, from_start = torch.stack(
             ((count == kv_length).all(), one_run & ends_at_query, (first == 0).all())
         ).tolist()
@@ -185,25 +185,6 @@ def row_layout(
     )
 
 
-def registered_row_layout(*args: Any, config: PreTrainedConfig | None = None, **kwargs: Any) -> Tensor | None:
-    """`row_layout` for models that call the registered attention function; others would ignore what it returns.
-
-    Raises:
-        ValueError: the model class has attention of its own (BLOOM, for one; `KVPrefix.attach` serves it).
-    """
-    if config is not None and not _calls_registry(type(config)):
-        raise ValueError(
-            f"{config.model_type} computes attention itself instead of calling the registered function; "
-            f'attn_implementation="{IMPLEMENTATION}" would run it without its causal mask'
-        )
-    return row_layout(*args, config=config, **kwargs)
-
-
-def _calls_registry(config_class: type[PreTrainedConfig]) -> bool:
-    modeling = sys.modules.get(config_class.__module__.replace(".configuration_", ".modeling_"))
-    return modeling is None or hasattr(modeling, "ALL_ATTENTION_FUNCTIONS")
-
-
 def attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -221,45 +202,33 @@ def attention_forward(
     """Attention of one layer, as transformers calls it.
 
     query `[B, H, S, D]`, key and value `[B, Hk, T, D]` (transposed views, read in place), T > S with a cache.
-    Returns (`[B, S, H, D]`, None); there are no attention weights to return.
+    Returns (`[B, S, H, D]`, None): there are no attention weights.
 
     Raises:
-        ValueError: attention dropout, a mask that is not padding, an argument the op has no place for, or a layer with
-            a prefix that runs outside of its model's forward.
+        ValueError: attention dropout, a mask that is not padding, an argument whose meaning is not known, or a layer
+            that runs without a prefix or outside of its model's forward.
     """
     index = getattr(module, ATTACHED, None)
     name = type(module).__name__
+    if index is None:
+        raise ValueError(f"{name}: this layer has no prefix, or its attach block was left while the model ran")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     layout = attention_mask if is_layout(attention_mask) else None
-    if index is None:
-        return plain_attention(
-            module,
-            query,
-            key,
-            value,
-            layout,
-            mask=attention_mask if layout is None else None,
-            scaling=scaling,
-            window=sliding_window,
-            softcap=softcap or None,
-            dropout=dropout,
-            is_causal=is_causal,
-            **kwargs,
-        )
-    unsupported = [argument for argument in UNSUPPORTED_ARGUMENTS if kwargs.get(argument) is not None]
+    unknown = unknown_argument(kwargs)
     if dropout > 0:
         raise ValueError(
-            f"{name}: attention dropout {dropout} is not supported; a frozen model belongs in eval mode (model.eval())"
+            f"{name}: attention dropout {dropout} is not supported; put the model in eval mode: model.eval()"
         )
-    if ctkernels_state is None:  # of layers that pass no keyword arguments on
+    if ctkernels_state is None:  # in layers that pass no keyword arguments on
         ctkernels_state = getattr(kwargs.get("position_ids"), STATE, None)
     if ctkernels_state is None:
         raise ValueError(f"{name}: a layer with an attached prefix was called outside of its model's forward")
-    if not is_causal or unsupported or (layout is None and attention_mask is not None):
+    if unknown is not None:
+        raise ValueError(f"{name}: an attached model cannot take the argument {unknown}, whose meaning is not known")
+    if not is_causal or (layout is None and attention_mask is not None):
         raise ValueError(
-            f"{name}: an attached model takes causal attention with a 2D padding mask whose rows are one run of ones"
-            + (f", got {', '.join(unsupported)}" if unsupported else ", got another mask or bidirectional attention")
-            + "; rows packed into one sequence need attachment.cu_seqlens"
+            f"{name}: an attached model takes causal attention with a 2D padding mask whose rows are one run of ones, "
+            "got another mask or bidirectional attention; rows packed into one sequence need attachment.cu_seqlens"
         )
     settings = {"scale": scaling, "window": sliding_window, "softcap": softcap or None}
     return attend(ctkernels_state, index, query, key, value, layout, **settings), None
@@ -270,7 +239,7 @@ def attend(
 ) -> Tensor:
     """The op on layer `index`: q `[B, H, S, D]`, k and v `[B, Hk, T, D]` -> `[B, S, H, D]`."""
     prefix = [own_heads(x[index], key.shape[1], state.group) for x in (state.keys, state.values)]
-    here = query.device  # a model may be spread over several
+    here = query.device  # layers of one model may be on different devices
     index_of_rows = {name: getattr(state, name) for name in ("prefix_index", "prefix_lens")}
     settings |= {name: None if x is None else x.to(here) for name, x in index_of_rows.items()}
     settings["backend"], mask = state.backend, None if state.mask is None else state.mask.to(here)
@@ -283,13 +252,13 @@ def attend(
     lengths, row, forward, back = state.span(layout, key.shape[2])
     aligned = query.shape[2] == key.shape[2]
     if row is not None:
-        # The op wants padding behind a row's keys: bring each row's first valid key to the front. Queries move along if
-        # there is one for every key; with a cache (T > S) they already are the last S of the valid keys.
+        # The op expects padding after a row's keys: move each row's first valid key to the front. The queries move,
+        # too, if there is one for every key. With a cache (T > S) they already are the last S of the valid keys.
         key, value = (x.transpose(1, 2)[row, forward].transpose(1, 2) for x in (key, value))
         query = query.transpose(1, 2)[row, forward].transpose(1, 2) if aligned else query
     out = prefix_attention(query, key, value, *prefix, mask, seq_lens=lengths, **settings).transpose(1, 2)
     return out if row is None or not aligned else out[row, back]
 
 
-AttentionInterface.register(IMPLEMENTATION, attention_forward)
-AttentionMaskInterface.register(IMPLEMENTATION, registered_row_layout)
+AttentionInterface.register(ATTACHED_IMPLEMENTATION, attention_forward)
+AttentionMaskInterface.register(ATTACHED_IMPLEMENTATION, row_layout)

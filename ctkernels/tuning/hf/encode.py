@@ -1,38 +1,36 @@
-"""Keys and values of contexts: the model run without gradients, its cache taken as the prefix."""
+"""Keys and values of contexts: the model's cache after a forward pass without gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache, PreTrainedModel
 
+from ctkernels.tuning.hf.attach import Attachment
 from ctkernels.tuning.hf.attention import ATTACHED
 from ctkernels.tuning.hf.models import ALIBI, Decoder, find_decoder
 from ctkernels.tuning.hf.parallel import all_heads, head_group
-
-if TYPE_CHECKING:
-    from ctkernels.tuning.adapters.prefix import KVPrefix
+from ctkernels.tuning.hf.protocols import PrefixLike
 
 Layers = list[Tensor]  # [Hk, P, D] per layer
 
 
 def encode_tokens(
-    model: PreTrainedModel, input_ids: Tensor, behind: KVPrefix | None = None, position: int | None = None
+    model: PreTrainedModel, input_ids: Tensor, behind: PrefixLike | None = None, position: int | None = None
 ) -> tuple[Layers, Layers]:
     """Keys and values `[Hk, P, D]` of every layer for a context, int `[P]`.
 
     Args:
-        behind: a prefix that the context reads; its own keys and values are not in the result.
-        position: position id of the first token; default: 0, or the first one behind the prefix.
+        behind: a prefix that the context reads. Its keys and values are not in the result.
+        position: position id of the first token; default: the prefix's `first_position`, or 0 without a prefix.
 
     Raises:
-        ValueError: the model has a prefix attached already.
+        ValueError: the model already has a prefix attached.
     """
     decoder = find_decoder(model)
     return _encode(decoder, {"input_ids": torch.as_tensor(input_ids).to(decoder.device)[None]}, behind, position)
@@ -45,7 +43,7 @@ def encode_embeddings(model: PreTrainedModel, embeddings: Tensor) -> tuple[Layer
 
 
 def _encode(
-    decoder: Decoder, inputs: dict[str, Tensor], behind: KVPrefix | None, position: int | None
+    decoder: Decoder, inputs: dict[str, Tensor], behind: PrefixLike | None, position: int | None
 ) -> tuple[Layers, Layers]:
     if any(hasattr(attention, ATTACHED) for attention in decoder.attentions):
         raise ValueError(
@@ -56,20 +54,20 @@ def _encode(
         return _empty(decoder, "key_dim"), _empty(decoder, "value_dim")
     first = 0 if behind is None else behind.first_position
     start = first if position is None else position
-    # an attached model counts positions from the prefix's first one
+    # an attached model adds the prefix's first position
     own = torch.arange(start - first, start - first + length, device=decoder.device)[None]
     positions = own + (0 if behind is not None else decoder.first_position_id)
-    attached = nullcontext() if behind is None else behind.attach(decoder.model)
-    # without a config every layer of the cache keeps all positions; with one, windowed layers would lose the early ones
+    attached = nullcontext() if behind is None else Attachment(behind, decoder.model)
+    # without a config every layer of the cache keeps all positions; with one, windowed layers would drop early ones
     cache = DynamicCache()
     with torch.no_grad(), _eval_mode(decoder.model), attached:
         mask = torch.ones(1, length, dtype=torch.int64, device=decoder.device)
         numbered = {} if decoder.family.positions == ALIBI else {"position_ids": positions}
         run = decoder.base
-        if isinstance(decoder.model, FSDPModule):  # gathers its weights when all of it is called
+        if isinstance(decoder.model, FSDPModule):  # it gathers its weights only if the whole model is called
             run = partial(decoder.model, logits_to_keep=1)
         run(**inputs, **numbered, attention_mask=mask, past_key_values=cache, use_cache=True)
-    # a copy of its own: the cache may share memory between layers or with the model
+    # a copy: the cache may share memory between layers or with the model
     dtype, group = decoder.prefix_dtype, head_group(decoder.attentions[0])
 
     def own_copies(kind: str, dim: str) -> Layers:
@@ -99,7 +97,7 @@ def _empty(decoder: Decoder, dim: str) -> Layers:
 
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off and checkpointing (which drops caches) asleep; afterwards each module is as it was."""
+    """Within the block dropout and checkpointing (which drops caches) are off; then each module gets its mode back."""
     before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -112,8 +110,11 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def differentiable_mode(module: nn.Module) -> bool:
-    """Whether a module must run in training mode to have a derivative, now or later: on some CPUs the 4-bit layers of
-    bitsandbytes turn their weights into a format without one the first time that they run in eval mode."""
+    """Whether a module must stay in training mode to keep its derivative.
+
+    On some CPUs the 4-bit layers of bitsandbytes convert their weights, when they first run in eval mode, to a format
+    that has no derivative.
+    """
     return any(
         kind.__module__.startswith("bitsandbytes.") and kind.__name__ == "Linear4bit" for kind in type(module).__mro__
     )

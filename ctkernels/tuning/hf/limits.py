@@ -1,11 +1,12 @@
-"""Sequences that a model's context is too short for are refused by name before anything runs, never cut or dropped."""
+"""Sequences that do not fit into the model's context: an error before anything runs. They are never cut or dropped."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ctkernels.tuning.data.demonstrations import DataError, Row
+from ctkernels.tuning.data.demonstrations import DataError
+from ctkernels.tuning.data.formats import Row
 from ctkernels.tuning.hf.models import find_decoder
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def check_context_length(model: PreTrainedModel, length: int) -> None:
-    """Refuse a context of `length` tokens that is longer than the model's. Raises DataError."""
+    """Raise DataError for a context of `length` tokens that is longer than the model's."""
     limit = find_decoder(model).context_limit
     if limit is not None and length > limit:
         raise DataError(
@@ -23,7 +24,7 @@ def check_context_length(model: PreTrainedModel, length: int) -> None:
 
 
 def check_row_lengths(model: PreTrainedModel, length: int, rows: Sequence[Row]) -> None:
-    """Refuse a row that does not fit into the model's context behind `length` positions. Raises DataError."""
+    """Raise DataError for a row that does not fit into the model's context after `length` positions."""
     limit = find_decoder(model).context_limit
     for row in rows:
         if limit is not None and length + len(row.tokens) > limit:

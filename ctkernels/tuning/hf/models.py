@@ -11,7 +11,7 @@ import json
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,6 +31,7 @@ from ctkernels.tuning.hf.discover import (
     unsupported,
     written_class,
 )
+from ctkernels.tuning.hf.protocols import Origin
 from ctkernels.tuning.hf.served import admit
 
 
@@ -220,18 +221,6 @@ def other_architecture(made_for: Origin, own: PreTrainedConfig | Origin) -> str 
     if "model_type" in names:
         names = ["model_type"]
     return ", ".join(f"{name} {_brief(fields[name])} instead of {_brief(recorded[name])}" for name in names) or None
-
-
-class Origin(Protocol):
-    """What the metadata of a prefix say about the model it was made for."""
-
-    @property
-    def architecture(self) -> Mapping[str, Any]:
-        """`architecture` of its configuration; empty in older files."""
-
-    @property
-    def config_hash(self) -> str:
-        """`config_hash` of its configuration."""
 
 
 def _brief(value: Any) -> str:

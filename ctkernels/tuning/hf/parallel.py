@@ -1,10 +1,12 @@
-"""Tensor-parallel models: each process runs some KV heads of every layer, and reads those of the prefix.
+"""Models that are spread over processes.
+
+With tensor parallelism each process runs some KV heads of every layer, and reads the same heads of the prefix:
 
     prefix [4, P, D]     heads 0 1 2 3   a parameter of every process, with the same values and gradient
     rank 0               heads 0 1       all that its layers read, in place
     rank 1               heads     2 3
 
-The gradient of a process's heads is whole, since nobody else reads them: backward gathers the heads of all processes.
+No other process reads these heads, so their gradient is complete: backward gathers the heads of all processes.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def head_group(attention: nn.Module) -> ProcessGroup | None:
-    """The processes that hold parts of an attention module's weights, along the dimension "tp" of a mesh of several."""
+    """The processes that share an attention module's weights: those of a mesh's only dimension, or of its "tp"."""
     for parameter in attention.parameters():
         if isinstance(parameter, DTensor):
             mesh = parameter.device_mesh
@@ -32,8 +35,7 @@ def head_group(attention: nn.Module) -> ProcessGroup | None:
 
 
 def own_heads(x: Tensor, heads: int, group: ProcessGroup | None) -> Tensor:
-    """What a layer that runs `heads` KV heads in this process reads of `[..., Hk, P, D]`: `[..., heads, P, D]`, the
-    same memory.
+    """The `heads` KV heads of x `[..., Hk, P, D]` that this process runs: a view `[..., heads, P, D]`.
 
     Raises:
         ValueError: the heads are not spread evenly over the processes.
@@ -52,8 +54,15 @@ def own_heads(x: Tensor, heads: int, group: ProcessGroup | None) -> Tensor:
 
 
 def all_heads(x: Tensor, heads: int, group: ProcessGroup | None) -> Tensor:
-    """The opposite: `[own heads, P, D]` of every process as one `[heads, P, D]`."""
+    """The `[own heads, P, D]` of all processes as one `[heads, P, D]`."""
     return x if x.shape[-3] == heads or group is None else _gather(x, group)
+
+
+def reshard(model: nn.Module) -> None:
+    """Put FSDP2's sharded weights back, if a forward pass has left gathered ones: `requires_grad` belongs to them."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 class _OwnHeads(torch.autograd.Function):

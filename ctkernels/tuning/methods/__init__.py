@@ -1,50 +1,7 @@
-"""The method table. A new method is one file beside this one and one row here."""
-
-from __future__ import annotations
-
-import difflib
+"""Methods: what each one trains, from where, and which settings it reads. Begin with `table.py` and `ct_kv.py`."""
 
 from ctkernels.tuning.methods.base import Method, Run
-from ctkernels.tuning.methods.cpt import CPT
-from ctkernels.tuning.methods.ct_kv import CT_KV
-from ctkernels.tuning.methods.ct_prompt import CT_PROMPT
-from ctkernels.tuning.methods.deep_thinking import DEEP_THINKING
-from ctkernels.tuning.methods.icl import ICL
-from ctkernels.tuning.methods.ipt import IPT
-from ctkernels.tuning.methods.prefix_tuning import PREFIX_TUNING
 from ctkernels.tuning.methods.presets import PRESETS
-from ctkernels.tuning.methods.prompt_tuning import PROMPT_TUNING
-from ctkernels.tuning.methods.ttt import TTT
-from ctkernels.tuning.methods.ttt_ct_kv import TTT_CT_KV
-from ctkernels.tuning.methods.zero_shot import ZERO_SHOT
-
-TABLE = (
-    ZERO_SHOT,
-    ICL,
-    PROMPT_TUNING,
-    PREFIX_TUNING,
-    IPT,
-    CT_PROMPT,
-    CT_KV,
-    TTT,
-    TTT_CT_KV,
-    DEEP_THINKING,
-    CPT,
-)
-METHODS: dict[str, Method] = {method.name: method for method in TABLE}
-
-
-def get_method(name: str) -> Method:
-    """The method of that name.
-
-    Raises:
-        ValueError: no such method; the message lists them and suggests the nearest.
-    """
-    if name not in METHODS:
-        close = difflib.get_close_matches(str(name), METHODS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}{hint}")
-    return METHODS[name]
-
+from ctkernels.tuning.methods.table import METHODS, get_method
 
 __all__ = ["METHODS", "PRESETS", "Method", "Run", "get_method"]

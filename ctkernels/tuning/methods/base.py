@@ -1,4 +1,4 @@
-"""What a method is: a name, the settings it reads, and a function from a run to an adapter.
+"""What a method is: a name, the class of its settings, and a function from a run to an adapter.
 
 Run      one tuning run as a method sees it: the model, the task, the settings, and `train`, the one loop
 Method   a row of the method table
@@ -7,53 +7,44 @@ Method   a row of the method table
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from torch.distributed.fsdp import FSDPModule
 
-from ctkernels.tuning.data.demonstrations import (
-    DataError,
-    Demonstration,
-    EncodedContext,
-    Row,
-    TextFormat,
-    encode_context,
-    encode_rows,
-)
+from ctkernels.tuning.data.demonstrations import DataError, Demonstration
+from ctkernels.tuning.data.formats import EncodedContext, Row, TextFormat, encode_context, encode_rows
 from ctkernels.tuning.hf.limits import check_context_length, check_row_lengths
 from ctkernels.tuning.hf.models import find_decoder, other_architecture
 from ctkernels.tuning.methods.presets import PRESETS
 from ctkernels.tuning.train.distributed import is_sharded
-from ctkernels.tuning.train.settings import TrainSettings
+from ctkernels.tuning.train.masks import LeaveOneOut
+from ctkernels.tuning.train.options import LoopOptions, Options, choices, neutral, type_hints
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ctkernels.tuning.adapters.adapter import Adapter
 
-LOOP = frozenset({"epochs", "lr", "batch_rows", "clip_norm", "seed", "learn_stop", "layout", "max_tokens", "backend"})
-DROPOUT = frozenset({"drop_p", "drop_from"})
-LEAVE_ONE_OUT = frozenset({"leave_one_out", "leave_one_out_from"})
+S = TypeVar("S", bound=Options)
+S_co = TypeVar("S_co", bound=Options, covariant=True)
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Generic[S_co]):
     """One tuning run, as a method sees it.
 
-    method: its name.  reads: the settings that it reads.  settings: of the run.
-    start_from: another task's adapter to start from, or None.
-    train: the loop; trains a learner in place. `stage` names one of several loops of a run, whose settings may differ.
+    method: its name.  settings: what it reads.  start_from: another task's adapter to start from, or None.
+    train: the loop; trains a learner in place. One of several loops of a run has a `stage`, its name, and may have
+        settings of its own.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     demonstrations: tuple[Demonstration, ...]
     method: str
-    reads: frozenset[str]
-    settings: TrainSettings
+    settings: S_co
     text_format: TextFormat
     start_from: Adapter | None
     train: Callable[..., None]
@@ -68,7 +59,8 @@ class Run:
     @cached_property
     def rows(self) -> list[Row]:
         """One training row per demonstration."""
-        return encode_rows(self.tokenizer, self.demonstrations, self.text_format, self.settings.learn_stop)
+        learn_stop = isinstance(self.settings, LoopOptions) and self.settings.learn_stop
+        return encode_rows(self.tokenizer, self.demonstrations, self.text_format, learn_stop)
 
     @property
     def start_tokens(self) -> tuple[int, ...]:
@@ -79,8 +71,7 @@ class Run:
     @property
     def recorded(self) -> dict[str, Any]:
         """What an adapter records about how it was made, as JSON values."""
-        settings = {name: value for name, value in asdict(self.settings).items() if name in self.reads}
-        return {"text_format": asdict(self.text_format), **settings}
+        return {"text_format": asdict(self.text_format), **asdict(self.settings)}
 
     def check_rows(self, length: int, rows: Sequence[Row]) -> None:
         """Refuse rows that do not fit into the model's context behind `length` positions. Raises DataError."""
@@ -88,32 +79,28 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(Generic[S]):
     """A row of the method table.
 
     Args:
         name: as users write it.
         summary: one line for help texts.
+        options: the class of its settings, whose fields are all that it reads.
         fit: makes the adapter, calling `run.train` for what gradients train.
         trains: what that is.
         transfers: what it can start from of another task's adapter.
         needs_demonstrations: least number of demonstrations.
-        options: the `TrainSettings` fields it reads, besides those of the loop.
-        starts: the values of `start` it takes.
-        defaults: its own values of settings.
     """
 
     name: str
     summary: str
-    fit: Callable[[Run], Adapter]
+    options: type[S]
+    fit: Callable[[Run[S]], Adapter]
     trains: Literal["nothing", "prefix", "prompt", "lora", "lora and prefix"] = "nothing"
     transfers: Literal["nothing", "prefix", "prompt", "lora"] = "nothing"
     needs_demonstrations: int = 1
-    options: frozenset[str] = frozenset()
-    starts: tuple[str, ...] = ()
-    defaults: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
-    def settings(self, preset: str | None = None, **overrides: Any) -> TrainSettings:
+    def settings(self, preset: str | None = None, **overrides: Any) -> S:
         """The method's default settings, those of a `preset` (see `presets.py`) above them, `overrides` on top.
 
         Raises:
@@ -123,30 +110,48 @@ class Method:
         for name in overrides:
             if name not in self.reads:
                 raise ValueError(f"{self.name} does not read {name!r}; it reads {', '.join(sorted(self.reads))}")
-        settings = TrainSettings(**{**self.defaults, **self._preset(preset), **overrides})
-        self.check(settings)
-        return settings
+        return self._made({**self._preset(preset), **overrides})
 
     @property
     def reads(self) -> frozenset[str]:
-        """Names of the `TrainSettings` fields it takes."""
-        return LOOP | self.options
+        """Names of the settings it takes."""
+        return frozenset(f.name for f in fields(self.options))
 
-    def check(self, settings: TrainSettings) -> None:
-        """Refuse settings that this method would ignore. Raises ValueError."""
-        for f in fields(TrainSettings):
-            value = getattr(settings, f.name)
-            if f.name not in self.reads and value != f.default:
-                raise ValueError(f"{self.name} does not read {f.name}, got {value!r}")
-        if self.starts and settings.start not in self.starts:
-            raise ValueError(f"start of {self.name} must be one of {', '.join(self.starts)}, got {settings.start!r}")
+    def pick(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of some settings that it reads, for whoever sets up several methods alike."""
+        return {name: value for name, value in settings.items() if name in self.reads}
+
+    def accept(self, settings: Options) -> S:
+        """Settings of any class as this method's own.
+
+        Raises:
+            ValueError: a setting that this method does not read and that is not at its neutral default: it would be
+                ignored; a value that this method does not take.
+            TypeError: no settings.
+        """
+        if not isinstance(settings, Options):
+            raise TypeError(f"settings must be {self.options.__name__} or TrainSettings, got {type(settings).__name__}")
+        if type(settings) is self.options:
+            return settings
+        values = {f.name: getattr(settings, f.name) for f in fields(settings)}
+        for name, value in values.items():
+            if name not in self.reads and value != neutral(type(settings), name):
+                raise ValueError(f"{self.name} does not read {name}, got {value!r}")
+        return self._made(self.pick(values))
+
+    def _made(self, values: Mapping[str, Any]) -> S:
+        for name, value in values.items():
+            allowed = choices(type_hints(self.options)[name])
+            if allowed and value not in allowed:
+                raise ValueError(f"{name} of {self.name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+        return self.options(**values)
 
     def _preset(self, preset: str | None) -> Mapping[str, Any]:
         if preset is None:
             return {}
         if preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-        if self.name not in PRESETS[preset] and self.defaults:
+        if self.name not in PRESETS[preset] and self.options is not Options:
             there = ", ".join(PRESETS[preset])
             raise ValueError(f"{self.name} has no preset {preset!r}; the methods with one are {there}")
         return PRESETS[preset].get(self.name, {})
@@ -185,27 +190,14 @@ def require_weights(method: Method, model: PreTrainedModel) -> None:
         )
 
 
-def require_demonstrations(method: Method, count: int, settings: TrainSettings) -> None:
+def require_demonstrations(method: Method, count: int, settings: Options) -> None:
     """Refuse a task with too few demonstrations. Raises DataError."""
     if count < 1 <= method.needs_demonstrations:
         raise DataError(f"{method.name} needs demonstrations, got none")
-    hides = settings.leave_one_out != "none" and "leave_one_out" in method.options
-    if hides and count < 2 and count >= settings.leave_one_out_from:
+    if count < 2 and isinstance(settings, LeaveOneOut) and settings.hides(count):
         raise DataError(
             f"leave-one-out needs at least two demonstrations, got {count}: its row would see nothing of the context; "
             'add demonstrations, or set leave_one_out="none"'
         )
     if count < method.needs_demonstrations:
         raise DataError(f"{method.name} needs at least {method.needs_demonstrations} demonstrations, got {count}")
-
-
-__all__ = [
-    "DROPOUT",
-    "LEAVE_ONE_OUT",
-    "LOOP",
-    "Method",
-    "Run",
-    "require_demonstrations",
-    "require_transferable",
-    "require_weights",
-]

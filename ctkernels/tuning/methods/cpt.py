@@ -5,19 +5,36 @@ Blau and others: "Context-aware Prompt Tuning: Advancing In-Context Learning wit
 do not move at all. The rest is as in ct-prompt.
 """
 
-from types import MappingProxyType
+from dataclasses import dataclass
 
 import torch
 
 from ctkernels.tuning.adapters.adapter import Adapter
-from ctkernels.tuning.data.demonstrations import DELIMITER, INPUT
-from ctkernels.tuning.methods.base import DROPOUT, LEAVE_ONE_OUT, Method, Run
-from ctkernels.tuning.methods.ct_prompt import context_prompt, tuned
+from ctkernels.tuning.data.formats import DELIMITER, INPUT
+from ctkernels.tuning.methods.base import Method, Run
+from ctkernels.tuning.methods.ct_prompt import ContextPromptOptions, context_prompt, tuned
 
 WIDTH = 2048  # of the embeddings for which the radii are given
 
 
-def fit(run: Run) -> Adapter:
+@dataclass(frozen=True)
+class CptOptions(ContextPromptOptions):
+    """What cpt reads.
+
+    Args:
+        radius: largest L2 distance of a token's embedding from its start, for a width of 2048; it grows with the square
+            root of the width.
+        format_radius: the same for the embedding of a delimiter.
+    """
+
+    radius: float = 0.1
+    format_radius: float = 0.1
+
+    def check(self) -> None:
+        self.positive("radius", "format_radius")
+
+
+def fit(run: Run[CptOptions]) -> Adapter:
     prompt = context_prompt(run)
     kinds, width = run.context.kinds, prompt.embeddings.shape[1]
     scale = (width / WIDTH) ** 0.5
@@ -30,8 +47,7 @@ def fit(run: Run) -> Adapter:
 CPT = Method(
     name="cpt",
     summary="the demonstrations' embeddings as a soft prompt that stays near its start",
+    options=CptOptions,
     fit=fit,
     trains="prompt",
-    options=DROPOUT | LEAVE_ONE_OUT | {"radius", "format_radius"},
-    defaults=MappingProxyType({"lr": 1e-3, "epochs": 25, "batch_rows": 4, "drop_p": 0.05, "leave_one_out": "self"}),
 )

@@ -4,24 +4,29 @@ Lu, Teehan, Yang, Ren: "Context Tuning for In-Context Optimization", arXiv 2507.
 reads the prefix minus its own segment (leave-one-out) and minus a random set of tokens (token dropout).
 """
 
-from types import MappingProxyType
+from dataclasses import dataclass
 
 from ctkernels.tuning.adapters.adapter import Adapter
 from ctkernels.tuning.adapters.prefix import KVPrefix
 from ctkernels.tuning.hf.limits import check_context_length
 from ctkernels.tuning.hf.models import find_decoder
 from ctkernels.tuning.hf.rotary import check_fixed_rotation
-from ctkernels.tuning.methods.base import DROPOUT, LEAVE_ONE_OUT, Method, Run
-from ctkernels.tuning.methods.starts import demonstrations_prefix
-from ctkernels.tuning.train.learners import PrefixLearner
-
-OPTIONS = DROPOUT | LEAVE_ONE_OUT | {"start", "permutations", "pool", "front_tokens"}
-PREFIX_OPTIONS = frozenset({"trained", "top_layers", "frozen_tokens", "pull", "fisher", "rank", "hidden"})
-STARTS = ("context", "separate", "permuted", "pooled", "labels")
-DEFAULTS = MappingProxyType({"lr": 3e-3, "epochs": 25, "drop_p": 0.05, "leave_one_out": "self"})
+from ctkernels.tuning.methods.base import Method, Run
+from ctkernels.tuning.methods.starts import ContextStart, demonstrations_prefix
+from ctkernels.tuning.train.learners import PrefixLearner, PrefixOptions
+from ctkernels.tuning.train.masks import Dropout, Hide, LeaveOneOut
+from ctkernels.tuning.train.options import LoopOptions
 
 
-def check(run: Run) -> None:
+@dataclass(frozen=True)
+class CtKvOptions(PrefixOptions, ContextStart, LeaveOneOut, Dropout, LoopOptions):
+    """What ct-kv reads."""
+
+    leave_one_out: Hide = "self"
+    drop_p: float = 0.05
+
+
+def check(run: Run[CtKvOptions]) -> None:
     """Refuse what `tuned_prefix` would (but for `frozen_tokens` of a compressed start) before the model runs."""
     length = len(run.context.input_ids) + run.settings.front_tokens
     PrefixLearner.check(run.model, run.settings, length)
@@ -31,7 +36,7 @@ def check(run: Run) -> None:
         check_fixed_rotation(find_decoder(run.model), f"start={run.settings.start!r}")
 
 
-def tuned_prefix(run: Run) -> KVPrefix:
+def tuned_prefix(run: Run[CtKvOptions]) -> KVPrefix:
     """The demonstrations' prefix, trained under the model's weights as they are now."""
     PrefixLearner.check(run.model, run.settings)
     prefix = demonstrations_prefix(run)
@@ -40,17 +45,15 @@ def tuned_prefix(run: Run) -> KVPrefix:
     return learner.result()
 
 
-def fit(run: Run) -> Adapter:
+def fit(run: Run[CtKvOptions]) -> Adapter:
     return Adapter(tuned_prefix(run))
 
 
 CT_KV = Method(
     name="ct-kv",
     summary="the demonstrations' KV cache, tuned with leave-one-out and token dropout",
+    options=CtKvOptions,
     fit=fit,
     trains="prefix",
     transfers="prefix",
-    options=OPTIONS | PREFIX_OPTIONS,
-    starts=STARTS,
-    defaults=DEFAULTS,
 )

@@ -4,19 +4,37 @@ Lu, Teehan, Yang, Ren: "Context Tuning for In-Context Optimization", arXiv 2507.
 demonstration; the segment of that demonstration is hidden from every query of the row, those of the prompt included.
 """
 
-from types import MappingProxyType
+from dataclasses import dataclass
 
 import torch
 
 from ctkernels.tuning.adapters.adapter import Adapter
 from ctkernels.tuning.adapters.prompt import SoftPrompt
 from ctkernels.tuning.hf.limits import check_context_length
-from ctkernels.tuning.methods.base import DROPOUT, LEAVE_ONE_OUT, Method, Run
+from ctkernels.tuning.methods.base import Method, Run
 from ctkernels.tuning.methods.starts import metadata
 from ctkernels.tuning.train.learners import PromptLearner
+from ctkernels.tuning.train.masks import Dropout, Hide, LeaveOneOut
+from ctkernels.tuning.train.options import LoopOptions, Options
+from ctkernels.tuning.train.reparametrise import NetworkOptions
 
 
-def context_prompt(run: Run) -> SoftPrompt:
+@dataclass(frozen=True)
+class ContextPromptOptions(LeaveOneOut, Dropout, LoopOptions):
+    """What every soft prompt of the demonstrations reads."""
+
+    lr: float = 1e-3
+    batch_rows: int | None = 4
+    leave_one_out: Hide = "self"
+    drop_p: float = 0.05
+
+
+@dataclass(frozen=True)
+class CtPromptOptions(NetworkOptions, ContextPromptOptions):
+    """What ct-prompt reads."""
+
+
+def context_prompt(run: Run[Options]) -> SoftPrompt:
     """The embeddings of the demonstrations, behind another task's prompt if the run starts from one."""
     own = SoftPrompt.from_tokens(run.model, run.context.input_ids, run.context.segments)
     if run.start_from is None:
@@ -26,7 +44,7 @@ def context_prompt(run: Run) -> SoftPrompt:
     return SoftPrompt(embeddings, own.segments + len(front) - bos)
 
 
-def tuned(run: Run, prompt: SoftPrompt, radii: torch.Tensor | None = None) -> Adapter:
+def tuned(run: Run[Dropout], prompt: SoftPrompt, radii: torch.Tensor | None = None) -> Adapter:
     """The adapter of a prompt trained on the demonstrations' rows."""
     check_context_length(run.model, prompt.length)
     run.check_rows(prompt.length, run.rows)
@@ -36,16 +54,15 @@ def tuned(run: Run, prompt: SoftPrompt, radii: torch.Tensor | None = None) -> Ad
     return Adapter(prompt.to_prefix(run.model, metadata(run)), prompt)
 
 
-def fit(run: Run) -> Adapter:
+def fit(run: Run[CtPromptOptions]) -> Adapter:
     return tuned(run, context_prompt(run))
 
 
 CT_PROMPT = Method(
     name="ct-prompt",
     summary="the demonstrations' embeddings as a soft prompt, tuned with leave-one-out and token dropout",
+    options=CtPromptOptions,
     fit=fit,
     trains="prompt",
     transfers="prompt",
-    options=DROPOUT | LEAVE_ONE_OUT | {"hidden"},
-    defaults=MappingProxyType({"lr": 1e-3, "epochs": 25, "batch_rows": 4, "drop_p": 0.05, "leave_one_out": "self"}),
 )

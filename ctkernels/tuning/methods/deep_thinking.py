@@ -8,7 +8,7 @@ With ALiBi, where distances count keys, there are no same positions: such models
 keys, too, the cache's among them, so that late tokens of a long context read less of it in their windowed layers.
 """
 
-from types import MappingProxyType
+from dataclasses import dataclass
 
 import torch
 
@@ -17,10 +17,28 @@ from ctkernels.tuning.hf.encode import encode_tokens
 from ctkernels.tuning.hf.models import ALIBI, find_decoder
 from ctkernels.tuning.methods.base import Method, Run
 from ctkernels.tuning.methods.icl import context_prefix
+from ctkernels.tuning.train.options import Options
+
+
+@dataclass(frozen=True)
+class DeepThinkingOptions(Options):
+    """What deep-thinking reads.
+
+    Args:
+        rounds: passes over the demonstrations.
+        eta: share of the new keys and values in each round, in (0, 1].
+    """
+
+    rounds: int = 5
+    eta: float = 0.1
+
+    def check(self) -> None:
+        self.at_least(1, "rounds")
+        self.require(0 < self.eta <= 1, "eta", "in (0, 1]")
 
 
 @torch.no_grad()
-def fit(run: Run) -> Adapter:
+def fit(run: Run[DeepThinkingOptions]) -> Adapter:
     decoder = find_decoder(run.model)
     if decoder.family.positions == ALIBI:
         raise ValueError(
@@ -38,7 +56,6 @@ def fit(run: Run) -> Adapter:
 DEEP_THINKING = Method(
     name="deep-thinking",
     summary="the demonstrations' KV cache, refined by forward passes alone",
+    options=DeepThinkingOptions,
     fit=fit,
-    options=frozenset({"rounds", "eta"}),
-    defaults=MappingProxyType({"rounds": 5, "eta": 0.1}),
 )

@@ -3,14 +3,32 @@
 Sun, Liu, Iter, Zhu, Iyyer: "How Does In-Context Learning Help Prompt Tuning?", arXiv 2302.11521.
 """
 
+from dataclasses import dataclass
+
 from ctkernels.tuning.adapters.adapter import Adapter
-from ctkernels.tuning.data.demonstrations import encode_rows
-from ctkernels.tuning.data.retrieval import InWordsEncoder
+from ctkernels.tuning.data.formats import encode_rows
+from ctkernels.tuning.data.retrieval import Demonstrate, InWordsEncoder
 from ctkernels.tuning.methods.base import Method, Run
-from ctkernels.tuning.methods.prompt_tuning import DEFAULTS, OPTIONS, STARTS, fit_prompt
+from ctkernels.tuning.methods.prompt_tuning import PromptTuningOptions, fit_prompt
 
 
-def fit(run: Run) -> Adapter:
+@dataclass(frozen=True)
+class IptOptions(PromptTuningOptions):
+    """What ipt reads.
+
+    Args:
+        demonstrate: which demonstrations ipt puts in words before an input: the most "similar" ones, or "fixed" ones.
+        ipt_shots: how many demonstrations ipt puts in words before an input.
+    """
+
+    demonstrate: Demonstrate = "similar"
+    ipt_shots: int = 4
+
+    def check(self) -> None:
+        self.at_least(1, "ipt_shots")
+
+
+def fit(run: Run[IptOptions]) -> Adapter:
     settings = run.settings
     encoder = InWordsEncoder(
         run.tokenizer, run.text_format, run.demonstrations, settings.ipt_shots, settings.demonstrate, settings.seed
@@ -22,11 +40,9 @@ def fit(run: Run) -> Adapter:
 IPT = Method(
     name="ipt",
     summary="a soft prompt, then demonstrations in words, retrieved for each input",
+    options=IptOptions,
     fit=fit,
     trains="prompt",
     transfers="prompt",
     needs_demonstrations=2,
-    options=OPTIONS | {"ipt_shots", "demonstrate"},
-    starts=STARTS,
-    defaults=DEFAULTS,
 )

@@ -3,16 +3,22 @@
 Li and Liang: "Prefix-Tuning: Optimizing Continuous Prompts for Generation", arXiv 2101.00190.
 """
 
-from types import MappingProxyType
+from dataclasses import dataclass
 
 from ctkernels.tuning.adapters.adapter import Adapter
-from ctkernels.tuning.methods.base import DROPOUT, Method, Run
-from ctkernels.tuning.methods.ct_kv import PREFIX_OPTIONS
-from ctkernels.tuning.methods.starts import tokens_prefix
-from ctkernels.tuning.train.learners import PrefixLearner
+from ctkernels.tuning.methods.base import Method, Run
+from ctkernels.tuning.methods.starts import PrefixStart, tokens_prefix
+from ctkernels.tuning.train.learners import PrefixLearner, PrefixOptions
+from ctkernels.tuning.train.masks import Dropout
+from ctkernels.tuning.train.options import LoopOptions
 
 
-def fit(run: Run) -> Adapter:
+@dataclass(frozen=True)
+class PrefixTuningOptions(PrefixOptions, PrefixStart, Dropout, LoopOptions):
+    """What prefix tuning reads."""
+
+
+def fit(run: Run[PrefixTuningOptions]) -> Adapter:
     PrefixLearner.check(run.model, run.settings)
     prefix = tokens_prefix(run)
     learner = PrefixLearner(run.model, prefix, run.rows, run.settings)
@@ -23,10 +29,8 @@ def fit(run: Run) -> Adapter:
 PREFIX_TUNING = Method(
     name="prefix-tuning",
     summary="keys and values of a few tokens, trained in every layer",
+    options=PrefixTuningOptions,
     fit=fit,
     trains="prefix",
     transfers="prefix",
-    options=DROPOUT | PREFIX_OPTIONS | {"start", "prompt_tokens"},
-    starts=("vocabulary", "first-ids", "normal"),
-    defaults=MappingProxyType({"lr": 3e-3, "epochs": 25, "start": "vocabulary"}),
 )

@@ -12,23 +12,93 @@ learned tokens; they are no demonstration and never hidden.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from ctkernels.tuning.adapters.prefix import KVPrefix, PrefixMetadata
-from ctkernels.tuning.data.demonstrations import OUTPUT, DataError, PairEncoder
+from ctkernels.tuning.data.demonstrations import DataError
+from ctkernels.tuning.data.formats import OUTPUT, PairEncoder
 from ctkernels.tuning.hf.encode import encode_tokens
 from ctkernels.tuning.hf.limits import check_context_length
 from ctkernels.tuning.hf.models import ALIBI, Decoder, find_decoder
 from ctkernels.tuning.hf.rotary import check_fixed_rotation, rotated, unrotated
+from ctkernels.tuning.train.options import Options
 
 if TYPE_CHECKING:
     from ctkernels.tuning.methods.base import Run
 
 Layers = list[Tensor]  # [Hk, P, D] per layer
+
+# what each kind of start can be
+OfDemonstrations = Literal["context", "separate", "permuted", "pooled", "labels"]
+OfPrefix = Literal["vocabulary", "first-ids", "normal"]
+OfPrompt = Literal["vocabulary", "first-ids", "uniform"]
+
+
+@dataclass(frozen=True)
+class Start(Options):
+    """What training starts from.
+
+    Args:
+        start: what training starts from. ct-kv: "context" (one pass over the demonstrations), "separate" (each
+            demonstration encoded on its own), "permuted" (averaged over orders), "pooled" or "labels" (compressed).
+            Prefixes and prompts without demonstrations: "vocabulary" (random tokens), "first-ids" (token ids
+            0, 1, 2, ...), "normal" or "uniform" (random numbers of the model's own scale).
+    """
+
+    start: OfDemonstrations | OfPrefix | OfPrompt = "context"
+
+
+@dataclass(frozen=True)
+class ContextStart(Start):
+    """A prefix that starts from the demonstrations.
+
+    Args:
+        permutations: orders that a "permuted" start averages over.
+        pooled_tokens: neighbouring tokens of a demonstration that a "pooled" start merges into one.
+        front_tokens: learned tokens in front of the demonstrations, visible to every row.
+    """
+
+    start: OfDemonstrations = "context"
+    permutations: int = 8
+    pooled_tokens: int = 4
+    front_tokens: int = 0
+
+    def check(self) -> None:
+        self.at_least(1, "permutations", "pooled_tokens")
+        self.at_least(0, "front_tokens")
+
+
+@dataclass(frozen=True)
+class TokensStart(Start):
+    """A prefix or soft prompt that starts from nothing in particular.
+
+    Args:
+        prompt_tokens: length of a prefix or soft prompt that does not start from demonstrations.
+    """
+
+    prompt_tokens: int = 32
+
+    def check(self) -> None:
+        self.at_least(1, "prompt_tokens")
+
+
+@dataclass(frozen=True)
+class PrefixStart(TokensStart):
+    """A prefix of `prompt_tokens` tokens."""
+
+    start: OfPrefix = "vocabulary"
+
+
+@dataclass(frozen=True)
+class PromptStart(TokensStart):
+    """A soft prompt of `prompt_tokens` tokens."""
+
+    start: OfPrompt = "vocabulary"
 
 
 def metadata(run: Run) -> PrefixMetadata:
@@ -36,7 +106,7 @@ def metadata(run: Run) -> PrefixMetadata:
     return PrefixMetadata.of(run.model, run.tokenizer, run.method, run.recorded)
 
 
-def demonstrations_prefix(run: Run) -> KVPrefix:
+def demonstrations_prefix(run: Run[ContextStart]) -> KVPrefix:
     """The prefix that ct-kv starts from: `run.settings.start` says how the demonstrations are encoded."""
     decoder, start = find_decoder(run.model), run.settings.start
     base = None if run.start_from is None else run.start_from.prefix
@@ -62,7 +132,7 @@ def demonstrations_prefix(run: Run) -> KVPrefix:
     else:
         encoded = encode_tokens(run.model, body, behind=front)
         if start == "pooled":
-            encoded, segments = _pooled(decoder, encoded, segments, front.first_position, run.settings.pool)
+            encoded, segments = _pooled(decoder, encoded, segments, front.first_position, run.settings.pooled_tokens)
         else:
             encoded, segments = _labels(encoded, segments, run.context.kinds[bos:])
     if decoder.family.positions == ALIBI:  # distances count keys, so that a compressed prefix ends earlier
@@ -70,7 +140,7 @@ def demonstrations_prefix(run: Run) -> KVPrefix:
     return _joined(run, front, encoded, segments + before, end)
 
 
-def tokens_prefix(run: Run) -> KVPrefix:
+def tokens_prefix(run: Run[PrefixStart]) -> KVPrefix:
     """The prefix that prefix tuning starts from: `prompt_tokens` tokens behind BOS, or another task's prefix."""
     if run.start_from is not None:
         other = run.start_from.prefix
@@ -90,7 +160,7 @@ def tokens_prefix(run: Run) -> KVPrefix:
     return prefix
 
 
-def prompt_embeddings(run: Run) -> Tensor:
+def prompt_embeddings(run: Run[PromptStart]) -> Tensor:
     """Embeddings `[m, E]` that a soft prompt without demonstrations starts from: `prompt_tokens` tokens behind BOS."""
     embedding = run.model.get_input_embeddings()
     dtype = find_decoder(run.model).prefix_dtype
@@ -115,7 +185,7 @@ def random_ids(run: Run, count: int) -> list[int]:
     return [ordinary[i] for i in torch.randperm(len(ordinary), generator=generator)[:count].tolist()]
 
 
-def _prompt_ids(run: Run) -> list[int]:
+def _prompt_ids(run: Run[TokensStart]) -> list[int]:
     count = run.settings.prompt_tokens
     return list(range(count)) if run.settings.start == "first-ids" else random_ids(run, count)
 
@@ -141,7 +211,9 @@ def _separate(run: Run, front: KVPrefix, body: Tensor, segments: Tensor) -> tupl
     ]
 
 
-def _permuted(run: Run, decoder: Decoder, front: KVPrefix, body: Tensor, segments: Tensor) -> tuple[Layers, Layers]:
+def _permuted(
+    run: Run[ContextStart], decoder: Decoder, front: KVPrefix, body: Tensor, segments: Tensor
+) -> tuple[Layers, Layers]:
     """A demonstration's leading delimiter is part of it; the first one has none and gets one where it comes later."""
     offsets, count = segments.tolist(), len(segments) - 1
     delimiter = torch.tensor([PairEncoder(run.tokenizer, run.text_format).delimiter])
@@ -171,12 +243,12 @@ def _permuted(run: Run, decoder: Decoder, front: KVPrefix, body: Tensor, segment
 
 
 def _pooled(
-    decoder: Decoder, encoded: tuple[Layers, Layers], segments: Tensor, first: int, pool: int
+    decoder: Decoder, encoded: tuple[Layers, Layers], segments: Tensor, first: int, count: int
 ) -> tuple[tuple[Layers, Layers], Tensor]:
-    """Runs of `pool` tokens of a demonstration become their mean, at the position of the last of them."""
+    """Runs of `count` tokens of a demonstration become their mean, at the position of the last of them."""
     ends, offsets = [], [0]
     for start, end in pairwise(segments.tolist()):
-        ends += [min(e, end) for e in range(start + pool, end + pool, pool)]
+        ends += [min(e, end) for e in range(start + count, end + count, count)]
         offsets.append(len(ends))
     edges = torch.tensor([0, *ends])
     device, sizes = encoded[0][0].device, edges.diff().tolist()
@@ -184,7 +256,7 @@ def _pooled(
     last = first + edges[1:].to(device) - 1
 
     def mean(x: Tensor) -> Tensor:  # not by index_add_, which sums in any order on a GPU
-        return torch.stack([run.mean(dim=1) for run in x.split(sizes, dim=1)], dim=1)
+        return torch.stack([part.mean(dim=1) for part in x.split(sizes, dim=1)], dim=1)
 
     keys = [rotated(decoder, i, mean(unrotated(decoder, i, k, positions)), last) for i, k in enumerate(encoded[0])]
     return (keys, [mean(v) for v in encoded[1]]), torch.tensor(offsets)

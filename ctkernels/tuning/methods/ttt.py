@@ -5,21 +5,26 @@ is all demonstrations as one in-context sequence; every answer is a label, or th
 the demonstrations under the updated weights.
 """
 
-from dataclasses import replace
-from types import MappingProxyType
+from dataclasses import dataclass, replace
 
 from ctkernels.tuning.adapters.adapter import Adapter
 from ctkernels.tuning.adapters.lora import Lora, lora_targets
-from ctkernels.tuning.data.demonstrations import PairEncoder
+from ctkernels.tuning.data.formats import PairEncoder
 from ctkernels.tuning.methods.base import Method, Run
 from ctkernels.tuning.methods.icl import context_prefix
-from ctkernels.tuning.train.learners import LoraLearner
-from ctkernels.tuning.train.settings import TrainSettings
-
-OPTIONS = frozenset({"lora_rank", "lora_alpha", "lora_targets", "answers"})
+from ctkernels.tuning.train.learners import LoraLearner, LoraOptions
 
 
-def trained_lora(run: Run, settings: TrainSettings, stage: str = "") -> Lora:
+@dataclass(frozen=True)
+class TttOptions(LoraOptions):
+    """What ttt reads."""
+
+    epochs: int = 8
+    lr: float = 1e-4
+    batch_rows: int | None = 4
+
+
+def trained_lora(run: Run[LoraOptions], settings: LoraOptions, stage: str = "") -> Lora:
     """The update, trained with `settings`."""
     other = None if run.start_from is None else run.start_from.lora
     if other is not None:
@@ -36,7 +41,7 @@ def trained_lora(run: Run, settings: TrainSettings, stage: str = "") -> Lora:
     return lora
 
 
-def fit(run: Run) -> Adapter:
+def fit(run: Run[TttOptions]) -> Adapter:
     lora = trained_lora(run, run.settings)
     with lora.merged(run.model):
         return Adapter(context_prefix(run), lora=lora)
@@ -45,9 +50,8 @@ def fit(run: Run) -> Adapter:
 TTT = Method(
     name="ttt",
     summary="a LoRA update of the weights, trained on the demonstrations in random orders",
+    options=TttOptions,
     fit=fit,
     trains="lora",
     transfers="lora",
-    options=OPTIONS,
-    defaults=MappingProxyType({"lr": 1e-4, "epochs": 8, "batch_rows": 4}),
 )

@@ -4,17 +4,36 @@ Both stages take the settings of the run, but for the first one's learning rate 
 the rows of its steps, which are always 4.
 """
 
-from dataclasses import replace
-from types import MappingProxyType
+from dataclasses import dataclass, replace
 
 from ctkernels.tuning.adapters.adapter import Adapter
 from ctkernels.tuning.methods import ct_kv, ttt
 from ctkernels.tuning.methods.base import Method, Run
+from ctkernels.tuning.train.learners import LoraOptions
 
 
-def fit(run: Run) -> Adapter:
+@dataclass(frozen=True)
+class TttCtKvOptions(ct_kv.CtKvOptions, LoraOptions):
+    """What ttt+ct-kv reads.
+
+    Args:
+        ttt_epochs: epochs of the LoRA stage, whose steps take 4 rows whatever `batch_rows` is.
+        ttt_lr: learning rate of the LoRA stage.
+    """
+
+    epochs: int = 8
+    ttt_epochs: int = 8
+    ttt_lr: float = 1e-4
+
+    def check(self) -> None:
+        self.at_least(1, "ttt_epochs")
+        self.positive("ttt_lr")
+
+
+def fit(run: Run[TttCtKvOptions]) -> Adapter:
     settings = run.settings
-    first = replace(settings, lr=settings.ttt_lr, epochs=settings.ttt_epochs, batch_rows=ttt.TTT.defaults["batch_rows"])
+    batch_rows = ttt.TttOptions.batch_rows
+    first = replace(settings, lr=settings.ttt_lr, epochs=settings.ttt_epochs, batch_rows=batch_rows)
     second = replace(run, start_from=None)
     ct_kv.check(second)
     lora = ttt.trained_lora(run, first, stage="ttt")
@@ -25,10 +44,8 @@ def fit(run: Run) -> Adapter:
 TTT_CT_KV = Method(
     name="ttt+ct-kv",
     summary="ttt, merged into the weights, then ct-kv under them",
+    options=TttCtKvOptions,
     fit=fit,
     trains="lora and prefix",
     transfers="lora",
-    options=ct_kv.CT_KV.options | ttt.OPTIONS | {"ttt_epochs", "ttt_lr"},
-    starts=ct_kv.STARTS,
-    defaults=MappingProxyType({**ct_kv.DEFAULTS, "epochs": 8}),
 )

@@ -5,12 +5,19 @@ import torch
 from ctkernels.tuning.adapters.adapter import Adapter
 from ctkernels.tuning.adapters.prefix import KVPrefix
 from ctkernels.tuning.methods.base import Method, Run
+from ctkernels.tuning.train.options import Options
 
 
-def fit(run: Run) -> Adapter:
+def fit(run: Run[Options]) -> Adapter:
     start = torch.tensor(run.start_tokens, dtype=torch.long)
     segments = torch.tensor([len(start)])
     return Adapter(KVPrefix.from_tokens(run.model, start, segments, run.tokenizer, run.method, run.recorded))
 
 
-ZERO_SHOT = Method(name="zero-shot", summary="the model alone, without demonstrations", fit=fit, needs_demonstrations=0)
+ZERO_SHOT = Method(
+    name="zero-shot",
+    summary="the model alone, without demonstrations",
+    options=Options,
+    fit=fit,
+    needs_demonstrations=0,
+)

@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from ctkernels.tuning.storage import atomic_file
+from ctkernels.tuning.adapters import legacy
+from ctkernels.tuning.adapters.file import PrefixFileError, faults, read_file, write_file
+from ctkernels.tuning.hf.fingerprint import weights_fingerprint
+from ctkernels.tuning.train.options import RENAMED
 
 FILE_NAME = "checkpoint.safetensors"
-FORMAT = "ctkernels-checkpoint-1"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(PrefixFileError):
     """A checkpoint that cannot be read, or that belongs to another run."""
 
 
@@ -48,16 +49,17 @@ class Checkpoint:
         """Replace the checkpoint by the state after `len(history)` epochs.
 
         Raises:
-            OSError: the disk is full or not writable; the checkpoint before stays whole.
+            CheckpointError: a value that is not finite.
+            OSError: the disk is full or not writable.  The checkpoint before stays whole.
         """
         tensors = {f"parameter/{name}": p.detach() for name, p in parameters.items()}
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{index}/{key}": value for key, value in state.items()}
-        tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
-        metadata = {"format": FORMAT, "run": json.dumps(self.run), "history": json.dumps(history)}
         self._remove_leftovers()
-        with atomic_file(self.path) as temporary:
-            save_file(tensors, temporary, metadata)
+        try:
+            write_file(self.path, "checkpoint", {"run": self.run, "history": history}, tensors)
+        except PrefixFileError as error:
+            raise CheckpointError(str(error)) from error
 
     def load(self, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> list[dict]:
         """Restore parameters and optimiser in place and return the history.
@@ -65,41 +67,51 @@ class Checkpoint:
         Raises:
             CheckpointError: not a checkpoint, of another run, or of other shapes.
         """
-        metadata, tensors = self._read()
-        differing = changes(json.loads(metadata["run"]), self.run)
-        if differing:
-            raise CheckpointError(
-                f"cannot resume from {self.path}: {differing}; restore what differs, or start again elsewhere"
-            )
-        saved = {name.removeprefix("parameter/"): t for name, t in tensors.items() if name.startswith("parameter/")}
-        shapes = {name: (t.shape, t.dtype) for name, t in saved.items()}
-        if shapes != {name: (p.shape, p.dtype) for name, p in parameters.items()}:
-            raise CheckpointError(f"{self.path} holds parameters of other names, shapes or types than this run's")
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("optimizer/"):
-                _, index, key = name.split("/")
-                state.setdefault(int(index), {})[key] = tensor
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(saved[name])
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        return json.loads(metadata["history"])
-
-    def _read(self) -> tuple[dict[str, str], dict[str, Tensor]]:
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise CheckpointError(f"{self.path} is not a checkpoint of this version of ctkernels")
-                return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"cannot read the checkpoint {self.path}: {error}") from None
+        with _checkpoint_errors(self.path):
+            _, description, tensors = read_file(self.path, "checkpoint")
+            run, now, history = description["run"], self.run, description["history"]
+            if description["format_version"] == legacy.VERSION:
+                run, now = legacy.comparable({RENAMED.get(name, name): value for name, value in run.items()}, now)
+                warnings.warn(
+                    f"{self.path} was written by an earlier version of ctkernels: whether the model and start_from are "
+                    "what they were then cannot be compared any more",
+                    stacklevel=4,
+                )
+            differing = changes(run, now)
+            if differing:
+                raise CheckpointError(
+                    f"cannot resume from {self.path}: {differing}; restore what differs, or start again elsewhere"
+                )
+            saved = {name.removeprefix("parameter/"): t for name, t in tensors.items() if name.startswith("parameter/")}
+            shapes = {name: (t.shape, t.dtype) for name, t in saved.items()}
+            if shapes != {name: (p.shape, p.dtype) for name, p in parameters.items()}:
+                raise CheckpointError(f"{self.path} holds parameters of other names, shapes or types than this run's")
+            state: dict[int, dict[str, Tensor]] = {}
+            for name, tensor in tensors.items():
+                if name.startswith("optimizer/"):
+                    _, index, key = name.split("/")
+                    state.setdefault(int(index), {})[key] = tensor
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.copy_(saved[name])
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        return history
 
     def _remove_leftovers(self) -> None:
         """Remove temporary files of a run that was killed while it wrote."""
         for leftover in self.path.parent.glob(f".{FILE_NAME}.*.tmp"):
             leftover.unlink(missing_ok=True)
+
+
+@contextmanager
+def _checkpoint_errors(path: Path) -> Iterator[None]:
+    try:
+        with faults(path):
+            yield
+    except CheckpointError:
+        raise
+    except PrefixFileError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -118,15 +130,7 @@ def fingerprint(parts: Iterable[Any]) -> str:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """A short hash of a model's parameter names, shapes, types and the first few values of each that is not offloaded;
-    the same however the model is spread over processes, which all have to ask."""
-    return fingerprint(
-        (name, tuple(p.shape), str(p.dtype), _first_values(p.detach())) for name, p in model.named_parameters()
-    )
-
-
-def _first_values(x: Tensor) -> list[float]:
-    if x.is_meta:
-        return []
-    whole = x.full_tensor() if isinstance(x, DTensor) else x
-    return whole.flatten()[:16].double().tolist()
+    """A short hash of a model's weights and of their types; the same however the model is spread over processes, which
+    all have to ask."""
+    types = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
+    return fingerprint((weights_fingerprint(model), types))

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
@@ -163,13 +162,6 @@ def _contact() -> Iterator[None]:
 def is_sharded(model: nn.Module) -> bool:
     """Whether other processes hold parts of the model's weights (FSDP2, tensor parallelism)."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
-
-
-def reshard(model: nn.Module) -> None:
-    """Put FSDP2's sharded weights in place, which a forward pass may have left gathered: `requires_grad` is theirs."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def local_device(name: str) -> str:

@@ -9,30 +9,72 @@ row of demo 1
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from ctkernels.mask import ContextMask, dropped_positions
 from ctkernels.tuning.data.batches import Batch
-from ctkernels.tuning.train.settings import TrainSettings
+from ctkernels.tuning.train.options import Options
 
+Hide = Literal["none", "self", "suffix", "power"]
 SUBSETS = 1 << 63  # tells the random stream of subsets from that of token dropout, whose seeds are below 2^63
 
 
+@dataclass(frozen=True)
+class Dropout(Options):
+    """Token dropout.
+
+    Args:
+        drop_p: token dropout: probability in [0, 1) that a row does not see a context token in an epoch.
+        drop_from: context tokens before this position are never dropped (an attention sink, an instruction).
+    """
+
+    drop_p: float = 0.0
+    drop_from: int = 0
+
+    def check(self) -> None:
+        self.require(0 <= self.drop_p < 1, "drop_p", "in [0, 1)")
+        self.at_least(0, "drop_from")
+
+
+@dataclass(frozen=True)
+class LeaveOneOut(Options):
+    """Leave-one-out.
+
+    Args:
+        leave_one_out: what a row does not see of the demonstrations: "none" hides nothing, "self" its own, "suffix" its
+            own and all after it, "power" its own and a random half of the others, drawn anew each epoch.
+        leave_one_out_from: hide demonstrations only if there are at least so many of them.
+    """
+
+    leave_one_out: Hide = "none"
+    leave_one_out_from: int = 0
+
+    def check(self) -> None:
+        self.at_least(0, "leave_one_out_from")
+
+    def hides(self, count: int) -> bool:
+        """Whether rows of `count` demonstrations have some hidden from them."""
+        return self.leave_one_out != "none" and count >= max(self.leave_one_out_from, 1)
+
+
 def context_mask(
-    settings: TrainSettings, segments: Tensor, batch: Batch, seed: int, length: int, in_row: bool = False
+    settings: Dropout, segments: Tensor, batch: Batch, seed: int, length: int, in_row: bool = False
 ) -> ContextMask:
     """The mask of a batch of training rows.
 
     Args:
-        settings: `leave_one_out`, `leave_one_out_from`, `drop_p` and `drop_from` decide.
+        settings: token dropout, and leave-one-out if they have it (`LeaveOneOut`).
         segments: int64 `[K+1]`, offsets of the K demonstrations in the context; no demonstrations, nothing to hide.
         seed: of this epoch.
         length: number of context positions.
         in_row: the context lies in each row's own keys (a soft prompt) instead of the prefix.
     """
     count = segments.shape[0] - 1
-    hide = settings.leave_one_out if count and count >= settings.leave_one_out_from else "none"
+    hide = settings.leave_one_out if isinstance(settings, LeaveOneOut) and settings.hides(count) else "none"
     common = {"row_ids": batch.row_ids, "length": length if in_row else None}
     hidden = None if hide == "none" else _hidden(segments, batch.held_out, to_end=hide == "suffix")
     keep = None

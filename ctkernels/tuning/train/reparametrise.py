@@ -11,13 +11,30 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ctkernels.tuning.adapters.prefix import KVPrefix, PrefixMetadata
+from ctkernels.tuning.train.options import Options
 
 Trained = Mapping[tuple[str, int], bool]  # ("keys" or "values", layer) -> whether it is trained
+
+
+@dataclass(frozen=True)
+class NetworkOptions(Options):
+    """Whether a network writes what is trained.
+
+    Args:
+        mlp_width: width of a two-layer network that writes the prefix or prompt while training; None trains it
+            directly.
+    """
+
+    mlp_width: int | None = None
+
+    def check(self) -> None:
+        self.at_least(1, "mlp_width", or_none=True)
 
 
 class TrainedPrefix(nn.Module, ABC):
@@ -105,12 +122,12 @@ class LowRankPrefix(TrainedPrefix):
 class NetworkPrefix(TrainedPrefix):
     """An update that one network writes for all trained layers."""
 
-    def __init__(self, prefix: KVPrefix, trained: Trained, hidden: int, frozen: int, seed: int) -> None:
+    def __init__(self, prefix: KVPrefix, trained: Trained, mlp_width: int, frozen: int, seed: int) -> None:
         super().__init__(prefix, trained, frozen)
         like = prefix.keys[0]
         heads, length, dimension = like.shape
         self._width = heads * dimension
-        self.network = Network(length, hidden, len(self._order) * self._width, seed).to(like.device, like.dtype)
+        self.network = Network(length, mlp_width, len(self._order) * self._width, seed).to(like.device, like.dtype)
 
     def updates(self, kind: str) -> Iterator[tuple[int, Tensor]]:
         hidden, outputs = self.network.hidden(), self.network.second.split(self._width, dim=1)
@@ -120,18 +137,18 @@ class NetworkPrefix(TrainedPrefix):
 class Network(nn.Module):
     """Two layers over a learned embedding of each token: tanh(E W1 + b) W2, where W2 starts at zero."""
 
-    def __init__(self, length: int, hidden: int, width: int, seed: int) -> None:
+    def __init__(self, length: int, mlp_width: int, outputs: int, seed: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.embedding = nn.Parameter(torch.randn(length, hidden, generator=generator))
-        self.first = nn.Parameter(torch.randn(hidden, hidden, generator=generator) * hidden**-0.5)
-        self.bias = nn.Parameter(torch.zeros(hidden))
-        self.second = nn.Parameter(torch.zeros(hidden, width))
+        self.embedding = nn.Parameter(torch.randn(length, mlp_width, generator=generator))
+        self.first = nn.Parameter(torch.randn(mlp_width, mlp_width, generator=generator) * mlp_width**-0.5)
+        self.bias = nn.Parameter(torch.zeros(mlp_width))
+        self.second = nn.Parameter(torch.zeros(mlp_width, outputs))
 
     def hidden(self) -> Tensor:
-        """`[P, hidden]`"""
+        """`[P, mlp_width]`"""
         return torch.tanh(self.embedding @ self.first + self.bias)
 
     def forward(self) -> Tensor:
-        """`[P, width]`"""
+        """`[P, outputs]`"""
         return self.hidden() @ self.second

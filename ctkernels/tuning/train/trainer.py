@@ -17,30 +17,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ctkernels import dispatch
-from ctkernels.tuning.adapters.adapter import Adapter
-from ctkernels.tuning.adapters.prefix import KVPrefix
 from ctkernels.tuning.data.batches import make_batch, split_by_tokens
-from ctkernels.tuning.data.demonstrations import DataError, Demonstration, Row, TextFormat
-from ctkernels.tuning.methods import Run, get_method
-from ctkernels.tuning.methods.base import require_demonstrations, require_transferable, require_weights
+from ctkernels.tuning.data.demonstrations import DataError
+from ctkernels.tuning.data.formats import Row
+from ctkernels.tuning.hf.forward import frozen
 from ctkernels.tuning.train.checkpoint import Checkpoint, fingerprint, model_fingerprint
-from ctkernels.tuning.train.distributed import Ranks, is_sharded
-from ctkernels.tuning.train.forward import frozen
+from ctkernels.tuning.train.distributed import Ranks
 from ctkernels.tuning.train.learners import Learner
-from ctkernels.tuning.train.settings import TrainSettings
+from ctkernels.tuning.train.options import LoopOptions
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 class TrainingError(ArithmeticError):
@@ -66,171 +61,59 @@ OnEpoch = Callable[[EpochRecord, nn.Module], bool | None]
 
 
 @dataclass(frozen=True)
-class TuneResult:
-    """An adapter and how it came to be (`history` is empty for methods that train nothing)."""
+class RunControl:
+    """How a run is kept, watched and shared among processes.
 
-    adapter: Adapter
-    history: list[EpochRecord]
-
-    @property
-    def prefix(self) -> KVPrefix:
-        """The adapter's prefix. For methods that also change weights, use the adapter."""
-        return self.adapter.prefix
-
-
-def tune(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    demonstrations: Sequence[Demonstration],
-    method: str = "ct-kv",
-    settings: TrainSettings | None = None,
-    text_format: TextFormat | None = None,
-    *,
-    start_from: Adapter | None = None,
-    checkpoint_dir: str | Path | None = None,
-    checkpoint_every: int = 5,
-    resume: bool = False,
-    on_epoch: OnEpoch | None = None,
-    group: ProcessGroup | None = None,
-) -> TuneResult:
-    """Adapt a frozen model to a task: the adapter of `method` for these demonstrations, trained if the method trains.
-
-    Args:
-        model: a supported causal language model; its weights and its mode are left as they were.
-        tokenizer: the model's.
-        demonstrations: the task's pairs.
-        method: a name of `methods.METHODS`.
-        settings: default: those of the method.
-        text_format: how pairs become tokens.
-        start_from: another task's adapter of the same model to start from: methods that start from demonstrations
-            put its prefix or prompt in front of them, others take it in place of their own; ttt takes its LoRA.
-        checkpoint_dir, checkpoint_every: where to keep a checkpoint, and after how many epochs to replace it.
-        resume: continue from the checkpoint, if there is one; the run ends with the same bits as if never stopped.
-        on_epoch: called with the record and what is trained after every epoch, before its checkpoint, on every process;
-            nothing is attached then, so that it may evaluate. True (from any process) ends the stage with this epoch.
-        group: a `torch.distributed` process group whose processes all make this call and share the rows of each step;
-            all of them return the result of one process, the first one writes checkpoints, which all of them must be
-            able to read. None: this process alone.
+    checkpoint_dir, checkpoint_every: where to keep a checkpoint, and after how many epochs to replace it.
+    resume: continue from the checkpoint, if there is one.
+    on_epoch: called after every epoch, before its checkpoint; True ends the loop.
+    ranks: the processes that share the rows of a step; default: this one alone.
 
     Raises:
-        DataError: too few demonstrations, or more tokens than the model takes.
-        ValueError: an unknown method; settings that it does not read; an adapter it cannot start from; an unknown or
-            unavailable backend; sharded or offloaded weights that the method needs in one piece.
-        TypeError: a model class that is not supported.
-        CheckpointError: `resume` with other settings, data or model than the checkpoint's.
-        TrainingError: the loss is not finite, or has no gradient.
-        PeerError: another process of the group failed.
+        ValueError: `checkpoint_every` below 1.
     """
-    ranks = Ranks(group, model.device, sharded=is_sharded(model))
-    with ranks.together():
-        return _tune(
-            model,
-            tokenizer,
-            demonstrations,
-            method,
-            settings,
-            text_format,
-            start_from=start_from,
-            checkpoint_dir=checkpoint_dir,
-            checkpoint_every=checkpoint_every,
-            resume=resume,
-            on_epoch=on_epoch,
-            ranks=ranks,
-        )
 
+    checkpoint_dir: Path | None = None
+    checkpoint_every: int = 5
+    resume: bool = False
+    on_epoch: OnEpoch | None = None
+    ranks: Ranks = field(default_factory=Ranks)
 
-def _tune(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    demonstrations: Sequence[Demonstration],
-    method: str,
-    settings: TrainSettings | None,
-    text_format: TextFormat | None,
-    *,
-    start_from: Adapter | None,
-    checkpoint_dir: str | Path | None,
-    checkpoint_every: int,
-    resume: bool,
-    on_epoch: OnEpoch | None,
-    ranks: Ranks,
-) -> TuneResult:
-    how = get_method(method)
-    settings = settings or how.settings()
-    how.check(settings)
-    require_demonstrations(how, len(demonstrations), settings)
-    require_transferable(how, start_from, model)
-    require_weights(how, model)
-    if settings.backend is not None:
-        dispatch.choose(settings.backend, model.device)  # refuses an unusable one before the model runs
-    if checkpoint_every < 1:
-        raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
-    history: list[EpochRecord] = []
-    origin = None if start_from is None else _adapter_fingerprint(start_from)
-
-    def train(learner: Learner, stage_settings: TrainSettings | None = None, stage: str = "") -> None:
-        checkpoint = None
-        if checkpoint_dir is not None:
-            identity = {"method": method, "stage": stage, "start_from": origin}
-            checkpoint = (Path(checkpoint_dir) / stage, identity)
-        history.extend(
-            train_learner(
-                model,
-                learner,
-                stage_settings or settings,
-                stage=stage,
-                checkpoint=checkpoint,
-                checkpoint_every=checkpoint_every,
-                resume=resume,
-                on_epoch=on_epoch,
-                ranks=ranks,
-            )
-        )
-
-    run = Run(
-        model=model,
-        tokenizer=tokenizer,
-        demonstrations=tuple(demonstrations),
-        method=method,
-        reads=how.reads,
-        settings=settings,
-        text_format=text_format or TextFormat(),
-        start_from=start_from,
-        train=train,
-    )
-    return TuneResult(how.fit(run), history)
+    def __post_init__(self) -> None:
+        if self.checkpoint_every < 1:
+            raise ValueError(f"checkpoint_every must be at least 1, got {self.checkpoint_every}")
 
 
 def train_learner(
     model: PreTrainedModel,
     learner: Learner,
-    settings: TrainSettings,
+    settings: LoopOptions,
+    run: RunControl | None = None,
     *,
     stage: str = "",
-    checkpoint: tuple[Path, dict] | None = None,
-    checkpoint_every: int = 5,
-    resume: bool = False,
-    on_epoch: OnEpoch | None = None,
-    ranks: Ranks | None = None,
+    identity: Mapping[str, Any] | None = None,
 ) -> list[EpochRecord]:
-    """Train `learner` in place; arguments and errors as in `tune`.
+    """Train `learner` in place; errors as in `methods.tune`.
 
-    checkpoint: its folder, and what the run depends on besides settings, rows and model, by name.
-    ranks: the processes that share the rows, default: this one alone.
+    stage: name of one of several loops of a run, whose checkpoint has a folder of its own.
+    identity: what the run depends on besides settings, rows and model, as JSON values by name.
     """
-    ranks = ranks or Ranks()
+    run = run or RunControl()
+    ranks = run.ranks
     rows = learner.rows(0)
     if not rows:
         raise DataError("training needs demonstrations, got none")
-    parameters = learner.parameters()
-    optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, betas=(0.9, 0.999), weight_decay=0.0)
+    loop = _Loop(model, learner, settings, ranks)
+    parameters, optimizer = loop.parameters, loop.optimizer
     history: list[EpochRecord] = []
-    store, run = None, {} if checkpoint is None and ranks.size == 1 else _identity(model, learner, rows, settings)
-    ranks.agree(**run)
+    store, known = None, {}
+    if run.checkpoint_dir is not None or ranks.size > 1:
+        known = _identity(model, learner, rows, settings)
+    ranks.agree(**known)
     ranks.share_start(parameters.values())
-    if checkpoint is not None:
-        folder, identity = checkpoint
-        store = Checkpoint(folder, identity | run)
-        if store.exists() and not resume:
+    if run.checkpoint_dir is not None:
+        store = Checkpoint(run.checkpoint_dir / stage, {**(identity or {}), **known})
+        if store.exists() and not run.resume:
             raise ValueError(f"checkpoint_dir already holds {store.path}; resume from it, or choose another folder")
     with frozen(model, but=parameters.values()):
         singly = (make_batch(rows, [i], settings.layout, learner.lead).to(model.device) for i in range(len(rows)))
@@ -241,108 +124,104 @@ def train_learner(
         ranks.agree(checkpoint=f"checkpoint after {len(history)} epochs")
         while len(history) < settings.epochs and not (history and history[-1].stopped):
             with learner.attached(settings.backend):
-                record = _train_epoch(model, learner, settings, len(history), parameters, optimizer, ranks)
-            record = replace(record, stage=stage)
-            stop = on_epoch is not None and bool(on_epoch(record, learner.module))
+                record = replace(loop.run_epoch(len(history)), stage=stage)
+            stop = run.on_epoch is not None and bool(run.on_epoch(record, learner.module))
             stops = ranks.sum((), torch.tensor(float(stop), dtype=torch.float64))
             history.append(replace(record, stopped=bool(stops)))
-            due = record.epoch % checkpoint_every == 0 or record.epoch == settings.epochs or bool(stops)
+            due = record.epoch % run.checkpoint_every == 0 or record.epoch == settings.epochs or bool(stops)
             if store is not None and due and ranks.writes:
                 store.save(parameters, optimizer, [asdict(r) for r in history])
     optimizer.zero_grad()
     return history
 
 
-def _train_epoch(
-    model: PreTrainedModel,
-    learner: Learner,
-    settings: TrainSettings,
-    epoch: int,
-    parameters: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    ranks: Ranks,
-) -> EpochRecord:
-    started = time.perf_counter()
-    rows = learner.rows(epoch)
-    steps = _steps(len(rows), settings, epoch)
-    first_lr, total, norms = 0.0, torch.zeros((), dtype=torch.float64, device=model.device), []
-    for number, step in enumerate(steps):
-        progress = (epoch * len(steps) + number) / (settings.epochs * len(steps))
-        lr = 0.5 * settings.lr * (1 + math.cos(math.pi * progress))
-        first_lr = lr if number == 0 else first_lr
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.zero_grad()
-        losses = _accumulate(model, learner, settings, epoch, rows, step, ranks)
-        penalty = learner.penalty() if ranks.rank == 0 else None
-        if penalty is not None:
-            penalty.backward()
-        missing = [name for name, parameter in parameters.items() if parameter.grad is None]
+class _Loop:
+    """The epochs of a training: what is trained, by which optimiser, and which rows each step takes."""
+
+    def __init__(self, model: PreTrainedModel, learner: Learner, settings: LoopOptions, ranks: Ranks) -> None:
+        self.model, self.learner, self.settings, self.ranks = model, learner, settings, ranks
+        self.parameters = learner.parameters()
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=settings.lr, betas=(0.9, 0.999), weight_decay=0.0
+        )
+
+    def run_epoch(self, epoch: int) -> EpochRecord:
+        """All steps of an epoch, counted from 0."""
+        started = time.perf_counter()
+        settings, learner, parameters = self.settings, self.learner, self.parameters
+        rows = learner.rows(epoch)
+        steps = self._steps(len(rows), epoch)
+        first_lr, total, norms = 0.0, torch.zeros((), dtype=torch.float64, device=self.model.device), []
+        for number, step in enumerate(steps):
+            progress = (epoch * len(steps) + number) / (settings.epochs * len(steps))
+            lr = 0.5 * settings.lr * (1 + math.cos(math.pi * progress))
+            first_lr = lr if number == 0 else first_lr
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.zero_grad()
+            losses = self._accumulate(rows, step, settings.dropout_seed(epoch))
+            penalty = learner.penalty() if self.ranks.rank == 0 else None
+            if penalty is not None:
+                penalty.backward()
+            self._require_gradients()
+            total += self.ranks.sum(parameters.values(), losses)
+            learner.before_step()
+            norms.append(torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip_norm or math.inf))
+            if not torch.isfinite(norms[-1]) or not torch.isfinite(total):
+                raise TrainingError(
+                    f"epoch {epoch + 1}: the loss is {total.item() / len(rows)} and the gradient norm "
+                    f"{float(norms[-1])}; try a smaller lr than {settings.lr}, or a wider dtype than {self.model.dtype}"
+                )
+            self.optimizer.step()
+            learner.after_step()
+        norm = float(torch.stack(norms).mean())
+        return EpochRecord(epoch + 1, total.item() / len(rows), first_lr, norm, time.perf_counter() - started)
+
+    def _steps(self, count: int, epoch: int) -> list[list[int]]:
+        """Indices of the rows of each optimiser step of an epoch."""
+        size = self.settings.batch_rows
+        if size is None or size >= count:
+            return [list(range(count))]
+        generator = torch.Generator().manual_seed(self.settings.dropout_seed(epoch))
+        order = torch.randperm(count, generator=generator).tolist()
+        return [order[i : i + size] for i in range(0, count, size)]
+
+    def _accumulate(self, rows: Sequence[Row], step: list[int], seed: int) -> Tensor:
+        """Add the gradient of this process's rows to that of the step's mean loss; returns the sum of their losses."""
+        total = torch.zeros((), dtype=torch.float64, device=self.model.device)
+        for indices, weight in self._micro_batches(rows, step):
+            batch = make_batch(rows, indices, self.settings.layout, self.learner.lead).to(self.model.device)
+            losses = self.learner.losses(batch, seed)
+            (weight * losses.sum() / len(step)).backward()
+            total += weight * losses.detach().double().sum()
+        return total
+
+    def _micro_batches(self, rows: Sequence[Row], step: list[int]) -> list[tuple[list[int], float]]:
+        """Indices of the rows of this process's micro-batches, and the weight of their losses.
+
+        All processes run equally many, since a sharded model's forward pass is a collective call: one with fewer of its
+        own repeats a row with weight 0.
+        """
+        batches = []
+        for rank in range(self.ranks.size):
+            share = self.ranks.share(step, rank)
+            chosen = [rows[i] for i in share]
+            groups = split_by_tokens(chosen, self.settings.max_tokens, self.settings.layout, self.learner.lead)
+            batches.append([[share[i] for i in group] for group in groups])
+        mine, most = batches[self.ranks.rank], max(map(len, batches))
+        return [(indices, 1.0) for indices in mine] + [([step[0]], 0.0)] * (most - len(mine))
+
+    def _require_gradients(self) -> None:
+        missing = [name for name, parameter in self.parameters.items() if parameter.grad is None]
         if missing:
             raise TrainingError(
                 f"no gradient reached {', '.join(missing[:4])}{', ...' if missing[4:] else ''}: something in "
-                f"{type(model).__name__} has no derivative, such as quantised layers that were run in eval mode before"
+                f"{type(self.model).__name__} has no derivative, such as quantised layers that were run in eval mode "
+                "before"
             )
-        total += ranks.sum(parameters.values(), losses)
-        learner.before_step()
-        norms.append(torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip_norm or math.inf))
-        if not torch.isfinite(norms[-1]) or not torch.isfinite(total):
-            raise TrainingError(
-                f"epoch {epoch + 1}: the loss is {total.item() / len(rows)} and the gradient norm {float(norms[-1])}; "
-                f"try a smaller lr than {settings.lr}, or a wider dtype than {model.dtype}"
-            )
-        optimizer.step()
-        learner.after_step()
-    norm = float(torch.stack(norms).mean())
-    return EpochRecord(epoch + 1, total.item() / len(rows), first_lr, norm, time.perf_counter() - started)
 
 
-def _accumulate(
-    model: PreTrainedModel,
-    learner: Learner,
-    settings: TrainSettings,
-    epoch: int,
-    rows: Sequence[Row],
-    step: list[int],
-    ranks: Ranks,
-) -> Tensor:
-    """Add the gradient that this process's rows give to the mean loss of a step; returns the sum of their losses."""
-    total = torch.zeros((), dtype=torch.float64, device=model.device)
-    for indices, weight in _micro_batches(rows, step, settings, learner.lead, ranks):
-        batch = make_batch(rows, indices, settings.layout, learner.lead).to(model.device)
-        losses = learner.losses(batch, settings.dropout_seed(epoch))
-        (weight * losses.sum() / len(step)).backward()
-        total += weight * losses.detach().double().sum()
-    return total
-
-
-def _micro_batches(
-    rows: Sequence[Row], step: list[int], settings: TrainSettings, lead: int, ranks: Ranks
-) -> list[tuple[list[int], float]]:
-    """Indices of the rows of this process's micro-batches, and the weight of their losses.
-
-    All processes run equally many, since a sharded model's forward pass is a collective call: one with fewer of its own
-    repeats a row with weight 0.
-    """
-    batches = []
-    for rank in range(ranks.size):
-        share = ranks.share(step, rank)
-        groups = split_by_tokens([rows[i] for i in share], settings.max_tokens, settings.layout, lead)
-        batches.append([[share[i] for i in group] for group in groups])
-    mine, most = batches[ranks.rank], max(map(len, batches))
-    return [(indices, 1.0) for indices in mine] + [([step[0]], 0.0)] * (most - len(mine))
-
-
-def _steps(count: int, settings: TrainSettings, epoch: int) -> list[list[int]]:
-    """Indices of the rows of each optimiser step of an epoch."""
-    if settings.batch_rows is None or settings.batch_rows >= count:
-        return [list(range(count))]
-    generator = torch.Generator().manual_seed(settings.dropout_seed(epoch))
-    order = torch.randperm(count, generator=generator).tolist()
-    return [order[i : i + settings.batch_rows] for i in range(0, count, settings.batch_rows)]
-
-
-def _identity(model: PreTrainedModel, learner: Learner, rows: Sequence[Row], settings: TrainSettings) -> dict:
+def _identity(model: PreTrainedModel, learner: Learner, rows: Sequence[Row], settings: LoopOptions) -> dict[str, Any]:
     """What the bits of a run depend on, by name."""
     tokens = [(r.tokens, r.answers, r.held_out, r.predicted_at) for r in rows]
     return {
@@ -350,10 +229,3 @@ def _identity(model: PreTrainedModel, learner: Learner, rows: Sequence[Row], set
         "demonstrations": fingerprint((learner.identity(), tokens)),
         "model": model_fingerprint(model),
     }
-
-
-def _adapter_fingerprint(adapter: Adapter) -> str:
-    parts = [model_fingerprint(module) for module in (adapter.prefix, adapter.prompt) if module is not None]
-    weights = {} if adapter.lora is None else adapter.lora.tensors
-    parts += [(name, tensor.flatten()[:16].tolist()) for name, tensor in weights.items()]
-    return fingerprint(parts)

@@ -100,12 +100,12 @@ def unavailable() -> None:
 
 def forward(*args):
     *tensors, problem = args
-    return torch.ops.ctkernels_emulated.cuda_forward(*tensors, *problem[:-1])
+    return torch.ops.ctkernels_emulated.cuda_forward(*tensors, *problem)
 
 
 def backward(*args):
     *tensors, problem = args
-    return torch.ops.ctkernels_emulated.cuda_backward(*tensors, *problem[:-1])
+    return torch.ops.ctkernels_emulated.cuda_backward(*tensors, *problem)
 
 
 def check(call: Call, layout: str = "plain") -> dict[str, torch.Tensor]:
@@ -237,7 +237,6 @@ def call_directly(**changes):
     problem = dict.fromkeys(Problem._fields) | dict(
         context_length=11, drop_p=0.0, seed=0, scale=0.1, causal=True, window=0, window_prefix=True, softcap=0.0
     )
-    del problem["backend"]
     t = {name: x[None] if x.dim() == 3 else x for name, x in call.tensors.items()}
     arguments = t | dict(prefix_bias=None) | problem
     assert changes.keys() <= arguments.keys()

@@ -10,6 +10,8 @@ import torch
 import ctkernels as ct
 from ctkernels import dispatch, dispatch_table
 from ctkernels.backends import cuda
+from ctkernels.backends.triton import backend as triton_backend
+from ctkernels.backends.triton.config import Target
 from ctkernels.testing.calls import make_call
 
 GPU = torch.device("cuda", 0)
@@ -48,18 +50,18 @@ def gpu(monkeypatch):
 )
 def test_auto_asks_the_table(gpu, architecture, expected):
     gpu.architecture = architecture
-    assert dispatch.choose(None, GPU, BF16, 64) == dispatch.choose("auto", GPU, BF16, 64) == expected
+    assert dispatch.choose(None, GPU, BF16, 64) == dispatch.choose("auto", GPU, BF16, 64) == (expected, expected)
 
 
 def test_fp32_rows_are_multiplied_by_tensor_cores(gpu):
-    assert dispatch.choose(None, GPU, torch.float32, 64) == "cuda"
+    assert dispatch.choose(None, GPU, torch.float32, 64) == ("cuda", "cuda")
 
 
 def test_other_devices_do_not(gpu):
     dispatch_table.use([{"backend": "cuda"}])
-    assert dispatch.choose(None, torch.device("cpu"), BF16, 64) == "cpu"
+    assert dispatch.choose(None, torch.device("cpu"), BF16, 64) == ("cpu", "cpu")
     with pytest.warns(UserWarning, match="reference backend on meta"):
-        assert dispatch.choose(None, torch.device("meta"), BF16, 64) == "reference"
+        assert dispatch.choose(None, torch.device("meta"), BF16, 64) == ("reference", "reference")
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
@@ -67,21 +69,21 @@ def test_other_devices_do_not(gpu):
 def test_auto_takes_the_other_one_where_one_refuses(gpu, architecture, only):
     gpu.architecture = architecture
     gpu.unavailable["triton" if only == "cuda" else "cuda"] = "not built"
-    assert dispatch.choose(None, GPU, BF16, 64) == only
+    assert dispatch.choose(None, GPU, BF16, 64) == (only, only)
 
 
 def test_auto_says_why_it_falls_back(gpu):
     gpu.unavailable |= {"cuda": "the compiler had a day off", "triton": "it went with it"}
     dispatch._warn_fallback.cache_clear()
     with pytest.warns(UserWarning, match="compiler had a day off.*it went with it"):
-        assert dispatch.choose(None, GPU, BF16, 64) == "reference"
+        assert dispatch.choose(None, GPU, BF16, 64) == ("reference", "reference")
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 def test_a_named_backend_is_taken_or_refused(gpu, architecture, name):
     gpu.architecture = architecture
-    assert dispatch.choose(name, GPU, BF16, 64) == name
+    assert dispatch.choose(name, GPU, BF16, 64) == (name, name)
     gpu.unavailable[name] = "it is Sunday"
     with pytest.raises(ValueError, match=f"backend='{name}' is unavailable: it is Sunday"):
         dispatch.choose(name, GPU, BF16, 64)
@@ -125,15 +127,13 @@ def test_the_table_covers_every_call():
 
 def test_directions_may_differ(gpu):
     dispatch_table.use([dict(direction="backward", backend="cuda")])
-    chosen = dispatch.choose(None, GPU, BF16, 64)
-    assert dispatch.for_direction(chosen, "forward") == "triton"
-    assert dispatch.for_direction(chosen, "backward") == "cuda"
+    assert dispatch.choose(None, GPU, BF16, 64) == dispatch.Choice(forward="triton", backward="cuda")
     dispatch_table.use([dict(direction="forward", backend="cuda")])
-    chosen = dispatch.choose(None, GPU, BF16, 64)
-    assert [dispatch.for_direction(chosen, d) for d in ("forward", "backward")] == ["cuda", "triton"]
+    assert dispatch.choose(None, GPU, BF16, 64) == dispatch.Choice(forward="cuda", backward="triton")
 
 
-def test_the_operators_follow_directions_that_differ(monkeypatch):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_operators_follow_directions_that_differ(monkeypatch, compiled):
     """Through the public function: forward runs on one backend, backward on the other, and the gradients are right."""
     assert dispatch.availability()["cpu"] is None  # and loaded
     cpu, asked = dispatch.load("cpu"), []
@@ -146,12 +146,21 @@ def test_the_operators_follow_directions_that_differ(monkeypatch):
 
     fakes = {"one": fake("one"), "two": fake("two")}
     monkeypatch.setattr(dispatch, "load", lambda name: fakes.get(name, cpu))
-    monkeypatch.setattr(dispatch, "choose", lambda *_: "one+two")
+
+    def choose(*_):
+        return dispatch.Choice("one", "two")
+
+    choose._dynamo_marked_constant = True  # as that of `dispatch`
+    monkeypatch.setattr(dispatch, "choose", choose)
     t = {name: x.requires_grad_() for name, x in make_call(types="fp32").tensors.items()}
     inputs = [t[name] for name in ("q", "k", "v", "prefix_k", "prefix_v")]
-    grads = torch.autograd.grad(ct.prefix_attention(*inputs).sum(), inputs)
+    attend = (
+        torch.compile(ct.prefix_attention, fullgraph=True, backend="aot_eager") if compiled else ct.prefix_attention
+    )
+    grads = torch.autograd.grad(attend(*inputs).sum(), inputs)
     assert asked == [("one", "forward"), ("two", "backward")]
     monkeypatch.undo()
+    torch.compiler.reset()
     expected = torch.autograd.grad(ct.prefix_attention(*inputs, backend="cpu").sum(), inputs)
     assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
 
@@ -220,13 +229,55 @@ def test_the_cuda_backend_says_why_it_is_unavailable(monkeypatch, version, built
 
 
 @pytest.mark.parametrize(
-    "capability, dtype, reason",
-    [((8, 0), BF16, None), ((12, 0), torch.float32, None), ((7, 5), BF16, "8.0.*7.5"), ((9, 0), torch.float64, "fp64")],
+    "capability, dtype, wide, reason",
+    [
+        ((8, 0), BF16, 0, None),
+        ((12, 0), torch.float32, 0, None),
+        ((7, 5), BF16, 0, "8.0.*7.5"),
+        ((9, 0), torch.float64, 0, "fp64"),
+        ((9, 0), BF16, 256, "D = Dv <= 256"),
+        ((9, 0), BF16, 512, "D = Dv <= 256"),
+    ],
 )
-def test_what_the_cuda_backend_refuses(monkeypatch, capability, dtype, reason):
+def test_what_the_cuda_backend_refuses(monkeypatch, capability, dtype, wide, reason):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    found = cuda.refusal(GPU, dtype)
+    found = cuda.refusal(GPU, dtype, wide)
     assert found is None if reason is None else re.search(reason, found)
+
+
+@pytest.mark.parametrize(
+    "arch, dtype, wide, reason",
+    [
+        ("sm_86", BF16, 512, None),
+        ("sm_86", torch.float32, 256, None),
+        ("sm_86", torch.float32, 512, "fp32 rows of head dimensions above 256.*got sm_86"),
+        ("sm_90", torch.float32, 512, None),
+    ],
+)
+def test_what_the_triton_backend_refuses(monkeypatch, arch, dtype, wide, reason):
+    monkeypatch.setattr(triton_backend, "target", lambda device: Target(arch, 1))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    found = triton_backend.refusal(GPU, dtype, wide)
+    assert found is None if reason is None else re.search(reason, found)
+
+
+@pytest.mark.parametrize(
+    "D, Dv, expected",
+    [(64, 64, (64, 0)), (256, 256, (256, 0)), (192, 128, (256, 256)), (1, 257, (64, 512)), (300, 300, (256, 512))],
+)
+def test_what_backends_are_told_of_head_dimensions(D, Dv, expected):
+    assert dispatch_table.heads(D, Dv) == expected
+
+
+def test_auto_takes_the_backend_that_serves_the_head_dimension(gpu, monkeypatch):
+    """On this architecture the table prefers CUDA C++, which here serves the table's head dimensions alone."""
+    gpu.architecture = "sm_80"
+    refusing = types.SimpleNamespace(refusal=lambda device, dtype, wide: "too wide" if wide else None)
+    monkeypatch.setattr(dispatch, "load", lambda name: refusing if name == "cuda" else types.SimpleNamespace())
+    assert dispatch.choose(None, GPU, BF16, 64, 0) == ("cuda", "cuda")
+    assert dispatch.choose(None, GPU, BF16, 64, 256) == ("triton", "triton")
+    with pytest.raises(ValueError, match="backend='cuda' is unavailable: too wide"):
+        dispatch.choose("cuda", GPU, BF16, 64, 256)
 
 
 def test_cpu_tensors_are_refused_in_words():

@@ -169,4 +169,5 @@ DEFAULT_EDGES = {
 @pytest.mark.parametrize("types", EDGE_TYPES if THOROUGH else EDGE_TYPES[2:])
 @pytest.mark.parametrize("case", EDGES if THOROUGH else sorted(DEFAULT_EDGES))
 def test_edge(case, types):
-    execute(make_call(types=types, **EDGES[case]), [("lazy", len(case))])
+    edge = {name: value for name, value in EDGES[case].items() if name != "Dv"}  # D = Dv here
+    execute(make_call(types=types, **edge), [("lazy", len(case))])

@@ -89,6 +89,9 @@ MUTATIONS = {
     "walk: causality one key late": Mutation(
         "walk.cuh", "any &= low_bits(lane.position + 1 - start);", "any &= low_bits(lane.position + 2 - start);"
     ),
+    "mask: a span one position too long": Mutation(
+        "../mask.h", "~low_bits(row.hidden_end - first);", "~low_bits(row.hidden_end + 1 - first);"
+    ),
     "setup: a tile takes the first row's span for all": Mutation(
         "setup.cuh", "seen.any |= any, seen.all &= all;", "if (r == info.row_begin) seen.any = any, seen.all = all;"
     ),

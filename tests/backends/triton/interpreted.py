@@ -31,7 +31,7 @@ def words_of(mask: dict, lens: list[int], P: int, C: int) -> tuple[torch.Tensor,
     defaults = dict(hidden=None, row_ids=None, keep=None, drop_p=0.0, seed=0) | mask
     problem = Problem(
         alibi_slopes=None, cu_seqlens=None, seq_lens=torch.tensor(lens), prefix_index=None, prefix_lens=None,
-        context_length=C, scale=1.0, causal=True, window=0, window_prefix=True, softcap=0.0, backend="triton",
+        context_length=C, scale=1.0, causal=True, window=0, window_prefix=True, softcap=0.0,
         **defaults,
     )  # fmt: skip
     launches = {launch.name: launch for launch in plan_forward(q, k, v, prefix, prefix, None, problem).launches}
@@ -102,7 +102,7 @@ def test_any_number_of_splits(monkeypatch, multiprocessors):
     """Key ranges in forward and dq, query ranges in the prefix gradients: none, and as many as there can be."""
     monkeypatch.setattr(triton_backend, "target", lambda device: Target("sm_80", multiprocessors))
     hidden = torch.tensor([[b % 7 * 40, b % 7 * 40 + 40] for b in range(8)])
-    sizes = dict(lens=[9, 3, 0, 20, 11, 30, 1, 25], P=290, H=8, Hk=1, D=16, G=2, types="fp32")
+    sizes = dict(lens=[9, 3, 0, 20, 11, 30, 1, 25], P=290, H=8, Hk=1, D=16, Dv=24, G=2, types="fp32")
     mask = dict(hidden=hidden, drop_p=0.1, seed=1)
     index = torch.arange(8) % 2
     call = make_call(**sizes, bias=(2, 8, 290), prefix_index=index, mask=mask)
@@ -110,10 +110,20 @@ def test_any_number_of_splits(monkeypatch, multiprocessors):
     assert_matches(call, run(call, TRITON, cotangents), cotangents)
 
 
-@pytest.mark.parametrize(("arch", "D"), [("sm_80", 96), ("sm_90", 256), ("sm_86", 64), ("gfx942", 128)])
-def test_every_table_of_tiles(monkeypatch, arch, D):
+@pytest.mark.parametrize(
+    ("arch", "D", "Dv"),
+    [
+        ("sm_80", 96, 96),
+        ("sm_90", 256, 256),
+        ("sm_86", 64, 64),
+        ("gfx942", 128, 128),
+        ("sm_90", 512, 512),
+        ("sm_80", 192, 128),
+    ],
+)
+def test_every_table_of_tiles(monkeypatch, arch, D, Dv):
     monkeypatch.setattr(triton_backend, "target", lambda device: Target(arch, 8))
-    call = make_call(lens=[20, 35, 9], P=100, H=4, Hk=1, D=D, types="bf16+fp32", mask=dict(drop_p=0.2, seed=1))
+    call = make_call(lens=[20, 35, 9], P=100, H=4, Hk=1, D=D, Dv=Dv, types="bf16+fp32", mask=dict(drop_p=0.2, seed=1))
     cotangents = cotangents_for(call)
     assert_matches(call, run(call, TRITON, cotangents), cotangents)
 
@@ -153,7 +163,7 @@ def test_fp64_is_refused():
 def test_config_covers_every_type_and_width():
     for arch in ("sm_80", "sm_86", "sm_90", "sm_120", "gfx942"):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for D in (1, 64, 80, 128, 129, 256):
+            for D in (1, 64, 80, 128, 129, 256, 257, 512):
                 for name, sizes in config.config_for(Target(arch, 1), D, dtype)._asdict().items():
                     for one in (sizes, config.lighter(sizes, name, D)):
                         assert one.block_n in (16, 32, 64), "two words of 32 keys"

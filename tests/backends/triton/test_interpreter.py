@@ -24,6 +24,9 @@ EDGES = (
     "decoding with fewer keys, window and ALiBi",
     "bidirectional packed rows with a window",
     "bias shared by prefixes",
+    "values wider than keys",
+    "decoding with values narrower than keys",
+    "sinks of rows that see nothing",
     "everything packed",
 )
 PROPERTIES = (
@@ -52,7 +55,7 @@ SELECTIONS = {
     "edges-bf16": [f"test_edges.py::test_edge[triton-{case}-bf16+fp32]" for case in EDGES[-6:]],
     "properties": [f"test_properties.py::{name}" for name in PROPERTIES],
     "others": list(OTHERS),
-    "kernels": ["../triton/interpreted.py"],
+    "kernels": ["../backends/triton/interpreted.py"],
 }
 
 

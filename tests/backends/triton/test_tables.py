@@ -15,7 +15,6 @@ from ctkernels.problem import Problem
 NO_PROBLEM = Problem(
     alibi_slopes=None, cu_seqlens=None, seq_lens=None, prefix_index=None, prefix_lens=None, hidden=None, row_ids=None,
     keep=None, context_length=0, drop_p=0.0, seed=0, scale=1.0, causal=True, window=0, window_prefix=True, softcap=0.0,
-    backend="triton",
 )  # fmt: skip
 
 
@@ -92,7 +91,7 @@ def test_slots_and_own_blocks(drawn):
     assert blocks == [(r, b) for r, row in enumerate(table) for b in range(-(-row[tables.ROW_KEYS] // 16))]
 
 
-@pytest.mark.parametrize("D", range(1, 257))
+@pytest.mark.parametrize("D", range(1, 513))
 def test_pieces_hold_the_head_dimension(D):
     D0, D1 = config.pieces(D)
     assert D0 >= 16 and D0 & (D0 - 1) == 0

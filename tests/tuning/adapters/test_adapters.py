@@ -1,18 +1,16 @@
 """Adapters: saved, read back, applied to the model, and the start of another task; LoRA updates of every family."""
 
-import json
-
 import pytest
 import torch
 
 from ctkernels.testing.models import MODELS, make_model
 from ctkernels.testing.tasks import BOS, DEMONSTRATIONS, SPACE, ids
-from ctkernels.tuning.adapters import adapter_file, prefix_file
 from ctkernels.tuning.adapters.adapter import Adapter
+from ctkernels.tuning.adapters.file import PrefixFileError, read_file, write_file
 from ctkernels.tuning.adapters.lora import Lora, lora_parameters, lora_targets
 from ctkernels.tuning.adapters.prefix import KVPrefix
-from ctkernels.tuning.adapters.prefix_file import PrefixFileError
-from ctkernels.tuning.data.demonstrations import PairEncoder
+from ctkernels.tuning.data.formats import PairEncoder
+from ctkernels.tuning.hf.fingerprint import weights_fingerprint
 from ctkernels.tuning.methods import get_method
 from ctkernels.tuning.train.learners import LoraLearner
 from tests.tuning.runs import ITEMS, NAMES, TOKENIZER, assert_same_bits, run
@@ -23,34 +21,15 @@ def test_saved_adapters_score_as_before(tmp_path, name):
     model = make_model("llama", torch.float32)
     adapter = run(name, model).adapter
     scores = adapter.evaluate(model, TOKENIZER, ITEMS)
-    (tmp_path / "lora-notes").mkdir()  # the user's own
-    (tmp_path / "prompt-ideas.safetensors").touch()
+    (tmp_path / "prompt-ideas.safetensors").touch()  # the user's own
     adapter.save_pretrained(tmp_path)
     loaded = Adapter.from_pretrained(tmp_path, model, TOKENIZER)
     assert_same_bits(loaded, adapter)
-    assert loaded.method == name and loaded.pool == adapter.pool
+    assert loaded.method == name and loaded.demonstrations == adapter.demonstrations
     assert loaded.evaluate(model, TOKENIZER, ITEMS) == scores
     # saving another one over it leaves nothing of the old one
     run("icl", model).adapter.save_pretrained(tmp_path)
-    assert len(list(tmp_path.iterdir())) == 4 and Adapter.from_pretrained(tmp_path).lora is None
-
-
-@pytest.mark.parametrize("name", ["ttt", "ipt"])
-def test_adapters_that_were_described_apart(tmp_path, name):
-    """As they were saved before prefix.json named all parts; a description of another prefix does not count."""
-    adapter = run(name, make_model("llama", torch.float32)).adapter
-    adapter.save_pretrained(tmp_path)
-    path = tmp_path / "prefix.json"
-    whole = json.loads(path.read_text())
-    parts = whole.pop("beside")
-    path.write_text(json.dumps(whole))
-    (tmp_path / "adapter.json").write_text(json.dumps({**parts, "prefix": whole["tensors"]}))
-    loaded = Adapter.from_pretrained(tmp_path)
-    assert_same_bits(loaded, adapter)
-    assert loaded.pool == adapter.pool
-    (tmp_path / "adapter.json").write_text(json.dumps({**parts, "prefix": "prefix-0123456789abcdef.safetensors"}))
-    alone = Adapter.from_pretrained(tmp_path)
-    assert alone.lora is None and alone.prompt is None and not alone.pool
+    assert len(list(tmp_path.iterdir())) == 2 and Adapter.from_pretrained(tmp_path).lora is None
 
 
 def test_weights_matter_to_the_scores():
@@ -68,31 +47,63 @@ def test_a_prefix_read_without_its_weights_is_warned_about(tmp_path):
         KVPrefix.from_pretrained(tmp_path, model)
 
 
-def test_damaged_adapters_are_refused(tmp_path):
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["ttt", "ttt+ct-kv"])
+def test_the_weights_of_an_adapter_are_those_without_its_update(tmp_path, name):
+    """Would catch: the fingerprint of merged weights, which no model that is loaded has; one that is taken for the
+    model's own afterwards."""
+    model = make_model("llama", torch.float32)
+    own = weights_fingerprint(model)
+    adapter = run(name, model, options={"lr": 0.1}).adapter
+    assert adapter.prefix.metadata.weights == own == weights_fingerprint(model)
+    adapter.save_pretrained(tmp_path)
+    Adapter.from_pretrained(tmp_path, model, TOKENIZER)
+    with adapter.lora.merged(model):
+        assert weights_fingerprint(model) != own
+        Adapter.from_pretrained(tmp_path, model, TOKENIZER)
+    assert weights_fingerprint(model) == own
+    other = make_model("llama", torch.float32, seed=1)
+    with pytest.warns(UserWarning, match="with other weights"):
+        Adapter.from_pretrained(tmp_path, other, TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora": {"rank": 2, "alpha": 2.0}}, "damaged: 'targets' is missing"),
+        ({"lora": None}, "damaged: TypeError"),
+        ({"prompt": {"segments": [0]}}, "damaged: 'prompt' is missing"),
+        ({"demonstrations": [{"input": "x"}]}, "damaged: TypeError"),
+        ({"demonstrations": [{"input": "x", "output": " "}]}, "output must not be blank"),
+    ],
+    ids=str,
+)
+def test_damaged_adapters_are_refused(tmp_path, change, message):
     model = make_model("llama", torch.float32)
     run("ttt", model).adapter.save_pretrained(tmp_path)
-    folder = next(tmp_path.glob("lora-*"))
-    (folder / "adapter_model.safetensors").write_bytes(b"half")
-    with pytest.raises(PrefixFileError, match=r"prefix\.json: damaged: ValueError: .*adapter_model\.safetensors"):
+    path, description, tensors = read_file(tmp_path, "adapter")
+    write_file(path, "adapter", {**description, **change}, tensors)
+    with pytest.raises(PrefixFileError, match=rf"adapter\.safetensors: {message}"):
         Adapter.from_pretrained(tmp_path, model)
-    path = tmp_path / "prefix.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "beside": [3]}))
-    with pytest.raises(PrefixFileError, match=r"prefix\.json: damaged: AttributeError"):
-        Adapter.from_pretrained(tmp_path, model)
-    run("icl", model).adapter.prefix.save_pretrained(tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2 and Adapter.from_pretrained(tmp_path, model).lora is None
+
+
+def test_an_update_without_its_description_is_refused(tmp_path):
+    """Would catch an update of the weights that is lost without a word."""
+    run("ttt", make_model("llama", torch.float32)).adapter.save_pretrained(tmp_path)
+    path, description, tensors = read_file(tmp_path, "adapter")
+    del description["lora"]
+    write_file(path, "adapter", description, tensors)
+    with pytest.raises(PrefixFileError, match=r"holds a tensor lora\.base_model\..*, of which nothing is known"):
+        Adapter.from_pretrained(tmp_path)
 
 
 def interrupted(*_args):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(
-    ("step", "killed"), [("save", False), ("atomic_write_json", False), ("atomic_write_json", True)]
-)
-def test_interrupted_saves_leave_the_old_adapter(tmp_path, monkeypatch, step, killed):
-    """Before the prefix and before its description; killed: nothing is cleaned up, either. Would catch parts of two
-    adapters read as one, and an update of the weights that is lost in silence."""
+@pytest.mark.parametrize("step", ["pathlib.Path.write_bytes", "os.fsync", "pathlib.Path.replace"])
+def test_interrupted_saves_leave_the_old_adapter(tmp_path, monkeypatch, step):
+    """Would catch parts of two adapters read as one, and an update of the weights that is lost in silence."""
     model = make_model("llama", torch.float32)
     update = Lora(2, 2.0, ("q_proj",))
     with update.injected(model) as wrapped:
@@ -101,29 +112,11 @@ def test_interrupted_saves_leave_the_old_adapter(tmp_path, monkeypatch, step, ki
     plain, updated = Adapter(prefixes[0]), Adapter(prefixes[1], lora=update)
     for old, new in ((plain, updated), (updated, plain)):
         old.save_pretrained(tmp_path)
-        before = {path.name for path in tmp_path.iterdir()}
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(prefix_file, step, interrupted)
-            if killed:
-                patch.setattr(prefix_file, "remove_unnamed", lambda directory: None)
-                patch.setattr(adapter_file, "remove_unnamed", lambda directory: None)
+            patch.setattr(step, interrupted)
             new.save_pretrained(tmp_path)
         assert_same_bits(Adapter.from_pretrained(tmp_path, model), old)
-        assert killed == ({path.name for path in tmp_path.iterdir()} != before)
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # of peft itself
-def test_peft_reads_the_saved_update(tmp_path):
-    from peft import PeftModel
-
-    model = make_model("llama")
-    adapter = run("ttt", model).adapter
-    adapter.save_pretrained(tmp_path)
-    tokens = torch.tensor([[5, 9, 12]])
-    with adapter.weights(model):
-        expected = model(tokens).logits
-    theirs = PeftModel.from_pretrained(make_model("llama"), next(tmp_path.glob("lora-*")))
-    torch.testing.assert_close(theirs(tokens).logits, expected, rtol=0, atol=1e-6)
+        assert [path.name for path in tmp_path.iterdir()] == ["adapter.safetensors"]
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -16,9 +16,9 @@ from ctkernels.testing.models import (
     tokens,
 )
 from ctkernels.tuning import Adapter, KVPrefix, SoftPrompt, export_peft, import_peft
+from ctkernels.tuning.adapters.file import PrefixFileError
 from ctkernels.tuning.adapters.lora import Lora, lora_parameters, lora_targets
 from ctkernels.tuning.adapters.prefix import PrefixMetadata, tokenizer_hash
-from ctkernels.tuning.adapters.prefix_file import PrefixFileError
 from tests.tuning.runs import ITEMS, TOKENIZER, run
 
 pytestmark = [
@@ -301,7 +301,7 @@ def test_imports_that_are_refused(tmp_path):
         with pytest.raises(PrefixFileError, match=message):
             import_peft(tmp_path / folder, of)
 
-    refused("num_attention_heads 2 instead of 4", of=make_model("llama", num_attention_heads=2))
+    refused(r"made for Llama.* \(.*\), not for this LlamaForCausalLM", of=make_model("llama", num_attention_heads=2))
     refused("num_layers is 4, LlamaForCausalLM needs 3", num_layers=4)
     refused(r"prompt_embeddings must be floating \[7, columns\]", num_layers=3, num_virtual_tokens=7)
     refused("type IA3 cannot be imported; known are CARTRIDGE", peft_type="IA3")

@@ -1,4 +1,4 @@
-"""KVPrefix as a module, and saved prefixes: what is written, and every way in which a file can be wrong."""
+"""KVPrefix as a module, and saved prefixes: what is written, and what is refused (`test_file.py`: damaged files)."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import copy
 import dataclasses
 import errno
 import json
+import warnings
 
 import pytest
-import safetensors.torch
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ctkernels.testing.models import make_model, stock_logits, tokens
 from ctkernels.tuning import storage
-from ctkernels.tuning.adapters import prefix_file
+from ctkernels.tuning.adapters.file import PrefixFileError, read_file, write_file
 from ctkernels.tuning.adapters.prefix import KVPrefix, PrefixMetadata, tokenizer_hash
-from ctkernels.tuning.adapters.prefix_file import PrefixFileError
-from ctkernels.tuning.data.demonstrations import Demonstration, EncodedContext, TextFormat, encode_context
+from ctkernels.tuning.data.demonstrations import Demonstration
+from ctkernels.tuning.data.formats import EncodedContext, TextFormat, encode_context
+from ctkernels.tuning.hf.fingerprint import weights_fingerprint
 from ctkernels.tuning.hf.models import Decoder
 from ctkernels.tuning.storage import atomic_file, atomic_write_bytes, atomic_write_json
 
@@ -166,19 +167,26 @@ def test_layers_go_where_those_of_the_model_are(prefix, saved, monkeypatch):
     assert all(parameter.is_leaf and parameter.requires_grad for parameter in loaded.parameters())
 
 
-def test_what_is_written(prefix, tmp_path):
+def test_what_is_written(model, prefix, tmp_path):
     prefix.save_pretrained(tmp_path)
-    description = json.loads((tmp_path / "prefix.json").read_text())
-    assert description["format"] == "ctkernels-kv-prefix"
-    assert description["format_version"] == 1
+    _, description, tensors = read_file(tmp_path, "adapter")
+    assert description["format"] == "ctkernels-adapter"
+    assert description["format_version"] == 2
     assert description["segments"] == [1, 4, 9]
     assert description["first_position"] == 9
-    assert description["shapes"]["values.2"] == [2, 9, 8]
     assert description["metadata"] == dataclasses.asdict(prefix.metadata)
     assert description["metadata"]["model_id"] == "tiny/llama"
+    assert description["metadata"]["weights"] == weights_fingerprint(model)
     assert description["metadata"]["settings"] == {"lr": 1e-3, "epochs": 3, "drop": [0.05]}
     assert set(description["versions"]) == {"ctkernels", "torch", "transformers"}
-    assert sorted(path.name for path in tmp_path.iterdir()) == [description["tensors"], "prefix.json"]
+    assert set(tensors) == {f"{kind}.{layer}" for kind in ("keys", "values") for layer in range(3)}
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter.safetensors"]
+
+
+def test_the_file_itself_can_be_read(prefix, tmp_path):
+    prefix.save_pretrained(tmp_path)
+    (tmp_path / "adapter.safetensors").rename(tmp_path / "other name")
+    assert equal(KVPrefix.from_pretrained(tmp_path / "other name"), prefix)
 
 
 def test_saving_again_replaces(prefix, tmp_path):
@@ -188,7 +196,7 @@ def test_saving_again_replaces(prefix, tmp_path):
             prefix.keys[0].add_(1.0)
         prefix.save_pretrained(tmp_path)
     assert equal(KVPrefix.from_pretrained(tmp_path), prefix)
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_loading_into_another_precision(prefix, tmp_path):
@@ -204,14 +212,9 @@ def no_space(*args, **kwargs):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def full_after_some_bytes(tensors, path):
-    path.write_bytes(b"half a file")
-    no_space()
-
-
 @pytest.mark.parametrize("there_before", [False, True])
-@pytest.mark.parametrize("victim", ["tensors", "description", "flush"])
-def test_full_disk(prefix, tmp_path, monkeypatch, victim, there_before):
+@pytest.mark.parametrize("victim", ["write", "flush"])
+def test_full_disk(prefix, tmp_path, monkeypatch, full_disk, victim, there_before):
     """A disk that fills while saving leaves the old prefix, or nothing."""
     directory = tmp_path / "task"
     old = copy.deepcopy(prefix)
@@ -220,15 +223,13 @@ def test_full_disk(prefix, tmp_path, monkeypatch, victim, there_before):
     before = {path.name: path.read_bytes() for path in directory.iterdir()} if there_before else {}
     with torch.no_grad():
         prefix.keys[0].add_(1.0)
-    if victim == "tensors":
-        monkeypatch.setattr(safetensors.torch, "save_file", full_after_some_bytes)
-    elif victim == "description":
-        monkeypatch.setattr(prefix_file, "atomic_write_json", no_space)
+    if victim == "write":
+        with full_disk(4096), pytest.raises(OSError, match="File too large"):
+            prefix.save_pretrained(directory)
     else:
-        monkeypatch.setattr("os.fsync", no_space)
-    with pytest.raises(OSError, match="No space left"):
-        prefix.save_pretrained(directory)
-    monkeypatch.undo()
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+            patch.setattr("os.fsync", no_space)
+            prefix.save_pretrained(directory)
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
     if there_before:
         assert equal(KVPrefix.from_pretrained(directory), old)
@@ -237,20 +238,19 @@ def test_full_disk(prefix, tmp_path, monkeypatch, victim, there_before):
 
 
 def test_an_error_behind_the_last_step_leaves_the_new_prefix(prefix, tmp_path, monkeypatch):
-    """The description is in its place; making its rename durable fails."""
+    """The file is in its place; making its rename durable fails."""
     prefix.save_pretrained(tmp_path)
     with torch.no_grad():
         prefix.keys[0].add_(1.0)
 
-    def fails(path, mode, calls=[]):  # noqa: B006 (counts)
-        calls.append(path)
-        if calls.count(tmp_path) == 2:
+    def fails(path, mode):
+        if path == tmp_path:
             no_space()
 
     monkeypatch.setattr(storage, "_flush", fails)
     with pytest.raises(OSError, match="No space left"):
         prefix.save_pretrained(tmp_path)
-    assert equal(KVPrefix.from_pretrained(tmp_path), prefix) and len(list(tmp_path.iterdir())) == 2
+    assert equal(KVPrefix.from_pretrained(tmp_path), prefix) and len(list(tmp_path.iterdir())) == 1
 
 
 def test_settings_that_json_lacks(prefix, tmp_path):
@@ -266,13 +266,11 @@ def saved(prefix, tmp_path):
     return tmp_path
 
 
-def edit(directory, **changes) -> None:
-    path = directory / "prefix.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def tensor_file(directory):
-    return next(directory.glob("*.safetensors"))
+def edit(directory, description=(), tensors=()) -> None:
+    """Write what is there anew, with changes; a tensor None is left out."""
+    _, was, were = read_file(directory, "adapter")
+    now = {name: x for name, x in {**were, **dict(tensors)}.items() if x is not None}
+    write_file(directory / "adapter.safetensors", "adapter", {**was, **dict(description)}, now)
 
 
 def refuses(directory, message: str, *check) -> None:
@@ -281,60 +279,56 @@ def refuses(directory, message: str, *check) -> None:
 
 
 def test_missing_files(saved, tmp_path):
-    refuses(tmp_path / "nowhere", r"nowhere/prefix\.json: no such file")
-    tensor_file(saved).unlink()
-    refuses(saved, r"\.safetensors: no such file, although prefix\.json names it")
-
-
-def test_damaged_tensors(saved):
-    path = tensor_file(saved)
-    data = path.read_bytes()
-    for damage in (data[:-5], data[:40], b"", data + b"x"):
-        path.write_bytes(damage)
-        refuses(saved, r"\.safetensors: damaged or cut off")
-
-
-def test_other_tensors(saved):
-    path = tensor_file(saved)
-    tensors = safetensors.torch.load_file(path)
-    safetensors.torch.save_file({**tensors, "keys.1": torch.zeros(2, 8, 8)}, path)
-    refuses(saved, r"tensor keys\.1 has shape \(2, 8, 8\), prefix\.json says \(2, 9, 8\)")
-    safetensors.torch.save_file({key: x for key, x in tensors.items() if key != "values.2"}, path)
-    refuses(saved, r"tensor values\.2 has shape None")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b'{"format": "ctkern', "not valid JSON"),
-        (b"\xff\xfe\x00", "not valid JSON"),
-        (b"[1, 2]", "not a prefix saved by ctkernels"),
-        (b'{"peft_type": "PREFIX_TUNING"}', "not a prefix saved by ctkernels"),
-        (b'{"format": "ctkernels-kv-prefix", "format_version": 1}', "damaged description: KeyError"),
-    ],
-)
-def test_foreign_descriptions(saved, content, message):
-    (saved / "prefix.json").write_bytes(content)
-    refuses(saved, rf"prefix\.json: {message}")
+    refuses(tmp_path / "nowhere", r"nowhere: no such file or folder$")
+    (saved / "adapter.safetensors").unlink()
+    refuses(saved, r"adapter\.safetensors: no such file or folder$")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "format version 2, this ctkernels .* reads up to 1"),
-        ({"format_version": "new"}, "format version new"),
+        ({"keys.1": torch.zeros(2, 8, 8)}, r"adapter\.safetensors: values\[1\] must be like keys\[1\]"),
+        ({"values.2": None}, "damaged: 'values.2' is missing"),
+        ({"keys.2": None}, "damaged: 'keys.2' is missing"),
+        ({"bias.0": torch.zeros(9)}, "holds a tensor bias.0, of which nothing is known"),
+        ({"prompt": torch.zeros(9, 32)}, "holds a tensor prompt, of which nothing is known"),
+        (
+            {"keys.0": torch.zeros(2, 9, 8).long()},
+            r"damaged: TypeError: keys\[0\] must be a floating tensor",
+        ),
+    ],
+    ids=["shape", "values", "keys", "bias", "prompt", "type"],
+)
+def test_other_tensors(saved, change, message):
+    edit(saved, tensors=change)
+    refuses(saved / "adapter.safetensors", message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         ({"segments": [0, 5, 10]}, "non-decreasing offsets within the 9 prefix tokens"),
-        ({"segments": "x"}, "damaged description"),
+        ({"segments": "x"}, "damaged: TypeError"),
+        ({"segments": [1 << 80]}, "Overflow when unpacking"),
         ({"first_position": -3}, "first_position must be an integer >= 0, got -3"),
-        ({"tensors": "../../etc/passwd"}, "damaged description: .*names '../../etc/passwd'"),
-        ({"shapes": {}}, "tensor keys.0 has shape .*says None"),
-        ({"metadata": {"model_class": "LlamaForCausalLM"}}, "damaged description: TypeError"),
+        ({"metadata": {"model_class": "LlamaForCausalLM"}}, "damaged: TypeError"),
+        ({"metadata": [1]}, "damaged: TypeError"),
     ],
     ids=str,
 )
 def test_damaged_descriptions(saved, change, message):
-    edit(saved, **change)
+    edit(saved, change)
     refuses(saved, message)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_are_not_saved(saved, prefix, value):
+    before = (saved / "adapter.safetensors").read_bytes()
+    with torch.no_grad():
+        prefix.values[1][1, 3, 2] = value
+    with pytest.raises(PrefixFileError, match=r"adapter\.safetensors: not written: tensor values\.1 holds values that"):
+        prefix.save_pretrained(saved)
+    assert (saved / "adapter.safetensors").read_bytes() == before
 
 
 def test_another_model(saved):
@@ -366,10 +360,32 @@ def test_files_that_hold_a_hash_alone(saved):
 
 
 def test_other_weights_of_the_same_architecture(saved):
-    other = make_model("llama", seed=1)
+    """Also under the same name; would catch a comparison of names, or of a few values per tensor."""
+    other = make_model("llama")
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight[20, 17] *= 2
+    for name in ("tiny/llama-instruct", "tiny/llama"):
+        other.name_or_path = name
+        with pytest.warns(UserWarning, match=f"made for model 'tiny/llama', loaded for '{name}' .* with other weights"):
+            KVPrefix.from_pretrained(saved, other)
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_same_weights_under_another_name(saved):
+    moved = make_model("llama", torch.bfloat16)
+    moved.name_or_path = "/elsewhere/llama"
+    KVPrefix.from_pretrained(saved, moved)
+
+
+def test_names_are_compared_where_the_weights_are_not_known(saved, model):
+    edit(saved, {"metadata": {**read_file(saved, "adapter").description["metadata"], "weights": None}})
+    other = make_model("llama")
     other.name_or_path = "tiny/llama-instruct"
-    with pytest.warns(UserWarning, match="made for model 'tiny/llama', loaded for 'tiny/llama-instruct'"):
+    with pytest.warns(UserWarning, match="loaded for 'tiny/llama-instruct' .* perhaps with other weights"):
         KVPrefix.from_pretrained(saved, other)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        KVPrefix.from_pretrained(saved, model)
 
 
 def test_another_tokenizer(saved, model, tokenizer):

@@ -9,11 +9,12 @@ from ctkernels.testing.models import make_model
 from ctkernels.testing.tasks import DEMONSTRATIONS, SPACE, char_tokenizer, ids
 from ctkernels.tuning.adapters.prompt import SoftPrompt
 from ctkernels.tuning.data.batches import make_batch
-from ctkernels.tuning.data.demonstrations import DELIMITER, INPUT, OUTPUT, Demonstration, encode_context, encode_rows
+from ctkernels.tuning.data.demonstrations import Demonstration
+from ctkernels.tuning.data.formats import DELIMITER, INPUT, OUTPUT, encode_context, encode_rows
 from ctkernels.tuning.data.retrieval import InWordsEncoder
 from ctkernels.tuning.methods import get_method
+from ctkernels.tuning.methods.tune import tune
 from ctkernels.tuning.train.learners import PromptLearner
-from ctkernels.tuning.train.trainer import tune
 
 TOKENIZER = char_tokenizer(adds_bos=True)
 CONTEXT = encode_context(TOKENIZER, DEMONSTRATIONS)
@@ -75,8 +76,8 @@ def test_a_network_writes_the_prompt_while_it_is_trained():
     model = make_model("llama")
     plain, network = (
         tune(model, TOKENIZER, DEMONSTRATIONS, "prompt-tuning",
-             get_method("prompt-tuning").settings(epochs=8, lr=1e-2, hidden=hidden, prompt_tokens=5))
-        for hidden in (None, 8)
+             get_method("prompt-tuning").settings(epochs=8, lr=1e-2, mlp_width=width, prompt_tokens=5))
+        for width in (None, 8)
     )  # fmt: skip
     assert network.history[-1].loss < network.history[0].loss
     start = tune(model, TOKENIZER, DEMONSTRATIONS, "prompt-tuning",

@@ -1,7 +1,10 @@
 """PrefixStore: what is put is what rows read, in little memory, whatever else goes on."""
 
+import copy
+import math
 import os
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -12,9 +15,12 @@ import safetensors.torch
 import torch
 
 from ctkernels.testing.models import make_model, tokens
-from ctkernels.tuning import KVPrefix, PrefixStore
-from ctkernels.tuning.adapters.prefix_file import PrefixFileError
+from ctkernels.tuning import Adapter, KVPrefix, PrefixStore
+from ctkernels.tuning.adapters import file
+from ctkernels.tuning.adapters.file import PrefixFileError
+from ctkernels.tuning.adapters.lora import Lora
 
+checksum = file._checksum
 ROWS = torch.stack([tokens(5, seed=n) for n in range(3)])
 NAMES = ["routing", "a/b: Ä.x", ".hidden"]
 SIZE = 3 * 2 * 2 * 8 * 4  # bytes of a prefix in fp32, per token
@@ -136,13 +142,8 @@ def test_replaced_and_removed(store, model, prefixes):
     assert NAMES[0] not in store and len(store) == 2
 
 
-def test_a_full_disk_leaves_the_old_prefix(store, prefixes, monkeypatch):
-    def full(tensors, path, *_args):
-        Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("ctkernels.tuning.adapters.store.safetensors.torch.save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+def test_a_full_disk_leaves_the_old_prefix(store, prefixes, full_disk):
+    with full_disk(1000), pytest.raises(OSError, match="File too large"):
         store.put(NAMES[0], prefixes[1])
     assert same(store.get(NAMES[0]), prefixes[0]) and len(os.listdir(store.directory)) == 3
 
@@ -165,7 +166,7 @@ def test_errors(store, model, prefixes, tmp_path):
     path.write_bytes(whole)
     assert same(store.get("routing"), prefixes[0])  # a failure is not remembered
     safetensors.torch.save_file({"x": torch.zeros(1)}, path)
-    with pytest.raises(PrefixFileError, match=r"routing\.safetensors: not a prefix of a store"):
+    with pytest.raises(PrefixFileError, match=r"routing\.safetensors: not an adapter saved by ctkernels"):
         store.get("routing")
     for name in ("", "x" * 222):
         with pytest.raises(ValueError, match="name must have 1 to 221 bytes"):
@@ -182,16 +183,68 @@ def test_errors(store, model, prefixes, tmp_path):
     assert list(PrefixStore(tmp_path / "none", model)) == []
 
 
+def test_damaged_bytes_are_found_when_a_file_is_first_read(store, model, prefixes):
+    path = store.directory / "routing.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(PrefixFileError, match=r"routing\.safetensors: damaged: .*\(checksum\)"):
+        store.get("routing")
+    assert not same(PrefixStore(store.directory, model, verify=False).get("routing"), prefixes[0])
+
+
+def test_a_file_is_compared_once_until_it_is_replaced(store, prefixes, monkeypatch):
+    compared = []
+    monkeypatch.setattr(file, "_checksum", lambda *args: compared.append(args) or checksum(*args))
+    store.memory_bytes = 0
+    for _ in range(3):
+        store.get("routing")
+    assert len(compared) == 1
+    store.put("routing", prefixes[1])
+    for _ in range(3):
+        store.get("routing")
+    assert len(compared) == 3  # once to write it, once to read it
+
+
+def test_prefixes_that_a_store_does_not_serve(store, model, prefixes):
+    nan = copy.deepcopy(prefixes[0])
+    with torch.no_grad():
+        nan.keys[1][0, 0, 0] = math.nan
+    with pytest.raises(PrefixFileError, match=r"new\.safetensors: not written: tensor keys\.1 holds values that"):
+        store.put("new", nan)
+    assert "new" not in store
+    update = Lora(1, 1.0, ("q_proj",))
+    with update.injected(model) as wrapped:
+        update.capture(wrapped)
+    Adapter(prefixes[0], lora=update).save_pretrained(store.directory / "elsewhere")
+    (store.directory / "elsewhere" / "adapter.safetensors").rename(store.directory / "new.safetensors")
+    with pytest.raises(PrefixFileError, match=r"new\.safetensors: its prefix belongs to a LoRA update of the weights"):
+        store.get("new")
+
+
+def test_other_weights_are_warned_about(store):
+    """Once per file."""
+    other = PrefixStore(store.directory, make_model("llama", torch.float32, seed=1), memory_bytes=0)
+    with pytest.warns(UserWarning, match=r"routing\.safetensors: .* with other weights"):
+        other.get("routing")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other.get("routing")
+
+
+def test_a_file_of_a_store_is_a_saved_prefix(store, model, prefixes):
+    assert same(KVPrefix.from_pretrained(store.directory / "routing.safetensors", model), prefixes[0])
+
+
 def test_one_read_for_all_who_wait(store, monkeypatch):
     """Eight threads ask at once: one reads, all get the same; if it fails all hear of it, and the next one reads."""
     read, started, reads = PrefixStore._read, threading.Event(), []
 
-    def slow(self, name):
+    def slow(self, name, version):
         reads.append(name)
         started.wait(5)
         if len(reads) == 1:
             raise PrefixFileError("no")
-        return read(self, name)
+        return read(self, name, version)
 
     monkeypatch.setattr(PrefixStore, "_read", slow)
     for expected in (1, 2):

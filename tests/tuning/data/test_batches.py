@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
 from ctkernels.tuning.data.batches import answer_losses, make_batch, split_by_tokens
-from ctkernels.tuning.data.demonstrations import Row
+from ctkernels.tuning.data.formats import Row
 
 # prompts of 3, 1, 2 tokens; answers of 1, 3, 2
 ROWS = [Row((5, 6, 7), ((8,),), 0), Row((9, 10, 11), ((10, 11, 12),), 1), Row((13, 14, 15), ((15, 16),), 2)]

@@ -8,17 +8,8 @@ import torch
 from tokenizers import normalizers
 
 from ctkernels.testing.tasks import BOS, char_tokenizer, ids, write_jsonl
-from ctkernels.tuning.data.demonstrations import (
-    DataError,
-    Demonstration,
-    PairEncoder,
-    TextFormat,
-    encode_context,
-    encode_prompt,
-    encode_rows,
-    load_jsonl,
-    load_metaicl,
-)
+from ctkernels.tuning.data.demonstrations import DataError, Demonstration, load_jsonl, load_metaicl
+from ctkernels.tuning.data.formats import PairEncoder, TextFormat, encode_context, encode_prompt, encode_rows
 
 GOOD = {"input": "snow", "output": "cold", "options": ["cold", "warm"]}
 PAIRS = [Demonstration("ab", "c"), Demonstration("d", "ef"), Demonstration("gh", "i")]

@@ -1,14 +1,17 @@
 """The suites' layouts, written out here by hand: what becomes of each file, and that bad ones are named."""
 
+import importlib
 import json
+import pkgutil
 import sys
 from itertools import pairwise
 
 import pytest
 
 from ctkernels.testing.tasks import DEMONSTRATIONS, write_jsonl
+from ctkernels.tuning.data import suites
 from ctkernels.tuning.data.demonstrations import DataError, Demonstration
-from ctkernels.tuning.data.suites import SUITES, SuiteOptions, arc, bbh, get_suite
+from ctkernels.tuning.data.suites import SUITES, Suite, SuiteOptions, arc, bbh, get_suite
 from ctkernels.tuning.data.suites.base import draw
 
 OPTIONS = SuiteOptions()
@@ -23,7 +26,10 @@ def inputs(items):
 
 
 def test_unknown_suites_tasks_and_folders_are_named(tmp_path):
-    assert list(SUITES) == ["nlp_lr", "bbh", "mmlu", "arc", "generation", "jsonl"]
+    modules = [importlib.import_module(f"{suites.__name__}.{m.name}") for m in pkgutil.iter_modules(suites.__path__)]
+    defined = {id(x) for module in modules for x in vars(module).values() if isinstance(x, Suite)}
+    assert defined == {id(suite) for suite in SUITES.values()}  # every suite of a file is a row
+    assert all(name == suite.name and suite.summary and suite.score for name, suite in SUITES.items())
     with pytest.raises(ValueError, match=r"suite must be one of nlp_lr, bbh, .* got 'nlp-lr'; did you mean 'nlp_lr'"):
         get_suite("nlp-lr")
     suite = get_suite("bbh")

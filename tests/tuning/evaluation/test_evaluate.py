@@ -7,11 +7,12 @@ from torch.nn.functional import log_softmax
 from ctkernels.testing.models import make_model
 from ctkernels.testing.tasks import DEMONSTRATIONS, SPACE, char_tokenizer, ids
 from ctkernels.tuning.adapters.prefix import KVPrefix
-from ctkernels.tuning.data.demonstrations import DataError, Demonstration, TextFormat, encode_context
+from ctkernels.tuning.data.demonstrations import DataError, Demonstration
+from ctkernels.tuning.data.formats import TextFormat, encode_context
 from ctkernels.tuning.data.metrics import accuracy, macro_f1
 from ctkernels.tuning.evaluation.evaluate import evaluate_prefix
 from ctkernels.tuning.methods import get_method
-from ctkernels.tuning.train.trainer import tune
+from ctkernels.tuning.methods.tune import tune
 
 TOKENIZER = char_tokenizer()
 OPTIONS = ("warm", "ward", "cold", "ok", "o")  # warm and ward share a run; lengths differ

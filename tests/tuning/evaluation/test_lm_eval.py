@@ -19,7 +19,7 @@ from lm_eval.tasks import TaskManager
 from ctkernels.testing.models import make_model, tokens
 from ctkernels.testing.tasks import BOS, DEMONSTRATIONS, char_tokenizer, ids, write_jsonl
 from ctkernels.tuning import Adapter, KVPrefix, get_method, tune
-from ctkernels.tuning.adapters.prefix_file import PrefixFileError
+from ctkernels.tuning.adapters.file import PrefixFileError
 from ctkernels.tuning.evaluation.lm_eval import NAME, PrefixLM
 
 CONTEXT = torch.tensor(ids("red_brick_warm_snow_cold"))
@@ -219,6 +219,6 @@ def test_what_is_refused(llama, prefix, saved):
     with pytest.raises(PrefixFileError):
         PrefixLM("a model that is not loaded", saved / "nothing", **SETTINGS)
     with pytest.raises(ValueError, match="puts demonstrations in words"):
-        PrefixLM(llama, replace(Adapter(prefix), pool=tuple(DEMONSTRATIONS)), tokenizer=tokenizer, **SETTINGS)
+        PrefixLM(llama, replace(Adapter(prefix), demonstrations=tuple(DEMONSTRATIONS)), tokenizer=tokenizer, **SETTINGS)
     with pytest.raises(ValueError, match="prefix layer 0 has 2 KV heads"):
         PrefixLM(make_model("llama", num_key_value_heads=4), prefix, tokenizer=tokenizer, **SETTINGS)

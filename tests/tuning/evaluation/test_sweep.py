@@ -142,7 +142,7 @@ def comparable(out: Path) -> dict:
 
 KILLED = """
 import os, signal, sys
-from ctkernels import cli
+from ctkernels.cli.main import main
 from ctkernels.tuning.evaluation.sweep import run
 tune, calls = run.tune, []
 def killed(*args, **kwargs):
@@ -151,7 +151,7 @@ def killed(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     return tune(*args, **kwargs)
 run.tune = killed
-cli.main(sys.argv[1:])
+main(sys.argv[1:])
 """
 
 
@@ -256,6 +256,20 @@ def test_finished_cells_of_methods_that_train_nothing_do_not_depend_on_training(
     assert again.computed == []
     with pytest.raises(SweepError, match=r"icl/13\.json belongs to another sweep: seed was 14 and is now 13"):
         replace(old, run=old.run | {"seed": 14}).write(sweep.cells()[0].path(sweep.out))
+        run_sweep(model, TOKENIZER, sweep, Workers(), Quiet())
+
+
+def test_finished_cells_keep_their_results_when_a_setting_gets_another_name(model, folder, tmp_path):
+    sweep = sweep_of(folder, tmp_path / "out", ["ct-kv:epochs=1"], tasks=["taste"], seeds=[13])
+    (result,) = run_sweep(model, TOKENIZER, sweep, Workers(), Quiet())
+    run_of_it = {name: value for name, value in result.run.items() if name not in ("pooled_tokens", "mlp_width")}
+    path = sweep.cells()[0].path(sweep.out)
+    replace(result, run=run_of_it | {"pool": 4, "hidden": None}).write(path)  # as earlier versions wrote it
+    again = Quiet()
+    run_sweep(model, TOKENIZER, sweep, Workers(), again)
+    assert again.computed == []
+    replace(result, run=run_of_it | {"pool": 5, "hidden": None}).write(path)
+    with pytest.raises(SweepError, match="pooled_tokens was 5 and is now 4"):
         run_sweep(model, TOKENIZER, sweep, Workers(), Quiet())
 
 

@@ -8,13 +8,13 @@ import torch
 from rich.console import Console
 
 from ctkernels import cli
+from ctkernels.cli.view import SweepView
 from ctkernels.testing.models import make_model
 from ctkernels.testing.tasks import DEMONSTRATIONS, char_tokenizer, write_jsonl
 from ctkernels.tuning.data.suites import get_suite
 from ctkernels.tuning.evaluation.sweep.cells import Cell, CellResult
 from ctkernels.tuning.evaluation.sweep.run import Sweep
 from ctkernels.tuning.evaluation.sweep.spec import MethodSpec
-from ctkernels.tuning.evaluation.sweep.view import SweepView
 from ctkernels.tuning.evaluation.sweep.workers import Workers
 from ctkernels.tuning.train.distributed import local_device
 

@@ -1,5 +1,5 @@
-"""attn_implementation="ctkernels" on unmodified models without a prefix: the same numbers as SDPA, whichever of the op
-and SDPA a call is routed to."""
+"""attn_implementation="ctkernels" on unmodified models without a prefix: the same numbers as transformers' own
+attention, whichever of the two a call is routed to."""
 
 import subprocess
 import sys
@@ -12,6 +12,9 @@ from transformers import DynamicCache
 from ctkernels.testing.models import GROUPED, MODELS, full_precision_softmax, make_model, pad_rows, tokens
 from ctkernels.tuning import hf
 from ctkernels.tuning.hf import plain as hf_plain
+
+# said once for each class that is served by transformers; the tests of that are in test_drop_in_steps_aside.py
+pytestmark = pytest.mark.filterwarnings("ignore:attn_implementation=.ctkernels.")
 
 ROW = tokens(1, 9)
 NAME = hf.IMPLEMENTATION
@@ -32,9 +35,9 @@ def against_stock(name, calls, **changes):
     model = make_model(name, **changes)
     with full_precision_softmax():
         expected = [call(model) for call in calls]
-    model.set_attn_implementation(NAME)
-    for call, wanted in zip(calls, expected, strict=True):
-        torch.testing.assert_close(call(model), wanted, rtol=1e-9, atol=1e-9)
+        model.set_attn_implementation(NAME)
+        for call, wanted in zip(calls, expected, strict=True):
+            torch.testing.assert_close(call(model), wanted, rtol=1e-9, atol=1e-9)
 
 
 def batch(side, lengths=(4, 9, 1)):
@@ -44,26 +47,39 @@ def batch(side, lengths=(4, 9, 1)):
 def padded(side):
     ids, mask = batch(side)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
+
     return lambda model: model(ids, attention_mask=mask, position_ids=positions).logits[mask.bool()]
 
 
 @pytest.mark.parametrize("name", SERVED)
 @torch.no_grad()
 def test_logits(name, route):
-    """No padding, padding on either side; masks that are not padding and packed rows, which SDPA serves."""
-    hole = torch.ones_like(ROW)
-    hole[0, 2] = 0
+    """No padding, padding on either side, holes; masks of any shape and packed rows, which transformers serves."""
+    holes = torch.ones(1, 9, dtype=torch.int64)
+    holes[0, [2, 5, 6]] = 0
     dense = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril(-1)
     dense[..., 0] = True
+    if name == "gemma2":  # eager adds its mask
+        dense = torch.zeros(dense.shape, dtype=torch.float64).masked_fill(~dense, torch.finfo(torch.float64).min)
     restart = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
     calls = [lambda model: model(ROW).logits, padded("left"), padded("right")]
-    if name != "gemma2":  # softcap: not in SDPA, and eager wants a floating mask
-        calls += [
-            lambda model: model(ROW, attention_mask=hole).logits,
-            lambda model: model(ROW, attention_mask=dense, position_ids=torch.arange(9)[None]).logits,
-            lambda model: model(ROW, position_ids=restart, use_cache=False).logits,
-        ]
+    calls += [
+        lambda model: model(ROW, attention_mask=holes).logits,
+        lambda model: model(ROW, attention_mask=dense, position_ids=torch.arange(9)[None]).logits,
+        lambda model: model(ROW, position_ids=restart, use_cache=False).logits,
+    ]
     against_stock(name, calls)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_neox"])
+@torch.no_grad()
+def test_logits_of_padding(name, route):
+    """What is computed at padding is SDPA's, too: it may reach other tokens where a model mixes positions outside of
+    attention."""
+    ids = torch.cat((tokens(2, 11), tokens(1, 11, seed=3)))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = mask[1, -4:] = mask[2, 4:6] = 0
+    against_stock(name, [lambda model: model(ids, attention_mask=mask).logits])
 
 
 @pytest.mark.parametrize("name", SERVED)
@@ -114,17 +130,17 @@ def test_attention_dropout(side, route):
     assert (results[0][0] - model.eval()(ROW).logits).abs().max() > 1e-3  # there was dropout
 
 
-def test_softcap_with_dropout_is_refused():
+def test_softcap_with_dropout(route):
+    """Neither the op nor SDPA has both; eager attention has."""
     model = make_model("gemma2", attention_dropout=0.1).train()
-    model.set_attn_implementation(NAME)
-    with pytest.raises(ValueError, match=r"attention dropout 0\.1 together with softcap"):
-        model(ROW)
-
-
-def test_arguments_that_would_be_ignored_are_refused():
-    q = k = torch.zeros(1, 2, 3, 4)
-    with pytest.raises(ValueError, match="s_aux cannot be served"):
-        hf_plain.plain_attention(torch.nn.Module(), q, k, k, None, s_aux=torch.zeros(2))
+    results = []
+    for implementation in ("eager", NAME):
+        model.set_attn_implementation(implementation)
+        torch.manual_seed(3)
+        with full_precision_softmax():
+            results.append(model(ROW).logits)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-9)
+    assert (results[0] - model.eval()(ROW).logits).abs().max() > 1e-3
 
 
 @torch.no_grad()
@@ -187,8 +203,50 @@ def test_importing_the_module_registers_the_name():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_models_with_attention_of_their_own():
-    model = make_model("bloom")
-    model.config._attn_implementation = NAME
-    with pytest.raises(ValueError, match="bloom computes attention itself"):
-        model(ROW)
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("side", [None, "left", "right"])
+@torch.no_grad()
+def test_compiled(name, side):
+    """torch.compile traces a whole model; what a mask says is not known to it, so transformers' masks are used."""
+    model = make_model(name, torch.float32)
+    ids, mask = batch(side or "left")
+    given = {"attention_mask": mask} if side else {}
+    with full_precision_softmax():
+        expected = model(ids, use_cache=False, **given).logits
+    model.set_attn_implementation(NAME)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    actual = compiled(ids, use_cache=False, **given).logits
+    torch._dynamo.reset()
+    torch.testing.assert_close(actual[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant, route):
+    """The masks that layers are run again with."""
+    forward = padded("left")
+
+    def gradients(model):
+        model.requires_grad_(True).zero_grad()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.train()
+        forward(model).square().mean().backward()
+        return model.model.embed_tokens.weight.grad.clone()
+
+    against_stock("mistral", [gradients])
+
+
+@torch.no_grad()
+def test_one_part_of_a_composite_model(route):
+    """A dict of implementations: the text decoder under the op, the vision tower as it was."""
+    text = {**GROUPED, "head_dim": 8}
+    vision = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**text), vision_config=transformers.CLIPVisionConfig(**vision)
+    )
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config).double().eval()
+    expected = model(ROW).logits
+    model.set_attn_implementation({"text_config": NAME})
+    assert model.config.text_config._attn_implementation == NAME
+    assert model.config.vision_config._attn_implementation == "sdpa"
+    torch.testing.assert_close(model(ROW).logits, expected, rtol=1e-9, atol=1e-9)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from ctkernels.testing.models import make_model, tokens
 from ctkernels.testing.tasks import DEMONSTRATIONS
 from ctkernels.tuning.adapters.prefix import KVPrefix
-from ctkernels.tuning.train.forward import frozen
+from ctkernels.tuning.hf.forward import frozen
 from tests.tuning.runs import TOKENIZER, run
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")

@@ -1,7 +1,11 @@
 """The method table, its settings, and what all methods have in common: results, resuming, errors."""
 
+import importlib
+import pickle
+import pkgutil
 import re
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
+from typing import Literal
 
 import pytest
 import torch
@@ -9,19 +13,30 @@ import torch
 from ctkernels import tuning
 from ctkernels.testing.models import make_model
 from ctkernels.testing.tasks import DEMONSTRATIONS
+from ctkernels.tuning import methods
 from ctkernels.tuning.adapters.prefix import KVPrefix
-from ctkernels.tuning.data.demonstrations import DataError, Demonstration, encode_context
+from ctkernels.tuning.data.demonstrations import DataError, Demonstration
+from ctkernels.tuning.data.formats import encode_context
 from ctkernels.tuning.hf.encode import encode_tokens
-from ctkernels.tuning.methods import METHODS, PRESETS, get_method
-from ctkernels.tuning.train.settings import TrainSettings
-from ctkernels.tuning.train.trainer import tune
+from ctkernels.tuning.methods import METHODS, PRESETS, Method, get_method
+from ctkernels.tuning.methods import settings as all_settings
+from ctkernels.tuning.methods.ct_kv import CtKvOptions
+from ctkernels.tuning.methods.settings import SETTINGS, TrainSettings
+from ctkernels.tuning.methods.table import TABLE
+from ctkernels.tuning.methods.ttt import TttOptions
+from ctkernels.tuning.methods.tune import tune
+from ctkernels.tuning.train.masks import Dropout
+from ctkernels.tuning.train.options import RENAMED, LoopOptions, Options, choices, either, meanings, type_hints
 from tests.tuning.runs import ITEMS, NAMES, TOKENIZER, TRAINING, assert_same_bits, run
 
 
 def test_table():
-    assert tuple(METHODS) == NAMES
+    """Every method that a file of the package defines is one row; those that train take the loop's settings."""
+    modules = [importlib.import_module(f"{methods.__name__}.{m.name}") for m in pkgutil.iter_modules(methods.__path__)]
+    defined = {id(x): x for module in modules for x in vars(module).values() if isinstance(x, Method)}
+    assert sorted(defined) == sorted(map(id, TABLE)) and len(METHODS) == len(TABLE)
     assert all(name == method.name and method.summary for name, method in METHODS.items())
-    assert {name for name, method in METHODS.items() if method.trains == "nothing"} == {*NAMES} - {*TRAINING}
+    assert all(issubclass(m.options, LoopOptions) == (m.trains != "nothing") for m in TABLE)
 
 
 def test_every_public_name_of_the_package_is_there():
@@ -39,15 +54,96 @@ def test_unknown_method_is_refused_with_the_nearest():
 
 def test_every_setting_is_read_by_a_method_and_documented():
     names = {field.name for field in fields(TrainSettings)}
-    assert all(method.options <= names and set(method.defaults) <= names for method in METHODS.values())
-    assert set().union(*(method.reads for method in METHODS.values())) == names
+    assert set().union(*(method.reads for method in METHODS.values())) == names == {*SETTINGS}
     assert all(re.search(rf"^ +{name}: ", TrainSettings.__doc__, re.MULTILINE) for name in names)
+    for method in TABLE:
+        assert method.reads == {name for name, setting in SETTINGS.items() if method.name in setting.methods}
+        # a base with no default of its own must not bring back the neutral one
+        assert all(f.default == getattr(method.options, f.name) for f in fields(method.options))
+
+
+def test_a_setting_is_declared_once_and_says_what_it_means(monkeypatch):
+    @dataclass(frozen=True)
+    class Mute(Options):
+        """Nothing is said.
+
+        Args:
+            loud: said
+                in two lines.
+        """
+
+        loud: int = 1
+        silent: int = 2
+
+    @dataclass(frozen=True)
+    class Twice(Options):
+        """Declares what masks declare.
+
+        Args:
+            drop_p: something else.
+        """
+
+        drop_p: float = 0.5
+
+    assert meanings(Mute) == {"loud": "said in two lines."}
+    for options, message in (
+        (Mute, "the docstring of Mute must say under Args: what silent means"),
+        (Twice, "drop_p is declared twice, by Dropout and Twice"),
+    ):
+        monkeypatch.setattr(all_settings, "TABLE", (*TABLE, Method("new", "", options, None)))
+        with pytest.raises(TypeError, match=message):
+            all_settings._settings()
 
 
 def test_defaults_and_overrides():
     chosen = get_method("ct-kv").settings(lr=0.5)
     assert (chosen.lr, chosen.epochs, chosen.drop_p, chosen.leave_one_out) == (0.5, 25, 0.05, "self")
     assert get_method("ct-prompt").settings().batch_rows == 4 and chosen.batch_rows is None
+    both = get_method("ttt+ct-kv").settings()
+    assert (both.lr, both.epochs, both.batch_rows, both.ttt_lr, both.ttt_epochs) == (3e-3, 8, None, 1e-4, 8)
+    starts = {name: method.settings().start for name, method in METHODS.items() if "start" in method.reads}
+    assert starts == {"ct-kv": "context", "ttt+ct-kv": "context"} | dict.fromkeys(
+        ("prompt-tuning", "prefix-tuning", "ipt"), "vocabulary"
+    )
+
+
+def test_settings_of_any_class_become_the_methods_own():
+    ct_kv, icl = get_method("ct-kv"), get_method("icl")
+    own = ct_kv.settings(pull=0.5)
+    assert ct_kv.accept(own) is own
+    plain = ct_kv.accept(TrainSettings(lr=0.5))  # its neutral values, rather than the method's own
+    assert plain == CtKvOptions(lr=0.5, drop_p=0.0, leave_one_out="none")
+    assert get_method("ct-prompt").accept(ct_kv.settings(drop_p=0.3)).drop_p == 0.3
+    assert get_method("ttt").accept(TrainSettings()) == TttOptions(lr=3e-3, epochs=25, batch_rows=None)
+    with pytest.raises(ValueError, match=r"ct-prompt does not read pull, got 0\.5"):
+        get_method("ct-prompt").accept(own)
+    with pytest.raises(ValueError, match=r"ttt does not read drop_p, got 0\.05"):  # ct-kv's own default is not neutral
+        get_method("ttt").accept(ct_kv.settings())
+    with pytest.raises(ValueError, match="icl does not read epochs, got 3"):
+        icl.accept(TrainSettings(epochs=3))
+    with pytest.raises(ValueError, match="icl does not read 'epochs'; it reads backend, max_tokens, seed"):
+        icl.settings(epochs=3)
+    with pytest.raises(ValueError, match=r"start of prefix-tuning must be one of vocabulary, .*, got 'context'"):
+        get_method("prefix-tuning").accept(TrainSettings())
+    with pytest.raises(TypeError, match="settings must be CtKvOptions or TrainSettings, got dict"):
+        ct_kv.accept({"lr": 0.5})
+    with pytest.raises(TypeError, match="hidden"):  # the name of an earlier version
+        TrainSettings(hidden=8)
+    assert not RENAMED.keys() & SETTINGS.keys() and {*RENAMED.values()} <= SETTINGS.keys()
+    given = TrainSettings(lora_targets=["q_proj"], drop_p=0.1)
+    assert pickle.loads(pickle.dumps(given)) == given and given.lora_targets == ("q_proj",)
+
+
+def test_every_check_of_its_parts_runs():
+    """Also where a class has a check of its own, and in the one class of all settings."""
+    for kind in (get_method("ttt+ct-kv").options, TrainSettings):
+        for name, value in (("seed", -1), ("epochs", 0), ("drop_p", 1.0), ("lora_rank", 0), ("ttt_epochs", 0)):
+            with pytest.raises(ValueError, match=f"{name} must be"):
+                kind(**{name: value})
+    assert Dropout(drop_p=0.5).drop_p == 0.5
+    assert choices(type_hints(TrainSettings)["start"])[-1] == "uniform" and choices(int | None) == ()
+    assert choices(Literal["a", "b"] | None) == ("a", "b", None)
+    assert (either(["a"]), either(["a", "b"]), either(["a", "b", "c"])) == ("a", "a or b", "a, b or c")
 
 
 def test_settings_that_a_method_does_not_read_are_refused():
@@ -75,7 +171,9 @@ def test_presets_are_the_papers_table():
     assert get_method("icl").settings("bbh") == get_method("icl").settings()
     with pytest.raises(ValueError, match="cpt has no preset 'arc'; the methods with one are ct-kv, ct-prompt, prefix-"):
         get_method("cpt").settings("arc")
-    assert all(set(preset) <= set(METHODS) for preset in PRESETS.values())
+    for preset, of_methods in PRESETS.items():
+        for name, values in of_methods.items():  # every value of a preset is one that its method reads
+            assert values.items() <= asdict(get_method(name).settings(preset)).items()
     with pytest.raises(ValueError, match="preset must be one of nlp-lr, mmlu, bbh, arc, got 'mml'"):
         ct_kv.settings("mml")
 
@@ -97,6 +195,9 @@ def test_presets_are_the_papers_table():
         ({"pull": -0.1}, "pull must be at least 0, got -0.1"),
         ({"eta": 0.0}, r"eta must be in \(0, 1\], got 0.0"),
         ({"answers": "first"}, "answers must be all or last, got 'first'"),
+        ({"start": "here"}, "start must be context, separate, .*, normal or uniform, got 'here'"),
+        ({"mlp_width": 0}, "mlp_width must be at least 1, or None, got 0"),
+        ({"pooled_tokens": 0}, "pooled_tokens must be at least 1, got 0"),
     ],
 )
 def test_settings_out_of_range(setting, message):
@@ -166,8 +267,8 @@ class Stopped(Exception):
         *((name, {"batch_rows": 2}) for name in ("ct-kv", "ct-prompt", "ttt")),
         ("ct-kv", {"pull": 1.0, "fisher": True}),
         ("ct-kv", {"rank": 2, "start": "permuted", "front_tokens": 2, "leave_one_out": "power"}),
-        ("prefix-tuning", {"hidden": 4}),
-        ("prompt-tuning", {"hidden": 4}),
+        ("prefix-tuning", {"mlp_width": 4}),
+        ("prompt-tuning", {"mlp_width": 4}),
     ],
     ids=str,
 )

@@ -9,11 +9,13 @@ import torch
 from ctkernels.testing import plain_ctkv
 from ctkernels.testing.models import make_model, stock_masked_logits
 from ctkernels.testing.tasks import DEMONSTRATIONS, char_tokenizer
-from ctkernels.tuning.data.demonstrations import encode_context, encode_rows
+from ctkernels.tuning.adapters.prefix import KVPrefix
+from ctkernels.tuning.data.batches import make_batch
+from ctkernels.tuning.data.formats import encode_context, encode_rows
 from ctkernels.tuning.methods import get_method
+from ctkernels.tuning.methods.tune import TuneResult, tune
 from ctkernels.tuning.train.learners import PrefixLearner
 from ctkernels.tuning.train.reparametrise import Network, NetworkPrefix
-from ctkernels.tuning.train.trainer import TuneResult, tune
 
 TOKENIZER = char_tokenizer(adds_bos=True)
 P = len(encode_context(TOKENIZER, DEMONSTRATIONS).input_ids)
@@ -62,7 +64,7 @@ def test_top_layers_alone(model, start):
         tuned(model, top_layers=4)
 
 
-@pytest.mark.parametrize("how", [{}, {"rank": 2}, {"hidden": 8}], ids=["itself", "low rank", "network"])
+@pytest.mark.parametrize("how", [{}, {"rank": 2}, {"mlp_width": 8}], ids=["itself", "low rank", "network"])
 def test_first_tokens_stay(model, start, how):
     for change in moved(tuned(model, frozen_tokens=9, **how), start).values():
         assert (change[:, :9] == 0).all() and (change[:, 9:] > 0).all()
@@ -70,7 +72,7 @@ def test_first_tokens_stay(model, start, how):
         tuned(model, frozen_tokens=P)
 
 
-@pytest.mark.parametrize("how", [{"rank": 2}, {"hidden": 8}], ids=["low rank", "network"])
+@pytest.mark.parametrize("how", [{"rank": 2}, {"mlp_width": 8}], ids=["low rank", "network"])
 def test_updates_start_at_the_start_and_learn(model, start, how):
     result, whole = tuned(model, epochs=15, **how), tuned(model, epochs=1)
     assert result.history[0].loss == pytest.approx(whole.history[0].loss, abs=1e-12)
@@ -85,7 +87,8 @@ def test_the_network_runs_once_for_all_layers(model, start, monkeypatch):
     calls, hidden = [], Network.hidden
     monkeypatch.setattr(Network, "hidden", lambda self: calls.append(1) or hidden(self))
     trained = {(kind, layer): True for kind in ("keys", "values") for layer in range(3)}
-    assert len(NetworkPrefix(deepcopy(start.prefix), trained, hidden=8, frozen=0, seed=0).keys) == 3 and len(calls) == 1
+    written = NetworkPrefix(deepcopy(start.prefix), trained, mlp_width=8, frozen=0, seed=0)
+    assert len(written.keys) == 3 and len(calls) == 1
 
 
 def test_rank_of_the_update(model, start):
@@ -99,11 +102,11 @@ def test_rank_of_the_update(model, start):
 
 
 def test_options_that_make_no_sense_together():
-    with pytest.raises(ValueError, match="rank and hidden exclude each other"):
-        get_method("ct-kv").settings(rank=2, hidden=8)
+    with pytest.raises(ValueError, match="rank and mlp_width exclude each other"):
+        get_method("ct-kv").settings(rank=2, mlp_width=8)
     with pytest.raises(ValueError, match="fisher weighs the pull towards the start, which is 0"):
         get_method("ct-kv").settings(fisher=True)
-    for how in ({"rank": 2}, {"hidden": 8}):
+    for how in ({"rank": 2}, {"mlp_width": 8}):
         with pytest.raises(ValueError, match="fisher needs the prefix itself to be trained"):
             get_method("ct-kv").settings(fisher=True, pull=0.1, **how)
 
@@ -158,6 +161,22 @@ def test_gradient_of_the_pull():
     for weight, row in zip(weights, rows, strict=True):
         moving = row > 1e-4 * mean  # elsewhere the quotient above is 0 / 0
         torch.testing.assert_close(weight[moving], (row / mean)[moving], rtol=1e-4, atol=1e-6)
+
+
+def test_fisher_weights_do_not_depend_on_token_dropout(model):
+    rows = encode_rows(TOKENIZER, DEMONSTRATIONS)
+    penalties = []
+    for drop_p in (0.0, 0.5):
+        prefix = KVPrefix.from_demonstrations(model, TOKENIZER, DEMONSTRATIONS)
+        settings = get_method("ct-kv").settings(pull=0.5, fisher=True, drop_p=drop_p)
+        learner = PrefixLearner(model, prefix, rows, settings)
+        with learner.attached(None):
+            learner.before_training(make_batch(rows, [i]) for i in range(len(rows)))
+        with torch.no_grad():
+            for number, parameter in enumerate(prefix.parameters()):
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
+        penalties.append(learner.penalty().item())
+    assert penalties[0] == penalties[1] > 0
 
 
 def one_step(model) -> list[torch.Tensor]:

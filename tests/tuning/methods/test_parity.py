@@ -11,9 +11,9 @@ from ctkernels.testing import plain_ctkv
 from ctkernels.testing.models import full_precision_norm, make_model
 from ctkernels.testing.tasks import BOS, DEMONSTRATIONS, SPACE, char_tokenizer, ids
 from ctkernels.tuning.adapters.lora import Lora, lora_targets
-from ctkernels.tuning.data.demonstrations import encode_context
+from ctkernels.tuning.data.formats import encode_context
 from ctkernels.tuning.methods import get_method
-from ctkernels.tuning.train.trainer import tune
+from ctkernels.tuning.methods.tune import tune
 from tests.tuning.methods import plain_methods
 
 EPOCHS, SEED = 3, 5

@@ -7,12 +7,13 @@ from transformers import DynamicCache
 from ctkernels.testing.models import make_model
 from ctkernels.testing.tasks import BOS, DEMONSTRATIONS, SPACE, char_tokenizer, ids
 from ctkernels.tuning.adapters.prefix import KVPrefix
-from ctkernels.tuning.data.demonstrations import INPUT, OUTPUT, SPECIAL, DataError, Demonstration, encode_context
+from ctkernels.tuning.data.demonstrations import DataError, Demonstration
+from ctkernels.tuning.data.formats import INPUT, OUTPUT, SPECIAL, encode_context
 from ctkernels.tuning.hf.encode import encode_tokens
 from ctkernels.tuning.hf.models import find_decoder
 from ctkernels.tuning.hf.rotary import rotated, unrotated
 from ctkernels.tuning.methods import get_method
-from ctkernels.tuning.train.trainer import tune
+from ctkernels.tuning.methods.tune import tune
 
 TOKENIZER = char_tokenizer(adds_bos=True)
 CONTEXT = encode_context(TOKENIZER, DEMONSTRATIONS)
@@ -148,7 +149,7 @@ def test_permuted_start_is_the_mean_over_orders(model):
 
 
 def test_pooled_start(model):
-    prefix = start(model, start="pooled", pool=4)
+    prefix = start(model, start="pooled", pooled_tokens=4)
     sizes = CONTEXT.segments.diff()
     assert prefix.segments.tolist() == [1, *(1 + ((sizes + 3) // 4).cumsum(0)).tolist()]
     whole = start(model, start="context")
@@ -164,7 +165,7 @@ def test_pooled_start(model):
     bloom = decoder.family.causal == "BloomForCausalLM"
     assert prefix.first_position == (prefix.length if bloom else P)
     # windows that hold nothing but one token change nothing
-    assert_layers(start(model, start="pooled", pool=1), *prefix_part_layers(whole, 0, P))
+    assert_layers(start(model, start="pooled", pooled_tokens=1), *prefix_part_layers(whole, 0, P))
 
 
 def test_labels_start_keeps_the_outputs(model):

@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 
 from ctkernels.testing.models import full_precision_norm, make_model
 from ctkernels.testing.tasks import DEMONSTRATIONS
+from ctkernels.tuning.methods.tune import tune
 from ctkernels.tuning.train.checkpoint import FILE_NAME
 from ctkernels.tuning.train.distributed import PeerError
-from ctkernels.tuning.train.trainer import TrainingError, tune
+from ctkernels.tuning.train.trainer import TrainingError
 from tests.tuning.runs import TOKENIZER, run, tensors
 
 # name -> (method, settings, number of demonstrations); five rows are no multiple of two or three processes

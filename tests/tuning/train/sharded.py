@@ -18,7 +18,8 @@ from transformers.distributed import DistributedConfig
 from ctkernels.testing.models import full_precision_norm, make_model, tokens
 from ctkernels.testing.tasks import DEMONSTRATIONS
 from ctkernels.tuning.adapters.prefix import KVPrefix
-from ctkernels.tuning.train.distributed import PeerError, is_sharded, reshard
+from ctkernels.tuning.hf.parallel import reshard
+from ctkernels.tuning.train.distributed import PeerError, is_sharded
 from tests.tuning.runs import TOKENIZER, run, tensors
 
 OPTIONS = {"drop_p": 0.3, "batch_rows": 3, "max_tokens": 12}  # 3 rows: 2 and 1, in as many micro-batches

@@ -14,7 +14,7 @@ from ctkernels.testing.tasks import DEMONSTRATIONS, char_tokenizer
 from ctkernels.tuning.adapters.prefix import KVPrefix
 from ctkernels.tuning.hf.parallel import own_heads
 from ctkernels.tuning.methods import get_method
-from ctkernels.tuning.train.trainer import tune
+from ctkernels.tuning.methods.tune import tune
 from tests.tuning.runs import tensors
 from tests.tuning.train.ranks import RUNS, tuned
 from tests.tuning.train.torchrun import launch, torchrun

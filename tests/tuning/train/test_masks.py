@@ -1,14 +1,16 @@
 """What training rows see: leave-one-out in its variants, exemptions from token dropout."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
 from ctkernels.mask import ContextMask
 from ctkernels.testing.tasks import DEMONSTRATIONS, char_tokenizer
 from ctkernels.tuning.data.batches import make_batch
-from ctkernels.tuning.data.demonstrations import encode_context, encode_rows
-from ctkernels.tuning.train.masks import context_mask
-from ctkernels.tuning.train.settings import TrainSettings
+from ctkernels.tuning.data.formats import encode_context, encode_rows
+from ctkernels.tuning.train.masks import Dropout, LeaveOneOut, context_mask
+from ctkernels.tuning.train.options import Options
 
 ROWS = encode_rows(char_tokenizer(), DEMONSTRATIONS)
 CONTEXT = encode_context(char_tokenizer(adds_bos=True), DEMONSTRATIONS)  # one BOS token, then the segments
@@ -16,8 +18,13 @@ LENGTH, SEGMENTS = len(CONTEXT.input_ids), CONTEXT.segments
 K = len(DEMONSTRATIONS)
 
 
+@dataclass(frozen=True)
+class Both(LeaveOneOut, Dropout):
+    """What decides about masks."""
+
+
 def visible(picked=tuple(range(K)), epoch=4, length=LENGTH, **settings) -> torch.Tensor:
-    settings = TrainSettings(**settings)
+    settings = Both(**settings)
     mask = context_mask(settings, SEGMENTS, make_batch(ROWS, list(picked)), settings.dropout_seed(epoch), length)
     return mask.dense(len(picked), length)
 
@@ -52,7 +59,7 @@ def test_power_shows_random_subsets_of_the_others():
     # a row sees the same subset in whatever batch it runs
     assert torch.equal(visible((3, 1), leave_one_out="power"), visible(leave_one_out="power")[[3, 1]])
     # and the subsets are not those of token dropout's stream
-    dropped = ContextMask(drop_p=0.5, seed=TrainSettings().dropout_seed(4)).dense(K, K)
+    dropped = ContextMask(drop_p=0.5, seed=Options().dropout_seed(4)).dense(K, K)
     assert not torch.equal(draws[4] | torch.eye(K, dtype=torch.bool), dropped | torch.eye(K, dtype=torch.bool))
 
 
@@ -60,6 +67,11 @@ def test_adaptive_leave_one_out_needs_enough_demonstrations():
     assert visible(leave_one_out="self", leave_one_out_from=K + 1).all()
     hidden = visible(leave_one_out="self", leave_one_out_from=K)
     assert torch.equal(hidden, visible(leave_one_out="self"))
+
+
+def test_a_class_without_leave_one_out_hides_nothing():
+    mask = context_mask(Dropout(), SEGMENTS, make_batch(ROWS, range(K)), 0, LENGTH)
+    assert mask.dense(K, LENGTH).all()
 
 
 @pytest.mark.parametrize("hide", ["none", "self", "power"])
@@ -73,13 +85,13 @@ def test_exempt_tokens_are_never_dropped_and_all_others_as_before(hide):
 
 
 def test_no_demonstrations_nothing_to_hide():
-    settings = TrainSettings(leave_one_out="self")
+    settings = Both(leave_one_out="self")
     mask = context_mask(settings, torch.tensor([7]), make_batch(ROWS, [0, 1]), 0, 7)
     assert mask.dense(2, 7).all()
 
 
 def test_in_a_row_the_context_has_its_own_length():
-    settings = TrainSettings(leave_one_out="self", drop_p=0.2)
+    settings = Both(leave_one_out="self", drop_p=0.2)
     for in_row, length in ((True, LENGTH), (False, None)):
         mask = context_mask(settings, SEGMENTS, make_batch(ROWS, [0]), 0, LENGTH, in_row)
         assert mask.length == length

@@ -1,7 +1,5 @@
 """Checkpoints: a run that was stopped anywhere and resumed ends with the bits of one that was not."""
 
-import errno
-import os
 import signal
 import subprocess
 import sys
@@ -14,11 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from ctkernels.testing.models import make_model
 from ctkernels.testing.tasks import DEMONSTRATIONS, char_tokenizer
+from ctkernels.tuning.adapters.file import read_file, write_file
 from ctkernels.tuning.evaluation.evaluate import evaluate_prefix
 from ctkernels.tuning.methods import get_method
-from ctkernels.tuning.train import checkpoint as checkpoint_module
-from ctkernels.tuning.train.checkpoint import FILE_NAME, CheckpointError
-from ctkernels.tuning.train.trainer import TuneResult, tune
+from ctkernels.tuning.methods.tune import TuneResult, tune
+from ctkernels.tuning.train.checkpoint import FILE_NAME, Checkpoint, CheckpointError
 
 REPOSITORY = Path(__file__).parents[3]
 EPOCHS = 7
@@ -146,11 +144,34 @@ def test_damaged_and_foreign_checkpoints_are_refused(tmp_path):
     path = tmp_path / FILE_NAME
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CheckpointError, match="cannot read the checkpoint"):
+    with pytest.raises(CheckpointError, match=r"checkpoint\.safetensors: damaged or cut off"):
+        run(tmp_path, resume=True)
+    path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 64]) + whole[-8:])
+    with pytest.raises(CheckpointError, match=r"checkpoint\.safetensors: damaged: .*\(checksum\)"):
         run(tmp_path, resume=True)
     save_file(load_file_bytes(whole, tmp_path), path)
-    with pytest.raises(CheckpointError, match="is not a checkpoint of this version"):
+    with pytest.raises(CheckpointError, match=r"checkpoint\.safetensors: not a checkpoint saved by ctkernels"):
         run(tmp_path, resume=True)
+    path.write_bytes(whole)
+    _, description, tensors = read_file(path, "checkpoint")
+    write_file(path, "checkpoint", {**description, "run": None}, tensors)
+    with pytest.raises(CheckpointError, match=r"checkpoint\.safetensors: damaged: TypeError"):
+        run(tmp_path, resume=True)
+    write_file(path, "checkpoint", description, {**tensors, "optimizer/x": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match=r"checkpoint\.safetensors: "):
+        run(tmp_path, resume=True)
+
+
+def test_values_that_are_not_finite_are_not_saved(tmp_path):
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1)
+    store = Checkpoint(tmp_path, {"lr": 0.1})
+    store.save({"keys.0": parameter}, optimizer, [])
+    with torch.no_grad():
+        parameter[1] = torch.inf
+    with pytest.raises(CheckpointError, match=r"not written: tensor parameter/keys\.0 holds values that are"):
+        store.save({"keys.0": parameter}, optimizer, [{"epoch": 1}])
+    assert store.load({"keys.0": parameter}, optimizer) == [] and torch.equal(parameter, torch.ones(3))
 
 
 def load_file_bytes(data: bytes, folder) -> dict:
@@ -159,18 +180,11 @@ def load_file_bytes(data: bytes, folder) -> dict:
     return load_file(folder / "copy")
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch, uninterrupted):
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, full_disk, uninterrupted):
     with pytest.raises(Stopped):
         run(tmp_path, on_epoch=stop_at(3))
     before = (tmp_path / FILE_NAME).read_bytes()
-
-    def full(tensors, path, metadata):
-        with open(path, "wb") as file:
-            file.write(b"half a file")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left on device"):
-        patch.setattr(checkpoint_module, "save_file", full)
+    with full_disk(len(before) // 2), pytest.raises(OSError, match="File too large"):
         run(tmp_path, resume=True)
     assert [p.name for p in tmp_path.iterdir()] == [FILE_NAME]
     assert (tmp_path / FILE_NAME).read_bytes() == before

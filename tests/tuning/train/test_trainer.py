@@ -13,9 +13,11 @@ from ctkernels.testing import plain_ctkv
 from ctkernels.testing.models import full_precision_norm, make_model
 from ctkernels.testing.tasks import DEMONSTRATIONS, char_tokenizer
 from ctkernels.tuning.adapters.prefix import KVPrefix
-from ctkernels.tuning.data.demonstrations import DataError, Demonstration, encode_context, encode_rows
+from ctkernels.tuning.data.demonstrations import DataError, Demonstration
+from ctkernels.tuning.data.formats import encode_context, encode_rows
 from ctkernels.tuning.methods import get_method
-from ctkernels.tuning.train.trainer import TrainingError, tune
+from ctkernels.tuning.methods.tune import tune
+from ctkernels.tuning.train.trainer import TrainingError
 from tests.tuning.runs import run
 
 TOKENIZER = char_tokenizer()

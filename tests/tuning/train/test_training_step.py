@@ -17,7 +17,7 @@ from ctkernels.testing.models import make_model, pad_rows, tokens
 from ctkernels.testing.tasks import DEMONSTRATIONS
 from ctkernels.tuning.adapters.prefix import KVPrefix
 from ctkernels.tuning.data.batches import make_batch
-from ctkernels.tuning.data.demonstrations import TextFormat, encode_rows
+from ctkernels.tuning.data.formats import TextFormat, encode_rows
 from ctkernels.tuning.train.learners import PrefixLearner
 from ctkernels.tuning.train.trainer import TrainingError
 from tests.tuning.runs import TOKENIZER, run, settings

@@ -1,6 +1,7 @@
-"""Compiles the CUDA C++ kernels for GPUs that are not here, with the flags of `setup.py`, and says what they need.
+"""Compiles the CUDA C++ kernels for GPUs that are not here, with the flags of `setup.py`, and reads what they need.
 
-What nvcc made and said is kept on disk by the content of the sources (`CACHE`), so that a repeat takes no time.
+What nvcc made and said is kept on disk by the code of the sources (`CACHE`), so that a repeat takes no time, also
+after a change of comments.
 """
 
 from __future__ import annotations
@@ -121,20 +122,27 @@ def _compile(name: str, text: str, architecture: str) -> tuple[bytes, dict[str, 
 
 def _digest(text: str, architecture: str) -> str:
     """Of everything that decides what nvcc makes."""
-    told = hashlib.sha256(repr((text, flags(), nvcc_version(), architecture)).encode())
-    told.update(_headers())
-    return told.hexdigest()[:24]
-
-
-def _headers() -> bytes:
-    headers = sorted((*SOURCES.glob("*.*h"), *SOURCES.parent.glob("*.h")))
-    return b"".join(path.name.encode() + path.read_bytes() for path in headers)
+    return _hash((code_of(text), flags(), nvcc_version(), architecture, _headers()))
 
 
 def digest() -> str:
-    """Of the sources of the kernels and their headers."""
-    text = b"".join(path.read_bytes() for path in sources())
-    return hashlib.sha256(text + _headers()).hexdigest()[:24]
+    """Of the code of the kernels and their headers."""
+    return _hash(([code_of(path.read_text()) for path in sources()], _headers()))
+
+
+def _headers() -> list[tuple[str, str]]:
+    headers = sorted((*SOURCES.glob("*.*h"), *SOURCES.parent.glob("*.h")))
+    return [(path.name, code_of(path.read_text())) for path in headers]
+
+
+def _hash(content: object) -> str:
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:24]
+
+
+def code_of(text: str) -> str:
+    """C++ without comments, indentation and empty lines, none of which changes what nvcc makes of it."""
+    kept = re.sub(r'("(?:\\.|[^"\\])*")|//[^\n]*|/\*.*?\*/', lambda m: m[1] or " ", text, flags=re.DOTALL)
+    return "\n".join(line.strip() for line in kept.split("\n") if line.strip())
 
 
 def read_log(log: str) -> dict[str, Needs]:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # for tests/, which are not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # for tools/, which is not installed
 
 import ptxemu
 import torch
@@ -62,7 +62,7 @@ def check_architectures(library: Path, wanted: str) -> tuple[set[str], set[str]]
 
 
 def check_refusals() -> None:
-    """In words: without a GPU by name, and tensors of another device."""
+    """The reasons that errors give: no GPU, and tensors of another device."""
     assert cuda.unavailable() == "torch finds no GPU" or torch.cuda.is_available()
     try:
         dispatch.choose("cuda", torch.device("cpu"))
@@ -80,12 +80,12 @@ def check_trace() -> None:
     B, H, Hk, S, P, D = 3, 4, 2, 5, 11, 64
     fields = dict.fromkeys(Problem._fields)
     fields |= dict(context_length=P, drop_p=0.1, seed=1, scale=0.125, causal=True, window=0, window_prefix=True)
-    problem = Problem(**{**fields, "softcap": 0.0, "backend": "cuda"})
+    problem, choice = Problem(**{**fields, "softcap": 0.0}), dispatch.Choice("cuda", "cuda")
 
     def step(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        out, lse = ops.prefix_attention(*inputs, None, *problem)
+        out, lse = ops.prefix_attention(*inputs, None, *problem, *choice)
         needs = [True] * len(inputs) + [False]
-        grads = ops.prefix_attention_backward(out * 2, lse, *inputs, None, out, lse, needs, *problem)
+        grads = ops.prefix_attention_backward(out * 2, lse, *inputs, None, out, lse, needs, *problem, *choice)
         return out, lse, *grads
 
     with FakeTensorMode(), torch.no_grad():

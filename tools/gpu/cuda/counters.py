@@ -23,7 +23,7 @@ from tools.gpu.triton.counters import PROBLEM, SECTOR, SHARE
 # what moves 16 bytes per thread: cp.async.cg never moves less, the others four words or two double words
 WIDE = re.compile(r"cp\.async\.cg|\.v4\.[a-z]32|\.v2\.[a-z]64")
 
-# full tiles, counted anew by the tests
+# full tiles, counted again by the tests
 SMALL = Sizes("small", (32, 32), H=4, Hk=2, P=128, D=64, dtype=torch.bfloat16)
 
 

@@ -28,12 +28,12 @@ from tools.gpu.cuda import plan
 NAME = "emulated-cuda"
 BACKEND = Backend(NAME)
 ARCHITECTURE = "sm_80"
-TYPES = {"bf16": "bf16", "fp16": "fp16", "fp32": "float"}  # by the names that kernels have: those in C++
+TYPES = {"bf16": "bf16", "fp16": "fp16", "fp32": "float"}  # in the names of kernels -> in C++
 
 
 class Build:
-    """The kernels of a source tree. A group of them is compiled when the first of it is launched: those of one type,
-    width and variant, those of a type alone, or those that there are once."""
+    """The kernels of a source tree, compiled in groups when the first of a group is launched: those of one type, width
+    and variant, those that exist once per type, or those that exist once."""
 
     def __init__(self, sources: Path) -> None:
         self.sources = sources

@@ -1,4 +1,4 @@
-"""`csrc/cuda/plan.h` from Python: a call as its structs, and the launches that it makes of them.
+"""`csrc/cuda/plan.h` from Python: a call as C structures, and the launches that the header plans for it.
 
 The fields mirror `csrc/params.h`, `csrc/mask.h` and `csrc/cuda/{args,plan}.h`; sizes are compared when the library is
 loaded.
@@ -37,7 +37,7 @@ class ContextRule(ctypes.Structure):
 
 class Params(ctypes.Structure):
     _fields_ = [
-        *((name, c_int64) for name in ("B", "H", "Hk", "D", "G", "P", "max_own")),
+        *((name, c_int64) for name in ("B", "H", "Hk", "D", "Dv", "G", "P", "max_own")),
         ("rows", c_void_p),
         ("rule", ContextRule),
         *((name, Tensor4) for name in ("q", "k", "v", "prefix_k", "prefix_v")),

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What the CUDA C++ kernels need and execute on GPUs that are not here: tables in benchmarks/results, and docs/cuda.md.
+"""What the CUDA C++ kernels need and execute on GPUs that are not here: tables in tools/gpu/results, and docs/cuda.md.
 
     python tools/gpu/cuda/report.py                            write all; long, or seconds if nothing changed
     python tools/gpu/cuda/report.py --architectures sm_80      a part of the first table
@@ -22,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # for benchmarks/ and tests/, which are not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # for benchmarks/ and tools/, which are not installed
 
 from benchmarks import harness
 from ctkernels.tuning.storage import atomic_write_bytes
@@ -56,8 +56,8 @@ def compile_all(names: Sequence[str], files: Sequence[str] | None, jobs: int) ->
 
 
 def write_resources(out: Path, names: Sequence[str], tuned: bool, files: Sequence[str] | None) -> list[str]:
-    """Measure all kernels for `names`, or the tuned ones, or those of some files, and keep what else the table has if
-    it is of this compiler and of these sources: the rules that are broken."""
+    """Measure all kernels for `names`, or the tuned ones, or those of some files. Other entries of the table stay if it
+    is of this compiler and of these sources. Returns the rules that are broken."""
     path = out / "cuda_resources.json"
     origin = {"nvcc": cuda_build.nvcc_version(), "sources": cuda_build.digest()}
     before = json.loads(path.read_text()) if path.exists() else {}

@@ -1,7 +1,7 @@
 """How much of the machine code in the hottest loops are tensor-core instructions, beside FlashAttention-2's kernels.
 
-A loop holds code for tiles that are masked in part and for tiles that are not. What counts is the way that a full tile
-takes: of all ways once around a loop that execute as many tensor-core instructions as any, the shortest.
+A loop holds code for tiles that are masked in part and for tiles that are not. What counts is the path of a full tile:
+of all paths once around a loop, those with the most tensor-core instructions, and of these the shortest.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ARCHITECTURE, DTYPE, VARIANT = "sm_80", "bf16", "plain"
 
 @dataclass(frozen=True)
 class Share:
-    """Tensor-core instructions on the way of a full tile, all instructions on it, registers and bytes of spills."""
+    """Tensor-core instructions on the path of a full tile, all instructions on it, registers and bytes of spills."""
 
     kernel: str
     D: int
@@ -82,7 +82,7 @@ def _conditional(text: str) -> bool:
     return text.startswith("@") or re.match(r"BRA\S*\s+!?U?P\d", text) is not None
 
 
-def way_of_a_full_tile(instructions: Sequence[Instruction]) -> list[int]:
+def path_of_a_full_tile(instructions: Sequence[Instruction]) -> list[int]:
     """Indices of the instructions on it; empty where no loop has tensor-core instructions."""
     graph = blocks(instructions)
     graph = graph.subgraph(networkx.descendants(graph, 0) | {0})
@@ -92,7 +92,7 @@ def way_of_a_full_tile(instructions: Sequence[Instruction]) -> list[int]:
     forward.remove_edges_from(back)
     best: tuple[tuple[int, int], list[int]] | None = None
     for tail, head in back:
-        found = _way(forward, head, tail)
+        found = _best_path(forward, head, tail)
         if found is not None and (best is None or found[0] > best[0]):
             best = found
     if best is None or best[0][0] == 0:
@@ -101,15 +101,15 @@ def way_of_a_full_tile(instructions: Sequence[Instruction]) -> list[int]:
 
 
 def _dominates(above: Mapping[int, int], a: int, b: int) -> bool:
-    """Whether every way to block b leads through block a."""
+    """Whether every path to block b leads through block a."""
     while b != a and above.get(b, b) not in (b, None):
         b = above[b]
     return a == b
 
 
-def _way(graph: networkx.DiGraph, head: int, tail: int) -> tuple[tuple[int, int], list[int]] | None:
-    """Of the ways from head to tail that with the most tensor-core instructions, then the fewest of all: (both numbers,
-    the second negative), and its blocks."""
+def _best_path(graph: networkx.DiGraph, head: int, tail: int) -> tuple[tuple[int, int], list[int]] | None:
+    """The path from head to tail with the most tensor-core instructions; of several, the one with the fewest
+    instructions. Returns both numbers (the second negative), and its blocks. None: there is no path."""
     inside = (networkx.descendants(graph, head) | {head}) & (networkx.ancestors(graph, tail) | {tail})
     if head not in inside or tail not in inside:
         return None
@@ -119,29 +119,29 @@ def _way(graph: networkx.DiGraph, head: int, tail: int) -> tuple[tuple[int, int]
         before = [(best[p][0], p) for p in graph.predecessors(node) if p in best] if node != head else []
         (tensor, length), previous = max(before, default=((0, 0), None), key=lambda item: item[0])
         best[node] = ((tensor + data["tensor"], length - (data["end"] - node)), previous)
-    way: list[int] = []
+    path: list[int] = []
     node: int | None = tail
     while node is not None:
-        way.append(node)
+        path.append(node)
         node = best[node][1]
-    return best[tail][0], way[::-1]
+    return best[tail][0], path[::-1]
 
 
 def measure(
     architecture: str = ARCHITECTURE, head_dimensions: Iterable[int] = HEAD_DIMENSIONS
 ) -> tuple[list[Share], dict[str, Counter[str]]]:
-    """The shares of the kernels for full tiles, and what else is on the way: kernel -> opcode -> number."""
+    """The shares of the kernels for full tiles, and what else is on the path: kernel -> opcode -> number."""
     machine_code, needs = cuda_build.instances(DTYPE, VARIANT, architecture)
     listing = report.disassemble(machine_code)
     shares, opcodes = [], {}
     for D in head_dimensions:
         for kernel in (name for names in KERNELS.values() for name in names):
             name = f"ctk_{kernel}_{DTYPE}_{D}_{VARIANT}"
-            way = [listing[name][n] for n in way_of_a_full_tile(listing[name])]
-            tensor = sum(opcode.startswith(TENSOR) for _, opcode, _ in way)
+            path = [listing[name][n] for n in path_of_a_full_tile(listing[name])]
+            tensor = sum(opcode.startswith(TENSOR) for _, opcode, _ in path)
             need = needs[name]
-            shares.append(Share(kernel, D, tensor, len(way), need.registers, need.spill_stores + need.spill_loads))
-            opcodes[name] = Counter(opcode.split(".")[0] for _, opcode, _ in way)
+            shares.append(Share(kernel, D, tensor, len(path), need.registers, need.spill_stores + need.spill_loads))
+            opcodes[name] = Counter(opcode.split(".")[0] for _, opcode, _ in path)
     return shares, opcodes
 
 

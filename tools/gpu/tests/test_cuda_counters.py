@@ -1,4 +1,4 @@
-"""What the CUDA C++ kernels execute: the committed table, and a small problem counted anew, by hand."""
+"""What the CUDA C++ kernels execute: the committed table, and a small problem counted again, by hand."""
 
 import json
 from dataclasses import replace

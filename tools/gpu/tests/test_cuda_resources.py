@@ -1,5 +1,5 @@
 """Registers, spills and shared memory of the CUDA C++ kernels: the committed table of all of them on all architectures
-against the rules, and the tuned ones compiled anew for two; `make gpu-report` compiles all."""
+against the rules, and the tuned ones compiled again for two; `make gpu-report` compiles all."""
 
 import json
 from dataclasses import asdict, replace
@@ -63,7 +63,7 @@ def test_the_committed_table_has_every_kernel_and_breaks_no_rule(table):
 
 
 def test_the_committed_table_is_of_the_launches_that_plans_make(table):
-    """Threads and dynamic shared memory of the table are those of `plan.h`: shapes that changed are compiled anew."""
+    """Threads and dynamic shared memory of the table are those of `plan.h`: shapes that changed are compiled again."""
     _, entries = table
     launched = {kernel.name: kernel for kernel in cuda_build.kernels()}
     for entry in entries.values():
@@ -84,6 +84,27 @@ def test_what_ptxas_says():
         "ctk_forward_bf16_64_plain": Needs(255, 68, 72, 24, 96),
         "ctk_pack": Needs(28, 0, 0, 0, 0),
     }
+
+
+def test_what_is_compiled_is_known_by_its_code(monkeypatch, tmp_path):
+    """Comments, indentation and empty lines change no digest, so that nothing is compiled again; code does."""
+    folder = tmp_path / "csrc" / "cuda"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(cuda_build, "SOURCES", folder)
+    (folder / "kernels.cu").write_text('#include "a.cuh"\nconst char* x = "// no comment";\n')
+    texts = {
+        "int y = 1;": "first",
+        "// of two\n\n  int y = 1;  /* one\nmore */\n": "first",
+        "int y = 2;": "second",
+        "int y = 1; z;": "third",
+    }
+    found = {}
+    for text, name in texts.items():
+        (folder / "a.cuh").write_text(text)
+        found.setdefault(name, set()).add(cuda_build.digest())
+    assert all(len(digests) == 1 for digests in found.values()) and len(set.union(*found.values())) == 3
+    (folder / "kernels.cu").write_text('#include "a.cuh"\nconst char* x = "// no";\n')
+    assert cuda_build.digest() not in set.union(*found.values())
 
 
 @pytest.mark.needs_nvcc

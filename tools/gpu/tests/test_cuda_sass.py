@@ -1,5 +1,5 @@
-"""The share of tensor-core instructions: the way of a full tile by hand, the rules, the committed table, and the tuned
-kernels compiled anew."""
+"""The share of tensor-core instructions: the path of a full tile by hand, the rules, the committed table, and the tuned
+kernels compiled again."""
 
 import json
 from dataclasses import replace
@@ -45,35 +45,35 @@ def parse(listing: str) -> list[cuda_sass.Instruction]:
     return instructions
 
 
-def way(listing: str) -> list[int]:
+def path(listing: str) -> list[int]:
     instructions = parse(listing)
-    return [instructions[n][0] for n in cuda_sass.way_of_a_full_tile(instructions)]
+    return [instructions[n][0] for n in cuda_sass.path_of_a_full_tile(instructions)]
 
 
 def test_the_shortest_way_with_all_products():
-    assert way(LISTING) == FULL
+    assert path(LISTING) == FULL
 
 
 def test_a_way_around_the_products_is_none():
-    """Full tiles do all products: a jump over them, as for tiles that are skipped, is no shorter way."""
-    assert way(LISTING.replace("0050 FMUL R3, R3, R5", "0050 @P5 BRA 0x80")) == FULL
+    """Full tiles do all products: a jump over them, as for tiles that are skipped, is no shorter path."""
+    assert path(LISTING.replace("0050 FMUL R3, R3, R5", "0050 @P5 BRA 0x80")) == FULL
 
 
 def test_products_that_only_masked_tiles_have_do_not_lie_on_the_way():
     """Two versions of the product, one with and one without a mask: the one without is what counts."""
     listing = LISTING.replace("0030 FSEL R3, R3, -INF, P1", "0030 HMMA.16816.F32.BF16 R8, R4, R6, R8")
     listing = listing.replace("0040 FSEL R4, R4, -INF, P1", "0040 BRA 0x70")
-    assert way(listing) == FULL
+    assert path(listing) == FULL
 
 
 def test_an_inner_loop_without_products_is_passed_once():
     listing = LISTING.replace("0050 FMUL R3, R3, R5", "0050 @P6 BRA 0x50")
-    assert way(listing) == FULL
+    assert path(listing) == FULL
 
 
 def test_without_tensor_cores_there_is_no_way():
-    assert way(LISTING.replace("HMMA.16816.F32.BF16", "FFMA")) == []
-    assert way("0000 EXIT\n0010 BRA 0x10") == []
+    assert path(LISTING.replace("HMMA.16816.F32.BF16", "FFMA")) == []
+    assert path("0000 EXIT\n0010 BRA 0x10") == []
 
 
 @pytest.fixture(scope="module")

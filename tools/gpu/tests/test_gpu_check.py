@@ -32,7 +32,7 @@ INTERPRETED = """
 import sys
 from ctkernels.testing.interpreter import repair
 repair()  # of bf16 in Triton 3.9's interpreter
-from benchmarks import gpu_check
+from tools.gpu import check
 sys.exit(check.main())
 """
 

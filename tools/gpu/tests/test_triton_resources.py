@@ -1,4 +1,4 @@
-"""Registers, spills and shared memory: the rules, the committed table, and a subset compiled anew on every run."""
+"""Registers, spills and shared memory: the rules, the committed table, and a subset compiled again on every run."""
 
 import json
 from dataclasses import asdict, replace

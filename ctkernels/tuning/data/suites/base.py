@@ -1,4 +1,4 @@
-"""What a suite is: where its tasks lie, and how one task becomes demonstrations, validation items and test items."""
+"""What a suite is: where its tasks are, and how a task becomes demonstrations, validation items and test items."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from ctkernels.tuning.data.demonstrations import DataError, Demonstration, TextFormat
+from ctkernels.tuning.data.demonstrations import DataError, Demonstration
+from ctkernels.tuning.data.formats import TextFormat
 from ctkernels.tuning.data.metrics import Metric
 
 Split = Literal["validation", "test"]
@@ -17,9 +18,9 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class View:
-    """A task as seen through a transformation of its texts (a turned grid, say).
+    """A task with its texts transformed, for instance with its grids turned.
 
-    undo: turns a prediction of the view into one of the task, or into None if it cannot be read.
+    undo: turns a prediction for the view into one for the task, or into None if it cannot be read.
     """
 
     train: tuple[Demonstration, ...]
@@ -35,14 +36,14 @@ class Task:
     Args:
         name: within its suite.
         train: the demonstrations.
-        validation: items to choose settings by, disjoint from `test`; may be empty.
+        validation: items for choosing settings, disjoint from `test`; may be empty.
         test: the items whose score is reported.
         metric: the score; None takes macro-F1 for classification, accuracy for other choices, exact match otherwise.
         by: "options" or "generation"; None takes options if every item has some.
         text_format: how pairs become tokens.
         max_new_tokens: longest generated answer.
-        views: further views of the task; predictions of all of them vote, the first of equals wins.
-        undo: None if a prediction cannot be read, which then has no vote; otherwise the prediction, perhaps tidied up.
+        views: further views of the task. The most frequent prediction wins; of equally frequent ones the first.
+        undo: as in `View`, for the task itself: returns the prediction, perhaps tidied up. None is not a vote.
     """
 
     name: str
@@ -69,16 +70,16 @@ class Task:
 
     @property
     def generates(self) -> bool:
-        """Whether answers are generated, so that training should teach where to stop."""
+        """Whether answers are generated. Then training should also teach where an answer ends."""
         return self.by == "generation" or (self.by is None and not all(item.options for item in self.test))
 
 
 @dataclass(frozen=True)
 class SuiteOptions:
-    """What a user can ask of a suite.
+    """What a user can choose for a suite.
 
     shots: demonstrations per task; None takes the suite's own number.
-    views: of 1, 2, 4 or 8 geometric views of a grid task (`arc` alone).
+    views: number of geometric views of a grid task (suites with `has_views`): 1, 2, 4 or 8.
     """
 
     shots: int | None = None
@@ -99,8 +100,10 @@ class Suite:
         name: as users write it, and the name of its folder within a data directory.
         summary: the layout, in one line.
         list_tasks: folder -> names of the tasks there.
-        load_task: (folder, task, seed, options) -> the task; equal arguments give equal tasks.
-        needs_folder: False if the data come with a package.
+        load_task: (folder, task, seed, options) -> the task. Equal arguments give equal tasks.
+        needs_folder: False if a package has the data.
+        has_views: whether its tasks have geometric views (`SuiteOptions.views`).
+        shots, score, source: for the documents: its demonstrations, how it is scored, and the address of the data.
     """
 
     name: str
@@ -108,12 +111,16 @@ class Suite:
     list_tasks: Callable[[Path | None], list[str]]
     load_task: Callable[[Path | None, str, int, SuiteOptions], Task]
     needs_folder: bool = True
+    has_views: bool = False
+    shots: str = "all, or `--shots`"
+    score: str = "as the items are"
+    source: str = ""
 
     def folder(self, data_dir: Path | None) -> Path | None:
         """The suite's folder: `data_dir/NAME` if there is one, else `data_dir` itself.
 
         Raises:
-            DataError: no such directory, or none given to a suite that needs one.
+            DataError: there is no such directory, or `data_dir` is None and the suite needs one.
         """
         if data_dir is None:
             if self.needs_folder:
@@ -124,10 +131,10 @@ class Suite:
         return data_dir / self.name if (data_dir / self.name).is_dir() else data_dir
 
     def pick_tasks(self, folder: Path | None, names: Sequence[str] = ()) -> list[str]:
-        """`names`, all of which must exist, or every task there.
+        """`names`, or all tasks if there are no names.
 
         Raises:
-            DataError: an unknown task, or a folder without tasks; the message lists what is there.
+            DataError: an unknown task, or a folder without tasks; the message lists what there is.
         """
         found = self.list_tasks(folder)
         if not found:
@@ -139,9 +146,9 @@ class Suite:
 
 
 def draw(items: Sequence[Item], seed: int, *counts: int) -> list[tuple[Item, ...]]:
-    """Disjoint random samples of `counts` items each, and then the rest in its order. The seed decides alone.
+    """Disjoint random samples of `counts` items each, then the remaining items in their order.
 
-    A sample that is larger than what is left takes what is left.
+    The result depends only on the arguments. A sample that is larger than what remains gets what remains.
     """
     order = random.Random(seed).sample(range(len(items)), len(items))
     parts, start = [], 0

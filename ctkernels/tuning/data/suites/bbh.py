@@ -2,9 +2,10 @@
 
     FOLDER/TASK.json        {"examples": [{"input": ..., "target": ...}, ...]}
 
-A seed draws 10 demonstrations and 20 validation items; all others are tested. Options are read from the text:
-`(A) ...` is chosen by its letter, `- Yes` by its text. Where none are listed, a task with two answers is a choice
-between these, any other is generated up to the end of the line. Inputs are never cut: the question comes last.
+The seed draws 10 demonstrations and 20 validation items; all others are test items. Options are read from the text:
+`(A) ...` is chosen by its letter, `- Yes` by its text. If no options are listed, a task with two different answers is a
+choice between them, and any other task is generated up to the end of the line. Inputs are never cut: the question is at
+their end.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from ctkernels.tuning.data.demonstrations import DataError, Demonstration, TextFormat, parse_demonstration
+from ctkernels.tuning.data.demonstrations import DataError, Demonstration, parse_demonstration
+from ctkernels.tuning.data.formats import TextFormat
 from ctkernels.tuning.data.suites.base import Suite, SuiteOptions, Task, draw
 
 SHOTS = 10
@@ -35,16 +37,16 @@ def load_task(folder: Path, name: str, seed: int, options: SuiteOptions) -> Task
     train, validation, test = draw(items, seed, shots, VALIDATION)
     if items[0].options:
         return Task(name, train, validation, test, "accuracy", "options", TextFormat(max_pair_tokens=UNCUT))
-    # answers of several words: generation must not stop at a space
+    # an answer may have several words, so generation must not stop at a space
     text_format = TextFormat("\n", max_pair_tokens=UNCUT)
     return Task(name, train, validation, test, "exact_match", "generation", text_format, max_new_tokens=48)
 
 
 def read_examples(path: Path) -> list[Demonstration]:
-    """The examples of a task; all have options, or none has.
+    """The examples of a task. All have options, or none has.
 
-    The published data hold an example whose answer is not among its options, and one with a single option: such are
-    left out with a warning that names them.
+    One published example has an answer that is not among its options, and another one has a single option. Such
+    examples are left out, with a warning that names them.
     """
     records = _read(path)
     listed = [listed_options(record.input) for record in records]
@@ -59,7 +61,7 @@ def read_examples(path: Path) -> list[Demonstration]:
         kept.append(Demonstration(record.input, record.output, options or None, record.source))
     if broken:
         shown = ", ".join(str(source) for source in broken[:3]) + (", ..." if len(broken) > 3 else "")
-        warnings.warn(f"left out, since the answer is not one of two options or more: {shown}", stacklevel=2)
+        warnings.warn(f"left out, because the answer is not one of at least two options: {shown}", stacklevel=2)
     return kept
 
 
@@ -95,4 +97,12 @@ def _stripped(value: Any) -> Any:
     return value.strip() if isinstance(value, str) else value
 
 
-BBH = Suite("bbh", "TASK.json with examples of input and target", list_tasks, load_task)
+BBH = Suite(
+    "bbh",
+    "TASK.json with examples of input and target",
+    list_tasks,
+    load_task,
+    shots=f"{SHOTS}, drawn by the seed",
+    score="accuracy; exact match where no options are listed",
+    source="https://github.com/suzgunmirac/BIG-Bench-Hard",
+)

@@ -1,10 +1,10 @@
-"""Any tasks in JSONL, and generation tasks, which differ in their score alone.
+"""Tasks of one's own in JSONL, as two suites: `jsonl`, and `generation`.
 
     FOLDER/TASK/{train,dev,test}.jsonl       fields input, output, perhaps options or references; dev is optional
 
-A folder that holds train.jsonl itself is one task. `shots` draws so many demonstrations by the seed; without it all
-lines of train.jsonl are used, in their order. The suite `generation` scores corpus BLEU (sacrebleu) over `output` and
-the further `references`, and reports exact match beside; answers end with the line.
+A folder with a train.jsonl in it is one task. `shots` demonstrations are drawn by the seed; without `shots` all lines
+of train.jsonl are used, in their order. In `generation` an answer ends at the end of the line, and the score is corpus
+BLEU (sacrebleu) against `output` and the further `references`; exact match is reported, too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from ctkernels.tuning.data.demonstrations import DataError, TextFormat, load_jsonl
+from ctkernels.tuning.data.demonstrations import DataError, load_jsonl
+from ctkernels.tuning.data.formats import TextFormat
 from ctkernels.tuning.data.suites.base import Suite, SuiteOptions, Task, draw
 
 
@@ -37,5 +38,9 @@ def load_task(folder: Path, name: str, seed: int, options: SuiteOptions, *, gene
 
 JSONL = Suite("jsonl", "TASK/{train,dev,test}.jsonl", list_tasks, load_task)
 GENERATION = Suite(
-    "generation", "TASK/{train,dev,test}.jsonl of input and output", list_tasks, partial(load_task, generation=True)
+    "generation",
+    "TASK/{train,dev,test}.jsonl of input and output",
+    list_tasks,
+    partial(load_task, generation=True),
+    score="BLEU (sacrebleu); exact match beside",
 )

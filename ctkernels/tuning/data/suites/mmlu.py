@@ -2,8 +2,8 @@
 
     FOLDER/{dev,val,test}/SUBJECT_{dev,val,test}.csv    question, four choices, answer (0-3 or A-D), header or not
 
-The 5 items of `dev` and those of `val`, where there are any, are demonstrations; a seed draws what 16 demonstrations
-and 20 validation items still need from `test`, and those are not tested.
+The items of `dev` (5) and `val`, if there are any, become demonstrations, and validation items beyond 16. The seed
+draws from `test` what is missing for 16 demonstrations and 20 validation items; those are not test items.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from ctkernels.tuning.data.demonstrations import DataError, Demonstration, TextFormat
+from ctkernels.tuning.data.demonstrations import DataError, Demonstration
+from ctkernels.tuning.data.formats import TextFormat
 from ctkernels.tuning.data.suites.base import Suite, SuiteOptions, Task, draw
 
 SHOTS = 16
@@ -36,7 +37,7 @@ def load_task(folder: Path, name: str, seed: int, options: SuiteOptions) -> Task
     train = tuple(reserved[:shots])
     rest = (*reserved[shots:], *borrowed)
     needed = shots - len(train)
-    # demonstrations in random order: the published ones first would make their place a feature
+    # in random order: otherwise the position of a demonstration would tell where it comes from
     (train, _) = draw((*train, *rest[:needed]), seed, shots)
     validation = rest[needed : needed + VALIDATION]
     return Task(name, train, validation, test, "accuracy", "options", TextFormat(max_pair_tokens=UNCUT))
@@ -46,7 +47,7 @@ def read_csv(path: Path) -> list[Demonstration]:
     """The items of a file.
 
     Raises:
-        DataError: a file that cannot be read, or an unusable row, as `FILE:LINE: why`.
+        DataError: the file cannot be read, or a row is unusable: `FILE:LINE: why`.
     """
     items = []
     try:
@@ -78,4 +79,12 @@ def _item(row: list[str], source: str) -> Demonstration:
     return Demonstration("\n".join(lines), answers[answer.strip()], LETTERS, source)
 
 
-MMLU = Suite("mmlu", "{dev,val,test}/SUBJECT_{dev,val,test}.csv", list_tasks, load_task)
+MMLU = Suite(
+    "mmlu",
+    "{dev,val,test}/SUBJECT_{dev,val,test}.csv",
+    list_tasks,
+    load_task,
+    shots=f"{SHOTS}: `dev`, `val`, then test items that are not scored",
+    score="accuracy",
+    source="https://github.com/hendrycks/test",
+)

@@ -2,8 +2,8 @@
 
     FOLDER/TASK/TASK_16_SEED_{train,dev,test}.jsonl        fields input, output, options
 
-A seed names the demonstrations; fewer shots than 16 are drawn from them, more are read from files of that number
-(`TASK_32_SEED_...`). The score is macro-F1 where all items share their options, accuracy otherwise.
+The seed selects the files. Fewer than 16 demonstrations are drawn from the 16; more are read from files of that number
+(`TASK_32_SEED_...`). The score is macro-F1 if all items have the same options, otherwise accuracy.
 """
 
 from __future__ import annotations
@@ -29,4 +29,12 @@ def load_task(folder: Path, name: str, seed: int, options: SuiteOptions) -> Task
     return Task(name, train, validation, test)
 
 
-NLP_LR = Suite("nlp_lr", "TASK/TASK_16_SEED_{train,dev,test}.jsonl, as MetaICL writes them", list_tasks, load_task)
+NLP_LR = Suite(
+    "nlp_lr",
+    "TASK/TASK_16_SEED_{train,dev,test}.jsonl, as MetaICL writes them",
+    list_tasks,
+    load_task,
+    shots=f"{SHOTS}, named by the seed",
+    score="macro-F1 where all items share their options, else accuracy",
+    source="https://github.com/facebookresearch/MetaICL",
+)

@@ -1,4 +1,4 @@
-"""Tasks x methods x seeds: run, resumed, shared among processes, and reported.
+"""Sweeps over tasks x methods x seeds: run, resumed, shared by processes, and reported.
 
-spec.py -> cells.py -> run.py (workers.py) -> report.py (significance.py) -> figures.py;  command.py, view.py: the CLI
+spec.py -> cells.py -> run.py (workers.py) -> report.py (significance.py) -> figures.py
 """

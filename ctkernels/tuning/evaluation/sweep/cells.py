@@ -2,7 +2,7 @@
 
     OUT/cells/TASK/METHOD/SEED.json
 
-A file is either whole or not there, so that a sweep can be killed at any time and goes on with what is missing.
+A file is either complete or missing. So a sweep can be killed at any time; later it computes the missing cells.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ctkernels.tuning.storage import atomic_write_json
 
 
 class SweepError(ValueError):
-    """Finished cells that do not belong to the sweep that is asked for, or cannot be read."""
+    """Finished cells that belong to another sweep, or that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -32,20 +32,20 @@ class Cell:
         return f"{self.spec} on {self.task}, seed {self.seed}"
 
     def path(self, out: Path) -> Path:
-        """The file of the result. Windows has no colon in file names."""
+        """The file of the result. (`@` for `:`, since Windows allows no colon in file names.)"""
         return out / "cells" / self.task / str(self.spec).replace(":", "@") / f"{self.seed}.json"
 
 
 @dataclass(frozen=True)
 class CellResult:
-    """What came out of a cell.
+    """The result of a cell.
 
-    task, method, seed: which cell.  run: what its numbers depend on, as JSON values by name.
-    error: why there is no result; then all that follows is empty.
-    metric, score, accuracy, gold_loss, items, predictions: as in `EvalResult`; with views, of the votes.
-    losses: training loss of each epoch, over all stages, of the first view.
-    seconds: time of tuning, all views together.  seconds_eval: of evaluation.
-    cpu_seconds: of tuning, by all threads of the process: what other programs on the machine change least.
+    task, method, seed: which cell.  run: everything that the numbers depend on, as JSON values by name.
+    error: why there is no result, or None. With an error all further fields are empty.
+    metric, score, accuracy, gold_loss, items, predictions: as in `EvalResult`; with views, those of the votes.
+    losses: training loss of each epoch of the first view, all stages together.
+    seconds: time of tuning, all views together.  seconds_eval: time of evaluation.
+    cpu_seconds: CPU time of tuning, of all threads of the process. Other programs on the machine change it least.
     """
 
     task: str
@@ -80,4 +80,4 @@ def read_cell(path: Path) -> CellResult | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:
-        raise SweepError(f"{path} is not the result of a cell ({error}); remove it to compute it anew") from None
+        raise SweepError(f"{path} is not the result of a cell ({error}); remove it to compute it again") from None

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def write_figures(report: Report, out: Path) -> list[Path]:
-    """OUT/score_against_seconds.png and, if a method has several variants, OUT/ablation.png; returns the files."""
+    """Write OUT/score_against_seconds.png, and OUT/ablation.png if a method has several variants; returns the files."""
     written = []
     if report.summaries:
         written.append(plot_time(report.summaries, out / "score_against_seconds.png"))
@@ -32,7 +32,7 @@ def write_figures(report: Report, out: Path) -> list[Path]:
 
 
 def plot_time(summaries: Sequence[Summary], path: Path, cpu: bool = False) -> Path:
-    """Score (percent, with the spread over seeds) against the time (or CPU time) of tuning, a point per method."""
+    """Score (percent, with the spread over seeds) against the time or CPU time of tuning, one point per method."""
 
     def draw(axes: Axes) -> None:
         for s, marker in zip(summaries, cycle("os^vDP*X<>"), strict=False):

@@ -1,4 +1,4 @@
-"""From cells to tables: means, spread over seeds, paired significance, and what is missing, as Markdown and JSON."""
+"""From cells to tables: means, spread over seeds, paired significance, missing cells; as Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ctkernels.tuning.storage import atomic_write_bytes, atomic_write_json
 
 @dataclass(frozen=True)
 class Summary:
-    """A method over all tasks that every method finished with every seed.
+    """A method over the tasks that every method finished with every seed.
 
-    score, accuracy, gold_loss: mean over tasks and seeds.  spread: standard deviation, over seeds, of the mean score of
-    the tasks; None with a single seed.  seconds: mean time of tuning.  cpu_seconds: of all threads.
-    finished: cells with a result, these and others.
+    score, accuracy, gold_loss: means over tasks and seeds.  spread: standard deviation over seeds of the mean score
+    over tasks; None with a single seed.  seconds: mean time of tuning.  cpu_seconds: mean CPU time of tuning, of all
+    threads. finished: number of all cells with a result, also of other tasks.
     """
 
     method: str
@@ -36,9 +36,9 @@ class Summary:
 class Comparison:
     """Method `a` minus method `b`, paired by task and seed.
 
-    difference: mean of the scores' differences.  better, worse: in how many pairs a is above or below b.
-    p: of the sign-flip test over the pairs.  p_holm: corrected for the number of comparisons.
-    p_tasks: of the same test over the means of the tasks, since seeds of a task share its test items.
+    difference: mean difference of the scores.  better, worse: number of pairs where a is above or below b.
+    p: p value of the sign-flip test over the pairs.  p_holm: corrected for the number of comparisons.
+    p_tasks: p value of the same test over the means of the tasks. (Seeds of a task share its test items.)
     """
 
     a: str
@@ -54,11 +54,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Report:
-    """What a sweep found.
+    """The results of a sweep.
 
-    summaries, comparisons: over `tasks`, those that every method finished with every seed.
-    left_out: tasks where a method lacks a result.  failures: why, one line per cell.  planned: cells of each method.
-    scores: method -> task -> mean score over the seeds that it finished.
+    tasks: those that every method finished with every seed.  summaries, comparisons: over these tasks.
+    left_out: tasks where a method lacks a result.  failures: why, one line per cell.  planned: number of cells of each
+    method.  scores: method -> task -> mean score over the seeds that it finished.
     """
 
     title: str
@@ -72,7 +72,7 @@ class Report:
     scores: dict[str, dict[str, float]]
 
     def markdown(self) -> str:
-        """The tables; scores in percent."""
+        """All tables, with scores in percent."""
         parts = [f"# {self.title}", self.overview()]
         if self.comparisons:
             parts.append(self.pairs())
@@ -82,7 +82,7 @@ class Report:
         return "\n\n".join(parts) + "\n"
 
     def write(self, out: Path) -> None:
-        """OUT/report.md and OUT/report.json."""
+        """Write OUT/report.md and OUT/report.json."""
         atomic_write_bytes(out / "report.md", self.markdown().encode())
         atomic_write_json(out / "report.json", asdict(self))
 

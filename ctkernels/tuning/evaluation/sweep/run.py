@@ -1,4 +1,4 @@
-"""Running the cells of a sweep: finished ones are kept, the others computed, a failed one does not stop the rest."""
+"""Running the cells of a sweep. Finished cells are kept; a cell that fails does not stop the others."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from ctkernels.tuning.evaluation.sweep.cells import Cell, CellResult, SweepError
 from ctkernels.tuning.evaluation.sweep.spec import MethodSpec
 from ctkernels.tuning.evaluation.sweep.workers import Workers
 from ctkernels.tuning.hf.models import find_decoder
+from ctkernels.tuning.methods.settings import SETTINGS
+from ctkernels.tuning.methods.tune import tune
 from ctkernels.tuning.train.checkpoint import changes, model_fingerprint
-from ctkernels.tuning.train.settings import TrainSettings
-from ctkernels.tuning.train.trainer import tune
+from ctkernels.tuning.train.options import RENAMED, Options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,12 +32,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is asked for: every method on every task with every seed.
+    """Every method on every task with every seed.
 
-    folder: of the suite's files, None if they come with a package.  split: which items are scored.
-    limit: score only the first so many items of each task.  preset: name of settings by benchmark, see `methods`.
-    common: settings of all methods, below those of a `MethodSpec`.
-    text_format: fields of `TextFormat` instead of those of the suite.
+    folder: that of the suite's files, None if a package has them.  split: which items are scored.
+    limit: score only so many items of each task, the first ones.  preset: name of a benchmark's settings.
+    common: settings of all methods; those of a `MethodSpec` replace them.
+    text_format: fields of `TextFormat` that replace those of the suite.
     """
 
     suite: Suite
@@ -53,14 +54,14 @@ class Sweep:
     text_format: dict[str, Any] = field(default_factory=dict)
 
     def cells(self) -> list[Cell]:
-        """All cells; seeds outermost, so that early results cover all tasks and methods."""
+        """All cells, ordered by seed first, so that early results cover all tasks and methods."""
         return [Cell(task, spec, seed) for seed in self.seeds for task in self.tasks for spec in self.specs]
 
     def load(self, task: str, seed: int) -> Task:
-        """A task; the last few are remembered.
+        """A task. The last ones are cached.
 
         Raises:
-            DataError: a file that is missing or holds an unusable line.
+            DataError: a file is missing or has an unusable line.
         """
         loaded = _load(self.suite, self.folder, task, seed, self.options)
         return replace(loaded, text_format=replace(loaded.text_format, **self.text_format))
@@ -69,8 +70,8 @@ class Sweep:
         """The items that are scored."""
         return task.items(self.split)[: self.limit]
 
-    def settings(self, cell: Cell, task: Task) -> TrainSettings:
-        """The settings of a cell. Where answers are generated, methods that train learn where to stop, too."""
+    def settings(self, cell: Cell, task: Task) -> Options:
+        """The settings of a cell. If answers are generated, methods that train also learn where an answer ends."""
         others = {**self.common, "seed": cell.seed}
         if task.generates and cell.spec.method.trains != "nothing":
             others["learn_stop"] = True
@@ -78,16 +79,16 @@ class Sweep:
 
 
 class Observer(Protocol):
-    """Who wants to know how the sweep goes."""
+    """Is told about the progress of a sweep."""
 
     def started(self, cell: Cell) -> None:
-        """A cell of this process begins."""
+        """A cell starts in this process."""
 
     def finished(self, cell: Cell, result: CellResult) -> None:
-        """A cell of this process ended, perhaps in an error."""
+        """A cell ended in this process, perhaps with an error."""
 
     def refresh(self) -> None:
-        """Nothing happens here, other processes go on."""
+        """This process is waiting for others."""
 
 
 def run_sweep(
@@ -98,22 +99,22 @@ def run_sweep(
     observer: Observer,
     accepted: Callable[[], None] = lambda: None,
 ) -> list[CellResult]:
-    """Compute what is missing; returns the results of all cells, in order, once every process is done.
+    """Compute the missing cells. Returns the results of all cells, in order, when every process has finished.
 
-    accepted: called once the finished cells have been found to belong to the sweep, before anything is computed.
+    accepted: called after the check that finished cells belong to this sweep, before anything is computed.
 
     Raises:
-        SweepError: a finished cell belongs to another sweep, or its file is damaged; found before anything is computed.
+        SweepError: a finished cell belongs to another sweep, or its file is damaged; before anything is computed.
         TypeError: a model class that is not supported.
     """
-    find_decoder(model)  # refuses a class that would fail every cell
+    find_decoder(model)  # an unsupported class would fail in every cell
     cells = sweep.cells()
     model_id = {"model": model_fingerprint(model), "tokenizer": tokenizer_hash(tokenizer)}
     for cell in cells:
         _check_finished(sweep, cell, model_id)
-    for leftover in sweep.out.glob("cells/*/*/.*.tmp"):  # of a process that was killed while it wrote
+    for leftover in sweep.out.glob("cells/*/*/.*.tmp"):  # of a process that was killed while writing
         leftover.unlink(missing_ok=True)
-    workers.wait()  # until every process has looked at the finished cells, so that all agree on them
+    workers.wait()  # until every process has checked the finished cells, so that all agree on them
     accepted()
     for number in workers.numbers():
         if number >= len(cells):
@@ -139,7 +140,7 @@ def run_cell(
     cell: Cell,
     model_id: dict[str, str],
 ) -> CellResult:
-    """Tune and evaluate; an error (unusable data, a loss that is not finite, too little memory) becomes the result."""
+    """Tune and evaluate. An error (unusable data, a loss that is not finite, too little memory) becomes the result."""
     run: dict[str, Any] = {}
     try:
         task = sweep.load(cell.task, cell.seed)
@@ -151,9 +152,9 @@ def run_cell(
 
 
 def vote(predictions: Sequence[Sequence[str | None]]) -> list[str]:
-    """The most frequent text at each place of several lists; of equally frequent ones the one that comes first.
+    """The most frequent text at each place of several lists; of equally frequent texts the first.
 
-    None abstains; where all abstain, the prediction is empty.
+    None is not counted. If all are None, the text is empty.
     """
     winners = []
     for place in zip(*predictions, strict=True):
@@ -223,7 +224,7 @@ def _fit_and_score(
 
 
 def _check_finished(sweep: Sweep, cell: Cell, model_id: dict[str, str]) -> None:
-    """Refuse a finished cell of another sweep. A task whose files are gone since keeps its results."""
+    """Raise SweepError for a finished cell of another sweep. A task whose files are missing now keeps its results."""
     saved = read_cell(cell.path(sweep.out))
     if saved is None or saved.error is not None:
         return
@@ -232,8 +233,9 @@ def _check_finished(sweep: Sweep, cell: Cell, model_id: dict[str, str]) -> None:
         now = _identity(sweep, cell, task, model_id)
     except DataError:
         return
-    # cells of an earlier version also hold settings that their method does not read
-    read = {name: value for name, value in saved.run.items() if name in now or not hasattr(TrainSettings, name)}
+    # cells of an earlier version also hold settings that their method does not read, and some under other names
+    named = {RENAMED.get(name, name): value for name, value in saved.run.items()}
+    read = {name: value for name, value in named.items() if name in now or name not in SETTINGS}
     differing = changes(read, now)
     if differing:
         path = cell.path(sweep.out)
@@ -241,14 +243,12 @@ def _check_finished(sweep: Sweep, cell: Cell, model_id: dict[str, str]) -> None:
 
 
 def _identity(sweep: Sweep, cell: Cell, task: Task, model_id: dict[str, str]) -> dict[str, Any]:
-    """What the numbers of a cell depend on, by name. The attention backend and batch sizes are left out."""
-    settings, method = asdict(sweep.settings(cell, task)), cell.spec.method
-    trains = method.trains != "nothing"
-    used = settings.keys() - {"backend", "max_tokens", "layout"} if trains else method.options | {"seed"}
+    """Everything that the numbers of a cell depend on, by name, except the attention backend and batch sizes."""
+    settings = asdict(sweep.settings(cell, task))
     data = [(d.input, d.output, d.options, d.references) for d in (*task.train, *sweep.items(task))]
     return {
         **model_id,
-        **{name: settings[name] for name in settings if name in used},
+        **{name: value for name, value in settings.items() if name not in ("backend", "max_tokens", "layout")},
         "data": hashlib.sha256(repr(data).encode()).hexdigest()[:16],
         "text_format": asdict(task.text_format),
         "views": len(task.views) + 1,

@@ -1,7 +1,8 @@
 """Whether two methods differ: a paired sign-flip permutation test, and Holm's correction for many comparisons.
 
-If two methods were alike, the sign of each paired difference would be a coin toss. The p value is the share of all sign
-patterns whose mean is at least as far from 0 as the observed one (Fisher, The Design of Experiments, 1935, section 21).
+If two methods are equal, each paired difference is positive or negative with equal probability. The p value is the
+share of all sign patterns whose mean is at least as far from 0 as the observed mean (Fisher, The Design of Experiments,
+1935, section 21).
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ from collections.abc import Sequence
 
 import torch
 
-MOST_ENUMERATED = 16  # differences up to which all 2^n sign patterns are gone through
-DRAWS = 100_000  # random patterns beyond; the standard error of p = 0.05 is then 0.0007
+MOST_ENUMERATED = 16  # with at most so many differences n, all 2^n sign patterns are counted
+DRAWS = 100_000  # random patterns for more differences; the standard error of p = 0.05 is then 0.0007
 
 
 def sign_flip_test(differences: Sequence[float]) -> float:
     """Two-sided p value of paired `differences` (method a minus method b on the same task and seed).
 
-    Exact for up to 16 differences other than 0; beyond, (hits + 1) / (draws + 1) over 100,000 patterns of a fixed seed.
+    It is exact for up to 16 differences other than 0; for more it is (hits + 1) / (draws + 1) over 100,000 random
+    patterns of a fixed seed.
 
     Raises:
         ValueError: no differences, or one that is not finite.
@@ -27,7 +29,7 @@ def sign_flip_test(differences: Sequence[float]) -> float:
         raise ValueError("differences must hold at least one number")
     if not values.isfinite().all():
         raise ValueError(f"differences must be finite, got {list(differences)}")
-    values = values[values != 0]  # a flipped zero changes nothing
+    values = values[values != 0]  # the sign of a zero does not matter
     count = len(values)
     if count <= MOST_ENUMERATED:
         patterns = torch.arange(2**count)[:, None] >> torch.arange(count) & 1
@@ -41,7 +43,7 @@ def sign_flip_test(differences: Sequence[float]) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p values adjusted for their number (Holm, 1979): valid whatever their dependence."""
+    """p values adjusted for their number (Holm, 1979); valid for dependent tests, too."""
     adjusted = [0.0] * len(p_values)
     largest = 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):

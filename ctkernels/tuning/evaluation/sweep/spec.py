@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import types
 from dataclasses import dataclass, field
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 
 from ctkernels.tuning.methods import Method, get_method
-from ctkernels.tuning.train.settings import TrainSettings
+from ctkernels.tuning.methods.settings import SETTINGS, TrainSettings
+from ctkernels.tuning.train.options import Options
 
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """A row of a comparison.
+    """A method to compare.
 
-    name: of the method.  overrides: settings that differ from the method's defaults.
+    name: the method's.  overrides: settings that differ from the method's defaults.
     """
 
     name: str
@@ -28,24 +29,23 @@ class MethodSpec:
         """The method and settings of a word.
 
         Raises:
-            ValueError: an unknown method or setting, a value of the wrong type.
+            ValueError: an unknown method or setting, or a value of the wrong type or out of its range.
         """
         name, *assignments = text.split(":")
-        get_method(name)  # refuses an unknown one before its settings are looked at
-        types_of = get_type_hints(TrainSettings)
+        get_method(name)  # first, so that an unknown method is the error
         overrides = {}
         for assignment in assignments:
             key, equals, value = assignment.partition("=")
             if not equals or not key:
                 raise ValueError(f"settings of a method are written {name}:setting=value, got {text!r}")
-            if key not in types_of:
-                raise ValueError(f"{text}: there is no setting {key!r}; there are {', '.join(types_of)}")
+            if key not in SETTINGS:
+                raise ValueError(f"{text}: there is no setting {key!r}; there are {', '.join(SETTINGS)}")
             try:
-                overrides[key] = _read(types_of[key], value)
+                overrides[key] = _read(SETTINGS[key].kind, value)
             except ValueError as error:
                 raise ValueError(f"{text}: {key} must be {error}, got {value!r}") from None
         spec = cls(name, overrides)
-        spec.settings()  # refuses values out of their range
+        spec.settings()  # checks the values' ranges
         return spec
 
     @property
@@ -53,17 +53,22 @@ class MethodSpec:
         """The row of the method table."""
         return get_method(self.name)
 
-    def settings(self, preset: str | None = None, **others: Any) -> TrainSettings:
-        """The method's settings, with those of a preset, then `others`, then the overrides in their place.
+    def settings(self, preset: str | None = None, **others: Any) -> Options:
+        """The method's settings. Over them come those of a preset, of `others` that it reads, and the overrides.
 
         Raises:
-            ValueError: a value out of its range, or a setting that the method does not read.
+            ValueError: a value out of its range, an override that the method does not read, or a name that no method
+                reads.
         """
-        return self.method.settings(preset, **{**others, **self.overrides})
+        for name in others:
+            if name not in SETTINGS:
+                raise ValueError(f"there is no setting {name!r}; there are {', '.join(SETTINGS)}")
+        TrainSettings(**others)  # refuses values out of their range also where the method does not read them
+        return self.method.settings(preset, **{**self.method.pick(others), **self.overrides})
 
 
 def split_words(words: tuple[str, ...]) -> list[str]:
-    """Words that were given apart or joined by commas, each once, in order."""
+    """Words given separately or joined by commas: each once, in order."""
     parts = [part.strip() for word in words for part in word.split(",")]
     return list(dict.fromkeys(part for part in parts if part))
 
@@ -93,7 +98,7 @@ def _read(kind: Any, text: str) -> Any:
 
 
 def _write(value: Any) -> str:
-    """A value as `_read` reads it."""
+    """A value in the form that `_read` reads."""
     if isinstance(value, tuple):
         return "+".join(value)
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -1,7 +1,7 @@
-"""The processes of a sweep: each takes the next cell when it is done with one.
+"""The processes of a sweep. Each takes the next cell when it has finished one.
 
-Under `torchrun` (or `accelerate launch`) the processes share a counter in their rendezvous store; without, there is one
-process. All of them must see the same OUT folder.
+Under `torchrun` (or `accelerate launch`) the processes share a counter in their rendezvous store. Otherwise there is
+one process. All processes must see the same OUT folder.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from itertools import count
 
 import torch.distributed as dist
 
-PATIENCE = timedelta(days=30)  # a process that is done waits for the cells of the others, however long they take
+PATIENCE = timedelta(days=30)  # how long a process that has finished waits for the cells of the others
 
 
 class Workers:
     """This process among those of the sweep.
 
-    rank, size: which of how many.
+    rank: its number.  size: the number of processes.
     """
 
     def __init__(self) -> None:
@@ -31,14 +31,14 @@ class Workers:
             store, self.rank, self.size = next(iter(dist.rendezvous("env://")))
             groups = dist.PrefixStore("group", store)
             dist.init_process_group("gloo", store=groups, rank=self.rank, world_size=self.size, timeout=PATIENCE)
-            # a restarted run starts to count again
+            # after a restart the count begins at 0 again
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             self._store = dist.PrefixStore(f"cells{attempt}", store)
 
     def numbers(self) -> Iterator[int]:
-        """0, 1, 2, ... without end, each number for one of the processes alone.
+        """0, 1, 2, ... without end. Each number goes to one process only.
 
-        A call begins a new sequence; all processes have to make the same calls.
+        A call begins a new sequence. All processes must make the same calls.
         """
         self._sequences += 1
         if self._store is None:
@@ -47,7 +47,7 @@ class Workers:
             yield self._store.add(f"taken{self._sequences}", 1) - 1
 
     def wait(self, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Return when all processes have come here, calling `meanwhile` every now and then."""
+        """Return when all processes have called it. Until then, call `meanwhile` every 0.2 seconds."""
         if self.size == 1:
             return
         work = dist.barrier(async_op=True)

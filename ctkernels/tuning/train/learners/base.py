@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from torch import Tensor, nn
 
 from ctkernels.tuning.data.batches import Batch
-from ctkernels.tuning.data.demonstrations import Row
+from ctkernels.tuning.data.formats import Row
 
 
 class Learner(ABC):

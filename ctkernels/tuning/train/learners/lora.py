@@ -4,23 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ctkernels.tuning.adapters.lora import lora_parameters
 from ctkernels.tuning.data.batches import Batch
-from ctkernels.tuning.data.demonstrations import Demonstration, PairEncoder, Row
+from ctkernels.tuning.data.demonstrations import Demonstration
+from ctkernels.tuning.data.formats import PairEncoder, Row
 from ctkernels.tuning.hf.attach import Attachment
-from ctkernels.tuning.train.forward import row_losses
+from ctkernels.tuning.hf.forward import row_losses
 from ctkernels.tuning.train.learners.base import Learner
 from ctkernels.tuning.train.learners.prompt import empty_prefix
-from ctkernels.tuning.train.settings import TrainSettings
+from ctkernels.tuning.train.options import LoopOptions
 
 if TYPE_CHECKING:
     from peft import LoraModel
     from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class LoraOptions(LoopOptions):
+    """The LoRA update, and what it is trained on.
+
+    Args:
+        lora_rank: rank of the LoRA update of the weights.
+        lora_alpha: the update is scaled by lora_alpha / lora_rank.
+        lora_targets: names of the modules that LoRA updates; none takes those of the model's family.
+        answers: which answers of an in-context sequence ttt trains: "all" or the "last".
+    """
+
+    lora_rank: int = 64
+    lora_alpha: float = 64.0
+    lora_targets: tuple[str, ...] = ()
+    answers: Literal["all", "last"] = "all"
+
+    def check(self) -> None:
+        object.__setattr__(self, "lora_targets", tuple(self.lora_targets))  # a YAML file has a list
+        self.at_least(1, "lora_rank")
+        self.positive("lora_alpha")
 
 
 class LoraLearner(Learner):
@@ -35,7 +59,7 @@ class LoraLearner(Learner):
         wrapped: LoraModel,
         encoder: PairEncoder,
         demonstrations: Sequence[Demonstration],
-        settings: TrainSettings,
+        settings: LoraOptions,
     ) -> None:
         self.model, self.settings = model, settings
         self.module: nn.Module = wrapped

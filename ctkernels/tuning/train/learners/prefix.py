@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from ctkernels.tuning.adapters.prefix import KVPrefix
 from ctkernels.tuning.data.batches import Batch
-from ctkernels.tuning.data.demonstrations import Row
+from ctkernels.tuning.data.formats import Row
 from ctkernels.tuning.hf.attach import Attachment
+from ctkernels.tuning.hf.forward import row_losses
 from ctkernels.tuning.hf.models import find_decoder
-from ctkernels.tuning.train.forward import row_losses
 from ctkernels.tuning.train.learners.base import Learner
-from ctkernels.tuning.train.masks import context_mask
-from ctkernels.tuning.train.reparametrise import LowRankPrefix, NetworkPrefix, TrainedPrefix
-from ctkernels.tuning.train.settings import TrainSettings
+from ctkernels.tuning.train.masks import Dropout, context_mask
+from ctkernels.tuning.train.reparametrise import LowRankPrefix, NetworkOptions, NetworkPrefix, TrainedPrefix
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,13 +26,43 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class PrefixLearner(Learner):
-    """Trains `prefix` in place, or, with a `rank` or a `hidden` network, what is added to it; `result` has the outcome.
+@dataclass(frozen=True)
+class PrefixOptions(NetworkOptions, Dropout):
+    """What of a prefix is trained, and how.
 
-    settings: the mask's, and `trained`, `top_layers`, `frozen_tokens`, `pull`, `fisher`, `rank` and `hidden`.
+    Args:
+        trained: what of the prefix is trained: "both", "keys" or "values".
+        top_layers: train the prefix of the last so many layers alone; None trains all.
+        frozen_tokens: the first so many prefix tokens stay as they were (an attention sink).
+        pull: weight of the L2 pull towards the start: pull / 2 * sum of (weight * squared distance).
+        fisher: weigh the pull by the diagonal of the Fisher information at the start, scaled to mean 1; without `rank`
+            and `mlp_width`.
+        rank: train an update of the prefix of this rank in every layer instead of the prefix itself; None is full rank.
     """
 
-    def __init__(self, model: PreTrainedModel, prefix: KVPrefix, rows: Sequence[Row], settings: TrainSettings) -> None:
+    trained: Literal["both", "keys", "values"] = "both"
+    top_layers: int | None = None
+    frozen_tokens: int = 0
+    pull: float = 0.0
+    fisher: bool = False
+    rank: int | None = None
+
+    def check(self) -> None:
+        self.at_least(1, "top_layers", "rank", or_none=True)
+        self.at_least(0, "frozen_tokens")
+        self.require(0 <= self.pull < float("inf"), "pull", "at least 0")
+        if self.rank is not None and self.mlp_width is not None:
+            raise ValueError("rank and mlp_width exclude each other: both write the prefix; set one of them to None")
+        if self.fisher and not self.pull:
+            raise ValueError("fisher weighs the pull towards the start, which is 0; set pull, too")
+        if self.fisher and (self.rank is not None or self.mlp_width is not None):
+            raise ValueError("fisher needs the prefix itself to be trained; set rank and mlp_width to None")
+
+
+class PrefixLearner(Learner):
+    """Trains `prefix` in place, or, with a `rank` or a network, what is added to it; `result` has the outcome."""
+
+    def __init__(self, model: PreTrainedModel, prefix: KVPrefix, rows: Sequence[Row], settings: PrefixOptions) -> None:
         self.model, self.prefix, self.settings, self._rows = model, prefix, settings, rows
         layers = len(prefix.keys)
         self.check(model, settings, prefix.length)
@@ -45,8 +75,8 @@ class PrefixLearner(Learner):
         self.module: KVPrefix | TrainedPrefix = prefix
         if settings.rank is not None:
             self.module = LowRankPrefix(prefix, trained, settings.rank, settings.frozen_tokens, settings.seed)
-        elif settings.hidden is not None:
-            self.module = NetworkPrefix(prefix, trained, settings.hidden, settings.frozen_tokens, settings.seed)
+        elif settings.mlp_width is not None:
+            self.module = NetworkPrefix(prefix, trained, settings.mlp_width, settings.frozen_tokens, settings.seed)
         else:
             for (kind, layer), flag in trained.items():
                 getattr(prefix, kind)[layer].requires_grad_(flag)
@@ -55,7 +85,7 @@ class PrefixLearner(Learner):
         self._weights: list[Tensor | None] = [None] * len(self._start)
 
     @staticmethod
-    def check(model: PreTrainedModel, settings: TrainSettings, length: int | None = None) -> None:
+    def check(model: PreTrainedModel, settings: PrefixOptions, length: int | None = None) -> None:
         """Refuse settings that the model, or a prefix of `length` tokens, cannot have. Raises ValueError."""
         layers = len(find_decoder(model).layers)
         if (settings.top_layers or 0) > layers:
@@ -85,9 +115,7 @@ class PrefixLearner(Learner):
         but what leave-one-out hides; scaled to mean 1."""
         if not (self.settings.pull and self.settings.fisher):
             return
-        still = TrainSettings(
-            leave_one_out=self.settings.leave_one_out, leave_one_out_from=self.settings.leave_one_out_from
-        )
+        still = replace(self.settings, drop_p=0.0)
         squares = [torch.zeros_like(x) for x in self._start]
         for batch in rows:
             self._attachment.mask = context_mask(still, self.prefix.segments, batch, 0, self.prefix.length)

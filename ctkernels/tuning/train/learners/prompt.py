@@ -16,21 +16,21 @@ from torch import Tensor, nn
 from ctkernels.tuning.adapters.prefix import KVPrefix
 from ctkernels.tuning.adapters.prompt import SoftPrompt
 from ctkernels.tuning.data.batches import Batch
-from ctkernels.tuning.data.demonstrations import Row
+from ctkernels.tuning.data.formats import Row
 from ctkernels.tuning.hf.attach import Attachment
-from ctkernels.tuning.train.forward import row_losses
+from ctkernels.tuning.hf.forward import row_losses
 from ctkernels.tuning.train.learners.base import Learner
-from ctkernels.tuning.train.masks import context_mask
-from ctkernels.tuning.train.reparametrise import Network
-from ctkernels.tuning.train.settings import TrainSettings
+from ctkernels.tuning.train.masks import Dropout, context_mask
+from ctkernels.tuning.train.reparametrise import Network, NetworkOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 class PromptLearner(Learner):
-    """Trains `prompt` in place, or, with a `hidden` network, what is added to it; `result` has the outcome.
+    """Trains `prompt` in place, or, with a network, what is added to it; `result` has the outcome.
 
+    settings: those of the mask, and of the network if they have it (`NetworkOptions`).
     radii: `[C]`, largest L2 distance of each token's embedding from its start; 0 freezes a token. None sets no bound.
     """
 
@@ -39,7 +39,7 @@ class PromptLearner(Learner):
         model: PreTrainedModel,
         prompt: SoftPrompt,
         rows: Sequence[Row],
-        settings: TrainSettings,
+        settings: Dropout,
         radii: Tensor | None = None,
     ) -> None:
         self.model, self.prompt, self.settings, self._rows = model, prompt, settings, rows
@@ -48,9 +48,9 @@ class PromptLearner(Learner):
         self._start = prompt.embeddings.detach().clone()
         self.module: nn.Module = prompt
         self._network: Network | None = None
-        if settings.hidden is not None:
+        if isinstance(settings, NetworkOptions) and settings.mlp_width is not None:
             length, width = prompt.embeddings.shape
-            self._network = Network(length, settings.hidden, width, settings.seed).to(prompt.embeddings)
+            self._network = Network(length, settings.mlp_width, width, settings.seed).to(prompt.embeddings)
             self.module = self._network
 
     def rows(self, epoch: int) -> Sequence[Row]:

@@ -6,9 +6,10 @@
 See README.md for what is modelled and what is not.
 """
 
+from .counters import Counters
 from .errors import CompileError, KernelFault, ParseError, PtxError, ToolMissing, Unsupported
 from .launch import CHECKS, FAULT_KINDS, LaunchResult, Module, pointer
-from .report import Counters, disassemble, resources, sass_histogram
+from .report import disassemble, resources, sass_histogram
 from .toolchain import TritonModule, compile_cuda, compile_triton, cuda_to_ptx
 
 

@@ -15,12 +15,14 @@ import shutil
 import struct
 import subprocess
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from . import parser, report
+from . import parser
+from .counters import STATS, Counters
 from .errors import CompileError, KernelFault, PtxError, ToolMissing
 from .translate import translate
 from .translate.function import c_name
@@ -247,7 +249,7 @@ class LaunchResult:
 
     kernel: str
     seconds: float
-    counters: object = None  # report.Counters when asked for
+    counters: Counters | None = None  # when asked for
 
 
 class Module:
@@ -347,7 +349,7 @@ class Module:
         library = self._variant(level)
         count = len(self.instructions)
         executed = np.zeros(count, np.uint64)
-        stats = np.zeros((count, len(report.STATS)), np.uint64)
+        stats = np.zeros((count, len(STATS)), np.uint64)
         parameter_buffer = (ctypes.c_char * len(parameters)).from_buffer(parameters)
         begins = np.array([r[0] for r in ranges], np.uint64)
         ends = np.array([r[1] for r in ranges], np.uint64)
@@ -374,14 +376,14 @@ class Module:
             stats=stats.ctypes.data if counters else None,
         )
         fault = _Fault()
-        start = report.clock()
+        start = time.perf_counter()
         failed = getattr(library, kernel.symbol)(ctypes.byref(config), ctypes.byref(fault))
-        seconds = report.clock() - start
+        seconds = time.perf_counter() - start
         if failed:
             raise self._fault(kernel, fault, ranges, args, buffers)
         result = LaunchResult(name, seconds)
         if counters:
-            result.counters = report.Counters.collect(
+            result.counters = Counters.collect(
                 self.instructions, executed, stats, config, kernel.static_shared + shared_bytes
             )
         return result

@@ -7,15 +7,6 @@ import math
 from .matrix import mma_shape
 from .table import state_space
 
-CLASSES = (
-    "mma", "wgmma", "ldmatrix", "stmatrix", "shared_load", "shared_store", "global_load",
-    "global_store", "generic_load", "generic_store", "local_load", "local_store", "param_load",
-    "param_store", "const_load", "cp_async", "atomic", "shuffle", "warp_vote", "barrier",
-    "warp_barrier", "special_function", "integer", "float", "half", "double", "convert", "move",
-    "logic", "branch", "other",
-)  # fmt: skip
-
-# Classes whose instructions a whole warp (or four of them, for wgmma) executes together.
 _SPECIAL = {"ex2", "lg2", "rcp", "sqrt", "rsqrt", "sin", "cos", "tanh"}
 _FIXED = {
     "mma": "mma", "ldmatrix": "ldmatrix", "stmatrix": "stmatrix", "movmatrix": "shuffle", "shfl":

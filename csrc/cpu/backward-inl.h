@@ -1,0 +1,441 @@
+// Backward pass. With p = 2^(s - lse), delta = <out, dout> - dlse, all blocks [keys][TILE]:
+//
+//   s  <- k q         dp <- v dout        ds <- p (dp - delta)        (times the softcap's slope)
+//   dv <- dv + p dout     dk <- dk + ds q     dq <- dq + k^T ds     dbias <- dbias + sum over lanes of ds
+//
+// Every product is done once. A unit of work owns the gradients it accumulates, in registers and cache: either a chunk
+// of prefix keys of one KV head, for which it walks all query tiles, or the own keys of one row. dq of a lane is the
+// sum over its units; each unit leaves its share in a bounded buffer, and a second step adds the shares in order.
+// Nothing depends on which worker runs what, so the bits do not depend on the number of workers. To bound the buffers,
+// the work is cut into phases over KV heads and rows. A phase packs its query tiles once, for all chunks.
+
+constexpr int64_t PHASE_BYTES = 8 << 20;  // bound on packed tiles and dq shares of a phase
+constexpr int64_t ENOUGH_UNITS = 24;      // units per phase that balance a few dozen workers' load
+
+// A tile of queries and the gradients of their outputs, as operands.
+template <typename U>
+struct BackwardTile {
+  using C = C_of<U>;
+  TileLanes<C> lanes;
+  U *q, *dout;               // [depth.units | value_depth.units][TILE]
+  U *q_rows, *dout_rows;     // [TILE / WIDTH][depth.padded | value_depth.padded], pairs of lanes
+  alignas(64) C lse[TILE];   // base 2; +inf where the lane has no probabilities (padding, no visible key)
+  alignas(64) C rest[TILE];  // what rounding to the compute type takes off lse in base 2
+  alignas(64) C delta[TILE];
+
+  void place(const Depth<U>& depth, const Depth<U>& value_depth, Arena* arena) {
+    q = arena->take<U>(depth.units * TILE), dout = arena->take<U>(value_depth.units * TILE);
+    q_rows = arena->take<U>(TILE / WIDTH<U> * depth.padded);
+    dout_rows = arena->take<U>(TILE / WIDTH<U> * value_depth.padded);
+  }
+};
+
+// What one worker needs: buffers for one block of keys and the gradients of one unit.
+template <typename U>
+class Backward {
+ public:
+  using C = C_of<U>;
+
+  Backward(const Params& p, int64_t keys, Arena* arena) : p_(p), depth_(p.D), value_depth_(p.Dv) {
+    const int64_t columns = WIDTH<U> > 1 ? units_of<U>(KEY_BLOCK) : 0, rows = WIDTH<U> > 1 ? KEY_BLOCK : 0;
+    s_ = arena->take<C>(KEY_BLOCK * TILE);
+    dp_ = arena->take<C>(KEY_BLOCK * TILE);
+    slope_ = arena->take<C>(p.softcap ? KEY_BLOCK * TILE : 0);
+    p_rows_ = arena->take<U>(rows * TILE / WIDTH<U>);
+    ds_rows_ = arena->take<U>(rows * TILE / WIDTH<U>);
+    ds_columns_ = arena->take<U>(columns * TILE);
+    k_columns_ = arena->take<U>(columns * p.D);
+    k_ = arena->take<U>(keys * units_of<U>(p.D));
+    v_ = arena->take<U>(keys * units_of<U>(p.Dv));
+    dk_ = arena->take<C>(keys * depth_.padded);
+    dv_ = arena->take<C>(keys * value_depth_.padded);
+    dq_ = arena->take<C>(depth_.padded * TILE);
+    rows_ = arena->take<C>(TILE * depth_.padded);
+    lane_rows_ = arena->take<Element<U>>(TILE * std::max(depth_.elements(), value_depth_.elements()));
+    tile_.place(depth_, value_depth_, arena);
+  }
+
+  // Brings the lanes of a tile into operand form.
+  void pack(const RowOrder& order, const Tile& which, int64_t kv_head, BackwardTile<U>* tile) {
+    TileLanes<C>& lanes = tile->lanes;
+    lanes.set(p_, order, which, kv_head);
+    pack_rows(p_.q, depth_, kv_head, lanes, nullptr, tile->q, tile->q_rows);
+    std::fill_n(tile->lse, TILE, std::numeric_limits<C>::infinity());
+    std::fill_n(tile->rest, TILE, C(0));
+    std::fill_n(tile->delta, TILE, C(0));
+    bool blind[TILE] = {};  // lanes that saw nothing: whatever dout holds must not reach a key
+    lanes.each([&](int l, const Row& row) {
+      const C lse = static_cast<const C*>(p_.lse.data)[lanes.offset(p_.lse, kv_head, p_, l, row)];
+      blind[l] = lse == -std::numeric_limits<C>::infinity();
+      if (blind[l]) return;
+      tile->lse[l] = C(double(lse) * LOG2E);
+      tile->rest[l] = C(double(lse) * LOG2E - double(tile->lse[l]));
+      C delta = dot(lanes.offset(p_.out, kv_head, p_, l, row), lanes.offset(p_.dout, kv_head, p_, l, row));
+      if (p_.dlse.data) delta -= static_cast<const C*>(p_.dlse.data)[lanes.offset(p_.dlse, kv_head, p_, l, row)];
+      tile->delta[l] = delta;
+    });
+    pack_rows(p_.dout, value_depth_, kv_head, lanes, blind, tile->dout, tile->dout_rows);
+  }
+
+  // Prefix keys [begin, end) of one head against tiles that read this prefix. Adds to dbias and dprefix_k, dprefix_v,
+  // or, if they are `fresh`, writes the latter; the dq of tile i goes to shares + i * depth.padded * TILE,
+  // [depth.padded][TILE].
+  void prefix(const BackwardTile<U>* tiles, int64_t count, int64_t prefix, int64_t kv_head, int64_t begin, int64_t end,
+              bool fresh, C* shares) {
+    const int64_t k_at = prefix * p_.prefix_k.batch + kv_head * p_.prefix_k.head;
+    const int64_t v_at = prefix * p_.prefix_v.batch + kv_head * p_.prefix_v.head;
+    const KeyRows<U> k = key_rows(p_.prefix_k, k_at, begin, end, p_.D, p_.q.type, k_);
+    const KeyRows<U> v = key_rows(p_.prefix_v, v_at, begin, end, p_.Dv, p_.q.type, v_);
+    const Logits<C> logits(p_, kv_head);
+    clear(end - begin, p_.dprefix_k.data, p_.dprefix_v.data);
+    for (int64_t i = 0; i < count; ++i) {
+      C* dq = shares ? shares + i * depth_.padded * TILE : nullptr;
+      if (dq) std::fill_n(dq, depth_.padded * TILE, C(0));
+      for (int64_t at = begin; at < end; at += KEY_BLOCK)
+        if (prefix_block(p_, tiles[i].lanes, at, std::min(at + KEY_BLOCK, end), &block_))
+          step(logits, tiles[i], false, k, v, begin, p_.dprefix_k.data, p_.dprefix_v.data, dq);
+    }
+    add_prefix(p_.dprefix_k, dk_, depth_, C(p_.scale), prefix, kv_head, begin, end, fresh);
+    add_prefix(p_.dprefix_v, dv_, value_depth_, C(1), prefix, kv_head, begin, end, fresh);
+  }
+
+  // The own keys of one row, whose lanes the tiles hold. Writes dk, dv of all its keys, and the dq of lane l to
+  // share + l * depth.padded.
+  void own(const RowOrder& order, const std::vector<Tile>& tiles, const Row& row, int64_t kv_head, C* share) {
+    const int64_t k_at = row.batch * p_.k.batch + kv_head * p_.k.head + row.token * p_.k.token;
+    const int64_t v_at = row.batch * p_.v.batch + kv_head * p_.v.head + row.token * p_.v.token;
+    const KeyRows<U> k = key_rows(p_.k, k_at, 0, row.keys, p_.D, p_.q.type, k_);
+    const KeyRows<U> v = key_rows(p_.v, v_at, 0, row.keys, p_.Dv, p_.q.type, v_);
+    const Logits<C> logits(p_, kv_head);
+    clear(row.keys, p_.dk.data, p_.dv.data);
+    for (const Tile& which : tiles) {
+      pack(order, which, kv_head, &tile_);
+      if (share) std::fill_n(dq_, depth_.padded * TILE, C(0));
+      for (int64_t at = 0; at < row.keys; at += KEY_BLOCK)
+        if (own_block(p_, tile_.lanes, tile_.lanes.pieces[0], at, std::min(at + KEY_BLOCK, row.keys), &block_))
+          step(logits, tile_, true, k, v, 0, p_.dk.data, p_.dv.data, share ? dq_ : nullptr);
+      if (!share) continue;
+      transpose(dq_, TILE, rows_, depth_.padded, depth_.padded, tile_.lanes.vectors * VECTOR_SIZE<C>);
+      std::copy_n(rows_, tile_.lanes.count * depth_.padded, share + which.first * depth_.padded);
+    }
+    store_own(p_.dk, row, kv_head, dk_, depth_, C(p_.scale));
+    store_own(p_.dv, row, kv_head, dv_, value_depth_, C(1));
+  }
+
+  // dq of a tile <- scale * (prefix shares in the order of their slots + own share)
+  void finish(const BackwardTile<U>& tile, int64_t kv_head, const C* shares, int64_t slots, int64_t slot_stride,
+              const C* own_share) {
+    const TileLanes<C>& lanes = tile.lanes;
+    std::fill_n(dq_, depth_.padded * TILE, C(0));
+    for (int64_t slot = 0; slot < slots; ++slot) {
+      const C* share = shares + slot * slot_stride;
+      for (int64_t i = 0; i < depth_.padded * TILE; i += VECTOR_SIZE<C>)
+        store(dq_ + i, load(dq_ + i) + load(share + i));
+    }
+    transpose(dq_, TILE, rows_, depth_.padded, depth_.padded, lanes.vectors * VECTOR_SIZE<C>);
+    lanes.each([&](int l, const Row& row) {
+      C* line = rows_ + l * depth_.padded;
+      for (int64_t d = 0; d < depth_.padded; d += VECTOR_SIZE<C>)
+        store(line + d, load(line + d) + load(own_share + l * depth_.padded + d));
+      store_row(p_.dq, lanes.offset(p_.dq, kv_head, p_, l, row), line, p_.D, C(p_.scale));
+    });
+  }
+
+ private:
+  void clear(int64_t keys, const void* dk, const void* dv) {
+    if (dk) std::fill_n(dk_, keys * depth_.padded, C(0));
+    if (dv) std::fill_n(dv_, keys * value_depth_.padded, C(0));
+  }
+
+  // Lanes of `t` as columns and as pairs of lanes; those marked in `blank` (if given) as zeros.
+  void pack_rows(const Tensor4& t, const Depth<U>& depth, int64_t kv_head, const TileLanes<C>& lanes, const bool* blank,
+                 U* columns, U* pairs) {
+    // numbers need no pairing: they are loaded where the rows belong
+    Element<U>* rows = WIDTH<U> == 1 ? reinterpret_cast<Element<U>*>(pairs) : lane_rows_;
+    const int64_t elements = depth.elements();
+    load_lanes<U>(p_, t, depth, kv_head, lanes, rows);
+    for (int l = 0; blank && l < lanes.count; ++l)
+      if (blank[l]) std::fill_n(rows + l * elements, elements, Element<U>(0));
+    to_columns<U>(rows, depth, lanes.vectors, columns);
+    lane_pairs<U>(rows, elements, lanes.vectors * VECTOR_SIZE<C>, depth.padded, pairs);
+  }
+
+  // <out, dout> of a lane
+  C dot(int64_t out_at, int64_t dout_at) const {
+    Vec<C> products{};
+    int64_t d = 0;
+    for (; d + VECTOR_SIZE<C> <= p_.Dv; d += VECTOR_SIZE<C>)
+      products += load_vector<C>(p_.out, out_at + d) * load_vector<C>(p_.dout, dout_at + d);
+    C sum = sum_of<C>(products), out[VECTOR_SIZE<C>], dout[VECTOR_SIZE<C>];
+    load_row(out, p_.out, out_at + d, p_.Dv - d, p_.out.type);
+    load_row(dout, p_.dout, dout_at + d, p_.Dv - d, p_.dout.type);
+    for (int64_t i = 0; d + i < p_.Dv; ++i) sum += out[i] * dout[i];
+    return sum;
+  }
+
+  // One block of keys against a tile. Key j's gradients are accumulated in row j - first of dk_ and dv_.
+  void step(const Logits<C>& logits, const BackwardTile<U>& tile, bool own, KeyRows<U> k, KeyRows<U> v, int64_t first,
+            const void* dk, const void* dv, C* dq) {
+    const int count = block_.count, vectors = tile.lanes.vectors;
+    const int64_t lanes = units_of<U>(tile.lanes.count);
+    const U *k_rows[KEY_BLOCK], *v_rows[KEY_BLOCK], *lane_rows[KEY_BLOCK];
+    C *s_rows[KEY_BLOCK], *dp_rows[KEY_BLOCK], *gradients[KEY_BLOCK];
+    for (int n = 0; n < count; ++n) {
+      const int64_t j = block_.index[n];
+      k_rows[n] = k[j], v_rows[n] = v[j];
+      s_rows[n] = s_ + n * TILE, dp_rows[n] = dp_ + n * TILE;
+    }
+    const bool needs_ds = dk || dq || (p_.dbias && !own);
+    // s <- k q, then the logits
+    times_heads<U>(count, k_rows, units_of<U>(p_.D), tile.q, s_rows, vectors);
+    logits.apply(tile.lanes, block_, own, s_, p_.softcap ? slope_ : nullptr);
+    // dp <- v dout
+    if (needs_ds) times_heads<U>(count, v_rows, units_of<U>(p_.Dv), tile.dout, dp_rows, vectors);
+    for (int at = 0; at < vectors * VECTOR_SIZE<C>; at += VECTOR_SIZE<C>)
+      probabilities(tile, at, logits.coefficient, needs_ds);
+    if (p_.dbias && !own) add_bias(tile.lanes, logits.kv_head);
+    if (p_.softcap && needs_ds) apply_slope(vectors);
+    // sums of keys += x rows
+    const auto add_rows = [&](const C* x, U* scratch, const U* rows, C* sums, const Depth<U>& depth) {
+      const U* operand = by_lane<U>(x, count, vectors, scratch);
+      for (int n = 0; n < count; ++n) {
+        lane_rows[n] = operand + n * (TILE / WIDTH<U>);
+        gradients[n] = sums + (block_.index[n] - first) * depth.padded;
+      }
+      const int d_vectors = int(depth.padded / VECTOR_SIZE<C>);
+      times_rows<U>(count, lane_rows, lanes, rows, depth.padded, gradients, d_vectors, MAX_NV, true);
+    };
+    if (dv) add_rows(s_, p_rows_, tile.dout_rows, dv_, value_depth_);
+    if (dk) add_rows(dp_, ds_rows_, tile.q_rows, dk_, depth_);
+    // dq <- dq + k^T ds
+    if (dq) {
+      alignas(64) C one[TILE], keep[TILE];
+      std::fill_n(one, TILE, C(1));
+      std::memset(keep, 0xFF, sizeof keep);
+      const U* k_columns[KEY_BLOCK];
+      const U* ds = by_key<U>(dp_, count, 0, vectors, ds_columns_);
+      key_columns<U>(k_rows, count, p_.D, k_columns_, k_columns);
+      times_cols<U>(p_.D, k_columns, units_of<U>(count), ds, TILE, dq, TILE, vectors, one, keep);
+    }
+  }
+
+  // s -> p and dp -> ds for the vector of lanes at `at`.
+  CTK_INLINE void probabilities(const BackwardTile<U>& tile, int at, C coefficient, bool needs_ds) {
+    const Vec<C> lse = load(tile.lse + at), rest = load(tile.rest + at), delta = load(tile.delta + at);
+    for (int n = 0; n < block_.count; ++n) {
+      const int i = n * TILE + at;
+      const Vec<C> p = exp2_of(load(s_ + i) * coefficient - lse - rest);
+      store(s_ + i, p);
+      if (needs_ds) store(dp_ + i, p * (load(dp_ + i) - delta));
+    }
+  }
+
+  // The bias is added after the softcap, so its gradient is summed before this.
+  void apply_slope(int vectors) {
+    for (int n = 0; n < block_.count; ++n)
+      for (int at = n * TILE; at < n * TILE + vectors * VECTOR_SIZE<C>; at += VECTOR_SIZE<C>)
+        store(dp_ + at, load(dp_ + at) * load(slope_ + at));
+  }
+
+  void add_bias(const TileLanes<C>& lanes, int64_t kv_head) {
+    const int64_t group = p_.H / p_.Hk;
+    C* base = static_cast<C*>(p_.dbias) + lanes.prefix() * p_.dbias_prefix + kv_head * group * p_.dbias_head;
+    for (int n = 0; n < block_.count; ++n)
+      for (int l = 0; l < lanes.count; ++l) base[lanes.head[l] * p_.dbias_head + block_.index[n]] += dp_[n * TILE + l];
+  }
+
+  void add_prefix(const Tensor4& t, const C* grad, const Depth<U>& depth, C factor, int64_t prefix, int64_t kv_head,
+                  int64_t begin, int64_t end, bool fresh) {
+    if (!t.data) return;
+    C* dst = static_cast<C*>(t.data) + prefix * t.batch + kv_head * t.head + begin * t.token;
+    for (int64_t j = 0; j < end - begin; ++j) {
+      const C* from = grad + j * depth.padded;
+      C* to = dst + j * t.token;
+      for (int64_t d = 0; d < depth.D; ++d) to[d] = fresh ? factor * from[d] : to[d] + factor * from[d];
+    }
+  }
+
+  void store_own(const Tensor4& t, const Row& row, int64_t kv_head, const C* grad, const Depth<U>& depth, C factor) {
+    if (!t.data) return;
+    const int64_t at = row.batch * t.batch + kv_head * t.head + row.token * t.token;
+    for (int64_t j = 0; j < row.keys; ++j) store_row(t, at + j * t.token, grad + j * depth.padded, depth.D, factor);
+  }
+
+  const Params& p_;
+  const Depth<U> depth_, value_depth_;
+  C *s_, *dp_, *slope_;         // [KEY_BLOCK][TILE]
+  U *p_rows_, *ds_rows_;        // [KEY_BLOCK][TILE / WIDTH], pairs of lanes
+  U *ds_columns_, *k_columns_;  // [units(KEY_BLOCK)][TILE | D], pairs of keys
+  U *k_, *v_;                   // converted keys [keys][units(D | Dv)]
+  C *dk_, *dv_;                 // [keys][depth.padded | value_depth.padded]
+  C* dq_;                       // [depth.padded][TILE]
+  C* rows_;                     // [TILE][depth.padded]
+  Element<U>* lane_rows_;       // [TILE][elements() of either depth]
+  BackwardTile<U> tile_;        // of one row
+  KeyBlock block_;
+};
+
+// Prefix keys per unit: enough units, key gradients that stay in the second-level cache, whole blocks.
+template <typename C>
+int64_t chunk_keys(const Params& p) {
+  const int64_t sizes = round_up(p.D, VECTOR_SIZE<C>) + round_up(p.Dv, VECTOR_SIZE<C>);
+  const int64_t most = std::max<int64_t>(KEY_BLOCK, (256 << 10) / (int64_t(sizeof(C)) * sizes));
+  const int64_t wanted = p.P * p.Hk / ENOUGH_UNITS;
+  return round_up(std::clamp<int64_t>(wanted, KEY_BLOCK, most), KEY_BLOCK);
+}
+
+template <typename U>
+class BackwardPlan {
+ public:
+  using C = C_of<U>;
+
+  BackwardPlan(const Params& p, const Pool& pool)
+      : p_(p), pool_(pool), order_(order_rows(p)), chunk_(chunk_keys<C>(p)), depth_(p.D), value_depth_(p.Dv) {
+    slots_ = (p.P + chunk_ - 1) / chunk_;
+    keys_ = std::max({std::min(chunk_, p.P), p.max_own, int64_t(1)});
+    Arena size;
+    Backward<U>(p, keys_, &size);
+    worker_bytes_ = size.used();
+  }
+
+  void run() {
+    const bool dq = p_.dq.data, prefix = p_.P && (dq || p_.dprefix_k.data || p_.dprefix_v.data || p_.dbias);
+    const bool own = dq || p_.dk.data || p_.dv.data;
+    const int64_t all = order_.lanes(), share = depth_.padded * TILE;
+    const int64_t most_heads = std::clamp<int64_t>(ENOUGH_UNITS / std::max<int64_t>(slots_, 1), 1, p_.Hk);
+    // what a lane takes in a phase: its part of a packed tile, and of the shares
+    const int64_t lane_sizes = 2 * (depth_.padded + value_depth_.padded) + (dq ? slots_ : 0) * depth_.padded;
+    const int64_t lane_bytes = most_heads * lane_sizes * int64_t(sizeof(C));
+    const int64_t most_lanes = std::clamp<int64_t>(PHASE_BYTES / lane_bytes, TILE, std::max<int64_t>(all, TILE));
+    Arena own_memory(dq ? most_heads * all * depth_.padded * int64_t(sizeof(C)) : 0);
+    if (prefix) clear_unread();
+    own_shares_ = dq ? own_memory.take<C>(most_heads * all * depth_.padded) : nullptr;
+    for (first_head_ = 0; first_head_ < p_.Hk; first_head_ += most_heads) {
+      heads_ = std::min(most_heads, p_.Hk - first_head_);
+      int64_t begin = 0;
+      do {  // at least once: rows without queries have own keys, too
+        cut_tiles(begin, std::min(begin + most_lanes, all));
+        const int64_t tiles = int64_t(tiles_.size()), kept_slots = dq ? slots_ : 0;
+        BackwardTile<U> sample;
+        Arena tile_size;
+        sample.place(depth_, value_depth_, &tile_size);
+        Arena memory(tiles * heads_ * tile_size.used() + Arena::bytes(kept_slots * heads_ * tiles * share, sizeof(C)));
+        packed_.resize(tiles * heads_);
+        for (BackwardTile<U>& tile : packed_) tile.place(depth_, value_depth_, &memory);
+        shares_ = dq ? memory.take<C>(kept_slots * heads_ * tiles * share) : nullptr;
+        if (prefix || dq) pack();
+        differentiate(prefix, own && begin == 0);
+        if (dq) reduce();
+        begin += most_lanes;
+      } while (begin < all);
+    }
+  }
+
+ private:
+  // A chunk of one prefix, and the tiles of the phase that read it.
+  struct Unit {
+    int64_t first_tile, tiles;
+    int64_t prefix, begin, end, slot;
+    bool fresh;  // no earlier phase had this prefix
+  };
+
+  // Prefix gradients that no unit will write: of prefixes that no query reads, and past the end of shorter ones.
+  void clear_unread() {
+    std::vector<int64_t> length(p_.G, 0);
+    for (int64_t b = 0; b < p_.B; ++b)
+      if (p_.rows[b].queries) length[p_.rows[b].prefix] = p_.rows[b].prefix_len;
+    for (const Tensor4* t : {&p_.dprefix_k, &p_.dprefix_v})
+      for (int64_t i = 0; t->data && i < p_.G * p_.Hk; ++i) {
+        C* head = static_cast<C*>(t->data) + i / p_.Hk * t->batch + i % p_.Hk * t->head;
+        std::fill(head + length[i / p_.Hk] * t->token, head + p_.P * t->token, C(0));
+      }
+  }
+
+  // The phase's tiles and units: lanes [first, last) against all prefix keys that they may see.
+  void cut_tiles(int64_t first, int64_t last) {
+    tiles_.clear(), units_.clear();
+    for (int64_t begin = first, end; begin < last; begin = end) {
+      const Row& row = p_.rows[order_.row[order_.position_of(begin)]];
+      end = std::min(order_.end_of_prefix(p_, begin), last);
+      const bool fresh = begin == 0 || order_.end_of_prefix(p_, begin - 1) == begin;
+      const std::vector<Tile> some = make_tiles(order_, begin, end, VECTOR_SIZE<C>, true);
+      for (int64_t at = 0; at < row.prefix_len; at += chunk_)
+        units_.push_back({int64_t(tiles_.size()), int64_t(some.size()), row.prefix, at,
+                          std::min(at + chunk_, row.prefix_len), at / chunk_, fresh});
+      tiles_.insert(tiles_.end(), some.begin(), some.end());
+    }
+  }
+
+  void pack() {
+    const int64_t tiles = int64_t(tiles_.size());
+    each(tiles * heads_, [&](Backward<U>& worker, int64_t i) {
+      worker.pack(order_, tiles_[i % tiles], first_head_ + i / tiles, &packed_[i]);
+    });
+  }
+
+  // Shares of dq are laid out [head][slot][tile].
+  C* shares_at(int64_t head, int64_t slot, int64_t tile) const {
+    return shares_ ? shares_ + ((head * slots_ + slot) * int64_t(tiles_.size()) + tile) * depth_.padded * TILE
+                   : nullptr;
+  }
+
+  // All units of the prefix, and if `own` then also the own keys of all rows. The units are larger, so they come first.
+  void differentiate(bool prefix, bool own) {
+    const int64_t units = prefix ? int64_t(units_.size()) * heads_ : 0, rows = own ? p_.B * heads_ : 0;
+    each(units + rows, [&](Backward<U>& worker, int64_t i) {
+      if (i >= units) return differentiate_own(worker, (i - units) / heads_, (i - units) % heads_);
+      const Unit& unit = units_[i / heads_];
+      const int64_t head = i % heads_;
+      worker.prefix(&packed_[head * int64_t(tiles_.size()) + unit.first_tile], unit.tiles, unit.prefix,
+                    first_head_ + head, unit.begin, unit.end, unit.fresh, shares_at(head, unit.slot, unit.first_tile));
+    });
+  }
+
+  void differentiate_own(Backward<U>& worker, int64_t at, int64_t head) {
+    const std::vector<Tile> tiles = make_tiles(order_, order_.start[at], order_.start[at + 1], VECTOR_SIZE<C>, false);
+    C* share = own_shares_ ? own_shares_ + head * order_.lanes() * depth_.padded : nullptr;
+    worker.own(order_, tiles, p_.rows[order_.row[at]], first_head_ + head, share);
+  }
+
+  void reduce() {
+    const int64_t tiles = int64_t(tiles_.size());
+    each(tiles * heads_, [&](Backward<U>& worker, int64_t i) {
+      const int64_t head = i / tiles, tile = i % tiles;
+      const int64_t slots = (packed_[i].lanes.prefix_len() + chunk_ - 1) / chunk_;
+      const C* own_share = own_shares_ + (head * order_.lanes() + tiles_[tile].first) * depth_.padded;
+      worker.finish(packed_[i], first_head_ + head, shares_at(head, 0, tile), slots, tiles * depth_.padded * TILE,
+                    own_share);
+    });
+  }
+
+  // f(worker, item) for every item; workers take the next item when they are free.
+  template <typename F>
+  void each(int64_t items, F f) {
+    std::atomic<int64_t> next{0};
+    pool_.run([&](int) {
+      if (next.load() >= items) return;
+      Arena arena(worker_bytes_);
+      Backward<U> worker(p_, keys_, &arena);
+      for (int64_t i; (i = next.fetch_add(1)) < items;) f(worker, i);
+    });
+  }
+
+  const Params& p_;
+  const Pool& pool_;
+  const RowOrder order_;
+  const int64_t chunk_;
+  const Depth<U> depth_, value_depth_;
+  int64_t slots_;                       // chunks of a prefix
+  int64_t keys_, worker_bytes_;         // most keys of a unit; scratch of a worker
+  int64_t first_head_ = 0, heads_ = 0;  // KV heads of the phase
+  std::vector<Tile> tiles_;             // of the phase
+  std::vector<Unit> units_;
+  std::vector<BackwardTile<U>> packed_;  // [heads][tiles]
+  C* own_shares_ = nullptr;              // [heads][lanes][depth.padded]
+  C* shares_ = nullptr;                  // [heads][slots][tiles][depth.padded][TILE]
+};
+
+template <typename U>
+void backward_as(const Params& p, const Pool& pool) {
+  BackwardPlan<U>(p, pool).run();
+}

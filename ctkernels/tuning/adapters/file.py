@@ -1,0 +1,186 @@
+"""The one file format of this package: a safetensors file whose header describes its tensors.
+
+    tensors     an adapter: keys.0 values.0 keys.1 ...   prompt   lora.NAME_IN_PEFT ...        see `adapter.py`
+                a checkpoint: parameter/NAME   optimizer/NUMBER/NAME                           see `train/checkpoint.py`
+    header      ctkernels   JSON: format, format_version, versions of the writers, and what the tensors mean
+                checksum    of that JSON and of all tensors
+
+A prefix, an adapter, an entry of a store and a checkpoint are one such file each, replaced in one step: there is the
+old one or the new one, whatever happens. In a folder it is `adapter.safetensors`, perhaps with a model card beside it.
+
+This module knows tensors and JSON alone, not what they are made into.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import safetensors.torch
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+import ctkernels
+from ctkernels.tuning.adapters import card, legacy
+from ctkernels.tuning.digest import combined, digests
+from ctkernels.tuning.storage import atomic_write_bytes
+
+FORMAT_VERSION = 2  # 1: what `legacy.py` reads
+FILE_NAME = "adapter.safetensors"
+HEADER, CHECKSUM = "ctkernels", "checksum"
+Kind = Literal["adapter", "checkpoint"]
+
+
+class PrefixFileError(ValueError):
+    """A saved prefix that cannot be used; the message names the file and the reason."""
+
+
+class Saved(NamedTuple):
+    """What a file holds: its path, its description (JSON values) and its tensors by name."""
+
+    path: Path
+    description: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def write_file(
+    path: str | os.PathLike, kind: Kind, description: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Replace `path` by a file with these tensors and their description (JSON values), in one step.
+
+    Raises:
+        PrefixFileError: a tensor with a value that is not finite, named.
+        TypeError: a description that JSON cannot hold.
+        OSError: the disk.  Whatever is raised, what was there before is unharmed and nothing half-written remains.
+    """
+    own = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    versions = {module.__name__: str(module.__version__) for module in (ctkernels, torch, transformers)}
+    text = json.dumps(
+        {"format": f"ctkernels-{kind}", "format_version": FORMAT_VERSION, "versions": versions, **description}
+    )
+    try:
+        _check_finite(own)
+    except ValueError as error:
+        raise PrefixFileError(f"{path}: not written: {error}") from None
+    # not `save_file`: it writes to a temporary file of its own, which a killed process leaves behind, makes files that
+    # no other user can read, and its errors are not OSErrors
+    header = {"format": "pt", HEADER: text, CHECKSUM: _checksum(text, own)}
+    atomic_write_bytes(path, safetensors.torch.save(own, header))
+
+
+def write_folder(
+    directory: str | os.PathLike, description: Mapping[str, Any], tensors: Mapping[str, Tensor], with_card: bool = False
+) -> None:
+    """Write an adapter into `directory`, and perhaps a model card. A card that is there is kept up to date.
+
+    What an earlier version saved there is removed afterwards. Raises as `write_file`.
+    """
+    directory = Path(directory)
+    write_file(directory / FILE_NAME, "adapter", description, tensors)
+    legacy.remove_folder(directory)
+    card.write(directory, description, FILE_NAME, ctkernels.__version__, with_card)
+
+
+def read_file(path: str | os.PathLike, kind: Kind, mapped: bool = False, verify: bool = True) -> Saved:
+    """What a file holds, or the file of the adapter in a folder; what earlier versions wrote is converted.
+
+    Args:
+        mapped: the tensors are views of the file, read when they are used, and must not be changed. Otherwise they have
+            memory of their own.
+        verify: compare the checksum and look for values that are not finite, which reads all of the file.
+
+    Raises:
+        PrefixFileError: a missing, damaged, foreign or too new file; a value that is not finite, its tensor named.
+    """
+    path = Path(path)
+    with faults(path):
+        if path.is_dir():
+            if legacy.is_folder(path) and not (path / FILE_NAME).exists():
+                return _read_old_folder(path)
+            path = path / FILE_NAME
+    with faults(path):
+        header, tensors = _map(path) if mapped else _load(path)
+        text = header.get(HEADER)
+        description = _of_format(kind, legacy.description(header) if text is None else json.loads(text))
+        if verify and text is not None and header[CHECKSUM] != _checksum(text, tensors):
+            raise ValueError("damaged: its tensors or their description are not those that were written (checksum)")
+        if verify:
+            _check_finite(tensors)
+    return Saved(path, description, tensors)
+
+
+@contextmanager
+def faults(path: str | os.PathLike) -> Iterator[None]:
+    """A block that makes something of a file: what it raises becomes a PrefixFileError that names the file."""
+    try:
+        yield
+    except (PrefixFileError, torch.OutOfMemoryError):
+        raise
+    except FileNotFoundError as error:
+        inner = "" if error.filename in (None, str(path)) else f"{error.filename}: "
+        raise PrefixFileError(f"{path}: {inner}no such file or folder") from error
+    except OSError as error:
+        raise PrefixFileError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise PrefixFileError(f"{path}: damaged or cut off: {error}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise PrefixFileError(f"{path}: damaged: its description is not valid JSON: {error}") from error
+    except ValueError as error:
+        raise PrefixFileError(f"{path}: {error}") from error
+    except KeyError as error:
+        raise PrefixFileError(f"{path}: damaged: {error} is missing") from error
+    except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
+        raise PrefixFileError(f"{path}: damaged: {type(error).__name__}: {error}") from error
+
+
+def _read_old_folder(path: Path) -> Saved:
+    try:
+        description, tensors = legacy.read_folder(path)
+    except FileNotFoundError:
+        if (path / FILE_NAME).exists():  # written anew meanwhile
+            return read_file(path, "adapter")
+        raise
+    _check_finite(tensors)
+    return Saved(path, description, tensors)
+
+
+def _load(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    data = path.read_bytes()  # a mapping would follow whoever writes into the file, or cuts it off
+    tensors = safetensors.torch.load(data)
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return header.get("__metadata__", {}), tensors
+
+
+def _map(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _of_format(kind: Kind, description: Any) -> dict[str, Any]:
+    if not isinstance(description, dict) or description.get("format") != f"ctkernels-{kind}":
+        hint = "; import_peft reads adapters that peft saved" if kind == "adapter" else ""
+        raise ValueError(f"not {'an' if kind == 'adapter' else 'a'} {kind} saved by ctkernels{hint}")
+    version = description.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise ValueError(
+            f"format version {version}, this ctkernels {ctkernels.__version__} reads up to {FORMAT_VERSION}; it was "
+            f"written by {description.get('versions')}"
+        )
+    return description
+
+
+def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    return hashlib.sha256(f"{text}\0{combined(digests(tensors.items()))}".encode()).hexdigest()
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    for name, x in tensors.items():
+        if x.is_floating_point() and x.numel() and not torch.stack(x.aminmax()).isfinite().all():
+            raise ValueError(f"tensor {name} holds values that are not finite")

@@ -1,0 +1,234 @@
+"""Text formats: how pairs become tokens, as one context and as rows that read it.
+
+`_` is the delimiter, which is one token. x and y are tokenised apart, so no token crosses a border:
+
+    context        x0 _ y0  _ x1 _ y1  _ x2 _ y2        a row of demonstration 1:   _ x1 _ y1
+    segments      |        |          |          |      its labels:                        y1
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ctkernels.tuning.data.demonstrations import DataError, Demonstration
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SPECIAL, DELIMITER, INPUT, OUTPUT = range(4)  # kinds of context tokens
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """How pairs become tokens.
+
+    Args:
+        delimiter: text between input and output, and between pairs; exactly one token.
+        max_pair_tokens: most tokens of one pair (input, delimiter, output). The end of a longer input is cut off.
+        bos: whether a sequence starts with the tokenizer's BOS token. None: as the tokenizer does by itself.
+    """
+
+    delimiter: str = " "
+    max_pair_tokens: int = 256
+    bos: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_pair_tokens < 3:
+            raise ValueError(f"max_pair_tokens must be at least 3, got {self.max_pair_tokens}")
+
+
+@dataclass(frozen=True)
+class EncodedContext:
+    """The concatenated demonstrations.
+
+    input_ids: int64 [P].
+    segments: int64 [K+1]. Demonstration i is `input_ids[segments[i]:segments[i + 1]]`, with its leading delimiter. A
+        BOS token is before the first segment, so no row hides it.
+    kinds: int64 [P], the kind of each token: SPECIAL, DELIMITER, INPUT or OUTPUT.
+    """
+
+    input_ids: Tensor
+    segments: Tensor
+    kinds: Tensor
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence that reads the prefix, and the answers to score in it.
+
+    tokens: what the model reads: the prompt, and the answer without its last token, which predicts nothing.
+    answers: token lists that differ only in their last token, so that one run scores all of them.
+    held_out: the demonstration that this row must not see, or -1.
+    source: where the row comes from; used only in messages.
+    predicted_at: for each token of an answer, the index of the token whose logits predict it. None: the answer is
+        at the end of the row. Answers of several demonstrations in one sequence are one answer with gaps between its
+        tokens.
+    """
+
+    tokens: tuple[int, ...]
+    answers: tuple[tuple[int, ...], ...]
+    held_out: int = -1
+    source: str | None = None
+    predicted_at: tuple[int, ...] | None = None
+
+    @property
+    def first_label(self) -> int:
+        """Index of the token whose logits predict the first answer token."""
+        return len(self.tokens) - len(self.answers[0])
+
+    def label_positions(self, answer: int) -> tuple[int, ...]:
+        """Index of the token whose logits predict each token of an answer."""
+        if self.predicted_at is not None:
+            return self.predicted_at
+        return tuple(range(self.first_label, self.first_label + len(self.answers[answer])))
+
+
+def start_tokens(tokenizer: PreTrainedTokenizerBase, text_format: TextFormat) -> tuple[int, ...]:
+    """What a sequence starts with: BOS, or nothing. Raises ValueError: `bos=True` for a tokenizer without BOS."""
+    bos, use_bos = tokenizer.bos_token_id, text_format.bos
+    if use_bos and bos is None:
+        raise ValueError("bos=True, but the tokenizer has no BOS token")
+    if use_bos is None:
+        use_bos = bos is not None and list(tokenizer("a").input_ids[:1]) == [bos]
+    return (bos,) if use_bos else ()
+
+
+class PairEncoder:
+    """The tokens of pairs under one tokenizer and one `TextFormat`.
+
+    Raises:
+        ValueError: the delimiter is not exactly one known token, or `bos=True` for a tokenizer without BOS.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text_format: TextFormat | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.format = text_format or TextFormat()
+        self.cut_sources: list[str] = []
+        delimiter = self.encode(self.format.delimiter)
+        if len(delimiter) != 1 or delimiter[0] == tokenizer.unk_token_id:
+            raise ValueError(
+                f"delimiter must be exactly one token; this tokenizer turns {self.format.delimiter!r} into "
+                f"{delimiter}; choose another delimiter, such as '\\n'"
+            )
+        self.delimiter = delimiter[0]
+        self.start = start_tokens(tokenizer, self.format)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Tokens of a text, without special tokens."""
+        return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+    def answer(self, demonstration: Demonstration, output: str) -> tuple[int, ...]:
+        """Tokens of an output or option."""
+        tokens = self.encode(output)
+        if not tokens:
+            raise DataError(f"{_place(demonstration)}the output {output!r} has no tokens under this tokenizer")
+        if len(tokens) > self.format.max_pair_tokens - 2:
+            raise DataError(
+                f"{_place(demonstration)}the output alone has {len(tokens)} tokens; with max_pair_tokens="
+                f"{self.format.max_pair_tokens} no room is left for the input"
+            )
+        return tokens
+
+    def prompt(self, demonstration: Demonstration, longest_answer: int) -> tuple[int, ...]:
+        """Tokens of the input and the delimiter after it, the input cut to leave room for `longest_answer` tokens."""
+        tokens = self.encode(demonstration.input)
+        if not tokens:
+            raise DataError(
+                f"{_place(demonstration)}the input {demonstration.input!r} has no tokens under this tokenizer"
+            )
+        room = self.format.max_pair_tokens - longest_answer - 1
+        if room < 1:
+            raise DataError(
+                f"{_place(demonstration)}max_pair_tokens={self.format.max_pair_tokens} leaves no room for an input "
+                f"before {longest_answer} tokens"
+            )
+        if len(tokens) > room:
+            self.cut_sources.append(demonstration.source or repr(demonstration.input[:30]))
+        return (*tokens[:room], self.delimiter)
+
+    def report_cuts(self) -> None:
+        """Warn about the inputs that were cut since the last call."""
+        if self.cut_sources:
+            shown = ", ".join(self.cut_sources[:5]) + (", ..." if len(self.cut_sources) > 5 else "")
+            warnings.warn(
+                f"{len(self.cut_sources)} inputs lost their end to keep a pair within "
+                f"{self.format.max_pair_tokens} tokens: {shown}",
+                stacklevel=3,
+            )
+            self.cut_sources.clear()
+
+
+def encode_context(
+    tokenizer: PreTrainedTokenizerBase,
+    demonstrations: Sequence[Demonstration],
+    text_format: TextFormat | None = None,
+) -> EncodedContext:
+    """The demonstrations as one context. Without demonstrations it is the BOS token, or empty.
+
+    Raises:
+        DataError: an input or output without tokens, or an output that leaves no room for its input.
+        ValueError: the delimiter is not one token.
+    """
+    encoder = PairEncoder(tokenizer, text_format)
+    tokens, kinds = list(encoder.start), [SPECIAL] * len(encoder.start)
+    segments = [len(tokens)]
+    for i, demonstration in enumerate(demonstrations):
+        answer = encoder.answer(demonstration, demonstration.output)
+        prompt = encoder.prompt(demonstration, len(answer))
+        lead = (encoder.delimiter,) if i > 0 else ()
+        tokens += lead + prompt + answer
+        kinds += [DELIMITER] * len(lead) + [INPUT] * (len(prompt) - 1) + [DELIMITER] + [OUTPUT] * len(answer)
+        segments.append(len(tokens))
+    encoder.report_cuts()
+    return EncodedContext(
+        torch.tensor(tokens, dtype=torch.long), torch.tensor(segments), torch.tensor(kinds, dtype=torch.long)
+    )
+
+
+def encode_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    demonstrations: Sequence[Demonstration],
+    text_format: TextFormat | None = None,
+    learn_stop: bool = False,
+    encoder: PairEncoder | None = None,
+) -> list[Row]:
+    """Training rows, one per demonstration: `_ x _ y`, with y as labels.
+
+    Args:
+        learn_stop: the delimiter after the answer is a label, too, so that the model learns where an answer ends.
+        encoder: used instead of a `PairEncoder`; for instance one that shows demonstrations before an input.
+
+    Raises:
+        DataError, ValueError: as `encode_context`.
+    """
+    encoder = encoder or PairEncoder(tokenizer, text_format)
+    rows = []
+    for i, demonstration in enumerate(demonstrations):
+        answer = encoder.answer(demonstration, demonstration.output)
+        prompt = (encoder.delimiter, *encoder.prompt(demonstration, len(answer)))
+        labels = (*answer, encoder.delimiter) if learn_stop else answer
+        rows.append(Row(prompt + labels[:-1], (labels,), held_out=i, source=demonstration.source))
+    encoder.report_cuts()
+    return rows
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, text_format: TextFormat | None = None) -> list[int]:
+    """Token ids `_ x _` of an input after a prefix, as training rows begin.
+
+    Text and delimiters are tokenised apart, so that a space does not become part of the first word. Nothing is cut.
+
+    Raises:
+        ValueError: the delimiter is not one token.
+    """
+    encoder = PairEncoder(tokenizer, text_format)
+    return [encoder.delimiter, *encoder.encode(text), encoder.delimiter]
+
+
+def _place(demonstration: Demonstration) -> str:
+    return f"{demonstration.source}: " if demonstration.source else ""

@@ -1,0 +1,62 @@
+"""Running a batch of rows through a frozen model with a prefix attached."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from ctkernels.tuning.data.batches import Batch, answer_losses
+from ctkernels.tuning.hf.attach import Attachment
+from ctkernels.tuning.hf.encode import differentiable_mode
+from ctkernels.tuning.hf.parallel import reshard
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def row_losses(model: PreTrainedModel, attachment: Attachment, batch: Batch, prompt: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy in nats of each answer of a batch, `[number of answers]`.
+
+    prompt: embeddings `[batch.lead, E]` of a soft prompt at the start of each row.
+    """
+    attachment.cu_seqlens = batch.cu_seqlens
+    tokens = {"input_ids": batch.input_ids}
+    if prompt is not None:
+        embedded = model.get_input_embeddings()(batch.input_ids)
+        tokens = {"inputs_embeds": batch.with_prompt(embedded, prompt.to(embedded.dtype))}
+    logits = model(
+        **tokens,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        logits_to_keep=batch.logit_positions,
+        use_cache=False,
+    ).logits
+    return answer_losses(logits, batch)
+
+
+@contextlib.contextmanager
+def frozen(model: PreTrainedModel, but: Iterable[nn.Parameter] = ()) -> Iterator[None]:
+    """Within the block only the weights in `but` require a gradient, and no dropout is active. Then all is restored.
+
+    Modules with gradient checkpointing stay in training mode, since transformers checkpoints only in that mode. So do
+    modules that need it for their derivative (`differentiable_mode`).
+    """
+    reshard(model)
+    needs_grad = [(p, p.requires_grad) for p in model.parameters()]
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        model.requires_grad_(False).eval()
+        for module, _ in training:
+            module.training = bool(getattr(module, "gradient_checkpointing", False)) or differentiable_mode(module)
+        for parameter in but:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        reshard(model)
+        for parameter, flag in needs_grad:
+            parameter.requires_grad_(flag)
+        for module, flag in training:
+            module.training = flag

@@ -1,0 +1,111 @@
+"""`tune`: a task, a model and the name of a method become an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ctkernels import dispatch
+from ctkernels.tuning.adapters.adapter import Adapter
+from ctkernels.tuning.adapters.prefix import KVPrefix
+from ctkernels.tuning.data.demonstrations import Demonstration
+from ctkernels.tuning.data.formats import TextFormat
+from ctkernels.tuning.methods.base import Run, require_demonstrations, require_transferable, require_weights
+from ctkernels.tuning.methods.table import get_method
+from ctkernels.tuning.train.checkpoint import fingerprint, model_fingerprint
+from ctkernels.tuning.train.distributed import Ranks, is_sharded
+from ctkernels.tuning.train.learners import Learner
+from ctkernels.tuning.train.options import LoopOptions, Options
+from ctkernels.tuning.train.trainer import EpochRecord, OnEpoch, RunControl, train_learner
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """An adapter and how it came to be (`history` is empty for methods that train nothing)."""
+
+    adapter: Adapter
+    history: list[EpochRecord]
+
+    @property
+    def prefix(self) -> KVPrefix:
+        """The adapter's prefix. For methods that also change weights, use the adapter."""
+        return self.adapter.prefix
+
+
+def tune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    demonstrations: Sequence[Demonstration],
+    method: str = "ct-kv",
+    settings: Options | None = None,
+    text_format: TextFormat | None = None,
+    *,
+    start_from: Adapter | None = None,
+    checkpoint_dir: str | Path | None = None,
+    checkpoint_every: int = 5,
+    resume: bool = False,
+    on_epoch: OnEpoch | None = None,
+    group: ProcessGroup | None = None,
+) -> TuneResult:
+    """Adapt a frozen model to a task: the adapter of `method` for these demonstrations, trained if the method trains.
+
+    Args:
+        model: a supported causal language model; its weights and its mode are left as they were.
+        tokenizer: the model's.
+        demonstrations: the task's pairs.
+        method: a name of `methods.METHODS`.
+        settings: of the method (`METHODS[method].settings()`, the default), or `TrainSettings`.
+        text_format: how pairs become tokens.
+        start_from: another task's adapter of the same model to start from: methods that start from demonstrations
+            put its prefix or prompt in front of them, others take it in place of their own; ttt takes its LoRA.
+        checkpoint_dir, checkpoint_every: where to keep a checkpoint, and after how many epochs to replace it.
+        resume: continue from the checkpoint, if there is one; the run ends with the same bits as if never stopped.
+        on_epoch: called with the record and what is trained after every epoch, before its checkpoint, on every process;
+            nothing is attached then, so that it may evaluate. True (from any process) ends the stage with this epoch.
+        group: a `torch.distributed` process group whose processes all make this call and share the rows of each step;
+            all of them return the result of one process, the first one writes checkpoints, which all of them must be
+            able to read. None: this process alone.
+
+    Raises:
+        DataError: too few demonstrations, or more tokens than the model takes.
+        ValueError: an unknown method; settings that it does not read; an adapter it cannot start from; an unknown or
+            unavailable backend; sharded or offloaded weights that the method needs in one piece.
+        TypeError: a model class that is not supported.
+        CheckpointError: `resume` with other settings, data or model than the checkpoint's.
+        TrainingError: the loss is not finite, or has no gradient.
+        PeerError: another process of the group failed.
+    """
+    ranks = Ranks(group, model.device, sharded=is_sharded(model))
+    with ranks.together():
+        how = get_method(method)
+        own = how.settings() if settings is None else how.accept(settings)
+        require_demonstrations(how, len(demonstrations), own)
+        require_transferable(how, start_from, model)
+        require_weights(how, model)
+        if own.backend is not None:
+            dispatch.choose(own.backend, model.device)  # refuses an unusable one before the model runs
+        folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+        control = RunControl(folder, checkpoint_every, resume, on_epoch, ranks)
+        origin = None if start_from is None else _adapter_fingerprint(start_from)
+        history: list[EpochRecord] = []
+
+        def train(learner: Learner, of_stage: LoopOptions | None = None, stage: str = "") -> None:
+            identity = {"method": method, "stage": stage, "start_from": origin}
+            history.extend(train_learner(model, learner, of_stage or own, control, stage=stage, identity=identity))
+
+        text_format = text_format or TextFormat()
+        run = Run(model, tokenizer, tuple(demonstrations), method, own, text_format, start_from, train)
+        return TuneResult(how.fit(run), history)
+
+
+def _adapter_fingerprint(adapter: Adapter) -> str:
+    parts = [model_fingerprint(module) for module in (adapter.prefix, adapter.prompt) if module is not None]
+    weights = {} if adapter.lora is None else adapter.lora.tensors
+    parts += [(name, tensor.flatten()[:16].tolist()) for name, tensor in weights.items()]
+    return fingerprint(parts)
