@@ -163,7 +163,13 @@ def test_readers_beside_a_writer_that_is_killed(tmp_path):
     Would catch a file that is written in place, and two files that have to fit."""
     path, chance = tmp_path / FILE_NAME, random.Random(0)
     write_file(path, "adapter", {"number": 0}, {"keys.0": torch.zeros(2000)})
-    seen = set()
+    seen: set[tuple[int, int]] = set()
+
+    def whole_number() -> int:
+        _, description, tensors = read_file(path, "adapter")
+        assert torch.equal(tensors["keys.0"], torch.full((2000,), float(description["number"])))
+        return description["number"]
+
     for _ in range(20):
         child = os.fork()
         if child == 0:
@@ -172,16 +178,15 @@ def test_readers_beside_a_writer_that_is_killed(tmp_path):
                     write_file(path, "adapter", {"number": number}, {"keys.0": torch.full((2000,), float(number))})
             finally:
                 os._exit(1)
-        end = time.monotonic() + chance.uniform(0.05, 0.15)
-        while time.monotonic() < end:
-            _, description, tensors = read_file(path, "adapter")
-            assert torch.equal(tensors["keys.0"], torch.full((2000,), float(description["number"])))
-            seen.add(description["number"])
-        os.kill(child, signal.SIGKILL)
-        assert os.waitpid(child, 0)[1] == signal.SIGKILL
-        _, description, tensors = read_file(path, "adapter")
-        assert torch.equal(tensors["keys.0"], torch.full((2000,), float(description["number"])))
-    assert len(seen) > 20
+        try:
+            end, before = time.monotonic() + chance.uniform(0.05, 0.15), len(seen)
+            while (now := time.monotonic()) < end or (len(seen) < before + 2 and now < end + 60):  # it has written
+                seen.add((child, whole_number()))
+            assert len(seen) >= before + 2
+        finally:
+            os.kill(child, signal.SIGKILL)
+            assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        whole_number()
 
 
 def test_model_cards(tmp_path):
