@@ -37,7 +37,7 @@ from ctkernels import ContextMask
 from ctkernels.tuning.hf.alibi import ALIBI_IMPLEMENTATION, serve_alibi
 from ctkernels.tuning.hf.attention import ATTACHED, ATTACHED_IMPLEMENTATION, STATE, ForwardState, is_layout, no_padding
 from ctkernels.tuning.hf.caches import ATTACHED_NOW, claim, own
-from ctkernels.tuning.hf.discover import passes_keywords
+from ctkernels.tuning.hf.discover import is_latent, passes_keywords
 from ctkernels.tuning.hf.models import ALIBI, LEARNED, Decoder, find_decoder, other_architecture, rope_switch
 from ctkernels.tuning.hf.packed import INTEGERS, TOLD_BY, packed_rows
 from ctkernels.tuning.hf.parallel import head_group
@@ -87,6 +87,8 @@ class Attachment:
         switches = (rope_switch(config, each.first_position) for each in self._prefixes)
         self._rope_switch = min((switch for switch in switches if switch is not None), default=None)
         self._group = head_group(self._decoder.attentions[0])
+        if self._group is not None and is_latent(self._decoder.attentions[0]):
+            raise ValueError(f"{self._name} has latent attention, whose prefix has no heads to spread over processes")
         self._parameters = list(inspect.signature(self._decoder.base.forward).parameters)
         self._passes_keywords = passes_keywords(type(self._decoder.layers[0]))
         self._traces: Traces | None = None

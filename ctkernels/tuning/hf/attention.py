@@ -29,6 +29,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ctkernels import ContextMask, prefix_attention, prefix_attention_varlen
+from ctkernels.tuning.hf.discover import is_latent
 from ctkernels.tuning.hf.parallel import own_heads
 from ctkernels.tuning.hf.plain import IMPLEMENTATION, unknown_argument
 
@@ -196,12 +197,14 @@ def attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
     ctkernels_state: ForwardState | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer, as transformers calls it.
 
     query `[B, H, S, D]`, key and value `[B, Hk, T, D]` (transposed views, read in place), T > S with a cache.
+    s_aux: attention sinks `[H]`, the name that transformers gives them.
     Returns (`[B, S, H, D]`, None): there are no attention weights.
 
     Raises:
@@ -230,15 +233,32 @@ def attention_forward(
             f"{name}: an attached model takes causal attention with a 2D padding mask whose rows are one run of ones, "
             "got another mask or bidirectional attention; rows packed into one sequence need attachment.cu_seqlens"
         )
-    settings = {"scale": scaling, "window": sliding_window, "softcap": softcap or None}
-    return attend(ctkernels_state, index, query, key, value, layout, **settings), None
+    settings = {"scale": scaling, "window": sliding_window, "softcap": softcap or None, "sinks": s_aux}
+    expand = module.expand_kv if is_latent(module) else None
+    return attend(ctkernels_state, index, query, key, value, layout, expand, **settings), None
 
 
 def attend(
-    state: ForwardState, index: int, query: Tensor, key: Tensor, value: Tensor, layout: Tensor | None, **settings: Any
+    state: ForwardState,
+    index: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Tensor | None,
+    expand: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    **settings: Any,
 ) -> Tensor:
-    """The op on layer `index`: q `[B, H, S, D]`, k and v `[B, Hk, T, D]` -> `[B, S, H, D]`."""
-    prefix = [own_heads(x[index], key.shape[1], state.group) for x in (state.keys, state.values)]
+    """The op on layer `index`: q `[B, H, S, D]`, k and v `[B, Hk, T, D]` -> `[B, S, H, D]`.
+
+    expand: what makes keys and values `[G, H, P, D]` of latents `[G, 1, P, R]`, if the prefix holds these.
+    """
+    held = state.keys[index], state.values[index]
+    if expand is None:
+        prefix = [own_heads(x, key.shape[1], state.group) for x in held]
+    else:
+        alone = held[0].dim() == 3
+        prefix = list(expand(*(x.to(query.dtype)[None] if alone else x.to(query.dtype) for x in held)))
+        prefix = [x[0] for x in prefix] if alone else prefix
     here = query.device  # layers of one model may be on different devices
     index_of_rows = {name: getattr(state, name) for name in ("prefix_index", "prefix_lens")}
     settings |= {name: None if x is None else x.to(here) for name, x in index_of_rows.items()}

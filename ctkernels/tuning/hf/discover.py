@@ -2,8 +2,8 @@
 
     attention   modules whose forward looks up transformers' table of attention functions, the registry
     base        the PreTrainedModel that owns them: it gets token ids, positions and the mask
-    layers      the elements of its ModuleList that hold one attention each
-    shapes      KV heads and head dimensions of each layer, from its attention module
+    layers      the elements of its ModuleList that hold them
+    shapes      KV heads and head dimensions of what each attention caches
     positions   rotary, learned, ALiBi or none, and what the first token's position is called
 
 What is found here is an assumption. A class is served only after its proof (`proof.py`).
@@ -55,8 +55,8 @@ Look = tuple[tuple[str, str], ...]  # (name, value) of the settings of a layer
 @dataclass(frozen=True)
 class Layout:
     """Where the parts are. base, stack: paths in the model of the owner of the layers and of the ModuleList, which has
-    `count` elements.  attentions: for each layer with attention, its index there and the path and the class of its
-    attention.  bare: names of the classes of elements without attention.  looks: what is set on each kind of layer and
+    `count` elements.  attentions: of each attention, the index of its layer there, its path in it and its class.
+    bare: names of the classes of elements without attention.  looks: what is set on each kind of layer and
     its attention, by name."""
 
     base: str
@@ -118,23 +118,16 @@ def find_layout(model: PreTrainedModel) -> Layout:
     stacks = sorted({place["stack"] if place else path for path, place in places.items()})
     if len(stacks) > 1 or not all(places.values()):
         raise unsupported(model, f"it keeps its layers in several places ({', '.join(stacks)})")
-    by_layer: dict[int, str] = {}
-    for path, place in places.items():
-        index = int(place["index"])
-        if index in by_layer:
-            kinds = (type(own[at]).__name__ for at in (by_layer[index], path))
-            raise unsupported(model, f"layer {index} has several attentions ({', '.join(kinds)})")
-        by_layer[index] = path
     stack = model.get_submodule(stacks[0])
-    looks = {_look(stack[index], own[path]) for index, path in by_layer.items()}
-    inside = {index: path.removeprefix(f"{stacks[0]}.{index}.") for index, path in by_layer.items()}
+    at = {path: int(place["index"]) for path, place in places.items() if place}
+    ordered = sorted(own, key=at.__getitem__)  # of several in one layer, the first comes first
     return Layout(
         base,
         stacks[0],
         len(stack),
-        tuple((index, inside[index], type(own[by_layer[index]])) for index in sorted(by_layer)),
-        tuple(type(layer).__name__ for index, layer in enumerate(stack) if index not in by_layer),
-        tuple(sorted(looks)),
+        tuple((at[path], path.removeprefix(f"{stacks[0]}.{at[path]}."), type(own[path])) for path in ordered),
+        tuple(type(layer).__name__ for index, layer in enumerate(stack) if index not in at.values()),
+        tuple(sorted({_look(stack[at[path]], own[path]) for path in ordered})),
     )
 
 
@@ -218,15 +211,21 @@ def first_position_id(base: PreTrainedModel) -> int:
     return 0
 
 
+def is_latent(attention: nn.Module) -> bool:
+    """Whether it caches latents, one vector per token for all heads, and makes keys and values of them (multi-head
+    latent attention)."""
+    return hasattr(attention, "expand_kv")
+
+
 def shape_of(attention: nn.Module, config: PreTrainedConfig) -> Shape:
     """The shape of what a layer's attention caches, as its class usually says it; the proof compares."""
+    if is_latent(attention):  # in place of keys the latents, in place of values the part of keys that is rotated
+        return Shape(1, attention.kv_lora_rank, attention.qk_rope_head_dim)
     heads = config.num_attention_heads
-    own = {name: getattr(attention, name, None) for name in ("head_dim", "qk_head_dim", "v_head_dim")}
-    key_dim = own["qk_head_dim"] or own["head_dim"] or getattr(config, "head_dim", None) or config.hidden_size // heads
+    own = {name: getattr(attention, name, None) for name in ("head_dim", "v_head_dim")}
+    key_dim = own["head_dim"] or getattr(config, "head_dim", None) or config.hidden_size // heads
     projection = getattr(attention, "k_proj", None)
-    if own["qk_head_dim"] is not None:  # latent attention caches what it has expanded
-        kv_heads = heads
-    elif hasattr(projection, "out_features"):
+    if hasattr(projection, "out_features"):
         kv_heads = projection.out_features // key_dim
     else:
         kv_heads = getattr(config, "num_key_value_heads", None) or heads

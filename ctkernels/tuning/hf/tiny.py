@@ -62,14 +62,16 @@ _SIZES: Mapping[str, int] = {
         (
             16,
             "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size expert_ffn_hidden_size "
-            "shared_experts_intermediate_size moe_shared_expert_intermediate_size router_hidden_size kv_lora_rank "
-            "q_lora_rank o_lora_rank v_head_dim indexer_head_dim gated_norm_rank laurel_rank adapter_rank hc_lowrank",
+            "shared_experts_intermediate_size moe_shared_expert_intermediate_size router_hidden_size "
+            "q_lora_rank o_lora_rank indexer_head_dim gated_norm_rank laurel_rank adapter_rank hc_lowrank",
         ),
         (
             POSITIONS,
             "max_position_embeddings n_positions n_ctx max_seq_len max_seq_length model_max_length context_length "
             "max_target_positions max_source_positions",
         ),
+        (24, "v_head_dim"),  # unlike HEAD_DIM
+        (32, "kv_lora_rank"),
         (POSITIONS // 2, "original_max_position_embeddings"),
         (
             8,
@@ -228,8 +230,11 @@ def _shrunk(fields: Mapping[str, Any], config: Any, whole: Mapping[str, Any] | N
             new[name] = min(value, _COUNTS[name])
         elif "vocab" in name:
             new[name] = VOCABULARY
-    if "qk_rope_head_dim" in fields and "head_dim" in fields:  # the rotary embedding's
-        new["head_dim"] = new["qk_rope_head_dim"]
+    if "attention_value_scale" in fields:  # MiMo's windowed layers have twice as many KV heads
+        new["num_key_value_heads"] = 1
+    if "qk_rope_head_dim" in fields:
+        new |= {"head_dim": new["qk_rope_head_dim"]} if "head_dim" in fields else {}  # the rotary embedding's
+        new |= {"qk_head_dim": new["qk_rope_head_dim"] + new["qk_nope_head_dim"]} if "qk_head_dim" in fields else {}
     if {"mamba_n_heads", "mamba_d_head", "mamba_expand"} <= fields.keys():
         inner = new["hidden_size"] * fields["mamba_expand"]
         new |= {"mamba_d_head": HEAD_DIM, "mamba_n_heads": inner // HEAD_DIM}
