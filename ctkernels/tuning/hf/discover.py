@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from dis import get_instructions
 from functools import cache
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -78,19 +78,47 @@ class Layout:
         same = len(stack) == self.count and all(
             type(attention) is kind for attention, (_, _, kind) in zip(attentions, self.attentions, strict=True)
         )
-        return Parts(base, layers, attentions) if same else None
+        return _parts(base, layers, attentions) if same else None
+
+    def is_wrapped(self, model: nn.Module) -> bool:
+        """Whether another model than `model` itself calls the one that owns the layers, and may make masks for it."""
+        path = self.base.split(".")
+        between = (model.get_submodule(".".join(path[:depth])) for depth in range(1, len(path)))
+        return any(isinstance(module, PreTrainedModel) for module in between)
 
     def classes(self) -> list[str]:
         """Names of the attention classes and of layers without attention."""
         return sorted({*(class_name(kind) for *_, kind in self.attentions), *self.bare})
 
 
+class Borrower(NamedTuple):
+    """A layer whose attention reads keys and values that another one has made; which, as an index among those."""
+
+    layer: nn.Module
+    attention: nn.Module
+    source: int
+
+
 class Parts(NamedTuple):
-    """The modules of a `Layout`."""
+    """The modules of a `Layout`. layers, attentions: those that make keys and values, and so have a prefix."""
 
     base: PreTrainedModel
     layers: tuple[nn.Module, ...]
     attentions: tuple[nn.Module, ...]
+    borrowers: tuple[Borrower, ...]
+
+
+def _parts(base: PreTrainedModel, layers: tuple[nn.Module, ...], attentions: tuple[nn.Module, ...]) -> Parts:
+    own: list[tuple[nn.Module, nn.Module]] = []
+    borrowers, latest = [], dict[str | None, int]()  # by kind of layer
+    for layer, attention in zip(layers, attentions, strict=True):
+        kind = getattr(attention, "layer_type", None)
+        if getattr(attention, "is_kv_shared_layer", False):
+            borrowers.append(Borrower(layer, attention, latest[kind]))
+        else:
+            latest[kind] = len(own)
+            own.append((layer, attention))
+    return Parts(base, tuple(layer for layer, _ in own), tuple(attention for _, attention in own), tuple(borrowers))
 
 
 def find_layout(model: PreTrainedModel) -> Layout:
@@ -211,13 +239,20 @@ def first_position_id(base: PreTrainedModel) -> int:
     return 0
 
 
+def widest_head(attention: Any, shape: Shape) -> int:
+    """The largest head dimension that its attention function gets; shape: what it caches."""
+    if is_latent(attention):
+        return max(attention.qk_head_dim, attention.v_head_dim)
+    return max(shape.key_dim, shape.value_dim)
+
+
 def is_latent(attention: nn.Module) -> bool:
     """Whether it caches latents, one vector per token for all heads, and makes keys and values of them (multi-head
     latent attention)."""
     return hasattr(attention, "expand_kv")
 
 
-def shape_of(attention: nn.Module, config: PreTrainedConfig) -> Shape:
+def shape_of(attention: Any, config: PreTrainedConfig) -> Shape:
     """The shape of what a layer's attention caches, as its class usually says it; the proof compares."""
     if is_latent(attention):  # in place of keys the latents, in place of values the part of keys that is rotated
         return Shape(1, attention.kv_lora_rank, attention.qk_rope_head_dim)

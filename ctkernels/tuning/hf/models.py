@@ -22,6 +22,7 @@ from ctkernels.tuning.hf.discover import ALIBI as ALIBI  # for those who ask how
 from ctkernels.tuning.hf.discover import LEARNED as LEARNED
 from ctkernels.tuning.hf.discover import ROTARY as ROTARY
 from ctkernels.tuning.hf.discover import (
+    Borrower,
     Layout,
     Shape,
     find_layout,
@@ -29,6 +30,7 @@ from ctkernels.tuning.hf.discover import (
     positions_of,
     shape_of,
     unsupported,
+    widest_head,
     written_class,
 )
 from ctkernels.tuning.hf.protocols import Origin
@@ -48,8 +50,9 @@ class Decoder:
     """The parts of a model.
 
     model: the class with the head, or the base itself.  base: the module that owns the layers.  layers, attentions:
-    the layers with attention, and that.  shapes: of each layer's keys and values.  first_position_id: what the position
-    of a sequence's first token is called.
+    the layers with attention, and that.  borrowers: those that read another one's keys and values, and so its prefix.
+    shapes: of what each of `attentions` caches.  first_position_id: what the position of a sequence's first token is
+    called.  wrapped: whether another model inside of `model` calls `base`, as vision models call a text decoder.
     """
 
     family: Family
@@ -57,8 +60,10 @@ class Decoder:
     base: PreTrainedModel
     layers: tuple[nn.Module, ...]
     attentions: tuple[nn.Module, ...]
+    borrowers: tuple[Borrower, ...]
     shapes: tuple[Shape, ...]
     first_position_id: int = 0
+    wrapped: bool = False
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -129,14 +134,15 @@ def find_decoder(model: nn.Module) -> Decoder:
             Family(written_class(type(inner)).__name__, positions_of(inner, parts)),
             tuple(shape_of(attention, parts.base.config) for attention in parts.attentions),
             first_position_id(parts.base),
+            layout.is_wrapped(inner),
         )
-        widest = max(max(shape.key_dim, shape.value_dim) for shape in known.shapes)
+        widest = max(map(widest_head, parts.attentions, known.shapes))
         if widest > MAX_HEAD_DIM:
             raise unsupported(inner, f"it has heads of dimension {widest}; the kernels have them up to {MAX_HEAD_DIM}")
         _check_variant(inner, parts.base.config)
         if admit(inner, layout):
             _known[inner] = known
-    return Decoder(known.family, inner, *parts, known.shapes, known.first_position_id)
+    return Decoder(known.family, inner, *parts, known.shapes, known.first_position_id, known.wrapped)
 
 
 @dataclass(frozen=True)
@@ -148,6 +154,7 @@ class _Known:
     family: Family
     shapes: tuple[Shape, ...]
     first_position_id: int
+    wrapped: bool
 
 
 _known: weakref.WeakKeyDictionary[PreTrainedModel, _Known] = weakref.WeakKeyDictionary()

@@ -100,7 +100,7 @@ _COUNTS: Mapping[str, int] = {
             "n_shared_experts num_shared_experts moe_num_shared_experts zero_expert_num index_n_heads "
             "index_topk_blocks linear_num_key_heads linear_num_value_heads num_random_blocks o_groups",
         ),
-        (1, "first_k_dense_replace num_dense_layers max_window_layers num_kv_shared_layers"),
+        (1, "first_k_dense_replace num_dense_layers max_window_layers"),
     )
     for name in names.split()
 }
@@ -109,7 +109,7 @@ _NOT_LENGTHS = _names(
     "query_pre_attn_scalar chunk_size_feed_forward pretraining_tp type_vocab_size task_type_vocab_size seed "
     "dim_model_base scale_emb mm_tokens_per_image image_seq_length image_size intermediate_multiple_size "
     "block_multiple_of moe_layer_end_index max_length min_length num_beams num_mel_bins classifier_proj_size "
-    "mask_time_length mask_feature_length mamba_n_heads mamba_d_head mamba_d_ssm"
+    "mask_time_length mask_feature_length mamba_n_heads mamba_d_head mamba_d_ssm num_kv_shared_layers"
 )
 # what cannot come between a prefix and its rows: names, ids, training, and what is done to each token by itself
 _IRRELEVANT = _names(
@@ -213,6 +213,8 @@ def _shrunk(fields: Mapping[str, Any], config: Any, whole: Mapping[str, Any] | N
             new[name] = {layer: _shrunk(entry, None, whole) for layer, entry in value.items()}
         elif isinstance(value, Mapping) and isinstance(getattr(config, name, None), PreTrainedConfig):
             new[name] = _shrunk(value, getattr(config, name))
+        elif name in _SIZES and isinstance(value, (list, tuple)):  # of each layer
+            new[name] = [_SIZES[name] * (1 + (x > min(value))) for x in value]
         elif not _is_size(name, value) or value == 0:
             continue
         elif name in _WIDTHS:
@@ -242,7 +244,7 @@ def _shrunk(fields: Mapping[str, Any], config: Any, whole: Mapping[str, Any] | N
     if {"expand", "num_heads", "head_dim"} <= fields.keys():
         new["head_dim"] = new["hidden_size"] * fields["expand"] // HEADS
     if fields is whole:
-        _cut_layers(new, fields)
+        _cut_layers(new, fields, config)
         new.update({name: value for name, value in _TOKENS.items() if name in fields})
     return new
 
@@ -254,8 +256,9 @@ def _first(fields: Mapping[str, Any], names: Any) -> int | None:
     return next((fields[name] for name in names if _is_size(name, fields.get(name)) and fields[name]), None)
 
 
-def _cut_layers(new: dict[str, Any], fields: Mapping[str, Any]) -> None:
+def _cut_layers(new: dict[str, Any], fields: Mapping[str, Any], config: Any) -> None:
     """Fewer layers: the first of every kind, as what is said per layer tells them apart, and some more."""
+    sharing = getattr(config, "kv_sharing_modes", None)
     for name in _LAYERS:
         count = fields.get(name)
         if not _is_size(name, count) or count < 1:
@@ -266,12 +269,15 @@ def _cut_layers(new: dict[str, Any], fields: Mapping[str, Any]) -> None:
         apart = {int(layer): entry for layer, entry in (fields.get("per_layer_config") or {}).items()}
         kinds = [
             str([[x[i] for x in per_layer.values()], [i in x for x in chosen_by_index.values()], apart.get(i)])
+            + (str(sharing[i]) if sharing else "")
             for i in range(count)
         ]
         chosen = {kinds.index(kind) for kind in kinds}
         rest = [i for i in range(count) if i not in chosen]
         layers = sorted([*chosen, *rest[: max(0, LAYERS - len(chosen))]])
         new[name] = len(layers)
+        if sharing and "num_kv_shared_layers" in fields:  # always the last ones
+            new["num_kv_shared_layers"] = sum(sharing[i] == "reuse" for i in layers)
         new |= {key: [new[key][i] for i in layers] for key in per_layer}
         new |= {key: [at for at, i in enumerate(layers) if i in x] for key, x in chosen_by_index.items()}
         if apart:
