@@ -63,7 +63,7 @@ _SIZES: Mapping[str, int] = {
             16,
             "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size expert_ffn_hidden_size "
             "shared_experts_intermediate_size moe_shared_expert_intermediate_size router_hidden_size kv_lora_rank "
-            "q_lora_rank o_lora_rank v_head_dim indexer_head_dim gated_norm_rank laurel_rank adapter_rank hc_lowrank",
+            "swa_kv_lora_rank swa_q_lora_rank swa_v_head_dim q_lora_rank o_lora_rank v_head_dim indexer_head_dim gated_norm_rank laurel_rank adapter_rank hc_lowrank",
         ),
         (
             POSITIONS,
@@ -73,6 +73,7 @@ _SIZES: Mapping[str, int] = {
         (POSITIONS // 2, "original_max_position_embeddings"),
         (
             8,
+            "swa_qk_rope_head_dim swa_qk_nope_head_dim "
             "qk_rope_head_dim qk_nope_head_dim index_head_dim rotary_dim d_rel hidden_size_per_layer_input "
             "linear_key_head_dim linear_value_head_dim linear_head_dim mamba_d_state state_size ssm_state_size "
             "pronunciation_embed_dim shape_embed_dim",
@@ -228,8 +229,9 @@ def _shrunk(fields: Mapping[str, Any], config: Any, whole: Mapping[str, Any] | N
             new[name] = min(value, _COUNTS[name])
         elif "vocab" in name:
             new[name] = VOCABULARY
-    if "qk_rope_head_dim" in fields and "head_dim" in fields:  # the rotary embedding's
-        new["head_dim"] = new["qk_rope_head_dim"]
+    if "qk_rope_head_dim" in fields and "head_dim" in fields:  # the rotary embedding's, or the whole head's
+        whole_head = fields["head_dim"] != fields["qk_rope_head_dim"]
+        new["head_dim"] = new["qk_rope_head_dim"] + (new["qk_nope_head_dim"] if whole_head else 0)
     if {"mamba_n_heads", "mamba_d_head", "mamba_expand"} <= fields.keys():
         inner = new["hidden_size"] * fields["mamba_expand"]
         new |= {"mamba_d_head": HEAD_DIM, "mamba_n_heads": inner // HEAD_DIM}
