@@ -45,10 +45,12 @@ test-gpu-full: .venv/built
 	OMP_NUM_THREADS=1 CTKERNELS_TEST_PROFILE=thorough .venv/bin/python -m pytest -q -n 2 tests/backends tools
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 CTKERNELS_TEST_PROFILE=interpreter .venv/bin/python -m pytest -q -n 2 tests/op -k triton
 
-# Every causal language model class of the installed transformers, with a prefix and with the drop-in attention, each in
-# a process of its own: writes ctkernels/tuning/hf/served.json and docs/models.md. Half an hour. TYPES="llama gpt2": some.
+# Every causal language model class of the installed transformers with a prefix, and every one and every encoder-decoder
+# with the drop-in attention: ctkernels/tuning/hf/served.json, tools/models/results/drop_in.json and docs/models.md.
+# Half an hour. TYPES="llama gpt2": of the prefix, and of some.
 test-models: .venv/built
-	OMP_NUM_THREADS=1 .venv/bin/python tools/class_sweep.py $(TYPES)
+	OMP_NUM_THREADS=1 .venv/bin/python -m tools.models.prefix $(TYPES)
+	$(if $(TYPES),,OMP_NUM_THREADS=1 .venv/bin/python -m tools.models.drop_in)
 
 # The op against its peers, how it scales, training steps, models without a prefix, and serving: JSON, Markdown and plots in
 # OUT, and the tables of the documents unless OUT is given. About half an hour on two cores.

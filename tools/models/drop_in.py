@@ -14,34 +14,34 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import multiprocessing
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from queue import Empty
 from typing import Any
 from unittest import mock
 
 import torch
-import transformers
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
-from ctkernels.testing.models import full_precision_softmax
+from ctkernels.testing.classes import COMPLETE, Case, build
 from ctkernels.tuning.hf import IMPLEMENTATION, plain
-from ctkernels.tuning.storage import atomic_write_bytes
-from tools.models.tiny import tiny_model
+from ctkernels.tuning.hf.exact import full_precision
+from ctkernels.tuning.hf.tiny import make_tiny, shrink
+from tools.models.page import write_page
+from tools.models.sweeps import each_in_a_process, write_table
 
 RESULTS = Path(__file__).parent / "results" / "drop_in.json"
 SECONDS = 400  # most time for a class, on a busy machine
-TOLERANCE = 1e-5  # of the largest value; many classes cast to fp32 inside
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}  # of the largest value
 NEW = 5  # generated tokens
+MOST_PARAMETERS = 20e6  # of a tiny model: more means sizes that `hf/tiny.py` does not know
+NOT_BUILT = "not built"
 
 Use = Callable[[PreTrainedModel], Tensor]
 
@@ -130,15 +130,35 @@ def _gradient(pair: bool) -> Use:
 
 def sweep(kind: str) -> dict[str, Any]:
     """Everything about one class."""
+    with full_precision():
+        result = _sweep(kind, torch.float64)
+    return result if result["verdict"] != BOTH else _sweep(kind, torch.float32)  # a class that wants fp32
+
+
+def tiny_of(kind: str) -> PreTrainedModel:
+    """A tiny random fp64 model of a model type of `classes`. Raises whatever its class says of its configuration."""
+    name, pair = classes()[kind]
+    model_type = kind.removesuffix(" (decoder)")
+    complete = COMPLETE.get(model_type, {})
+    model_class, config = build(Case(model_type, "default", name, complete))
+    config = shrink(CONFIG_MAPPING[model_type](**complete) if pair else config)
+    for each in (config, *(getattr(config, sub) for sub in config.sub_configs)):
+        if each is not None:
+            each._attn_implementation = None  # transformers chooses
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in model_class(config).parameters())
+    if count > MOST_PARAMETERS:
+        raise ValueError(f"it would have {count / 1e6:.0f} million parameters")
+    return make_tiny(model_class, config)
+
+
+def _sweep(kind: str, dtype: torch.dtype) -> dict[str, Any]:
     name, pair = classes()[kind]
     try:
-        model = tiny_model(name, kind.removesuffix(" (decoder)"))
+        model = tiny_of(kind).to(dtype)
     except Exception as error:
-        return {"class": name, "verdict": "not built", "why": _short(error)}
+        return {"class": name, "verdict": NOT_BUILT, "why": _short(error)}
     expected = dict(_results(model, pair))
-    if all(isinstance(value, str) for value in expected.values()):  # a class that wants fp32
-        model.float()
-        expected = dict(_results(model, pair))
     through: set[str] = set()
     with _every_call_to_the_op(through):
         model.set_attn_implementation(IMPLEMENTATION)
@@ -146,10 +166,10 @@ def sweep(kind: str) -> dict[str, Any]:
     through |= {module.config._attn_implementation for module in model.modules() if hasattr(module, "config")}
     found = {use: compare(actual[use], expected[use]) for use in expected}
     numbers = [x for x in found.values() if isinstance(x, float)]
-    verdict = "right" if numbers else "both refuse"
+    verdict = "right" if numbers else BOTH
     if any(isinstance(x, str) and x.startswith(REFUSED) for x in found.values()):
         verdict = "refused"
-    if not all(x <= TOLERANCE for x in numbers):
+    if not all(x <= TOLERANCE[model.dtype] for x in numbers):
         verdict = "wrong"
     return {
         "class": name,
@@ -212,55 +232,21 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
-def _child(kind: str, queue: multiprocessing.Queue) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    with full_precision_softmax():
-        try:
-            queue.put(sweep(kind))
-        except Exception as error:
-            queue.put({"class": classes()[kind][0], "verdict": "not built", "why": _short(error)})
-
-
-def swept(kinds: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """`sweep` of each model type, in a process of its own."""
-    context = multiprocessing.get_context("fork")
-    for kind in kinds:
-        queue = context.Queue()
-        process = context.Process(target=_child, args=(kind, queue))
-        process.start()
-        try:
-            result = queue.get(timeout=SECONDS)
-        except Empty:
-            result = {"class": classes()[kind][0], "verdict": "not built", "why": f"no answer in {SECONDS} s"}
-        process.join(1)
-        process.kill()
-        yield kind, result
-
-
-def write_table(path: Path, versions: dict[str, str], results: dict[str, dict[str, Any]]) -> None:
-    """One line for each class."""
-    lines = (
-        f"{json.dumps(kind)}: {json.dumps({key: value for key, value in result.items() if key != 'uses'})}"
-        for kind, result in results.items()
-    )
-    text = f'{{"versions": {json.dumps(versions)}, "classes": {{\n' + ",\n".join(lines) + "\n}}\n"
-    atomic_write_bytes(path, text.encode())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", help="model types; default: all")
     kinds = parser.parse_args().kinds
     results = {}
-    for kind, result in swept(kinds or list(classes())):
+    for kind, answer in each_in_a_process(sweep, kinds or list(classes()), SECONDS):
+        result = answer or {"class": classes()[kind][0], "verdict": NOT_BUILT, "why": f"no answer in {SECONDS} s"}
         results[kind] = result
         print(kind, json.dumps(result if kinds else {k: v for k, v in result.items() if k != "uses"}), flush=True)
     bad = [kind for kind, result in results.items() if result["verdict"] in ("wrong", "refused")]
     if not kinds:
         versions = {name: importlib.metadata.version(name) for name in ("transformers", "torch")}
-        write_table(RESULTS, versions, results)
+        rows = {kind: {k: v for k, v in result.items() if k != "uses"} for kind, result in results.items()}
+        write_table(RESULTS, {"versions": versions}, "classes", rows)
+        write_page()
     sys.exit(f"not right: {bad}" if bad else 0)
 
 

@@ -108,6 +108,24 @@ class Decoder:
         return None if limit is None else limit - self.first_position_id
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside a peft model, or `model` itself. Adapters that change its layers stay in force.
+
+    Raises:
+        ValueError: peft puts virtual tokens in front of what the model is given (prompt tuning, prefix tuning). A
+            prefix would lie before them, and its keys and values would not depend on them, as those of a context do.
+    """
+    if not hasattr(model, "get_base_model"):
+        return model
+    adapter = getattr(model, "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False):
+        raise ValueError(
+            f"{type(model).__name__} has virtual tokens of its own ({adapter.peft_type.value}), which peft puts before "
+            "a context and an attached prefix would put behind it; use its base model: model.get_base_model()"
+        )
+    return model.get_base_model()
+
+
 def find_decoder(model: nn.Module) -> Decoder:
     """The parts of `model`, which may be wrapped by peft.
 
@@ -117,9 +135,10 @@ def find_decoder(model: nn.Module) -> Decoder:
     Raises:
         TypeError: not a transformers model, or a class whose attention cannot be served, or whose proof failed; the
             message names the class and the reason.
-        ValueError: a variant that is not served (cross attention, and the like).
+        ValueError: a variant that is not served (cross attention, and the like), or a peft model with virtual tokens of
+            its own.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = unwrap(model)
     if not isinstance(inner, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(inner).__name__}")
     known = _known.get(inner)

@@ -222,10 +222,11 @@ def takes_shapes(query: Tensor, key: Tensor, value: Tensor, groups: int) -> bool
     """Whether the op takes query `[B, H, S, D]`, key `[B, Hk, T, D]` and value `[B, Hk, T, Dv]`, H = Hk * groups."""
     B, H, S, D = query.shape
     return (
-        key.shape == value.shape
+        key.shape[:3] == value.shape[:3]
         and key.shape[:2] == (B, H // groups)
         and H % groups == 0
-        and key.shape[3] == D <= MAX_HEAD_DIM
+        and key.shape[3] == D
+        and max(D, value.shape[3]) <= MAX_HEAD_DIM
         and key.shape[2] >= S > 0
         and query.dtype == key.dtype == value.dtype
         and query.dtype in ROW_DTYPES
@@ -245,9 +246,9 @@ def is_small(query: Tensor, key: Tensor) -> bool:
 
 def _op(query: Tensor, key: Tensor, value: Tensor, rule: Rule | None, **settings: Any) -> Tensor:
     """The op with an empty prefix. Padding is a hidden span of the row's own keys: nothing is moved."""
-    empty = key.new_empty(key.shape[1], 0, key.shape[3])
+    none = (x.new_empty(x.shape[1], 0, x.shape[3]) for x in (key, value))
     padding, window = (None, None) if rule is None else (rule.padding, rule.window)
-    return prefix_attention(query, key, value, empty, empty, padding, window=window, **settings).transpose(1, 2)
+    return prefix_attention(query, key, value, *none, padding, window=window, **settings).transpose(1, 2)
 
 
 AttentionInterface.register(IMPLEMENTATION, drop_in_attention)

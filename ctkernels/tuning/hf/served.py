@@ -2,7 +2,7 @@
 
     admit(model, layout)    the table, else the user's cache, else a proof, whose verdict is kept
     served.json             verdicts for the causal language models of one release of transformers, written by
-                            `python -m ctkernels.testing.class_sweep` (make test-models)
+                            `make test-models`
 
 A verdict holds for a class, a release of transformers and a kind of configuration (`tiny.kind_of`). One that is not in
 the table holds for the source code of this folder as well, and for that of the class if it is not of transformers.

@@ -63,18 +63,20 @@ _SIZES: Mapping[str, int] = {
             16,
             "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size expert_ffn_hidden_size "
             "shared_experts_intermediate_size moe_shared_expert_intermediate_size router_hidden_size "
-            "q_lora_rank o_lora_rank indexer_head_dim gated_norm_rank laurel_rank adapter_rank hc_lowrank",
+            "swa_q_lora_rank q_lora_rank o_lora_rank indexer_head_dim gated_norm_rank laurel_rank adapter_rank "
+            "hc_lowrank",
         ),
         (
             POSITIONS,
             "max_position_embeddings n_positions n_ctx max_seq_len max_seq_length model_max_length context_length "
             "max_target_positions max_source_positions",
         ),
-        (24, "v_head_dim"),  # unlike HEAD_DIM
-        (32, "kv_lora_rank"),
+        (24, "v_head_dim swa_v_head_dim"),  # unlike HEAD_DIM
+        (32, "kv_lora_rank swa_kv_lora_rank"),
         (POSITIONS // 2, "original_max_position_embeddings"),
         (
             8,
+            "swa_qk_rope_head_dim swa_qk_nope_head_dim "
             "qk_rope_head_dim qk_nope_head_dim index_head_dim rotary_dim d_rel hidden_size_per_layer_input "
             "linear_key_head_dim linear_value_head_dim linear_head_dim mamba_d_state state_size ssm_state_size "
             "pronunciation_embed_dim shape_embed_dim",
@@ -98,7 +100,7 @@ _COUNTS: Mapping[str, int] = {
             2,
             "num_experts_per_tok num_experts_per_token moe_topk moe_k topk_group n_group num_expert_group "
             "n_shared_experts num_shared_experts moe_num_shared_experts zero_expert_num index_n_heads "
-            "index_topk_blocks linear_num_key_heads linear_num_value_heads num_random_blocks o_groups",
+            "index_topk_blocks linear_num_key_heads linear_num_value_heads num_random_blocks o_groups n_groups",
         ),
         (1, "first_k_dense_replace num_dense_layers max_window_layers"),
     )
@@ -115,7 +117,7 @@ _NOT_LENGTHS = _names(
 _IRRELEVANT = _names(
     "architectures transformers_version _name_or_path name_or_path dtype torch_dtype id2label label2id problem_type "
     "return_dict output_attentions output_hidden_states output_router_logits use_cache tie_word_embeddings auto_map "
-    "quantization_config task_specific_params finetuning_task tokenizer_class pretraining_tp chunk_size_feed_forward "
+    "suppress_tokens begin_suppress_tokens quantization_config task_specific_params finetuning_task tokenizer_class pretraining_tp chunk_size_feed_forward "
     "hidden_act hidden_activation activation_function activation initializer_range init_std router_aux_loss_coef "
     "initializer_factor layer_norm_eps layer_norm_epsilon rms_norm_eps norm_eps vocab_size gradient_checkpointing"
 )
@@ -234,9 +236,15 @@ def _shrunk(fields: Mapping[str, Any], config: Any, whole: Mapping[str, Any] | N
             new[name] = VOCABULARY
     if "attention_value_scale" in fields:  # MiMo's windowed layers have twice as many KV heads
         new["num_key_value_heads"] = 1
-    if "qk_rope_head_dim" in fields:
-        new |= {"head_dim": new["qk_rope_head_dim"]} if "head_dim" in fields else {}  # the rotary embedding's
-        new |= {"qk_head_dim": new["qk_rope_head_dim"] + new["qk_nope_head_dim"]} if "qk_head_dim" in fields else {}
+    if "qk_rope_head_dim" in fields and "head_dim" in fields:  # the rotary embedding's, or the whole head's
+        whole_head = fields["head_dim"] != fields["qk_rope_head_dim"]
+        new["head_dim"] = new["qk_rope_head_dim"] + (new["qk_nope_head_dim"] if whole_head else 0)
+    if "qk_head_dim" in fields and "qk_nope_head_dim" in fields:
+        new["qk_head_dim"] = new["qk_nope_head_dim"] + new["qk_rope_head_dim"]
+    if {"attention_hidden_size", "attention_head_dim"} <= fields.keys():  # of the input beside that of the first layer
+        new |= {"hidden_size": WIDTH, "attention_hidden_size": 2 * WIDTH, "attention_head_dim": 2 * WIDTH // HEADS}
+        if "mamba_headdim" in fields:
+            new["mamba_headdim"] = WIDTH * fields["mamba_expand"] // fields["n_mamba_heads"]
     if {"mamba_n_heads", "mamba_d_head", "mamba_expand"} <= fields.keys():
         inner = new["hidden_size"] * fields["mamba_expand"]
         new |= {"mamba_d_head": HEAD_DIM, "mamba_n_heads": inner // HEAD_DIM}
