@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -29,7 +30,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ctkernels import ContextMask, prefix_attention, prefix_attention_varlen
-from ctkernels.tuning.hf.discover import is_latent
+from ctkernels.tuning.hf.discover import Reach, is_latent
+from ctkernels.tuning.hf.llama4 import by_chunk, tempered
 from ctkernels.tuning.hf.parallel import own_heads
 from ctkernels.tuning.hf.plain import IMPLEMENTATION, unknown_argument
 
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 STATE = "ctkernels_state"  # the keyword argument that passes the state of a forward pass to the layers
 ATTACHED_IMPLEMENTATION = f"{IMPLEMENTATION}_attached"
+REACHES = ("sliding_window", "attention_chunk_size")  # what a layer's mask may hide is known, see `Reach`
 ATTACHED = "_ctkernels_layer_index"  # attribute of an attention module while a prefix is attached to it
 COMPILED_MASK = "under torch.compile, a padding mask must have rows that are one run of ones, up to the last query"
 
@@ -64,8 +67,9 @@ class ForwardState:
     a layer again with the mask of its own forward pass, and two threads can run one model.
 
     keys, values: per layer `[Hk, P, D]`, or `[G, Hk, P, D]` with prefix_index (int `[B]`) and prefix_lens (int `[G]`).
-    group: see `parallel.head_group`.  recording: whether gradients are recorded around the model.  consumed: the layers
-    whose attention has read keys and values.
+    reaches: what the mask of each layer hides.  own: position of each token in its row, int `[B or 1, S]`.  past: how
+    many own tokens are in the cache.  group: see `parallel.head_group`.  recording: whether gradients are recorded
+    around the model.  consumed: the layers whose attention has read keys and values.
     """
 
     keys: tuple[Tensor, ...]
@@ -73,6 +77,9 @@ class ForwardState:
     mask: ContextMask | None
     cu_seqlens: Tensor | None
     backend: str | None
+    reaches: tuple[Reach, ...]
+    own: Tensor
+    past: int
     group: ProcessGroup | None = None
     recording: bool = False
     prefix_index: Tensor | None = None
@@ -86,6 +93,18 @@ class ForwardState:
         if known is None:
             known = self.spans[id(layout)] = layout, key_span(layout, T)
         return known[1]
+
+    def length(self, index: int) -> int:
+        """P, the length of the prefix, or of the longest one."""
+        return self.keys[index].shape[-2]
+
+    def lengths(self, layout: Tensor | None, key: Tensor) -> Tensor:
+        """Number of valid ones of the keys `[B, Hk, T, D]` of each row, int64 `[B]`."""
+        if self.cu_seqlens is not None:
+            return self.cu_seqlens.diff().to(key.device, torch.int64)
+        if layout is None or layout.shape[-1] == 0:
+            return torch.full((key.shape[0],), key.shape[2], device=key.device)
+        return self.span(layout, key.shape[2]).lengths
 
 
 def key_span(layout: Tensor, T: int) -> KeySpan:
@@ -138,7 +157,7 @@ def row_layout(
         not use_vmap
         and "allow_is_bidirectional_skip" not in kwargs
         and (allow_is_causal_skip or q_length == 1)  # transformers sets it to False if the rule is not just causal
-        and (local_size is None or local_size == getattr(config, "sliding_window", None))
+        and (local_size is None or local_size in (getattr(config, name, None) for name in REACHES))
     )
     limit = q_offset + q_length - kv_offset  # keys up to the last query
     bounded = isinstance(limit, Tensor) or limit < kv_length
@@ -233,9 +252,16 @@ def attention_forward(
             f"{name}: an attached model takes causal attention with a 2D padding mask whose rows are one run of ones, "
             "got another mask or bidirectional attention; rows packed into one sequence need attachment.cu_seqlens"
         )
-    settings = {"scale": scaling, "window": sliding_window, "softcap": softcap or None, "sinks": s_aux}
+    if getattr(module, "attn_temperature_tuning", False):
+        query = tempered(module, query, ctkernels_state, index)
+    window = ctkernels_state.reaches[index].window if sliding_window is None else sliding_window
+    settings = {"scale": scaling, "window": window, "softcap": softcap or None, "sinks": s_aux}
     expand = module.expand_kv if is_latent(module) else None
-    return attend(ctkernels_state, index, query, key, value, layout, expand, **settings), None
+    run = partial(attend, index=index, query=query, key=key, value=value, layout=layout, expand=expand, **settings)
+    chunk = ctkernels_state.reaches[index].chunk
+    if chunk is None or ctkernels_state.length(index) + ctkernels_state.past + query.shape[2] <= chunk:
+        return run(ctkernels_state), None
+    return by_chunk(run, chunk, ctkernels_state, ctkernels_state.lengths(layout, key), index), None
 
 
 def attend(

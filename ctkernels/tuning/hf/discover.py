@@ -49,6 +49,14 @@ class Shape(NamedTuple):
     value_dim: int
 
 
+class Reach(NamedTuple):
+    """What a layer's mask hides although its attention does not say so: keys `window` positions back and further, and
+    those of other chunks of `chunk` positions. None: nothing."""
+
+    window: int | None = None
+    chunk: int | None = None
+
+
 Look = tuple[tuple[str, str], ...]  # (name, value) of the settings of a layer
 
 
@@ -265,6 +273,26 @@ def shape_of(attention: Any, config: PreTrainedConfig) -> Shape:
     else:
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
     return Shape(kv_heads, key_dim, own["v_head_dim"] or key_dim)
+
+
+def reach_of(base: PreTrainedModel, attention: nn.Module) -> Reach:
+    """Windows and chunks that `base` puts into the mask of a layer, without its attention passing them on."""
+    makes = inspect.unwrap(type(base).forward).__code__.co_names
+    kinds = getattr(base.config, "layer_types", None)
+    kind = kinds[attention.layer_idx] if kinds else None
+    if "create_chunked_causal_mask" in makes and kind == "chunked_attention":
+        return Reach(chunk=base.config.attention_chunk_size)
+    windowed = "create_sliding_window_causal_mask" in makes and kind in ("sliding_attention", None)
+    if windowed and not names_keyword(type(attention), "sliding_window"):
+        return Reach(window=base.config.sliding_window)
+    return Reach()
+
+
+@cache
+def names_keyword(kind: type[nn.Module], name: str) -> bool:
+    """Whether the forward of a module class calls something with a keyword argument of that name."""
+    constants = inspect.unwrap(kind.forward).__code__.co_consts
+    return any(name in names for names in constants if isinstance(names, tuple))
 
 
 def _look(layer: nn.Module, attention: nn.Module) -> Look:

@@ -24,10 +24,12 @@ from ctkernels.tuning.hf.discover import ROTARY as ROTARY
 from ctkernels.tuning.hf.discover import (
     Borrower,
     Layout,
+    Reach,
     Shape,
     find_layout,
     first_position_id,
     positions_of,
+    reach_of,
     shape_of,
     unsupported,
     widest_head,
@@ -51,8 +53,9 @@ class Decoder:
 
     model: the class with the head, or the base itself.  base: the module that owns the layers.  layers, attentions:
     the layers with attention, and that.  borrowers: those that read another one's keys and values, and so its prefix.
-    shapes: of what each of `attentions` caches.  first_position_id: what the position of a sequence's first token is
-    called.  wrapped: whether another model inside of `model` calls `base`, as vision models call a text decoder.
+    shapes: of what each of `attentions` caches.  reaches: what their masks hide.  first_position_id: what the position
+    of a sequence's first token is called.  wrapped: whether another model inside of `model` calls `base`, as vision
+    models call a text decoder.
     """
 
     family: Family
@@ -62,6 +65,7 @@ class Decoder:
     attentions: tuple[nn.Module, ...]
     borrowers: tuple[Borrower, ...]
     shapes: tuple[Shape, ...]
+    reaches: tuple[Reach, ...]
     first_position_id: int = 0
     wrapped: bool = False
 
@@ -152,6 +156,7 @@ def find_decoder(model: nn.Module) -> Decoder:
             settings,
             Family(written_class(type(inner)).__name__, positions_of(inner, parts)),
             tuple(shape_of(attention, parts.base.config) for attention in parts.attentions),
+            tuple(reach_of(parts.base, attention) for attention in parts.attentions),
             first_position_id(parts.base),
             layout.is_wrapped(inner),
         )
@@ -161,7 +166,8 @@ def find_decoder(model: nn.Module) -> Decoder:
         _check_variant(inner, parts.base.config)
         if admit(inner, layout):
             _known[inner] = known
-    return Decoder(known.family, inner, *parts, known.shapes, known.first_position_id, known.wrapped)
+    found = known.shapes, known.reaches, known.first_position_id, known.wrapped
+    return Decoder(known.family, inner, *parts, *found)
 
 
 @dataclass(frozen=True)
@@ -172,6 +178,7 @@ class _Known:
     settings: str
     family: Family
     shapes: tuple[Shape, ...]
+    reaches: tuple[Reach, ...]
     first_position_id: int
     wrapped: bool
 

@@ -49,7 +49,8 @@ def check_fixed_rotation(decoder: Decoder, what: str) -> None:
             f"{what} moves keys to other positions, but {name} rotates keys differently in longer sequences (dynamic "
             "or longrope scaling)"
         )
-    if any("scaling_beta" in name for name in getattr(decoder.config, "rope_parameters", None) or {}):
+    scaled = any("scaling_beta" in name for name in getattr(decoder.config, "rope_parameters", None) or {})
+    if scaled or getattr(decoder.config, "attn_temperature_tuning", False):
         raise ValueError(f"{what} moves keys to other positions, but {name} scales queries by their position")
     if decoder.family.positions == ROTARY and _turns(decoder) is None:
         raise ValueError(f"{what} moves keys to other positions, but how {name} rotates them is not known")
