@@ -27,13 +27,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import blockwise_overlay, causal_mask_function, or_masks, sdpa_mask
 
 from ctkernels import ContextMask, prefix_attention, prefix_attention_varlen
-from ctkernels.tuning.hf.discover import Reach, is_latent
+from ctkernels.tuning.hf.discover import Expand, Reach, expand_of
 from ctkernels.tuning.hf.llama4 import by_chunk, tempered
 from ctkernels.tuning.hf.parallel import own_heads
-from ctkernels.tuning.hf.plain import IMPLEMENTATION, unknown_argument
+from ctkernels.tuning.hf.plain import IMPLEMENTATION, causal_rule, inside, unknown_argument
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -156,7 +156,9 @@ def row_layout(
     plain = (
         not use_vmap
         and "allow_is_bidirectional_skip" not in kwargs
-        and (allow_is_causal_skip or q_length == 1)  # transformers sets it to False if the rule is not just causal
+        and (
+            allow_is_causal_skip or q_length == 1 or _has_no_blocks(mask_function)
+        )  # transformers sets it to False if the rule is not just causal
         and (local_size is None or local_size in (getattr(config, name, None) for name in REACHES))
     )
     limit = q_offset + q_length - kv_offset  # keys up to the last query
@@ -203,6 +205,20 @@ def row_layout(
         config=config,
         **kwargs,
     )
+
+
+def _has_no_blocks(mask_function: Callable) -> bool:
+    """Whether it is the causal rule, or that within a window, extended by blocks (images) of which there are none."""
+    if getattr(mask_function, "__code__", None) is not _OR:
+        return False
+    rule, *blocks = inside(mask_function)["mask_functions"]
+    if not causal_rule(rule)[0] or any(getattr(x, "__code__", None) is not _BLOCKS for x in blocks):
+        return False
+    return all(bool((inside(x)["block_sequence_ids"] < 0).all()) for x in blocks)
+
+
+_OR = or_masks(causal_mask_function).__code__
+_BLOCKS = blockwise_overlay(torch.empty(0)).__code__
 
 
 def attention_forward(
@@ -256,8 +272,8 @@ def attention_forward(
         query = tempered(module, query, ctkernels_state, index)
     window = ctkernels_state.reaches[index].window if sliding_window is None else sliding_window
     settings = {"scale": scaling, "window": window, "softcap": softcap or None, "sinks": s_aux}
-    expand = module.expand_kv if is_latent(module) else None
-    run = partial(attend, index=index, query=query, key=key, value=value, layout=layout, expand=expand, **settings)
+    tensors = {"query": query, "key": key, "value": value, "layout": layout, "expand": expand_of(module)}
+    run = partial(attend, index=index, **tensors, **settings)
     chunk = ctkernels_state.reaches[index].chunk
     if chunk is None or ctkernels_state.length(index) + ctkernels_state.past + query.shape[2] <= chunk:
         return run(ctkernels_state), None
@@ -271,12 +287,12 @@ def attend(
     key: Tensor,
     value: Tensor,
     layout: Tensor | None,
-    expand: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    expand: Expand | None = None,
     **settings: Any,
 ) -> Tensor:
     """The op on layer `index`: q `[B, H, S, D]`, k and v `[B, Hk, T, D]` -> `[B, S, H, D]`.
 
-    expand: what makes keys and values `[G, H, P, D]` of latents `[G, 1, P, R]`, if the prefix holds these.
+    expand: see `expand_of`.
     """
     held = state.keys[index], state.values[index]
     if expand is None:

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from dis import get_instructions
 from functools import cache
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -28,6 +28,8 @@ LEARNED, ROTARY, ALIBI, NONE = "learned", "rotary", "alibi", "none"
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"  # the name of the table in modeling files
 # attention with code of its own that a file here serves, and how its decoder encodes positions
 OWN_ATTENTION = {"transformers.models.bloom.modeling_bloom.BloomAttention": ALIBI}  # alibi.py
+# attention that repeats all KV heads after caching them, and the attribute that says how often
+REPEATED = {"transformers.models.jetmoe.modeling_jetmoe.JetMoeAttention": "top_k"}
 # methods of caches that keep other things than keys and values
 KEEPS_STATE = {
     "update_conv_state",
@@ -258,6 +260,22 @@ def is_latent(attention: nn.Module) -> bool:
     """Whether it caches latents, one vector per token for all heads, and makes keys and values of them (multi-head
     latent attention)."""
     return hasattr(attention, "expand_kv")
+
+
+Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def expand_of(attention: Any) -> Expand | None:
+    """What makes keys and values `[G, H, P, D]` for its attention function of what it caches, `[G, Hk, P, D]` or latents
+    `[G, 1, P, R]`; None if these are the same."""
+    if is_latent(attention):
+        latent: Expand = attention.expand_kv
+        return latent
+    times = REPEATED.get(class_name(type(attention)))
+    if times is None:
+        return None
+    count = getattr(attention, times)
+    return lambda k, v: (k.repeat(1, count, 1, 1), v.repeat(1, count, 1, 1))
 
 
 def shape_of(attention: Any, config: PreTrainedConfig) -> Shape:

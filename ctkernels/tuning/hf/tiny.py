@@ -49,7 +49,9 @@ _LAYERS = _names(
     "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers num_encoder_layers"
 )
 # lists of the layers that are of a kind
-_LAYER_INDICES = _names("full_attn_idxs moe_layers mlp_only_layers hybrid_layer_ids attn_layer_indices ple_layer_ids")
+_LAYER_INDICES = _names(
+    "full_attn_idxs moe_layers mlp_only_layers hybrid_layer_ids attn_layer_indices ple_layer_ids cross_attention_layers"
+)
 # what a field becomes, unless it is off: None or 0
 _SIZES: Mapping[str, int] = {
     name: size
