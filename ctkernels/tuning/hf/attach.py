@@ -192,6 +192,7 @@ class Attachment:
             raise ValueError(f"rows packed into one sequence must be text alone, got {', '.join(others)}")
         if cu_seqlens is not None:
             kwargs["position_ids"] = self._prepare_packed(tokens, kwargs, cu_seqlens)
+            self._thread.told["cu_seq_lens_q"] = cu_seqlens
         elif not others:
             kwargs["position_ids"] = self._prepare_padded(tokens, kwargs)
         return (), kwargs

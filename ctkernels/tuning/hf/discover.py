@@ -266,8 +266,8 @@ Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def expand_of(attention: Any) -> Expand | None:
-    """What makes keys and values `[G, H, P, D]` for its attention function of what it caches, `[G, Hk, P, D]` or latents
-    `[G, 1, P, R]`; None if these are the same."""
+    """What makes the keys and values `[G, H, P, D]` that its attention function gets of what it caches, `[G, Hk, P, D]`
+    or latents `[G, 1, P, R]`; None if these are the same."""
     if is_latent(attention):
         latent: Expand = attention.expand_kv
         return latent

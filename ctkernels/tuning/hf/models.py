@@ -113,12 +113,23 @@ class Decoder:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside a peft model, or `model` itself. Adapters that change its layers stay in force.
+    """The transformers model inside a peft model, a compiled one or a `DataParallel` of one device, or `model` itself.
+    Adapters that change its layers stay in force.
 
     Raises:
         ValueError: peft puts virtual tokens in front of what the model is given (prompt tuning, prefix tuning). A
             prefix would lie before them, and its keys and values would not depend on them, as those of a context do.
+            Or a `DataParallel` copies the model to several devices.
     """
+    if "_orig_mod" in model._modules:  # torch.compile(model)
+        return unwrap(model.get_submodule("_orig_mod"))
+    if isinstance(model, nn.DataParallel):
+        if len(model.device_ids) > 1:
+            raise ValueError(
+                f"DataParallel copies the model to {len(model.device_ids)} devices in every forward, and copies have "
+                "no prefix; use its module: model.module"
+            )
+        return unwrap(model.module)
     if not hasattr(model, "get_base_model"):
         return model
     adapter = getattr(model, "active_peft_config", None)
@@ -131,7 +142,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def find_decoder(model: nn.Module) -> Decoder:
-    """The parts of `model`, which may be wrapped by peft.
+    """The parts of `model`, which may be wrapped, see `unwrap`.
 
     The first time that a class, or a kind of configuration of it, is met that ctkernels was not shipped with, it is
     proved, which takes some seconds (`proof.py`).
@@ -139,8 +150,7 @@ def find_decoder(model: nn.Module) -> Decoder:
     Raises:
         TypeError: not a transformers model, or a class whose attention cannot be served, or whose proof failed; the
             message names the class and the reason.
-        ValueError: a variant that is not served (cross attention, and the like), or a peft model with virtual tokens of
-            its own.
+        ValueError: a variant that is not served (cross attention, and the like); or as `unwrap`.
     """
     inner = unwrap(model)
     if not isinstance(inner, PreTrainedModel):

@@ -67,16 +67,17 @@ class Bench:
         return torch.randint(3, VOCABULARY, (count,), generator=self._generator)
 
     def forward(self, **inputs: Any) -> tuple[list[Tensor], Any]:
-        """Results of all tokens, `[B, S, ...]` each: the decoder's, and logits, if there are some; and the output."""
+        """Results of all tokens, `[B, S, ...]` each: the decoder's, and logits, if there are some; and the decoder's
+        output."""
         seen: list[Any] = []
-        handle = self.decoder.base.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+        handle = self.decoder.base.register_forward_hook(lambda module, args, output: seen.append(output))
         try:
             output = self.model(**inputs)
         finally:
             handle.remove()
-        logits = getattr(output, "logits", None)
-        per_token = logits is not None and logits.shape[:2] == seen[0].shape[:2]
-        return [seen[0], *([logits] if per_token else [])], output
+        logits, (inner,) = getattr(output, "logits", None), seen
+        per_token = logits is not None and logits.shape[:2] == inner[0].shape[:2]
+        return [inner[0], *([logits] if per_token else [])], inner
 
     @torch.no_grad()
     def run(self, tokens: Tensor, start: int = 0) -> list[Tensor]:
