@@ -39,6 +39,7 @@ from ctkernels.tuning.hf.attention import ATTACHED, ATTACHED_IMPLEMENTATION, STA
 from ctkernels.tuning.hf.caches import ATTACHED_NOW, claim, own
 from ctkernels.tuning.hf.discover import is_latent, passes_keywords
 from ctkernels.tuning.hf.models import ALIBI, LEARNED, Decoder, find_decoder, other_architecture, rope_switch
+from ctkernels.tuning.hf.numbering import number, own_table
 from ctkernels.tuning.hf.packed import INTEGERS, TOLD_BY, packed_rows
 from ctkernels.tuning.hf.parallel import head_group
 from ctkernels.tuning.hf.protocols import PrefixLike, PrefixSetLike
@@ -90,6 +91,7 @@ class Attachment:
         if self._group is not None and is_latent(self._decoder.attentions[0]):
             raise ValueError(f"{self._name} has latent attention, whose prefix has no heads to spread over processes")
         self._parameters = list(inspect.signature(self._decoder.base.forward).parameters)
+        self._table = own_table(self._decoder.base)
         self._passes_keywords = passes_keywords(type(self._decoder.layers[0]))
         self._traces: Traces | None = None
         self._thread = threading.local()
@@ -121,6 +123,8 @@ class Attachment:
             borrowing = ((source, layer) for layer, _, source in decoder.borrowers)
             for index, layer in (*enumerate(decoder.layers), *borrowing):
                 traces.hook(layer.register_forward_pre_hook(partial(self._check_recorded, index), with_kwargs=True))
+            for handle in () if self._table is None else number(self._table, lambda: self._thread.positions):
+                traces.hook(handle)
             if model is not base:
                 traces.hook(model.register_forward_pre_hook(self._enter, with_kwargs=True))
             if hasattr(model, "generate"):
@@ -242,6 +246,8 @@ class Attachment:
             kwargs["position_ids"] = positions + first + self._decoder.first_position_id
             if not self._passes_keywords:
                 setattr(kwargs["position_ids"], STATE, state)
+            if self._table is not None:
+                self._thread.positions = kwargs.pop("position_ids")
         return (), kwargs
 
     def _index_of_rows(self, tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:

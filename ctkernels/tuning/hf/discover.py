@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ctkernels.tuning.hf.numbering import own_table
+
 LEARNED, ROTARY, ALIBI, NONE = "learned", "rotary", "alibi", "none"
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"  # the name of the table in modeling files
 # attention with code of its own that a file here serves, and how its decoder encodes positions
@@ -124,6 +126,8 @@ def _parts(base: PreTrainedModel, layers: tuple[nn.Module, ...], attentions: tup
     for layer, attention in zip(layers, attentions, strict=True):
         kind = getattr(attention, "layer_type", None)
         if getattr(attention, "is_kv_shared_layer", False):
+            if kind not in latest:
+                raise unsupported(base, "it reads keys and values that another model has made")
             borrowers.append(Borrower(layer, attention, latest[kind]))
         else:
             latest[kind] = len(own)
@@ -232,6 +236,8 @@ def positions_of(model: PreTrainedModel, parts: Parts) -> str:
     base, own = parts.base, own_attention(parts.attentions[0])
     if own is not None:
         return own
+    if own_table(base) is not None:
+        return LEARNED
     if "position_ids" not in inspect.signature(base.forward).parameters:
         raise unsupported(model, f"its {type(base).__name__} takes no position_ids, which a prefix has to shift")
     if any(path.rpartition(".")[2] == "rotary_emb" for path, _ in base.named_modules()):
@@ -350,9 +356,11 @@ def _reads_own_tokens(path: str, module: nn.Module) -> bool:
 def _without_registry(model: PreTrainedModel) -> str:
     """Why no attention was found, in words."""
     both_ways = [m for m in model.modules() if calls_registry(type(m)) and getattr(m, "is_causal", True) is False]
-    if both_ways:
-        return f"it attends in both directions ({type(both_ways[0]).__name__})"
     kinds = dict.fromkeys(type(m).__name__ for m in model.modules() if "Attention" in type(m).__name__)
-    if kinds:
-        return f"it computes attention itself ({', '.join(kinds)}) instead of calling transformers' attention functions"
+    inside = {type(m).__name__ for m in model.modules() for found in m.modules() if found in set(both_ways)}
+    own = [kind for kind in kinds if kind not in inside]
+    if both_ways and not own:
+        return f"its attention is not causal ({type(both_ways[0]).__name__}.is_causal is False)"
+    if own:
+        return f"it computes attention itself ({', '.join(own)}) instead of calling transformers' attention functions"
     return "it has no attention whose keys and values could be a prefix"
