@@ -160,7 +160,7 @@ def _variants(model_type: str, model_class: str, complete: Mapping[str, Any]) ->
     if fields.get("sliding_window", 1) is None or fields.get("use_sliding_window") is False:
         switch = {"use_sliding_window": True, "max_window_layers": 1} if "use_sliding_window" in fields else {}
         yield Case(model_type, "window", model_class, {**complete, **switch, "sliding_window": 4096})
-    if heads and kv_heads:
+    if heads and kv_heads and "kv_lora_rank" not in fields:  # latent attention has none of its own
         other = heads if kv_heads != heads else heads // 4
         yield Case(model_type, "other heads", model_class, {**complete, "num_key_value_heads": other})
     parameters = fields.get("rope_parameters")

@@ -31,13 +31,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ctkernels import ContextMask
 from ctkernels.tuning.hf.alibi import ALIBI_IMPLEMENTATION, serve_alibi
 from ctkernels.tuning.hf.attention import ATTACHED, ATTACHED_IMPLEMENTATION, STATE, ForwardState, is_layout, no_padding
 from ctkernels.tuning.hf.caches import ATTACHED_NOW, claim, own
-from ctkernels.tuning.hf.discover import passes_keywords
+from ctkernels.tuning.hf.discover import is_latent, passes_keywords
 from ctkernels.tuning.hf.models import ALIBI, LEARNED, Decoder, find_decoder, other_architecture, rope_switch
 from ctkernels.tuning.hf.packed import INTEGERS, TOLD_BY, packed_rows
 from ctkernels.tuning.hf.parallel import head_group
@@ -87,6 +87,8 @@ class Attachment:
         switches = (rope_switch(config, each.first_position) for each in self._prefixes)
         self._rope_switch = min((switch for switch in switches if switch is not None), default=None)
         self._group = head_group(self._decoder.attentions[0])
+        if self._group is not None and is_latent(self._decoder.attentions[0]):
+            raise ValueError(f"{self._name} has latent attention, whose prefix has no heads to spread over processes")
         self._parameters = list(inspect.signature(self._decoder.base.forward).parameters)
         self._passes_keywords = passes_keywords(type(self._decoder.layers[0]))
         self._traces: Traces | None = None
@@ -107,6 +109,8 @@ class Attachment:
         with Traces() as traces:
             for index, attention in enumerate(decoder.attentions):
                 traces.set(attention, ATTACHED, index)
+            for _, attention, source in decoder.borrowers:
+                traces.set(attention, ATTACHED, source)
             _switch_implementation(decoder, self._implementation, traces)
             if self._implementation == ALIBI_IMPLEMENTATION:
                 serve_alibi(decoder, traces, lambda: getattr(self._thread, "state", None))
@@ -114,10 +118,11 @@ class Attachment:
             traces.hook(base.register_forward_pre_hook(self._before, with_kwargs=True))
             traces.hook(base.register_forward_hook(self._after, with_kwargs=True))
             traces.hook(embedding.register_forward_hook(lambda module, args, out: self._carry_gradient(out)))
-            for index, layer in enumerate(decoder.layers):
+            borrowing = ((source, layer) for layer, _, source in decoder.borrowers)
+            for index, layer in (*enumerate(decoder.layers), *borrowing):
                 traces.hook(layer.register_forward_pre_hook(partial(self._check_recorded, index), with_kwargs=True))
             if model is not base:
-                traces.hook(model.register_forward_pre_hook(self._see_packed, with_kwargs=True))
+                traces.hook(model.register_forward_pre_hook(self._enter, with_kwargs=True))
             if hasattr(model, "generate"):
                 traces.set(model, "generate", self._watched(model.generate))
             for module in dict.fromkeys((model, base)):
@@ -167,13 +172,36 @@ class Attachment:
 
         return run
 
-    def _see_packed(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Runs before the model with the head, which may keep arguments about packed rows to itself."""
+    def _enter(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """Runs before the model with the head, which may keep arguments about packed rows to itself.
+
+        Where another model calls the decoder, it may make masks and positions. It gets the rows' own positions, and if
+        there is no padding a mask that is passed on as it is. (Images have positions of their own, which it knows.)
+        """
         self._thread.told = {name: kwargs[name] for name in TOLD_BY if kwargs.get(name) is not None}
+        if not self._decoder.wrapped:
+            return None
+        kwargs = {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
+        tokens = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
+        if tokens is None:
+            return None  # the model raises its own error
+        others = sorted(name for name, x in kwargs.items() if isinstance(x, Tensor) and name not in TEXT_ARGUMENTS)
+        _check_mask_argument(kwargs.get("attention_mask"))
+        cu_seqlens = packed_rows(self.cu_seqlens, kwargs, tokens)
+        if cu_seqlens is not None and others:
+            raise ValueError(f"rows packed into one sequence must be text alone, got {', '.join(others)}")
+        if cu_seqlens is not None:
+            kwargs["position_ids"] = self._prepare_packed(tokens, kwargs, cu_seqlens)
+            self._thread.told["cu_seq_lens_q"] = cu_seqlens
+        elif not others:
+            kwargs["position_ids"] = self._prepare_padded(tokens, kwargs)
+        return (), kwargs
 
     def _before(self, base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Runs before the decoder: shifts positions, and passes the state of this forward pass to the layers."""
         kwargs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        if isinstance(kwargs.get("logits_to_keep"), int):
+            kwargs["logits_to_keep"] = 0  # some bases drop queries, and a layout tells the last ones by the keys alone
         self._check_implementation(base)
         _check_mask_argument(kwargs.get("attention_mask"))
         tokens = kwargs.get("input_ids")
@@ -199,6 +227,9 @@ class Attachment:
             self.mask,
             cu_seqlens,
             self.backend,
+            self._decoder.reaches,
+            positions,
+            _past_length(kwargs),
             self._group,
             torch.is_grad_enabled(),
             index,
@@ -264,7 +295,8 @@ class Attachment:
 
     def _prepare_packed(self, tokens: Tensor, kwargs: dict[str, Any], cu_seqlens: Tensor) -> Tensor:
         """Own position of each token, int64 `[1, N]`, of rows packed into one sequence."""
-        if kwargs.get("attention_mask") is not None:
+        mask = kwargs.get("attention_mask")
+        if any(x is not None and x.shape[-1] > 0 for x in (mask.values() if isinstance(mask, dict) else (mask,))):
             raise ValueError("with cu_seqlens, attention_mask must be None: packed rows have no padding")
         if kwargs.get("past_key_values") is not None:
             raise ValueError("with cu_seqlens, past_key_values must be None: packed rows cannot be continued")
@@ -369,6 +401,11 @@ class Attachment:
             )
 
 
+# tensors that a model with a head may be called with, if a row is text alone
+TEXT_ARGUMENTS = {
+    *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "labels", "logits_to_keep"),
+    *TOLD_BY,
+}
 NOT_ENTERED = (
     "prefix.attach(model) {}, so the model ran without the prefix; use `with prefix.attach(model):`, or "
     "`attachment = prefix.attach(model).enable()` and later `attachment.detach()`"
@@ -472,22 +509,41 @@ def check_fit(prefix: PrefixLike, decoder: Decoder) -> None:
 def _switch_implementation(decoder: Decoder, implementation: str, traces: Traces) -> None:
     """Give this model a config with another attention implementation until `traces` are undone.
 
-    The config is a copy, since other models may share the object. Changes to the copy are written back at the end.
+    The config, and every one that holds it, is a copy, since other models may share the object. Changes to the copies
+    are written back at the end.
     """
     old = decoder.config
     new = copy.copy(old)
     new._attn_implementation = implementation
-    before = dict(vars(new))
-    holders = [module for module in decoder.model.modules() if vars(module).get("config") is old]
+    copies = {id(old): new}
+    originals = [old]
+
+    def switched(config: PreTrainedConfig) -> PreTrainedConfig:
+        if id(config) not in copies:
+            parts = {name: x for name, x in vars(config).items() if isinstance(x, PreTrainedConfig)}
+            changed = {name: switched(x) for name, x in parts.items() if switched(x) is not x}
+            copies[id(config)] = copy.copy(config) if changed else config
+            if changed:
+                vars(copies[id(config)]).update(changed)
+                originals.append(config)
+        return copies[id(config)]
+
+    holders = []
+    for module in decoder.model.modules():
+        config = vars(module).get("config")
+        if isinstance(config, PreTrainedConfig) and switched(config) is not config:
+            holders.append((module, config))
+    before = [dict(vars(copies[id(config)])) for config in originals]
 
     def restore() -> None:
-        for module in holders:
-            module.config = old
-        for name, value in vars(new).items():
-            if name != "_attn_implementation_internal" and before.get(name) is not value:
-                setattr(old, name, value)
+        for module, config in holders:
+            module.config = config
+        for config, values in zip(originals, before, strict=True):
+            for name, value in vars(copies[id(config)]).items():
+                if name != "_attn_implementation_internal" and values.get(name) is not value:
+                    setattr(config, name, value)
 
     traces.callback(restore)
     traces.on_copy(new, lambda copied: setattr(copied, "_attn_implementation", old._attn_implementation))
-    for module in holders:
-        module.config = new
+    for module, config in holders:
+        module.config = copies[id(config)]

@@ -21,22 +21,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import blockwise_overlay, causal_mask_function, or_masks, sdpa_mask
 
 from ctkernels import ContextMask, prefix_attention, prefix_attention_varlen
+from ctkernels.tuning.hf.discover import Expand, Reach, expand_of
+from ctkernels.tuning.hf.llama4 import by_chunk, tempered
 from ctkernels.tuning.hf.parallel import own_heads
-from ctkernels.tuning.hf.plain import IMPLEMENTATION, unknown_argument
+from ctkernels.tuning.hf.plain import IMPLEMENTATION, causal_rule, inside, unknown_argument
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 STATE = "ctkernels_state"  # the keyword argument that passes the state of a forward pass to the layers
 ATTACHED_IMPLEMENTATION = f"{IMPLEMENTATION}_attached"
+REACHES = ("sliding_window", "attention_chunk_size")  # what a layer's mask may hide is known, see `Reach`
 ATTACHED = "_ctkernels_layer_index"  # attribute of an attention module while a prefix is attached to it
 COMPILED_MASK = "under torch.compile, a padding mask must have rows that are one run of ones, up to the last query"
 
@@ -63,8 +67,9 @@ class ForwardState:
     a layer again with the mask of its own forward pass, and two threads can run one model.
 
     keys, values: per layer `[Hk, P, D]`, or `[G, Hk, P, D]` with prefix_index (int `[B]`) and prefix_lens (int `[G]`).
-    group: see `parallel.head_group`.  recording: whether gradients are recorded around the model.  consumed: the layers
-    whose attention has read keys and values.
+    reaches: what the mask of each layer hides.  own: position of each token in its row, int `[B or 1, S]`.  past: how
+    many own tokens are in the cache.  group: see `parallel.head_group`.  recording: whether gradients are recorded
+    around the model.  consumed: the layers whose attention has read keys and values.
     """
 
     keys: tuple[Tensor, ...]
@@ -72,6 +77,9 @@ class ForwardState:
     mask: ContextMask | None
     cu_seqlens: Tensor | None
     backend: str | None
+    reaches: tuple[Reach, ...]
+    own: Tensor
+    past: int
     group: ProcessGroup | None = None
     recording: bool = False
     prefix_index: Tensor | None = None
@@ -85,6 +93,18 @@ class ForwardState:
         if known is None:
             known = self.spans[id(layout)] = layout, key_span(layout, T)
         return known[1]
+
+    def length(self, index: int) -> int:
+        """P, the length of the prefix, or of the longest one."""
+        return self.keys[index].shape[-2]
+
+    def lengths(self, layout: Tensor | None, key: Tensor) -> Tensor:
+        """Number of valid ones of the keys `[B, Hk, T, D]` of each row, int64 `[B]`."""
+        if self.cu_seqlens is not None:
+            return self.cu_seqlens.diff().to(key.device, torch.int64)
+        if layout is None or layout.shape[-1] == 0:
+            return torch.full((key.shape[0],), key.shape[2], device=key.device)
+        return self.span(layout, key.shape[2]).lengths
 
 
 def key_span(layout: Tensor, T: int) -> KeySpan:
@@ -136,8 +156,10 @@ def row_layout(
     plain = (
         not use_vmap
         and "allow_is_bidirectional_skip" not in kwargs
-        and (allow_is_causal_skip or q_length == 1)  # transformers sets it to False if the rule is not just causal
-        and (local_size is None or local_size == getattr(config, "sliding_window", None))
+        and (
+            allow_is_causal_skip or q_length == 1 or _has_no_blocks(mask_function)
+        )  # transformers sets it to False if the rule is not just causal
+        and (local_size is None or local_size in (getattr(config, name, None) for name in REACHES))
     )
     limit = q_offset + q_length - kv_offset  # keys up to the last query
     bounded = isinstance(limit, Tensor) or limit < kv_length
@@ -185,6 +207,20 @@ def row_layout(
     )
 
 
+def _has_no_blocks(mask_function: Callable) -> bool:
+    """Whether it is the causal rule, or that within a window, extended by blocks (images) of which there are none."""
+    if getattr(mask_function, "__code__", None) is not _OR:
+        return False
+    rule, *blocks = inside(mask_function)["mask_functions"]
+    if not causal_rule(rule)[0] or any(getattr(x, "__code__", None) is not _BLOCKS for x in blocks):
+        return False
+    return all(bool((inside(x)["block_sequence_ids"] < 0).all()) for x in blocks)
+
+
+_OR = or_masks(causal_mask_function).__code__
+_BLOCKS = blockwise_overlay(torch.empty(0)).__code__
+
+
 def attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -196,12 +232,14 @@ def attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
     ctkernels_state: ForwardState | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer, as transformers calls it.
 
     query `[B, H, S, D]`, key and value `[B, Hk, T, D]` (transposed views, read in place), T > S with a cache.
+    s_aux: attention sinks `[H]`, the name that transformers gives them.
     Returns (`[B, S, H, D]`, None): there are no attention weights.
 
     Raises:
@@ -230,15 +268,39 @@ def attention_forward(
             f"{name}: an attached model takes causal attention with a 2D padding mask whose rows are one run of ones, "
             "got another mask or bidirectional attention; rows packed into one sequence need attachment.cu_seqlens"
         )
-    settings = {"scale": scaling, "window": sliding_window, "softcap": softcap or None}
-    return attend(ctkernels_state, index, query, key, value, layout, **settings), None
+    if getattr(module, "attn_temperature_tuning", False):
+        query = tempered(module, query, ctkernels_state, index)
+    window = ctkernels_state.reaches[index].window if sliding_window is None else sliding_window
+    settings = {"scale": scaling, "window": window, "softcap": softcap or None, "sinks": s_aux}
+    tensors = {"query": query, "key": key, "value": value, "layout": layout, "expand": expand_of(module)}
+    run = partial(attend, index=index, **tensors, **settings)
+    chunk = ctkernels_state.reaches[index].chunk
+    if chunk is None or ctkernels_state.length(index) + ctkernels_state.past + query.shape[2] <= chunk:
+        return run(ctkernels_state), None
+    return by_chunk(run, chunk, ctkernels_state, ctkernels_state.lengths(layout, key), index), None
 
 
 def attend(
-    state: ForwardState, index: int, query: Tensor, key: Tensor, value: Tensor, layout: Tensor | None, **settings: Any
+    state: ForwardState,
+    index: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Tensor | None,
+    expand: Expand | None = None,
+    **settings: Any,
 ) -> Tensor:
-    """The op on layer `index`: q `[B, H, S, D]`, k and v `[B, Hk, T, D]` -> `[B, S, H, D]`."""
-    prefix = [own_heads(x[index], key.shape[1], state.group) for x in (state.keys, state.values)]
+    """The op on layer `index`: q `[B, H, S, D]`, k and v `[B, Hk, T, D]` -> `[B, S, H, D]`.
+
+    expand: see `expand_of`.
+    """
+    held = state.keys[index], state.values[index]
+    if expand is None:
+        prefix = [own_heads(x, key.shape[1], state.group) for x in held]
+    else:
+        alone = held[0].dim() == 3
+        prefix = list(expand(*(x.to(query.dtype)[None] if alone else x.to(query.dtype) for x in held)))
+        prefix = [x[0] for x in prefix] if alone else prefix
     here = query.device  # layers of one model may be on different devices
     index_of_rows = {name: getattr(state, name) for name in ("prefix_index", "prefix_lens")}
     settings |= {name: None if x is None else x.to(here) for name, x in index_of_rows.items()}

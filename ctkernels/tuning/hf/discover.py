@@ -2,8 +2,8 @@
 
     attention   modules whose forward looks up transformers' table of attention functions, the registry
     base        the PreTrainedModel that owns them: it gets token ids, positions and the mask
-    layers      the elements of its ModuleList that hold one attention each
-    shapes      KV heads and head dimensions of each layer, from its attention module
+    layers      the elements of its ModuleList that hold them
+    shapes      KV heads and head dimensions of what each attention caches
     positions   rotary, learned, ALiBi or none, and what the first token's position is called
 
 What is found here is an assumption. A class is served only after its proof (`proof.py`).
@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from dis import get_instructions
 from functools import cache
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -28,6 +28,8 @@ LEARNED, ROTARY, ALIBI, NONE = "learned", "rotary", "alibi", "none"
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"  # the name of the table in modeling files
 # attention with code of its own that a file here serves, and how its decoder encodes positions
 OWN_ATTENTION = {"transformers.models.bloom.modeling_bloom.BloomAttention": ALIBI}  # alibi.py
+# attention that repeats all KV heads after caching them, and the attribute that says how often
+REPEATED = {"transformers.models.jetmoe.modeling_jetmoe.JetMoeAttention": "top_k"}
 # methods of caches that keep other things than keys and values
 KEEPS_STATE = {
     "update_conv_state",
@@ -49,14 +51,22 @@ class Shape(NamedTuple):
     value_dim: int
 
 
+class Reach(NamedTuple):
+    """What a layer's mask hides although its attention does not say so: keys `window` positions back and further, and
+    those of other chunks of `chunk` positions. None: nothing."""
+
+    window: int | None = None
+    chunk: int | None = None
+
+
 Look = tuple[tuple[str, str], ...]  # (name, value) of the settings of a layer
 
 
 @dataclass(frozen=True)
 class Layout:
     """Where the parts are. base, stack: paths in the model of the owner of the layers and of the ModuleList, which has
-    `count` elements.  attentions: for each layer with attention, its index there and the path and the class of its
-    attention.  bare: names of the classes of elements without attention.  looks: what is set on each kind of layer and
+    `count` elements.  attentions: of each attention, the index of its layer there, its path in it and its class.
+    bare: names of the classes of elements without attention.  looks: what is set on each kind of layer and
     its attention, by name."""
 
     base: str
@@ -78,19 +88,47 @@ class Layout:
         same = len(stack) == self.count and all(
             type(attention) is kind for attention, (_, _, kind) in zip(attentions, self.attentions, strict=True)
         )
-        return Parts(base, layers, attentions) if same else None
+        return _parts(base, layers, attentions) if same else None
+
+    def is_wrapped(self, model: nn.Module) -> bool:
+        """Whether another model than `model` itself calls the one that owns the layers, and may make masks for it."""
+        path = self.base.split(".")
+        between = (model.get_submodule(".".join(path[:depth])) for depth in range(1, len(path)))
+        return any(isinstance(module, PreTrainedModel) for module in between)
 
     def classes(self) -> list[str]:
         """Names of the attention classes and of layers without attention."""
         return sorted({*(class_name(kind) for *_, kind in self.attentions), *self.bare})
 
 
+class Borrower(NamedTuple):
+    """A layer whose attention reads keys and values that another one has made; which, as an index among those."""
+
+    layer: nn.Module
+    attention: nn.Module
+    source: int
+
+
 class Parts(NamedTuple):
-    """The modules of a `Layout`."""
+    """The modules of a `Layout`. layers, attentions: those that make keys and values, and so have a prefix."""
 
     base: PreTrainedModel
     layers: tuple[nn.Module, ...]
     attentions: tuple[nn.Module, ...]
+    borrowers: tuple[Borrower, ...]
+
+
+def _parts(base: PreTrainedModel, layers: tuple[nn.Module, ...], attentions: tuple[nn.Module, ...]) -> Parts:
+    own: list[tuple[nn.Module, nn.Module]] = []
+    borrowers, latest = [], dict[str | None, int]()  # by kind of layer
+    for layer, attention in zip(layers, attentions, strict=True):
+        kind = getattr(attention, "layer_type", None)
+        if getattr(attention, "is_kv_shared_layer", False):
+            borrowers.append(Borrower(layer, attention, latest[kind]))
+        else:
+            latest[kind] = len(own)
+            own.append((layer, attention))
+    return Parts(base, tuple(layer for layer, _ in own), tuple(attention for _, attention in own), tuple(borrowers))
 
 
 def find_layout(model: PreTrainedModel) -> Layout:
@@ -118,23 +156,16 @@ def find_layout(model: PreTrainedModel) -> Layout:
     stacks = sorted({place["stack"] if place else path for path, place in places.items()})
     if len(stacks) > 1 or not all(places.values()):
         raise unsupported(model, f"it keeps its layers in several places ({', '.join(stacks)})")
-    by_layer: dict[int, str] = {}
-    for path, place in places.items():
-        index = int(place["index"])
-        if index in by_layer:
-            kinds = (type(own[at]).__name__ for at in (by_layer[index], path))
-            raise unsupported(model, f"layer {index} has several attentions ({', '.join(kinds)})")
-        by_layer[index] = path
     stack = model.get_submodule(stacks[0])
-    looks = {_look(stack[index], own[path]) for index, path in by_layer.items()}
-    inside = {index: path.removeprefix(f"{stacks[0]}.{index}.") for index, path in by_layer.items()}
+    at = {path: int(place["index"]) for path, place in places.items() if place}
+    ordered = sorted(own, key=at.__getitem__)  # of several in one layer, the first comes first
     return Layout(
         base,
         stacks[0],
         len(stack),
-        tuple((index, inside[index], type(own[by_layer[index]])) for index in sorted(by_layer)),
-        tuple(type(layer).__name__ for index, layer in enumerate(stack) if index not in by_layer),
-        tuple(sorted(looks)),
+        tuple((at[path], path.removeprefix(f"{stacks[0]}.{at[path]}."), type(own[path])) for path in ordered),
+        tuple(type(layer).__name__ for index, layer in enumerate(stack) if index not in at.values()),
+        tuple(sorted({_look(stack[at[path]], own[path]) for path in ordered})),
     )
 
 
@@ -218,19 +249,68 @@ def first_position_id(base: PreTrainedModel) -> int:
     return 0
 
 
-def shape_of(attention: nn.Module, config: PreTrainedConfig) -> Shape:
+def widest_head(attention: Any, shape: Shape) -> int:
+    """The largest head dimension that its attention function gets; shape: what it caches."""
+    if is_latent(attention):
+        return max(attention.qk_head_dim, attention.v_head_dim)
+    return max(shape.key_dim, shape.value_dim)
+
+
+def is_latent(attention: nn.Module) -> bool:
+    """Whether it caches latents, one vector per token for all heads, and makes keys and values of them (multi-head
+    latent attention)."""
+    return hasattr(attention, "expand_kv")
+
+
+Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def expand_of(attention: Any) -> Expand | None:
+    """What makes the keys and values `[G, H, P, D]` that its attention function gets of what it caches, `[G, Hk, P, D]`
+    or latents `[G, 1, P, R]`; None if these are the same."""
+    if is_latent(attention):
+        latent: Expand = attention.expand_kv
+        return latent
+    times = REPEATED.get(class_name(type(attention)))
+    if times is None:
+        return None
+    count = getattr(attention, times)
+    return lambda k, v: (k.repeat(1, count, 1, 1), v.repeat(1, count, 1, 1))
+
+
+def shape_of(attention: Any, config: PreTrainedConfig) -> Shape:
     """The shape of what a layer's attention caches, as its class usually says it; the proof compares."""
+    if is_latent(attention):  # in place of keys the latents, in place of values the part of keys that is rotated
+        return Shape(1, attention.kv_lora_rank, attention.qk_rope_head_dim)
     heads = config.num_attention_heads
-    own = {name: getattr(attention, name, None) for name in ("head_dim", "qk_head_dim", "v_head_dim")}
-    key_dim = own["qk_head_dim"] or own["head_dim"] or getattr(config, "head_dim", None) or config.hidden_size // heads
+    own = {name: getattr(attention, name, None) for name in ("head_dim", "v_head_dim")}
+    key_dim = own["head_dim"] or getattr(config, "head_dim", None) or config.hidden_size // heads
     projection = getattr(attention, "k_proj", None)
-    if own["qk_head_dim"] is not None:  # latent attention caches what it has expanded
-        kv_heads = heads
-    elif hasattr(projection, "out_features"):
+    if hasattr(projection, "out_features"):
         kv_heads = projection.out_features // key_dim
     else:
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
     return Shape(kv_heads, key_dim, own["v_head_dim"] or key_dim)
+
+
+def reach_of(base: PreTrainedModel, attention: nn.Module) -> Reach:
+    """Windows and chunks that `base` puts into the mask of a layer, without its attention passing them on."""
+    makes = inspect.unwrap(type(base).forward).__code__.co_names
+    kinds = getattr(base.config, "layer_types", None)
+    kind = kinds[attention.layer_idx] if kinds else None
+    if "create_chunked_causal_mask" in makes and kind == "chunked_attention":
+        return Reach(chunk=base.config.attention_chunk_size)
+    windowed = "create_sliding_window_causal_mask" in makes and kind in ("sliding_attention", None)
+    if windowed and not names_keyword(type(attention), "sliding_window"):
+        return Reach(window=base.config.sliding_window)
+    return Reach()
+
+
+@cache
+def names_keyword(kind: type[nn.Module], name: str) -> bool:
+    """Whether the forward of a module class calls something with a keyword argument of that name."""
+    constants = inspect.unwrap(kind.forward).__code__.co_consts
+    return any(name in names for names in constants if isinstance(names, tuple))
 
 
 def _look(layer: nn.Module, attention: nn.Module) -> Look:

@@ -22,13 +22,17 @@ from ctkernels.tuning.hf.discover import ALIBI as ALIBI  # for those who ask how
 from ctkernels.tuning.hf.discover import LEARNED as LEARNED
 from ctkernels.tuning.hf.discover import ROTARY as ROTARY
 from ctkernels.tuning.hf.discover import (
+    Borrower,
     Layout,
+    Reach,
     Shape,
     find_layout,
     first_position_id,
     positions_of,
+    reach_of,
     shape_of,
     unsupported,
+    widest_head,
     written_class,
 )
 from ctkernels.tuning.hf.protocols import Origin
@@ -48,8 +52,10 @@ class Decoder:
     """The parts of a model.
 
     model: the class with the head, or the base itself.  base: the module that owns the layers.  layers, attentions:
-    the layers with attention, and that.  shapes: of each layer's keys and values.  first_position_id: what the position
-    of a sequence's first token is called.
+    the layers with attention, and that.  borrowers: those that read another one's keys and values, and so its prefix.
+    shapes: of what each of `attentions` caches.  reaches: what their masks hide.  first_position_id: what the position
+    of a sequence's first token is called.  wrapped: whether another model inside of `model` calls `base`, as vision
+    models call a text decoder.
     """
 
     family: Family
@@ -57,8 +63,11 @@ class Decoder:
     base: PreTrainedModel
     layers: tuple[nn.Module, ...]
     attentions: tuple[nn.Module, ...]
+    borrowers: tuple[Borrower, ...]
     shapes: tuple[Shape, ...]
+    reaches: tuple[Reach, ...]
     first_position_id: int = 0
+    wrapped: bool = False
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -104,12 +113,23 @@ class Decoder:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside a peft model, or `model` itself. Adapters that change its layers stay in force.
+    """The transformers model inside a peft model, a compiled one or a `DataParallel` of one device, or `model` itself.
+    Adapters that change its layers stay in force.
 
     Raises:
         ValueError: peft puts virtual tokens in front of what the model is given (prompt tuning, prefix tuning). A
             prefix would lie before them, and its keys and values would not depend on them, as those of a context do.
+            Or a `DataParallel` copies the model to several devices.
     """
+    if "_orig_mod" in model._modules:  # torch.compile(model)
+        return unwrap(model.get_submodule("_orig_mod"))
+    if isinstance(model, nn.DataParallel):
+        if len(model.device_ids) > 1:
+            raise ValueError(
+                f"DataParallel copies the model to {len(model.device_ids)} devices in every forward, and copies have "
+                "no prefix; use its module: model.module"
+            )
+        return unwrap(model.module)
     if not hasattr(model, "get_base_model"):
         return model
     adapter = getattr(model, "active_peft_config", None)
@@ -122,7 +142,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def find_decoder(model: nn.Module) -> Decoder:
-    """The parts of `model`, which may be wrapped by peft.
+    """The parts of `model`, which may be wrapped, see `unwrap`.
 
     The first time that a class, or a kind of configuration of it, is met that ctkernels was not shipped with, it is
     proved, which takes some seconds (`proof.py`).
@@ -130,8 +150,7 @@ def find_decoder(model: nn.Module) -> Decoder:
     Raises:
         TypeError: not a transformers model, or a class whose attention cannot be served, or whose proof failed; the
             message names the class and the reason.
-        ValueError: a variant that is not served (cross attention, and the like), or a peft model with virtual tokens of
-            its own.
+        ValueError: a variant that is not served (cross attention, and the like); or as `unwrap`.
     """
     inner = unwrap(model)
     if not isinstance(inner, PreTrainedModel):
@@ -147,15 +166,18 @@ def find_decoder(model: nn.Module) -> Decoder:
             settings,
             Family(written_class(type(inner)).__name__, positions_of(inner, parts)),
             tuple(shape_of(attention, parts.base.config) for attention in parts.attentions),
+            tuple(reach_of(parts.base, attention) for attention in parts.attentions),
             first_position_id(parts.base),
+            layout.is_wrapped(inner),
         )
-        widest = max(max(shape.key_dim, shape.value_dim) for shape in known.shapes)
+        widest = max(map(widest_head, parts.attentions, known.shapes))
         if widest > MAX_HEAD_DIM:
             raise unsupported(inner, f"it has heads of dimension {widest}; the kernels have them up to {MAX_HEAD_DIM}")
         _check_variant(inner, parts.base.config)
         if admit(inner, layout):
             _known[inner] = known
-    return Decoder(known.family, inner, *parts, known.shapes, known.first_position_id)
+    found = known.shapes, known.reaches, known.first_position_id, known.wrapped
+    return Decoder(known.family, inner, *parts, *found)
 
 
 @dataclass(frozen=True)
@@ -166,7 +188,9 @@ class _Known:
     settings: str
     family: Family
     shapes: tuple[Shape, ...]
+    reaches: tuple[Reach, ...]
     first_position_id: int
+    wrapped: bool
 
 
 _known: weakref.WeakKeyDictionary[PreTrainedModel, _Known] = weakref.WeakKeyDictionary()

@@ -131,13 +131,14 @@ def causal_rule(mask_function: Callable) -> tuple[bool, int | None]:
         return True, None
     if getattr(mask_function, "__code__", None) is not _AND:
         return False, None
-    parts = _inside(mask_function)["mask_functions"]
+    parts = inside(mask_function)["mask_functions"]
     if len(parts) != 2 or parts[1] is not causal_mask_function or getattr(parts[0], "__code__", None) is not _WINDOW:
         return False, None
-    return True, _inside(parts[0])["sliding_window"]
+    return True, inside(parts[0])["sliding_window"]
 
 
-def _inside(function: Callable) -> dict[str, Any]:
+def inside(function: Callable) -> dict[str, Any]:
+    """The variables that a function has taken from around it, by name."""
     cells = function.__closure__ or ()
     return {name: cell.cell_contents for name, cell in zip(function.__code__.co_freevars, cells, strict=True)}
 

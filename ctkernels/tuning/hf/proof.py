@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ctkernels.tuning.hf.attach import Attachment
@@ -66,16 +67,17 @@ class Bench:
         return torch.randint(3, VOCABULARY, (count,), generator=self._generator)
 
     def forward(self, **inputs: Any) -> tuple[list[Tensor], Any]:
-        """Results of all tokens, `[B, S, ...]` each: the decoder's, and logits, if there are some; and the output."""
+        """Results of all tokens, `[B, S, ...]` each: the decoder's, and logits, if there are some; and the decoder's
+        output."""
         seen: list[Any] = []
-        handle = self.decoder.base.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+        handle = self.decoder.base.register_forward_hook(lambda module, args, output: seen.append(output))
         try:
             output = self.model(**inputs)
         finally:
             handle.remove()
-        logits = getattr(output, "logits", None)
-        per_token = logits is not None and logits.shape[:2] == seen[0].shape[:2]
-        return [seen[0], *([logits] if per_token else [])], output
+        logits, (inner,) = getattr(output, "logits", None), seen
+        per_token = logits is not None and logits.shape[:2] == inner[0].shape[:2]
+        return [inner[0], *([logits] if per_token else [])], inner
 
     @torch.no_grad()
     def run(self, tokens: Tensor, start: int = 0) -> list[Tensor]:
@@ -160,24 +162,37 @@ def generation(bench: Bench) -> Iterator[float]:
 
 def gradient(bench: Bench) -> Iterator[float]:
     """The prefix's gradient, which the stock model carries on to the context's embeddings: there the truth has one."""
-    embed = bench.model.get_input_embeddings()
-    context, row = embed(bench.context)[None].requires_grad_(), embed(bench.rows[1])[None]
-    results, _ = bench.forward(inputs_embeds=torch.cat((context, row), dim=1))
-    weights = torch.randn(1, len(bench.rows[1]), results[0].shape[-1], generator=bench._generator).double()
+    row, decoder = bench.rows[1], bench.decoder
+    embed = decoder.base.get_input_embeddings()
+    context = embed(bench.context)[None].requires_grad_()
+    with _embedded(embed, torch.cat((context, embed(row)[None]), dim=1)):
+        results, _ = bench.forward(input_ids=torch.cat((bench.context, row))[None])
+    weights = torch.randn(1, len(row), results[0].shape[-1], generator=bench._generator).double()
     (expected,) = torch.autograd.grad((results[0][:, CONTEXT:] * weights).sum(), context)
 
-    cache, decoder = DynamicCache(), bench.decoder
-    first = decoder.first_position_id
+    cache, first = DynamicCache(), decoder.first_position_id
     positions = {} if decoder.family.positions == ALIBI else {"position_ids": first + torch.arange(CONTEXT)[None]}
     mask = torch.ones(1, CONTEXT, dtype=torch.int64)
-    decoder.base(inputs_embeds=context.clone(), attention_mask=mask, past_key_values=cache, use_cache=True, **positions)
+    with _embedded(embed, context.clone()):
+        ids = bench.context[None]
+        decoder.base(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **positions)
     with Attachment(bench.prefix, bench.model):
-        results, _ = bench.forward(inputs_embeds=row, use_cache=False)
+        results, _ = bench.forward(input_ids=row[None], use_cache=False)
         own = torch.autograd.grad((results[0] * weights).sum(), bench.prefix.parameters())
     layers = [cache.layers[attention.layer_idx] for attention in decoder.attentions]
     made = [*(layer.keys for layer in layers), *(layer.values for layer in layers)]
     (actual,) = torch.autograd.grad(made, context, [x[None] for x in own])
     yield difference([actual], [expected])
+
+
+@contextmanager
+def _embedded(embed: nn.Module, embeddings: Tensor) -> Iterator[None]:
+    """Within the block the tokens of a model have these embeddings. (Some models need ids besides.)"""
+    handle = embed.register_forward_hook(lambda module, args, output: embeddings)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def effect(bench: Bench) -> float:

@@ -49,7 +49,8 @@ def check_fixed_rotation(decoder: Decoder, what: str) -> None:
             f"{what} moves keys to other positions, but {name} rotates keys differently in longer sequences (dynamic "
             "or longrope scaling)"
         )
-    if any("scaling_beta" in name for name in getattr(decoder.config, "rope_parameters", None) or {}):
+    scaled = any("scaling_beta" in name for name in getattr(decoder.config, "rope_parameters", None) or {})
+    if scaled or getattr(decoder.config, "attn_temperature_tuning", False):
         raise ValueError(f"{what} moves keys to other positions, but {name} scales queries by their position")
     if decoder.family.positions == ROTARY and _turns(decoder) is None:
         raise ValueError(f"{what} moves keys to other positions, but how {name} rotates them is not known")
@@ -87,7 +88,7 @@ def _turns(decoder: Decoder) -> tuple[Turn | None, ...] | None:
 def _find_turns(decoder: Decoder) -> tuple[Turn | None, ...] | None:
     """From one token at positions 0 and MOVED: it sees itself alone, so that its keys differ by their rotation."""
     token = torch.tensor([decoder.base.get_input_embeddings().weight.shape[0] // 2])
-    here, there = (encode_tokens(decoder.model, token, position=at)[0] for at in (0, MOVED))
+    (here, values), (there, moved_values) = (encode_tokens(decoder.model, token, position=at) for at in (0, MOVED))
     tolerance = TOLERANCE.get(decoder.dtype, 3e-2)
     zero, moved = torch.tensor([0]), torch.tensor([MOVED])
 
@@ -101,6 +102,8 @@ def _find_turns(decoder: Decoder) -> tuple[Turn | None, ...] | None:
         except (RuntimeError, TypeError, ValueError, AttributeError):  # a class that does it in another way
             return False
 
+    if not all(map(same, moved_values, values)):  # latent attention holds a rotated part in place of values
+        return None
     found: list[Turn | None] = []
     for layer, attention in enumerate(decoder.attentions):
         if same(there[layer], here[layer]):

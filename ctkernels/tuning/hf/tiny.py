@@ -49,7 +49,9 @@ _LAYERS = _names(
     "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers num_encoder_layers"
 )
 # lists of the layers that are of a kind
-_LAYER_INDICES = _names("full_attn_idxs moe_layers mlp_only_layers hybrid_layer_ids attn_layer_indices ple_layer_ids")
+_LAYER_INDICES = _names(
+    "full_attn_idxs moe_layers mlp_only_layers hybrid_layer_ids attn_layer_indices ple_layer_ids cross_attention_layers"
+)
 # what a field becomes, unless it is off: None or 0
 _SIZES: Mapping[str, int] = {
     name: size
@@ -62,15 +64,17 @@ _SIZES: Mapping[str, int] = {
         (
             16,
             "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size expert_ffn_hidden_size "
-            "shared_experts_intermediate_size moe_shared_expert_intermediate_size router_hidden_size kv_lora_rank "
-            "swa_kv_lora_rank swa_q_lora_rank swa_v_head_dim q_lora_rank o_lora_rank v_head_dim indexer_head_dim "
-            "gated_norm_rank laurel_rank adapter_rank hc_lowrank",
+            "shared_experts_intermediate_size moe_shared_expert_intermediate_size router_hidden_size "
+            "swa_q_lora_rank q_lora_rank o_lora_rank indexer_head_dim gated_norm_rank laurel_rank adapter_rank "
+            "hc_lowrank",
         ),
         (
             POSITIONS,
             "max_position_embeddings n_positions n_ctx max_seq_len max_seq_length model_max_length context_length "
             "max_target_positions max_source_positions",
         ),
+        (24, "v_head_dim swa_v_head_dim"),  # unlike HEAD_DIM
+        (32, "kv_lora_rank swa_kv_lora_rank"),
         (POSITIONS // 2, "original_max_position_embeddings"),
         (
             8,
@@ -100,7 +104,7 @@ _COUNTS: Mapping[str, int] = {
             "n_shared_experts num_shared_experts moe_num_shared_experts zero_expert_num index_n_heads "
             "index_topk_blocks linear_num_key_heads linear_num_value_heads num_random_blocks o_groups n_groups",
         ),
-        (1, "first_k_dense_replace num_dense_layers max_window_layers num_kv_shared_layers"),
+        (1, "first_k_dense_replace num_dense_layers max_window_layers"),
     )
     for name in names.split()
 }
@@ -109,7 +113,7 @@ _NOT_LENGTHS = _names(
     "query_pre_attn_scalar chunk_size_feed_forward pretraining_tp type_vocab_size task_type_vocab_size seed "
     "dim_model_base scale_emb mm_tokens_per_image image_seq_length image_size intermediate_multiple_size "
     "block_multiple_of moe_layer_end_index max_length min_length num_beams num_mel_bins classifier_proj_size "
-    "mask_time_length mask_feature_length mamba_n_heads mamba_d_head mamba_d_ssm"
+    "mask_time_length mask_feature_length mamba_n_heads mamba_d_head mamba_d_ssm num_kv_shared_layers"
 )
 # what cannot come between a prefix and its rows: names, ids, training, and what is done to each token by itself
 _IRRELEVANT = _names(
@@ -214,6 +218,8 @@ def _shrunk(fields: Mapping[str, Any], config: Any, whole: Mapping[str, Any] | N
             new[name] = {layer: _shrunk(entry, None, whole) for layer, entry in value.items()}
         elif isinstance(value, Mapping) and isinstance(getattr(config, name, None), PreTrainedConfig):
             new[name] = _shrunk(value, getattr(config, name))
+        elif name in _SIZES and isinstance(value, (list, tuple)):  # of each layer
+            new[name] = [_SIZES[name] * (1 + (x > min(value))) for x in value]
         elif not _is_size(name, value) or value == 0:
             continue
         elif name in _WIDTHS:
@@ -231,6 +237,8 @@ def _shrunk(fields: Mapping[str, Any], config: Any, whole: Mapping[str, Any] | N
             new[name] = min(value, _COUNTS[name])
         elif "vocab" in name:
             new[name] = VOCABULARY
+    if "attention_value_scale" in fields:  # MiMo's windowed layers have twice as many KV heads
+        new["num_key_value_heads"] = 1
     if "qk_rope_head_dim" in fields and "head_dim" in fields:  # the rotary embedding's, or the whole head's
         whole_head = fields["head_dim"] != fields["qk_rope_head_dim"]
         new["head_dim"] = new["qk_rope_head_dim"] + (new["qk_nope_head_dim"] if whole_head else 0)
@@ -247,7 +255,7 @@ def _shrunk(fields: Mapping[str, Any], config: Any, whole: Mapping[str, Any] | N
     if {"expand", "num_heads", "head_dim"} <= fields.keys():
         new["head_dim"] = new["hidden_size"] * fields["expand"] // HEADS
     if fields is whole:
-        _cut_layers(new, fields)
+        _cut_layers(new, fields, config)
         new.update({name: value for name, value in _TOKENS.items() if name in fields})
     return new
 
@@ -259,8 +267,9 @@ def _first(fields: Mapping[str, Any], names: Any) -> int | None:
     return next((fields[name] for name in names if _is_size(name, fields.get(name)) and fields[name]), None)
 
 
-def _cut_layers(new: dict[str, Any], fields: Mapping[str, Any]) -> None:
+def _cut_layers(new: dict[str, Any], fields: Mapping[str, Any], config: Any) -> None:
     """Fewer layers: the first of every kind, as what is said per layer tells them apart, and some more."""
+    sharing = getattr(config, "kv_sharing_modes", None)
     for name in _LAYERS:
         count = fields.get(name)
         if not _is_size(name, count) or count < 1:
@@ -271,12 +280,15 @@ def _cut_layers(new: dict[str, Any], fields: Mapping[str, Any]) -> None:
         apart = {int(layer): entry for layer, entry in (fields.get("per_layer_config") or {}).items()}
         kinds = [
             str([[x[i] for x in per_layer.values()], [i in x for x in chosen_by_index.values()], apart.get(i)])
+            + (str(sharing[i]) if sharing else "")
             for i in range(count)
         ]
         chosen = {kinds.index(kind) for kind in kinds}
         rest = [i for i in range(count) if i not in chosen]
         layers = sorted([*chosen, *rest[: max(0, LAYERS - len(chosen))]])
         new[name] = len(layers)
+        if sharing and "num_kv_shared_layers" in fields:  # always the last ones
+            new["num_kv_shared_layers"] = sum(sharing[i] == "reuse" for i in layers)
         new |= {key: [new[key][i] for i in layers] for key in per_layer}
         new |= {key: [at for at, i in enumerate(layers) if i in x] for key, x in chosen_by_index.items()}
         if apart:

@@ -14,8 +14,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from ctkernels.testing.models import GROUPED, make_model, tokens
 from ctkernels.tuning.adapters.prefix import KVPrefix
-from ctkernels.tuning.hf import proof, served
-from ctkernels.tuning.hf.discover import find_layout
+from ctkernels.tuning.hf import models, proof, served
+from ctkernels.tuning.hf.discover import Reach, find_layout
 from ctkernels.tuning.hf.exact import full_precision
 from ctkernels.tuning.hf.models import find_decoder
 from ctkernels.tuning.hf.tiny import kind_of, make_tiny, shrink, unknown_lengths
@@ -110,11 +110,13 @@ def test_right_and_wrong_are_far_apart():
     assert max(verdict_of(llama_with(Farsighted, "Wrong")).differences.values()) > 1e-2
 
 
-def test_a_window_that_only_the_mask_knows():
+def test_a_window_that_only_the_mask_knows(monkeypatch):
     """The same class with and without one are two kinds."""
     sizes = {**GROUPED, "num_local_experts": 4, "intermediate_size": 16}
     without, within = (PhimoeConfig(**sizes, sliding_window=window) for window in (None, 6))
     assert kind_of(without) != kind_of(within)
+    assert all(verdict_of(PhimoeForCausalLM, config).reason is None for config in (without, within))
+    monkeypatch.setattr(models, "reach_of", lambda base, attention: Reach())
     assert verdict_of(PhimoeForCausalLM, without).reason is None
     assert "results differ by" in verdict_of(PhimoeForCausalLM, within).reason
 
