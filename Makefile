@@ -50,7 +50,7 @@ test-gpu-full: .venv/built
 # Half an hour. TYPES="llama gpt2": of the prefix, and of some.
 test-models: .venv/built
 	OMP_NUM_THREADS=1 .venv/bin/python -m tools.models.prefix $(TYPES)
-	$(if $(TYPES),,OMP_NUM_THREADS=1 .venv/bin/python -m tools.models.drop_in)
+	$(if $(TYPES),,OMP_NUM_THREADS=1 .venv/bin/python -m tools.models.drop_in && .venv/bin/python -m tools.models.overhead)
 
 # The op against its peers, how it scales, training steps, models without a prefix, and serving: JSON, Markdown and plots in
 # OUT, and the tables of the documents unless OUT is given. About half an hour on two cores.

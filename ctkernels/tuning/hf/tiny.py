@@ -119,7 +119,8 @@ _NOT_LENGTHS = _names(
 _IRRELEVANT = _names(
     "architectures transformers_version _name_or_path name_or_path dtype torch_dtype id2label label2id problem_type "
     "return_dict output_attentions output_hidden_states output_router_logits use_cache tie_word_embeddings auto_map "
-    "suppress_tokens begin_suppress_tokens quantization_config task_specific_params finetuning_task tokenizer_class pretraining_tp chunk_size_feed_forward "
+    "suppress_tokens begin_suppress_tokens "
+    "quantization_config task_specific_params finetuning_task tokenizer_class pretraining_tp chunk_size_feed_forward "
     "hidden_act hidden_activation activation_function activation initializer_range init_std router_aux_loss_coef "
     "initializer_factor layer_norm_eps layer_norm_epsilon rms_norm_eps norm_eps vocab_size gradient_checkpointing"
 )

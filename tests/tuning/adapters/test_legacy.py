@@ -95,7 +95,9 @@ def test_old_folders_load_and_are_replaced(fixtures, model, name):
 
 
 def test_another_model_than_that_of_an_old_folder(fixtures, model):
-    with pytest.raises(PrefixFileError, match=r"made for LlamaForCausalLM 'tiny/llama' .* not for this Mistral"):
+    with pytest.raises(
+        PrefixFileError, match=r"made for LlamaForCausalLM 'tiny/llama'; this Mistral.* has another configuration"
+    ):
         Adapter.from_pretrained(fixtures / "prefix", make_model("mistral", torch.float32))
     other = make_model("llama", torch.float32)
     other.name_or_path = "tiny/llama-instruct"

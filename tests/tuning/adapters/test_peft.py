@@ -301,7 +301,10 @@ def test_imports_that_are_refused(tmp_path):
         with pytest.raises(PrefixFileError, match=message):
             import_peft(tmp_path / folder, of)
 
-    refused(r"made for Llama.* \(.*\), not for this LlamaForCausalLM", of=make_model("llama", num_attention_heads=2))
+    refused(
+        "this LlamaForCausalLM .* has head_dim 16 instead of 8, num_attention_heads 2 instead of 4",
+        of=make_model("llama", num_attention_heads=2),
+    )
     refused("num_layers is 4, LlamaForCausalLM needs 3", num_layers=4)
     refused(r"prompt_embeddings must be floating \[7, columns\]", num_layers=3, num_virtual_tokens=7)
     refused("type IA3 cannot be imported; known are CARTRIDGE", peft_type="IA3")

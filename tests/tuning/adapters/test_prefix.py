@@ -353,8 +353,8 @@ def test_a_resized_vocabulary(saved):
 
 def test_files_that_hold_a_hash_alone(saved):
     """As older releases wrote them."""
-    description = json.loads((saved / "prefix.json").read_text())
-    edit(saved, metadata={key: x for key, x in description["metadata"].items() if key != "architecture"})
+    metadata = read_file(saved, "adapter").description["metadata"]
+    edit(saved, {"metadata": {key: x for key, x in metadata.items() if key != "architecture"}})
     assert KVPrefix.from_pretrained(saved, make_model("llama")).metadata.architecture == {}
     refuses(saved, "has another configuration, of which the prefix holds", make_model("llama", rms_norm_eps=0.5))
 
@@ -390,7 +390,7 @@ def test_names_are_compared_where_the_weights_are_not_known(saved, model):
 
 def test_another_tokenizer(saved, model, tokenizer):
     other = make_tokenizer("<unk> <s> bad good film food was is the a")
-    refuses(saved, "made with tokenizer 'words' .* not with this 'words'", model, other)
+    refuses(saved, "made with tokenizer 'words', not with this 'words', whose vocabulary", model, other)
     larger = make_tokenizer()
     larger.add_tokens(["new"])
     refuses(saved, "made with tokenizer", None, larger)

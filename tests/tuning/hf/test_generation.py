@@ -129,7 +129,7 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"prefixes\[1\] was made for LlamaForCausalLM"):
         PrefixSet([prefixes[0], other])
     tasks = PrefixSet(prefixes)
-    with pytest.raises(ValueError, match="configuration differs"):
+    with pytest.raises(ValueError, match="has intermediate_size 48 instead of 40"):
         tasks.attach(make_model("llama", intermediate_size=48), [0])
     rows = torch.stack([ROWS[0]] * 3)
     for index, error, message in (

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -14,6 +16,7 @@ from ctkernels.tuning.hf import prove
 from ctkernels.tuning.hf.discover import class_name, find_layout
 from ctkernels.tuning.hf.served import kind_digest, shipped, table
 from ctkernels.tuning.hf.tiny import shrink
+from tools.models.page import PAGE, RESULTS, page
 
 AGAIN = "run `make test-models`, look at what has changed, and commit it"
 CHECKS = ("rows behind contexts of several lengths", "left padding", "generation", "the prefix's gradient")
@@ -69,3 +72,8 @@ def test_cases_say_what_they_are():
     names = [(case.model_type, case.name) for case in cases()]
     assert len(set(names)) == len(names)
     assert Case("llama", "default", "LlamaForCausalLM") in cases()
+
+
+def test_the_page_shows_the_tables():
+    results = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("drop_in", "overhead"))
+    assert PAGE.read_text() == page(TABLE, *results), "run `python -m tools.models.page`"
