@@ -189,6 +189,9 @@ class Attachment:
         tokens = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
         if tokens is None:
             return None  # the model raises its own error
+        for name in TOKEN_KINDS:  # processors number tokens of text, too
+            if isinstance(kwargs.get(name), Tensor) and not kwargs[name].any():
+                kwargs[name] = None
         others = sorted(name for name, x in kwargs.items() if isinstance(x, Tensor) and name not in TEXT_ARGUMENTS)
         _check_mask_argument(kwargs.get("attention_mask"))
         cu_seqlens = packed_rows(self.cu_seqlens, kwargs, tokens)
@@ -407,6 +410,7 @@ class Attachment:
             )
 
 
+TOKEN_KINDS = ("token_type_ids", "mm_token_type_ids")  # 0: text; where all is text they say nothing
 # tensors that a model with a head may be called with, if a row is text alone
 TEXT_ARGUMENTS = {
     *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "labels", "logits_to_keep"),
@@ -537,7 +541,7 @@ def _switch_implementation(decoder: Decoder, implementation: str, traces: Traces
     holders = []
     for module in decoder.model.modules():
         config = vars(module).get("config")
-        if isinstance(config, PreTrainedConfig) and switched(config) is not config:
+        if config is old or (config is not None and switched(config) is not config):
             holders.append((module, config))
     before = [dict(vars(copies[id(config)])) for config in originals]
 

@@ -55,10 +55,11 @@ class Shape(NamedTuple):
 
 class Reach(NamedTuple):
     """What a layer's mask hides although its attention does not say so: keys `window` positions back and further, and
-    those of other chunks of `chunk` positions. None: nothing."""
+    those of other chunks of `chunk` positions. None: nothing.  tempered: whether it scales queries by position."""
 
     window: int | None = None
     chunk: int | None = None
+    tempered: bool = False
 
 
 Look = tuple[tuple[str, str], ...]  # (name, value) of the settings of a layer
@@ -121,6 +122,8 @@ class Parts(NamedTuple):
 
 
 def _parts(base: PreTrainedModel, layers: tuple[nn.Module, ...], attentions: tuple[nn.Module, ...]) -> Parts:
+    if not getattr(base.config, "num_kv_shared_layers", None):
+        return Parts(base, layers, attentions, ())
     own: list[tuple[nn.Module, nn.Module]] = []
     borrowers, latest = [], dict[str | None, int]()  # by kind of layer
     for layer, attention in zip(layers, attentions, strict=True):
@@ -274,14 +277,18 @@ Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 def expand_of(attention: Any) -> Expand | None:
     """What makes the keys and values `[G, H, P, D]` that its attention function gets of what it caches, `[G, Hk, P, D]`
     or latents `[G, 1, P, R]`; None if these are the same."""
-    if is_latent(attention):
-        latent: Expand = attention.expand_kv
-        return latent
-    times = REPEATED.get(class_name(type(attention)))
-    if times is None:
-        return None
-    count = getattr(attention, times)
-    return lambda k, v: (k.repeat(1, count, 1, 1), v.repeat(1, count, 1, 1))
+    if type(attention) not in _SAME:
+        if is_latent(attention):
+            latent: Expand = attention.expand_kv
+            return latent
+        if class_name(type(attention)) in REPEATED:
+            count = getattr(attention, REPEATED[class_name(type(attention))])
+            return lambda k, v: (k.repeat(1, count, 1, 1), v.repeat(1, count, 1, 1))
+        _SAME.add(type(attention))
+    return None
+
+
+_SAME: set[type[nn.Module]] = set()  # classes whose attention functions get what they cache, asked for in every layer
 
 
 def shape_of(attention: Any, config: PreTrainedConfig) -> Shape:
@@ -300,16 +307,18 @@ def shape_of(attention: Any, config: PreTrainedConfig) -> Shape:
 
 
 def reach_of(base: PreTrainedModel, attention: nn.Module) -> Reach:
-    """Windows and chunks that `base` puts into the mask of a layer, without its attention passing them on."""
+    """Windows and chunks that `base` puts into the mask of a layer without its attention passing them on, and whether
+    that scales queries."""
     makes = inspect.unwrap(type(base).forward).__code__.co_names
     kinds = getattr(base.config, "layer_types", None)
     kind = kinds[attention.layer_idx] if kinds else None
+    tempered = bool(getattr(attention, "attn_temperature_tuning", False)) and not attention.use_rope  # Llama 4
     if "create_chunked_causal_mask" in makes and kind == "chunked_attention":
-        return Reach(chunk=base.config.attention_chunk_size)
+        return Reach(None, base.config.attention_chunk_size, tempered)
     windowed = "create_sliding_window_causal_mask" in makes and kind in ("sliding_attention", None)
     if windowed and not names_keyword(type(attention), "sliding_window"):
-        return Reach(window=base.config.sliding_window)
-    return Reach()
+        return Reach(base.config.sliding_window, None, tempered)
+    return Reach(tempered=tempered)
 
 
 @cache
