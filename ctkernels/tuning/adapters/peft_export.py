@@ -96,7 +96,7 @@ def flat_cache(prefix: KVPrefix) -> Tensor:
     Raises:
         ValueError: layers of different shapes.
     """
-    shapes = {tuple(key.shape) for key in prefix.keys}
+    shapes = {tuple(x.shape) for x in (*prefix.keys, *prefix.values)}
     if len(shapes) > 1:
         raise ValueError(
             f"peft keeps keys and values of all layers in one tensor, but this prefix has layers of shapes "

@@ -170,6 +170,11 @@ def _described(
 def _read_prefix(decoder: Decoder, source: Source) -> Adapter:
     flat = source.embeddings()
     layers, heads, dimension = len(decoder.attentions), decoder.kv_heads, decoder.head_dim
+    if any(shape != (heads, dimension, dimension) for shape in decoder.shapes):
+        raise ValueError(
+            f"peft keeps keys and values of all layers in one tensor, but those of {type(decoder.model).__name__} have "
+            f"several shapes: {', '.join(map(str, sorted({tuple(shape) for shape in decoder.shapes})))}"
+        )
     expected = {"num_layers": layers, "num_attention_heads": heads, "token_dim": heads * dimension}
     for name, value in expected.items():
         if source.config.get(name) != value:

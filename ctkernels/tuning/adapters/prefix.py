@@ -349,7 +349,7 @@ def _check_layers(keys: list[Tensor], values: list[Tensor]) -> None:
                 raise TypeError(f"{name}[{index}] must be a floating tensor [Hk, P, D], got {_kind(x)}")
             if x.dim() != 3:
                 raise ValueError(f"{name}[{index}] must have shape [Hk, P, D], got {tuple(x.shape)}")
-        if key.shape != value.shape or key.dtype != value.dtype:
+        if key.shape[:2] != value.shape[:2] or key.dtype != value.dtype:  # D may differ
             raise ValueError(f"values[{index}] must be like keys[{index}], {_kind(key)}, got {_kind(value)}")
         if key.shape[1] != keys[0].shape[1]:
             raise ValueError(

@@ -493,6 +493,10 @@ def check_fit(prefix: PrefixLike, decoder: Decoder) -> None:
                 f"prefix layer {index} has {heads} KV heads of dimension {dimension}, {name} has {shape.heads} of "
                 f"dimension {shape.key_dim}"
             )
+        if shape.value_dim != shape.key_dim and (found := tuple(prefix.values)[index].shape[-1]) != shape.value_dim:
+            raise ValueError(
+                f"prefix layer {index} has values of dimension {found}, {name} has values of {shape.value_dim}"
+            )
         device = next(decoder.attentions[index].parameters()).device
         if key.device != device and device.type != "meta":  # meta: offloaded weights
             raise ValueError(

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from ctkernels import ContextMask
 from ctkernels.testing.models import GROUPED, make_model, stock_logits, tokens
+from ctkernels.tuning.adapters.peft_export import export_peft
 from ctkernels.tuning.adapters.prefix import KVPrefix
 from ctkernels.tuning.adapters.prefix_set import PrefixSet
 from ctkernels.tuning.hf import attach, attention, discover, models, prove
@@ -193,6 +194,30 @@ def test_latents_cannot_be_moved(exact):
         check_fixed_rotation(find_decoder(tiny_of("latent")), "this")
     with pytest.raises(ValueError, match="scales queries by their position"):
         check_fixed_rotation(find_decoder(tiny_of("chunks")), "this")
+
+
+@pytest.mark.parametrize("kind", ["latent", "sinks in some layers, narrower values", "chunks", "repeated heads"])
+def test_a_prefix_of_values_unlike_keys(kind, tmp_path):
+    """Saved, loaded and trained with checkpointing, in fp32."""
+    with trusting():
+        model = tiny_of(kind).float()
+        made = KVPrefix.from_tokens(model, CONTEXT, SEGMENTS)
+        with torch.no_grad():
+            expected = stock(model, CONTEXT, ROW)[len(CONTEXT) :]
+        made.save_pretrained(tmp_path)
+        prefix = KVPrefix.from_pretrained(tmp_path, model=model)
+        model.gradient_checkpointing_enable()
+        with prefix.attach(model.train()):
+            logits = model(ROW[None], use_cache=False).logits[0]
+            logits.square().mean().backward()
+        torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+        assert all(x.grad.abs().max() > 0 for x in prefix.parameters())
+        if kind != "chunks" and kind != "repeated heads":
+            with pytest.raises(ValueError, match="peft keeps keys and values of all layers in one tensor"):
+                export_peft(prefix, tmp_path / "peft")
+            prefix.values[0] = nn.Parameter(prefix.values[0][..., :-1].detach())
+            with pytest.raises(ValueError, match="prefix layer 0 has values of dimension"):
+                prefix.attach(model)
 
 
 VISION = {
