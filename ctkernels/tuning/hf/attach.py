@@ -4,7 +4,7 @@
         protocols.py                          what is needed of a prefix
         models.py                             which model classes, where their layers are
         attention.py                          the attention and mask functions that the layers call
-        alibi.py                              BLOOM, which does not call them
+        own.py                                classes that do not call them
         packed.py                             rows packed into one sequence
         caches.py                             caches remember their attachment
         parallel.py                           KV heads of models that are spread over processes
@@ -31,14 +31,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ctkernels import ContextMask
-from ctkernels.tuning.hf.alibi import ALIBI_IMPLEMENTATION, serve_alibi
-from ctkernels.tuning.hf.attention import ATTACHED, ATTACHED_IMPLEMENTATION, STATE, ForwardState, is_layout, no_padding
+from ctkernels.tuning.hf.attention import (
+    ATTACHED,
+    ATTACHED_IMPLEMENTATION,
+    STATE,
+    ForwardState,
+    is_layout,
+    no_padding,
+    row_layout,
+)
 from ctkernels.tuning.hf.caches import ATTACHED_NOW, claim, own
-from ctkernels.tuning.hf.discover import passes_keywords
-from ctkernels.tuning.hf.models import ALIBI, LEARNED, Decoder, find_decoder, other_architecture, rope_switch
+from ctkernels.tuning.hf.discover import own_attention, passes_keywords
+from ctkernels.tuning.hf.models import ALIBI, Decoder, find_decoder, other_architecture, rope_switch
+from ctkernels.tuning.hf.own import carrier, serve_own
 from ctkernels.tuning.hf.packed import INTEGERS, TOLD_BY, packed_rows
 from ctkernels.tuning.hf.parallel import head_group
 from ctkernels.tuning.hf.protocols import PrefixLike, PrefixSetLike
@@ -80,10 +88,10 @@ class Attachment:
             check_fit(each, self._decoder)
         self._trainable = (prefix,) if self._prefixes == (prefix,) else ()  # a set of prefixes is a copy
         self._last_first = max(each.first_position for each in self._prefixes)
-        family, config = self._decoder.family, self._decoder.config
+        config = self._decoder.config
         self._name = type(self._decoder.model).__name__
-        self._implementation = ALIBI_IMPLEMENTATION if family.positions == ALIBI else ATTACHED_IMPLEMENTATION
-        self._position_limit = self._decoder.context_limit if family.positions == LEARNED else None
+        self._own = own_attention(self._decoder.attentions[0])
+        self._position_limit = self._decoder.position_limit
         switches = (rope_switch(config, each.first_position) for each in self._prefixes)
         self._rope_switch = min((switch for switch in switches if switch is not None), default=None)
         self._group = head_group(self._decoder.attentions[0])
@@ -107,9 +115,9 @@ class Attachment:
         with Traces() as traces:
             for index, attention in enumerate(decoder.attentions):
                 traces.set(attention, ATTACHED, index)
-            _switch_implementation(decoder, self._implementation, traces)
-            if self._implementation == ALIBI_IMPLEMENTATION:
-                serve_alibi(decoder, traces, lambda: getattr(self._thread, "state", None))
+            _switch_implementation(decoder, ATTACHED_IMPLEMENTATION, traces)
+            if self._own is not None:
+                serve_own(decoder, self._own, traces, lambda: getattr(self._thread, "state", None))
             model, base, embedding = decoder.model, decoder.base, decoder.base.get_input_embeddings()
             traces.hook(base.register_forward_pre_hook(self._before, with_kwargs=True))
             traces.hook(base.register_forward_hook(self._after, with_kwargs=True))
@@ -205,9 +213,10 @@ class Attachment:
             None if index is None else self.prefix.lengths,
         )
         kwargs[STATE] = state
-        if self._decoder.family.positions == ALIBI:  # BLOOM has no position ids, and its layers get no such argument
-            self._thread.state = state
-        else:
+        if self._own is not None:
+            state.layout = _layout(kwargs, tokens, base.config)
+            kwargs["attention_mask"], self._thread.state = carrier(state, tokens.device), state
+        if self._decoder.family.positions != ALIBI:
             kwargs["position_ids"] = positions + first + self._decoder.first_position_id
             if not self._passes_keywords:
                 setattr(kwargs["position_ids"], STATE, state)
@@ -245,10 +254,6 @@ class Attachment:
             _check_padding(padding, tokens, kwargs)
         elif mask is None and not getattr(cache, "is_compileable", False):
             kwargs["attention_mask"] = no_padding(tokens.device)
-        elif mask is None and self._decoder.family.positions == ALIBI:  # needed so that build_alibi_tensor is called
-            kwargs["attention_mask"] = torch.ones(
-                tokens.shape[0], _past_length(kwargs) + S, dtype=torch.bool, device=tokens.device
-            )
         if given is not None:
             return given
         prepared = mask.values() if isinstance(mask, dict) else (mask,)
@@ -343,7 +348,7 @@ class Attachment:
 
     def _check_implementation(self, base: nn.Module) -> None:
         current = base.config._attn_implementation
-        if current != self._implementation:
+        if current != ATTACHED_IMPLEMENTATION:
             raise ValueError(
                 f"the attention implementation was changed to {current!r} while a prefix is attached, and would "
                 "ignore the prefix; change it before attaching or after the block"
@@ -383,6 +388,21 @@ def _say_not_entered(attachment: weakref.ref[Attachment], base: nn.Module, args:
     made._notice.remove()
     if not any(hasattr(attention, ATTACHED) for attention in made._decoder.attentions):
         warnings.warn(NOT_ENTERED.format("was not entered"), stacklevel=2)
+
+
+def _layout(kwargs: dict[str, Any], tokens: Tensor, config: PreTrainedConfig) -> Tensor | None:
+    """The layout of a batch as `row_layout` describes it, from the arguments of a forward pass whose class makes no
+    mask through it."""
+    mask, cache, S = kwargs.get("attention_mask"), kwargs.get("past_key_values"), tokens.shape[1]
+    if is_layout(mask):
+        return mask
+    offset, length, first = 0, S, 0
+    if cache is not None:
+        offset, (length, first) = cache.get_query_offset(0), cache.get_mask_sizes(S, 0)
+    padding = None if mask is None else mask.to(tokens.device)
+    return row_layout(
+        tokens.shape[0], S, length, offset, first, attention_mask=padding, device=tokens.device, config=config
+    )
 
 
 def _past_length(kwargs: dict[str, Any]) -> int:

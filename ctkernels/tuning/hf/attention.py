@@ -63,8 +63,8 @@ class ForwardState:
     a layer again with the mask of its own forward pass, and two threads can run one model.
 
     keys, values: per layer `[Hk, P, D]`, or `[G, Hk, P, D]` with prefix_index (int `[B]`) and prefix_lens (int `[G]`).
-    group: see `parallel.head_group`.  recording: whether gradients are recorded around the model.  consumed: the layers
-    whose attention has read keys and values.
+    group: see `parallel.head_group`.  recording: whether gradients are recorded around the model.  layout: that of the
+    batch, for classes of `own.py`.  consumed: the layers whose attention has read keys and values.
     """
 
     keys: tuple[Tensor, ...]
@@ -76,6 +76,7 @@ class ForwardState:
     recording: bool = False
     prefix_index: Tensor | None = None
     prefix_lens: Tensor | None = None
+    layout: Tensor | None = None
     consumed: set[int] = field(default_factory=set)
     spans: dict[int, tuple[Tensor, KeySpan]] = field(default_factory=dict)
 

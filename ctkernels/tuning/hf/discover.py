@@ -24,10 +24,11 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ctkernels.tuning.hf.own import OWN, Own
+
 LEARNED, ROTARY, ALIBI, NONE = "learned", "rotary", "alibi", "none"
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"  # the name of the table in modeling files
-# attention with code of its own that a file here serves, and how its decoder encodes positions
-OWN_ATTENTION = {"transformers.models.bloom.modeling_bloom.BloomAttention": ALIBI}  # alibi.py
+ROTARY_TABLE = "embed_positions"  # sines and cosines of each position, in attention that has no rotary_emb
 # methods of caches that keep other things than keys and values
 KEEPS_STATE = {
     "update_conv_state",
@@ -37,6 +38,7 @@ KEEPS_STATE = {
     "update_index",
     "store_compression_weights",
 }
+LAYER_INDEX = ("layer_idx", "layer_id", "layer_number")  # what a layer and its attention call their place
 CROSS_ATTENTION = re.compile(r"cross|encoder_attn")  # paths of what reads other things than a decoder's own tokens
 IN_LIST = re.compile(r"(?P<stack>.+?)\.(?P<index>\d+)(\.|$)")
 
@@ -186,10 +188,10 @@ def class_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def own_attention(attention: nn.Module) -> str | None:
-    """How positions are encoded by attention of OWN_ATTENTION; None for all others."""
+def own_attention(attention: nn.Module) -> Own | None:
+    """How the core of an attention that does not call the registry is reached; None for all others."""
     names = (class_name(kind) for kind in type(attention).__mro__)
-    return next((OWN_ATTENTION[name] for name in names if name in OWN_ATTENTION), None)
+    return next((OWN[name] for name in names if name in OWN), None)
 
 
 def positions_of(model: PreTrainedModel, parts: Parts) -> str:
@@ -199,11 +201,15 @@ def positions_of(model: PreTrainedModel, parts: Parts) -> str:
         TypeError: they are computed where a prefix cannot shift them.
     """
     base, own = parts.base, own_attention(parts.attentions[0])
-    if own is not None:
-        return own
+    if own is not None and own.slopes is not None:
+        return ALIBI
+    if getattr(base.config, "alibi", False):
+        raise unsupported(model, "it rounds its position bias (ALiBi) to bfloat16, which the kernels do not")
     if "position_ids" not in inspect.signature(base.forward).parameters:
         raise unsupported(model, f"its {type(base).__name__} takes no position_ids, which a prefix has to shift")
     if any(path.rpartition(".")[2] == "rotary_emb" for path, _ in base.named_modules()):
+        return ROTARY
+    if hasattr(parts.attentions[0], ROTARY_TABLE):
         return ROTARY
     limit, inputs = getattr(base.config, "max_position_embeddings", None), base.get_input_embeddings()
     tables = (m for m in base.modules() if isinstance(m, nn.Embedding) and m is not inputs)
@@ -224,7 +230,10 @@ def shape_of(attention: nn.Module, config: PreTrainedConfig) -> Shape:
     own = {name: getattr(attention, name, None) for name in ("head_dim", "qk_head_dim", "v_head_dim")}
     key_dim = own["qk_head_dim"] or own["head_dim"] or getattr(config, "head_dim", None) or config.hidden_size // heads
     projection = getattr(attention, "k_proj", None)
-    if own["qk_head_dim"] is not None:  # latent attention caches what it has expanded
+    core = own_attention(attention)
+    if core is not None and core.kv_heads is not None:
+        kv_heads = core.kv_heads(attention)
+    elif own["qk_head_dim"] is not None:  # latent attention caches what it has expanded
         kv_heads = heads
     elif hasattr(projection, "out_features"):
         kv_heads = projection.out_features // key_dim
@@ -244,7 +253,7 @@ def _look(layer: nn.Module, attention: nn.Module) -> Look:
 
 def _counts(name: str, value: object) -> bool:
     own = name.partition(".")[2]
-    passing = own.startswith("_") or "drop" in own or own in ("training", "gradient_checkpointing", "layer_idx")
+    passing = own.startswith("_") or "drop" in own or own in ("training", "gradient_checkpointing", *LAYER_INDEX)
     return not passing and (value is None or isinstance(value, (bool, int, float, str)))
 
 

@@ -72,8 +72,8 @@ def _encode(
 
     def own_copies(kind: str, dim: str) -> Layers:
         copies = []
-        for index, (attention, shape) in enumerate(zip(decoder.attentions, decoder.shapes, strict=True)):
-            layer = cache.layers[attention.layer_idx] if attention.layer_idx < len(cache.layers) else None
+        for index, (at, shape) in enumerate(zip(decoder.cache_indices, decoder.shapes, strict=True)):
+            layer = cache.layers[at] if at < len(cache.layers) else None
             if not isinstance(getattr(layer, kind, None), Tensor):
                 raise ValueError(f"layer {index} of {type(decoder.model).__name__} caches no {kind} of its own")
             cached = getattr(layer, kind)[0].to(dtype, copy=True).contiguous()

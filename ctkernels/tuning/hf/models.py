@@ -19,9 +19,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ctkernels.attention import MAX_HEAD_DIM
 from ctkernels.tuning.hf.discover import ALIBI as ALIBI  # for those who ask how a decoder encodes positions
-from ctkernels.tuning.hf.discover import LEARNED as LEARNED
-from ctkernels.tuning.hf.discover import ROTARY as ROTARY
 from ctkernels.tuning.hf.discover import (
+    LAYER_INDEX,
+    ROTARY_TABLE,
     Layout,
     Shape,
     find_layout,
@@ -31,6 +31,8 @@ from ctkernels.tuning.hf.discover import (
     unsupported,
     written_class,
 )
+from ctkernels.tuning.hf.discover import LEARNED as LEARNED
+from ctkernels.tuning.hf.discover import ROTARY as ROTARY
 from ctkernels.tuning.hf.protocols import Origin
 from ctkernels.tuning.hf.served import admit
 
@@ -99,8 +101,20 @@ class Decoder:
     @property
     def context_limit(self) -> int | None:
         """Most positions the model declares, or None where it declares none (ALiBi)."""
-        limit = None if self.family.positions == ALIBI else getattr(self.config, "max_position_embeddings", None)
+        name = "max_seq_len" if self.family.positions == ALIBI else "max_position_embeddings"
+        limit = getattr(self.config, name, None)
         return None if limit is None else limit - self.first_position_id
+
+    @property
+    def position_limit(self) -> int | None:
+        """Positions that a table of them has, None without one."""
+        tabled = self.family.positions == LEARNED or hasattr(self.attentions[0], ROTARY_TABLE)
+        return self.context_limit if tabled else None
+
+    @property
+    def cache_indices(self) -> tuple[int, ...]:
+        """Where in a cache each layer's keys and values are."""
+        return tuple(next(getattr(x, name) for name in LAYER_INDEX if hasattr(x, name)) for x in self.attentions)
 
 
 def find_decoder(model: nn.Module) -> Decoder:

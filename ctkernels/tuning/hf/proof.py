@@ -174,7 +174,7 @@ def gradient(bench: Bench) -> Iterator[float]:
     with Attachment(bench.prefix, bench.model):
         results, _ = bench.forward(inputs_embeds=row, use_cache=False)
         own = torch.autograd.grad((results[0] * weights).sum(), bench.prefix.parameters())
-    layers = [cache.layers[attention.layer_idx] for attention in decoder.attentions]
+    layers = [cache.layers[index] for index in decoder.cache_indices]
     made = [*(layer.keys for layer in layers), *(layer.values for layer in layers)]
     (actual,) = torch.autograd.grad(made, context, [x[None] for x in own])
     yield difference([actual], [expected])
