@@ -37,6 +37,7 @@ from ctkernels import ContextMask
 from ctkernels.tuning.hf.attention import (
     ATTACHED,
     ATTACHED_IMPLEMENTATION,
+    HALVED,
     STATE,
     ForwardState,
     is_layout,
@@ -44,7 +45,7 @@ from ctkernels.tuning.hf.attention import (
     row_layout,
 )
 from ctkernels.tuning.hf.caches import ATTACHED_NOW, claim, own
-from ctkernels.tuning.hf.discover import own_attention, passes_keywords
+from ctkernels.tuning.hf.discover import attends_in_halves, own_attention, passes_keywords
 from ctkernels.tuning.hf.models import ALIBI, Decoder, find_decoder, other_architecture, rope_switch
 from ctkernels.tuning.hf.own import carrier, serve_own
 from ctkernels.tuning.hf.packed import INTEGERS, TOLD_BY, packed_rows
@@ -115,6 +116,8 @@ class Attachment:
         with Traces() as traces:
             for index, attention in enumerate(decoder.attentions):
                 traces.set(attention, ATTACHED, index)
+                if attends_in_halves(attention):
+                    traces.set(attention, HALVED, True)
             _switch_implementation(decoder, ATTACHED_IMPLEMENTATION, traces)
             if self._own is not None:
                 serve_own(decoder, self._own, traces, lambda: getattr(self._thread, "state", None))

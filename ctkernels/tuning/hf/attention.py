@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 STATE = "ctkernels_state"  # the keyword argument that passes the state of a forward pass to the layers
 ATTACHED_IMPLEMENTATION = f"{IMPLEMENTATION}_attached"
 ATTACHED = "_ctkernels_layer_index"  # attribute of an attention module while a prefix is attached to it
+HALVED = "_ctkernels_halved"  # the same, of a class that attends twice, with half of the values each time
 COMPILED_MASK = "under torch.compile, a padding mask must have rows that are one run of ones, up to the last query"
 
 
@@ -78,6 +79,7 @@ class ForwardState:
     prefix_lens: Tensor | None = None
     layout: Tensor | None = None
     consumed: set[int] = field(default_factory=set)
+    halves: dict[int, int] = field(default_factory=dict)
     spans: dict[int, tuple[Tensor, KeySpan]] = field(default_factory=dict)
 
     def span(self, layout: Tensor, T: int) -> KeySpan:
@@ -231,15 +233,30 @@ def attention_forward(
             f"{name}: an attached model takes causal attention with a 2D padding mask whose rows are one run of ones, "
             "got another mask or bidirectional attention; rows packed into one sequence need attachment.cu_seqlens"
         )
+    half = None
+    if hasattr(module, HALVED):  # calls of a layer take turns, also when gradient checkpointing runs it again
+        half = ctkernels_state.halves[index] = 1 - ctkernels_state.halves.get(index, 1)
     settings = {"scale": scaling, "window": sliding_window, "softcap": softcap or None}
-    return attend(ctkernels_state, index, query, key, value, layout, **settings), None
+    return attend(ctkernels_state, index, query, key, value, layout, half, **settings), None
 
 
 def attend(
-    state: ForwardState, index: int, query: Tensor, key: Tensor, value: Tensor, layout: Tensor | None, **settings: Any
+    state: ForwardState,
+    index: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Tensor | None,
+    half: int | None = None,
+    **settings: Any,
 ) -> Tensor:
-    """The op on layer `index`: q `[B, H, S, D]`, k and v `[B, Hk, T, D]` -> `[B, S, H, D]`."""
+    """The op on layer `index`: q `[B, H, S, D]`, k and v `[B, Hk, T, D]` -> `[B, S, H, D]`.
+
+    half: which half of the prefix's value heads stands in for all of them, as it does in `value`; default: neither.
+    """
     prefix = [own_heads(x[index], key.shape[1], state.group) for x in (state.keys, state.values)]
+    if half is not None:
+        prefix[1] = torch.cat((prefix[1].chunk(2, dim=-3)[half],) * 2, dim=-3)
     here = query.device  # layers of one model may be on different devices
     index_of_rows = {name: getattr(state, name) for name in ("prefix_index", "prefix_lens")}
     settings |= {name: None if x is None else x.to(here) for name, x in index_of_rows.items()}

@@ -29,6 +29,8 @@ from ctkernels.tuning.hf.own import OWN, Own
 LEARNED, ROTARY, ALIBI, NONE = "learned", "rotary", "alibi", "none"
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"  # the name of the table in modeling files
 ROTARY_TABLE = "embed_positions"  # sines and cosines of each position, in attention that has no rotary_emb
+# attention that calls the registry twice, with either half of its values' heads in place of both
+TWO_HALVES = {"transformers.models.diffllama.modeling_diffllama.DiffLlamaAttention"}
 # methods of caches that keep other things than keys and values
 KEEPS_STATE = {
     "update_conv_state",
@@ -192,6 +194,11 @@ def own_attention(attention: nn.Module) -> Own | None:
     """How the core of an attention that does not call the registry is reached; None for all others."""
     names = (class_name(kind) for kind in type(attention).__mro__)
     return next((OWN[name] for name in names if name in OWN), None)
+
+
+def attends_in_halves(attention: nn.Module) -> bool:
+    """Whether attention is of TWO_HALVES."""
+    return any(class_name(kind) in TWO_HALVES for kind in type(attention).__mro__)
 
 
 def positions_of(model: PreTrainedModel, parts: Parts) -> str:

@@ -1,4 +1,4 @@
-"""Classes that compute attention themselves: their proof, and tiny models of them with a prefix."""
+"""Classes that compute attention themselves, or in two halves: their proof, and tiny models of them with a prefix."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ CLASSES = {
     "codegen": {},
     "gpt_neo": {},
     "gpt_neox_japanese": {},
+    "diffllama": {},
 }
+OWN = [name for name in CLASSES if name != "diffllama"]
 CONTEXT, SEGMENTS = tokens(12, seed=2), torch.tensor([0, 5, 12])
 # the old name, which every transformers 5 knows
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -70,7 +72,7 @@ def test_a_saved_prefix(name, tmp_path):
             assert torch.equal(own_tokens, expected[0, whole.shape[1] :])
 
 
-@pytest.mark.parametrize("name", ["gptj", "gpt_neo", "mpt"])
+@pytest.mark.parametrize("name", ["gptj", "gpt_neo", "mpt", "diffllama"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(name, reentrant):
     """Layers that run again find the mask of their own forward pass, although another pass has begun since."""
@@ -128,7 +130,7 @@ def test_the_end_of_a_table_of_angles(name):
         model(tokens(1, 5))
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", OWN)
 def test_refusals(name):
     model = tiny(name)
     prefix = KVPrefix.from_tokens(model, CONTEXT, SEGMENTS)
