@@ -5,6 +5,7 @@
         models.py                             which model classes, where their layers are
         attention.py                          the attention and mask functions that the layers call
         own.py                                classes that do not call them
+        states.py                             layers that keep a state in place of keys and values
         packed.py                             rows packed into one sequence
         caches.py                             caches remember their attachment
         parallel.py                           KV heads of models that are spread over processes
@@ -51,6 +52,7 @@ from ctkernels.tuning.hf.own import carrier, serve_own
 from ctkernels.tuning.hf.packed import INTEGERS, TOLD_BY, packed_rows
 from ctkernels.tuning.hf.parallel import head_group
 from ctkernels.tuning.hf.protocols import PrefixLike, PrefixSetLike
+from ctkernels.tuning.hf.states import check_states, rows_of, serve_states
 from ctkernels.tuning.hf.traces import Traces
 
 
@@ -120,7 +122,9 @@ class Attachment:
                     traces.set(attention, HALVED, True)
             _switch_implementation(decoder, ATTACHED_IMPLEMENTATION, traces)
             if self._own is not None:
-                serve_own(decoder, self._own, traces, lambda: getattr(self._thread, "state", None))
+                serve_own(decoder, self._own, traces, self._current_state)
+            if decoder.keepers:
+                serve_states(decoder, traces, self._current_state)
             model, base, embedding = decoder.model, decoder.base, decoder.base.get_input_embeddings()
             traces.hook(base.register_forward_pre_hook(self._before, with_kwargs=True))
             traces.hook(base.register_forward_hook(self._after, with_kwargs=True))
@@ -165,6 +169,10 @@ class Attachment:
             "block, or copy the whole model"
         )
 
+    def _current_state(self) -> ForwardState | None:
+        """Of the forward pass that runs in this thread, for classes of `own.py` and `states.py`."""
+        return getattr(self._thread, "state", None)
+
     def _watched(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         """`generate` that raises if the prefix was detached while it ran (in another thread)."""
 
@@ -194,9 +202,16 @@ class Attachment:
             return (), kwargs  # the model raises its own error
         if self.mask is not None and not isinstance(self.mask, ContextMask):
             raise TypeError(f"attachment.mask must be a ContextMask or None, got {type(self.mask).__name__}")
+        if (
+            self._decoder.keepers
+            and self.mask is not None
+            and (self.mask.hidden is not None or self.mask.keep is not None)
+        ):
+            raise ValueError(HIDDEN_FROM_ATTENTION_ALONE.format(self._name))
         claim(kwargs.get("past_key_values"), self._owner, self._name)
         told, self._thread.told = getattr(self._thread, "told", {}), {}
         cu_seqlens = packed_rows(self.cu_seqlens, {**kwargs, **told}, tokens)
+        padding = kwargs.get("attention_mask")
         if cu_seqlens is None:
             positions = self._prepare_padded(tokens, kwargs)
         else:
@@ -216,6 +231,9 @@ class Attachment:
             None if index is None else self.prefix.lengths,
         )
         kwargs[STATE] = state
+        if self._decoder.keepers:
+            state.states, state.past, self._thread.state = self.prefix.states, _past_length(kwargs), state
+            state.rows = None if state.past else rows_of(padding, cu_seqlens, tokens.shape[1])
         if self._own is not None:
             state.layout = _layout(kwargs, tokens, base.config)
             kwargs["attention_mask"], self._thread.state = carrier(state, tokens.device), state
@@ -292,13 +310,17 @@ class Attachment:
         state, self._thread.state = kwargs.get(STATE), None
         for value in output.values() if isinstance(output, dict) else output:
             own(value, self._owner)
+        asleep = set(range(len(self._decoder.keepers))) - (state.kept if state else set())
+        if asleep:
+            kinds = dict.fromkeys(type(self._decoder.keepers[index]).__name__ for index in sorted(asleep))
+            raise ValueError(f"{', '.join(kinds)} of {self._name} did not begin with the prefix's state")
         missing = sorted(set(range(len(self._decoder.attentions))) - (state.consumed if state else set()))
         if missing:
             raise ValueError(
                 f"the attention of layers {missing} of {self._name} did not read the attached prefix, so this output "
                 "ignores it; were layers skipped or replaced?"
             )
-        trainable = any(x.requires_grad for x in (*state.keys, *state.values))
+        trainable = any(x.requires_grad for x in (*state.keys, *state.values, *state.states.values()))
         if state.recording and trainable and torch.is_grad_enabled() and not output[0].requires_grad:
             raise ValueError(
                 f"this output of {self._name} depends on a trainable prefix, but no gradient would reach it. Possible "
@@ -377,6 +399,10 @@ class Attachment:
             )
 
 
+HIDDEN_FROM_ATTENTION_ALONE = (
+    "a mask hides prefix positions from attention alone, but {} has layers whose state contains all of them; use a "
+    'ContextMask without hidden and keep (for training: leave_one_out="none", drop_from=None)'
+)
 NOT_ENTERED = (
     "prefix.attach(model) {}, so the model ran without the prefix; use `with prefix.attach(model):`, or "
     "`attachment = prefix.attach(model).enable()` and later `attachment.detach()`"
@@ -479,6 +505,7 @@ def check_fit(prefix: PrefixLike, decoder: Decoder) -> None:
                 f"prefix must be {decoder.prefix_dtype} or the model's type {decoder.dtype}, got {key.dtype}; "
                 f"convert it with prefix.to({decoder.prefix_dtype})"
             )
+    check_states(prefix.states, decoder)
     other = other_architecture(prefix.metadata, decoder.config)
     if other is not None:
         raise ValueError(

@@ -19,7 +19,7 @@ and never gets a layout for a mask.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -80,6 +80,10 @@ class ForwardState:
     layout: Tensor | None = None
     consumed: set[int] = field(default_factory=set)
     halves: dict[int, int] = field(default_factory=dict)
+    states: Mapping[str, Tensor] = field(default_factory=dict)
+    past: int = 0
+    rows: list[tuple[int, int, int]] | None = None
+    kept: set[int] = field(default_factory=set)
     spans: dict[int, tuple[Tensor, KeySpan]] = field(default_factory=dict)
 
     def span(self, layout: Tensor, T: int) -> KeySpan:

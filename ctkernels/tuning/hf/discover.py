@@ -31,15 +31,10 @@ REGISTRY = "ALL_ATTENTION_FUNCTIONS"  # the name of the table in modeling files
 ROTARY_TABLE = "embed_positions"  # sines and cosines of each position, in attention that has no rotary_emb
 # attention that calls the registry twice, with either half of its values' heads in place of both
 TWO_HALVES = {"transformers.models.diffllama.modeling_diffllama.DiffLlamaAttention"}
-# methods of caches that keep other things than keys and values
-KEEPS_STATE = {
-    "update_conv_state",
-    "update_recurrent_state",
-    "set_linear_cache",
-    "update_indexer",
-    "update_index",
-    "store_compression_weights",
-}
+# methods of caches that keep states (states.py)
+KEEPS_STATE = frozenset({"update_conv_state", "update_recurrent_state"})
+# and what else is neither keys nor values
+KEEPS_MORE = frozenset({"set_linear_cache", "update_indexer", "update_index", "store_compression_weights"})
 LAYER_INDEX = ("layer_idx", "layer_id", "layer_number")  # what a layer and its attention call their place
 CROSS_ATTENTION = re.compile(r"cross|encoder_attn")  # paths of what reads other things than a decoder's own tokens
 IN_LIST = re.compile(r"(?P<stack>.+?)\.(?P<index>\d+)(\.|$)")
@@ -61,7 +56,7 @@ class Layout:
     """Where the parts are. base, stack: paths in the model of the owner of the layers and of the ModuleList, which has
     `count` elements.  attentions: for each layer with attention, its index there and the path and the class of its
     attention.  bare: names of the classes of elements without attention.  looks: what is set on each kind of layer and
-    its attention, by name."""
+    its attention, by name.  keepers: path in the model and class of each module that keeps a state."""
 
     base: str
     stack: str
@@ -69,6 +64,7 @@ class Layout:
     attentions: tuple[tuple[int, str, type[nn.Module]], ...]
     bare: tuple[str, ...]
     looks: tuple[Look, ...]
+    keepers: tuple[tuple[str, type[nn.Module]], ...] = ()
 
     def parts(self, model: nn.Module) -> Parts | None:
         """The modules, or None if the model has changed since."""
@@ -77,16 +73,18 @@ class Layout:
             layers = tuple(stack[index] for index, *_ in self.attentions)
             paths = (path for _, path, _ in self.attentions)
             attentions = tuple(attrgetter(path)(layer) for path, layer in zip(paths, layers, strict=True))
+            keepers = tuple(model.get_submodule(path) for path, _ in self.keepers)
         except (AttributeError, IndexError):
             return None
         same = len(stack) == self.count and all(
             type(attention) is kind for attention, (_, _, kind) in zip(attentions, self.attentions, strict=True)
         )
-        return Parts(base, layers, attentions) if same else None
+        same = same and all(type(keeper) is kind for keeper, (_, kind) in zip(keepers, self.keepers, strict=True))
+        return Parts(base, layers, attentions, keepers) if same else None
 
     def classes(self) -> list[str]:
-        """Names of the attention classes and of layers without attention."""
-        return sorted({*(class_name(kind) for *_, kind in self.attentions), *self.bare})
+        """Names of the classes of attention, of what keeps states, and of layers without attention."""
+        return sorted({*(class_name(kind) for *_, kind in (*self.attentions, *self.keepers)), *self.bare})
 
 
 class Parts(NamedTuple):
@@ -95,6 +93,7 @@ class Parts(NamedTuple):
     base: PreTrainedModel
     layers: tuple[nn.Module, ...]
     attentions: tuple[nn.Module, ...]
+    keepers: tuple[nn.Module, ...]
 
 
 def find_layout(model: PreTrainedModel) -> Layout:
@@ -115,9 +114,11 @@ def find_layout(model: PreTrainedModel) -> Layout:
         kinds = (type(model.get_submodule(path)).__name__ for path in owners)
         raise unsupported(model, f"it has several decoders ({', '.join(kinds)})")
     base, own = next(iter(owners.items()))
-    states = dict.fromkeys(type(m).__name__ for m in model.get_submodule(base).modules() if keeps_state(type(m)))
-    if states:
-        raise unsupported(model, f"it caches more than keys and values, all that a prefix holds ({', '.join(states)})")
+    inside = [(path, m) for path, m in model.get_submodule(base).named_modules(prefix=base)]
+    more = dict.fromkeys(type(m).__name__ for _, m in inside if keeps(type(m), KEEPS_MORE))
+    if more:
+        raise unsupported(model, f"it caches more than a prefix holds ({', '.join(more)})")
+    keepers = {path: m for path, m in inside if keeps(type(m), KEEPS_STATE)}
     places = {path: IN_LIST.match(path) for path in own}
     stacks = sorted({place["stack"] if place else path for path, place in places.items()})
     if len(stacks) > 1 or not all(places.values()):
@@ -131,6 +132,7 @@ def find_layout(model: PreTrainedModel) -> Layout:
         by_layer[index] = path
     stack = model.get_submodule(stacks[0])
     looks = {_look(stack[index], own[path]) for index, path in by_layer.items()}
+    looks |= {_look(keeper, keeper) for keeper in keepers.values()}
     inside = {index: path.removeprefix(f"{stacks[0]}.{index}.") for index, path in by_layer.items()}
     return Layout(
         base,
@@ -139,6 +141,7 @@ def find_layout(model: PreTrainedModel) -> Layout:
         tuple((index, inside[index], type(own[by_layer[index]])) for index in sorted(by_layer)),
         tuple(type(layer).__name__ for index, layer in enumerate(stack) if index not in by_layer),
         tuple(sorted(looks)),
+        tuple((path, type(keeper)) for path, keeper in keepers.items()),
     )
 
 
@@ -171,12 +174,12 @@ def _pair(names: object) -> tuple[object, ...]:
 
 
 @cache
-def keeps_state(kind: type[nn.Module]) -> bool:
-    """Whether a module class keeps something in the cache that is neither keys nor values."""
+def keeps(kind: type[nn.Module], methods: frozenset[str]) -> bool:
+    """Whether a module class calls one of these methods of a cache."""
     if kind.__module__.startswith("torch."):
         return False
     codes = (getattr(inspect.unwrap(x), "__code__", None) for x in vars(kind).values() if inspect.isfunction(x))
-    return any(not KEEPS_STATE.isdisjoint(code.co_names) for code in codes if code is not None)
+    return any(not methods.isdisjoint(code.co_names) for code in codes if code is not None)
 
 
 def written_class(kind: type) -> type:

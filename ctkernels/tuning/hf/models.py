@@ -51,7 +51,7 @@ class Decoder:
 
     model: the class with the head, or the base itself.  base: the module that owns the layers.  layers, attentions:
     the layers with attention, and that.  shapes: of each layer's keys and values.  first_position_id: what the position
-    of a sequence's first token is called.
+    of a sequence's first token is called.  keepers: modules that keep a state (`states.py`).
     """
 
     family: Family
@@ -61,6 +61,7 @@ class Decoder:
     attentions: tuple[nn.Module, ...]
     shapes: tuple[Shape, ...]
     first_position_id: int = 0
+    keepers: tuple[nn.Module, ...] = ()
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -150,7 +151,8 @@ def find_decoder(model: nn.Module) -> Decoder:
         _check_variant(inner, parts.base.config)
         if admit(inner, layout):
             _known[inner] = known
-    return Decoder(known.family, inner, *parts, known.shapes, known.first_position_id)
+    base, layers, attentions, keepers = parts
+    return Decoder(known.family, inner, base, layers, attentions, known.shapes, known.first_position_id, keepers)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ctkernels.tuning.hf.discover import ROTARY_TABLE
-from ctkernels.tuning.hf.encode import encode_tokens
+from ctkernels.tuning.hf.encode import encode
 from ctkernels.tuning.hf.models import ROTARY, Decoder, rope_switch
 
 Turn = Callable[[Tensor, Tensor, Tensor], Tensor]  # x [Hk, n, D], cos and sin [n, R] -> x turned
@@ -97,7 +97,7 @@ def _turns(decoder: Decoder) -> tuple[Turn | None, ...] | None:
 def _find_turns(decoder: Decoder) -> tuple[Turn | None, ...] | None:
     """From one token at positions 0 and MOVED: it sees itself alone, so that its keys differ by their rotation."""
     token = torch.tensor([decoder.base.get_input_embeddings().weight.shape[0] // 2])
-    here, there = (encode_tokens(decoder.model, token, position=at)[0] for at in (0, MOVED))
+    here, there = (encode(decoder.model, token, position=at).keys for at in (0, MOVED))
     tolerance = TOLERANCE.get(decoder.dtype, 3e-2)
     zero, moved = torch.tensor([0]), torch.tensor([MOVED])
 
