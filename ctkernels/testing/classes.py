@@ -43,6 +43,7 @@ COMPLETE: Mapping[str, Mapping[str, Any]] = {
             "layer_types": ["sliding_attention", "full_attention"] * 2,
         }
     },
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 16},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
