@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ctkernels import ContextMask
-
-if TYPE_CHECKING:
-    from ctkernels.tuning.hf.attention import ForwardState
+from ctkernels.tuning.hf.forward_state import ForwardState
 
 
 def by_chunk(
