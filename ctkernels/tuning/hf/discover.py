@@ -20,7 +20,7 @@ from functools import cache
 from operator import attrgetter
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -222,8 +222,9 @@ def positions_of(model: PreTrainedModel, parts: Parts) -> str:
     if hasattr(parts.attentions[0], ROTARY_TABLE):
         return ROTARY
     limit, inputs = getattr(base.config, "max_position_embeddings", None), base.get_input_embeddings()
-    tables = (m for m in base.modules() if isinstance(m, nn.Embedding) and m is not inputs)
-    return LEARNED if limit is not None and any(table.num_embeddings >= limit for table in tables) else NONE
+    tables = [m.weight for m in base.modules() if isinstance(m, nn.Embedding) and m is not inputs]
+    tables += [m.weights for m in base.modules() if isinstance(getattr(m, "weights", None), Tensor)]  # sinusoidal ones
+    return LEARNED if limit is not None and any(len(table) >= limit for table in tables) else NONE
 
 
 def first_position_id(base: PreTrainedModel) -> int:
