@@ -98,6 +98,8 @@ class Attachment:
         switches = (rope_switch(config, each.first_position) for each in self._prefixes)
         self._rope_switch = min((switch for switch in switches if switch is not None), default=None)
         self._group = head_group(self._decoder.attentions[0])
+        if self._group is not None and self._decoder.keepers:
+            raise ValueError(f"{self._name} has layers that keep a state, which is not spread over processes")
         self._parameters = list(inspect.signature(self._decoder.base.forward).parameters)
         self._passes_keywords = passes_keywords(type(self._decoder.layers[0]))
         self._traces: Traces | None = None
@@ -118,7 +120,7 @@ class Attachment:
         with Traces() as traces:
             for index, attention in enumerate(decoder.attentions):
                 traces.set(attention, ATTACHED, index)
-                if attends_in_halves(attention):
+                if attends_in_halves(type(attention)):
                     traces.set(attention, HALVED, True)
             _switch_implementation(decoder, ATTACHED_IMPLEMENTATION, traces)
             if self._own is not None:

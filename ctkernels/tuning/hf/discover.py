@@ -33,6 +33,7 @@ ROTARY_TABLE = "embed_positions"  # sines and cosines of each position, in atten
 TWO_HALVES = {"transformers.models.diffllama.modeling_diffllama.DiffLlamaAttention"}
 # methods of caches that keep states (states.py)
 KEEPS_STATE = frozenset({"update_conv_state", "update_recurrent_state"})
+CACHE_ARGUMENTS = frozenset({"past_key_values", "cache_params"})  # what modules that keep states call the cache
 # and what else is neither keys nor values
 KEEPS_MORE = frozenset({"set_linear_cache", "update_indexer", "update_index", "store_compression_weights"})
 LAYER_INDEX = ("layer_idx", "layer_id", "layer_number")  # what a layer and its attention call their place
@@ -119,6 +120,9 @@ def find_layout(model: PreTrainedModel) -> Layout:
     if more:
         raise unsupported(model, f"it caches more than a prefix holds ({', '.join(more)})")
     keepers = {path: m for path, m in inside if keeps(type(m), KEEPS_STATE)}
+    for keeper in keepers.values():
+        if CACHE_ARGUMENTS.isdisjoint(inspect.signature(keeper.forward).parameters):
+            raise unsupported(model, f"its {type(keeper).__name__} keeps a state in no cache that it is given")
     places = {path: IN_LIST.match(path) for path in own}
     stacks = sorted({place["stack"] if place else path for path, place in places.items()})
     if len(stacks) > 1 or not all(places.values()):
@@ -199,9 +203,10 @@ def own_attention(attention: nn.Module) -> Own | None:
     return next((OWN[name] for name in names if name in OWN), None)
 
 
-def attends_in_halves(attention: nn.Module) -> bool:
-    """Whether attention is of TWO_HALVES."""
-    return any(class_name(kind) in TWO_HALVES for kind in type(attention).__mro__)
+@cache
+def attends_in_halves(attention: type[nn.Module]) -> bool:
+    """Whether a class of attention is one of TWO_HALVES."""
+    return any(class_name(kind) in TWO_HALVES for kind in attention.__mro__)
 
 
 def positions_of(model: PreTrainedModel, parts: Parts) -> str:

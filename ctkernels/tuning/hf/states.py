@@ -24,6 +24,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 from ctkernels.tuning.hf.attention import STATE, ForwardState
+from ctkernels.tuning.hf.discover import CACHE_ARGUMENTS
 from ctkernels.tuning.hf.packed import TOLD_BY
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 States = dict[str, Tensor]  # by name, see `state_name`
 CONV, RECURRENT = "conv", "recurrent"
-CACHE_ARGUMENTS = ("past_key_values", "cache_params")  # what keepers call it
 PACKED_ARGUMENTS = (*TOLD_BY, "max_length_q", "max_length_k")
 
 
@@ -76,23 +76,23 @@ def serve_states(decoder: Decoder, traces: Traces, current_state: Callable[[], F
     for index, keeper in enumerate(decoder.keepers):
         if "forward" in vars(keeper):
             raise ValueError(f"the forward of a {type(keeper).__name__} has been replaced, so it cannot be attached to")
-        name = next(name for name in CACHE_ARGUMENTS if name in inspect.signature(keeper.forward).parameters)
-        traces.set(keeper, "forward", partial(_forward, keeper.forward, index, keeper, name, current_state))
+        arguments = list(inspect.signature(keeper.forward).parameters)[1:]
+        traces.set(keeper, "forward", partial(_forward, keeper.forward, index, keeper, arguments, current_state))
 
 
 def _forward(
     original: Callable[..., Tensor],
     index: int,
     keeper: nn.Module,
-    cache_name: str,
+    arguments: list[str],
     current_state: Callable[[], ForwardState | None],
     hidden_states: Tensor,
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
     """A keeper's forward: hidden_states and the result are `[B, S, E]`."""
-    names = list(inspect.signature(original).parameters)[1:]
-    kwargs |= dict(zip(names, args, strict=False))
+    kwargs |= dict(zip(arguments, args, strict=False))
+    cache_name = next(name for name in CACHE_ARGUMENTS if name in arguments)
     state = kwargs.pop(STATE, None) or current_state()
     name = type(keeper).__name__
     if state is None:
