@@ -37,6 +37,7 @@ CACHE_ARGUMENTS = frozenset({"past_key_values", "cache_params"})  # what modules
 # and what else is neither keys nor values
 KEEPS_MORE = frozenset({"set_linear_cache", "update_indexer", "update_index", "store_compression_weights"})
 LAYER_INDEX = ("layer_idx", "layer_id", "layer_number")  # what a layer and its attention call their place
+PLACES = (*LAYER_INDEX, "num_fwd_mem_blocks", "block_id")  # and more that differs in models of another depth alone
 CROSS_ATTENTION = re.compile(r"cross|encoder_attn")  # paths of what reads other things than a decoder's own tokens
 IN_LIST = re.compile(r"(?P<stack>.+?)\.(?P<index>\d+)(\.|$)")
 
@@ -269,7 +270,7 @@ def _look(layer: nn.Module, attention: nn.Module) -> Look:
 
 def _counts(name: str, value: object) -> bool:
     own = name.partition(".")[2]
-    passing = own.startswith("_") or "drop" in own or own in ("training", "gradient_checkpointing", *LAYER_INDEX)
+    passing = own.startswith("_") or "drop" in own or own in ("training", "gradient_checkpointing", *PLACES)
     return not passing and (value is None or isinstance(value, (bool, int, float, str)))
 
 
