@@ -101,6 +101,8 @@ class Attachment:
         self._group = head_group(self._decoder.attentions[0])
         if self._group is not None and is_latent(self._decoder.attentions[0]):
             raise ValueError(f"{self._name} has latent attention, whose prefix has no heads to spread over processes")
+        if self._group is not None and self._decoder.keepers:
+            raise ValueError(f"{self._name} has layers that keep a state, which is not spread over processes")
         self._parameters = list(inspect.signature(self._decoder.base.forward).parameters)
         self._passes_keywords = passes_keywords(type(self._decoder.layers[0]))
         self._traces: Traces | None = None
@@ -121,7 +123,7 @@ class Attachment:
         with Traces() as traces:
             for index, attention in enumerate(decoder.attentions):
                 traces.set(attention, ATTACHED, index)
-                if attends_in_halves(attention):
+                if attends_in_halves(type(attention)):
                     traces.set(attention, HALVED, True)
             for _, attention, source in decoder.borrowers:
                 traces.set(attention, ATTACHED, source)

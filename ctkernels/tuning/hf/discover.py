@@ -20,7 +20,7 @@ from functools import cache
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ctkernels.tuning.hf.kinds import Reach, class_name, is_latent, written_class
@@ -33,9 +33,11 @@ ROTARY_TABLE = "embed_positions"  # sines and cosines of each position, in atten
 TWO_HALVES = {"transformers.models.diffllama.modeling_diffllama.DiffLlamaAttention"}
 # methods of caches that keep states (states.py)
 KEEPS_STATE = frozenset({"update_conv_state", "update_recurrent_state"})
+CACHE_ARGUMENTS = frozenset({"past_key_values", "cache_params"})  # what modules that keep states call the cache
 # and what else is neither keys nor values
 KEEPS_MORE = frozenset({"set_linear_cache", "update_indexer", "update_index", "store_compression_weights"})
 LAYER_INDEX = ("layer_idx", "layer_id", "layer_number")  # what a layer and its attention call their place
+PLACES = (*LAYER_INDEX, "num_fwd_mem_blocks", "block_id")  # and more that differs in models of another depth alone
 CROSS_ATTENTION = re.compile(r"cross|encoder_attn")  # paths of what reads other things than a decoder's own tokens
 IN_LIST = re.compile(r"(?P<stack>.+?)\.(?P<index>\d+)(\.|$)")
 
@@ -153,6 +155,9 @@ def find_layout(model: PreTrainedModel) -> Layout:
     if more:
         raise unsupported(model, f"it caches more than a prefix holds ({', '.join(more)})")
     keepers = {path: m for path, m in inside if keeps(type(m), KEEPS_STATE)}
+    for keeper in keepers.values():
+        if CACHE_ARGUMENTS.isdisjoint(inspect.signature(keeper.forward).parameters):
+            raise unsupported(model, f"its {type(keeper).__name__} keeps a state in no cache that it is given")
     places = {path: IN_LIST.match(path) for path in own}
     stacks = sorted({place["stack"] if place else path for path, place in places.items()})
     if len(stacks) > 1 or not all(places.values()):
@@ -216,9 +221,10 @@ def own_attention(attention: nn.Module) -> Own | None:
     return next((OWN[name] for name in names if name in OWN), None)
 
 
-def attends_in_halves(attention: nn.Module) -> bool:
-    """Whether attention is of TWO_HALVES."""
-    return any(class_name(kind) in TWO_HALVES for kind in type(attention).__mro__)
+@cache
+def attends_in_halves(attention: type[nn.Module]) -> bool:
+    """Whether a class of attention is one of TWO_HALVES."""
+    return any(class_name(kind) in TWO_HALVES for kind in attention.__mro__)
 
 
 def positions_of(model: PreTrainedModel, parts: Parts) -> str:
@@ -239,8 +245,9 @@ def positions_of(model: PreTrainedModel, parts: Parts) -> str:
     if hasattr(parts.attentions[0], ROTARY_TABLE):
         return ROTARY
     limit, inputs = getattr(base.config, "max_position_embeddings", None), base.get_input_embeddings()
-    tables = (m for m in base.modules() if isinstance(m, nn.Embedding) and m is not inputs)
-    return LEARNED if limit is not None and any(table.num_embeddings >= limit for table in tables) else NONE
+    tables = [m.weight for m in base.modules() if isinstance(m, nn.Embedding) and m is not inputs]
+    tables += [m.weights for m in base.modules() if isinstance(getattr(m, "weights", None), Tensor)]  # sinusoidal ones
+    return LEARNED if limit is not None and any(len(table) >= limit for table in tables) else NONE
 
 
 def first_position_id(base: PreTrainedModel) -> int:
@@ -307,7 +314,7 @@ def _look(layer: nn.Module, attention: nn.Module) -> Look:
 
 def _counts(name: str, value: object) -> bool:
     own = name.partition(".")[2]
-    passing = own.startswith("_") or "drop" in own or own in ("training", "gradient_checkpointing", *LAYER_INDEX)
+    passing = own.startswith("_") or "drop" in own or own in ("training", "gradient_checkpointing", *PLACES)
     return not passing and (value is None or isinstance(value, (bool, int, float, str)))
 
 

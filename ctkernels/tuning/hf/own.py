@@ -124,7 +124,7 @@ def _in_place_of_attn(
 
 def _dropout(attention: nn.Module) -> float:
     """Probability with which attention weights are dropped in training."""
-    for name in ("attention_dropout", "attn_dropout", "attn_dropout_p"):
+    for name in ("attention_dropout", "attn_dropout", "attn_dropout_p", "dropout"):
         if hasattr(attention, name):
             dropout = getattr(attention, name)
             return float(getattr(dropout, "p", dropout))
@@ -199,6 +199,25 @@ def _falcon(
     return module.dense(out.reshape(B, S, width)), weights
 
 
+def _xglm(
+    core: Core,
+    module: nn.Module,
+    hidden_states: Tensor,
+    key_value_states: None = None,
+    past_key_values: Cache | None = None,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """XGLMAttention.forward of a decoder alone: hidden_states and the result are `[B, S, H * D]`."""
+    B, S, width = hidden_states.shape
+    projections = (module.q_proj, module.k_proj, module.v_proj)
+    query, key, value = (f(hidden_states).view(B, S, -1, module.head_dim).transpose(1, 2) for f in projections)
+    if past_key_values is not None:
+        key, value = past_key_values.update(key, value, module.layer_idx)
+    out, weights = core(query, key, value, attention_mask)
+    return module.out_proj(out.reshape(B, S, width)), weights
+
+
 def _bloom_slopes(base: nn.Module) -> Tensor:
     return base.build_alibi_tensor(torch.ones(1, 2), base.num_heads, torch.float32)[:, 0, 1]
 
@@ -228,6 +247,7 @@ OWN: dict[str, Own] = {
     f"{_MODELS}.bloom.modeling_bloom.BloomAttention": Own(_bloom, _bloom_slopes, bias="build_alibi_tensor"),
     f"{_MODELS}.mpt.modeling_mpt.MptAttention": Own(_mpt, _mpt_slopes, bias="build_mpt_alibi_tensor", scale=_mpt_scale),
     f"{_MODELS}.falcon.modeling_falcon.FalconAttention": Own(_falcon, kv_heads=_falcon_kv_heads),
+    f"{_MODELS}.xglm.modeling_xglm.XGLMAttention": Own(_xglm),
     f"{_MODELS}.gptj.modeling_gptj.GPTJAttention": Own(),
     f"{_MODELS}.codegen.modeling_codegen.CodeGenAttention": Own(),
     f"{_MODELS}.gpt_neo.modeling_gpt_neo.GPTNeoSelfAttention": Own(scale=_gpt_neo_scale, window=_gpt_neo_window),

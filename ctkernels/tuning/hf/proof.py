@@ -277,7 +277,9 @@ def _unlike(model: PreTrainedModel, layout: Layout) -> str | None:
 
 def _wrong(check: str, by: float, layout: Layout) -> str:
     without = f"; some layers have no attention ({', '.join(sorted(set(layout.bare)))})" if layout.bare else ""
-    return f"{check}: results differ by {by:.1g} from those behind the whole context{without}"
+    kinds = ", ".join(dict.fromkeys(kind.__name__ for _, kind in layout.keepers))
+    state = f"; some layers keep a state ({kinds}), with which they may not begin" if kinds else ""
+    return f"{check}: results differ by {by:.1g} from those behind the whole context{state or without}"
 
 
 register_prover(prove)

@@ -20,10 +20,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from ctkernels.tuning.hf.attention import STATE
+from ctkernels.tuning.hf.discover import CACHE_ARGUMENTS
 from ctkernels.tuning.hf.forward_state import ForwardState
 from ctkernels.tuning.hf.packed import TOLD_BY
 
@@ -33,7 +41,8 @@ if TYPE_CHECKING:
 
 States = dict[str, Tensor]  # by name, see `state_name`
 CONV, RECURRENT = "conv", "recurrent"
-CACHE_ARGUMENTS = ("past_key_values", "cache_params")  # what keepers call it
+Rows = list[tuple[int, int, int]]  # sequence in the batch, first token and end
+MASK_ARGUMENTS = {"attention_mask", "conv_mask"}
 PACKED_ARGUMENTS = (*TOLD_BY, "max_length_q", "max_length_k")
 
 
@@ -51,7 +60,9 @@ def cache_for(decoder: Decoder) -> Cache:
         return DynamicCache()
     cache = DynamicCache(config=decoder.config)
     for index, layer in enumerate(cache.layers):
-        if type(layer) is DynamicSlidingWindowLayer:
+        if isinstance(layer, LinearAttentionAndSlidingWindowAttentionLayer):
+            cache.layers[index] = LinearAttentionAndFullAttentionLayer(layer.number_of_states)
+        elif isinstance(layer, DynamicSlidingWindowLayer):
             cache.layers[index] = DynamicLayer()
     return cache
 
@@ -77,29 +88,30 @@ def serve_states(decoder: Decoder, traces: Traces, current_state: Callable[[], F
     for index, keeper in enumerate(decoder.keepers):
         if "forward" in vars(keeper):
             raise ValueError(f"the forward of a {type(keeper).__name__} has been replaced, so it cannot be attached to")
-        name = next(name for name in CACHE_ARGUMENTS if name in inspect.signature(keeper.forward).parameters)
-        traces.set(keeper, "forward", partial(_forward, keeper.forward, index, keeper, name, current_state))
+        arguments = list(inspect.signature(keeper.forward).parameters)[1:]
+        traces.set(keeper, "forward", partial(_forward, keeper.forward, index, keeper, arguments, current_state))
 
 
 def _forward(
     original: Callable[..., Tensor],
     index: int,
     keeper: nn.Module,
-    cache_name: str,
+    arguments: list[str],
     current_state: Callable[[], ForwardState | None],
     hidden_states: Tensor,
     *args: Any,
     **kwargs: Any,
-) -> Tensor:
-    """A keeper's forward: hidden_states and the result are `[B, S, E]`."""
-    names = list(inspect.signature(original).parameters)[1:]
-    kwargs |= dict(zip(names, args, strict=False))
+) -> Any:
+    """A keeper's forward: hidden_states `[B, S, E]` -> one result `[B, S, ...]` or several."""
+    kwargs |= dict(zip(arguments, args, strict=False))
+    cache_name = next(name for name in CACHE_ARGUMENTS if name in arguments)
     state = kwargs.pop(STATE, None) or current_state()
     name = type(keeper).__name__
     if state is None:
         raise ValueError(f"{name}: a layer with an attached prefix was called outside of its model's forward")
     state.kept.add(index)
-    kwargs = {key: x for key, x in kwargs.items() if key not in PACKED_ARGUMENTS} | {"attention_mask": None}
+    kwargs = {key: x for key, x in kwargs.items() if key not in PACKED_ARGUMENTS}
+    kwargs |= dict.fromkeys(MASK_ARGUMENTS & set(arguments))
     if state.past:  # no row has padding inside
         return original(hidden_states, **kwargs)
     run = partial(original, **{key: x for key, x in kwargs.items() if key != cache_name})
@@ -108,35 +120,55 @@ def _forward(
     if rows is None and cache is None and hidden_states.shape[1] == 1:
         rows = [(row, 0, 1) for row in range(len(hidden_states))]
     if rows is None:
-        start = StartCache(begin(torch.arange(len(hidden_states))))
-        out = run(hidden_states, **{cache_name: start})
-        if cache is not None:
-            start.write(cache, int(keeper.layer_idx))
-        return out
-    out, whole = torch.zeros_like(hidden_states), StartCache(begin(torch.arange(len(rows))))
-    for group in _groups(rows, apart=cache is not None):
-        bounds = torch.tensor([rows[row] for row in group], device=out.device)[..., None]
+        whole = StartCache(begin(torch.arange(len(hidden_states))))
+        out = run(hidden_states, **{cache_name: whole})
+    else:
+        whole = StartCache(begin(torch.arange(len(rows))))
+        out = _apart(run, begin, cache_name, cache is not None, whole, hidden_states, rows)
+    if cache is not None:
+        whole.write(cache, int(keeper.layer_idx))
+    return tree_map(lambda x: x.to(hidden_states.dtype), out)
+
+
+def _apart(
+    run: Callable[..., Any],
+    begin: Callable[[Tensor], States],
+    cache_name: str,
+    cached: bool,
+    whole: StartCache,
+    hidden_states: Tensor,
+    rows: Rows,
+) -> Any:
+    """A keeper's results `[B, S, ...]`, zeros where no row is, with each row by itself; `whole` gets their states."""
+    parts, places = [], []
+    for group in _groups(rows, apart=cached):
+        bounds = torch.tensor([rows[row] for row in group], device=hidden_states.device)[..., None]
         line, first, end = bounds.unbind(1)  # [n, 1]
         steps = int((end - first).max())
         # a single token would change the state in place, which has no derivative
-        at = first + torch.arange(max(steps, 2) if cache is None else steps, device=out.device)  # [n, steps]
+        at = first + torch.arange(steps if cached else max(steps, 2), device=hidden_states.device)  # [n, steps]
         valid, at = at < end, at.minimum(end - 1)
         start = StartCache(begin(torch.tensor(group)))
         result = run(hidden_states[line, at], **{cache_name: start})
-        out = out.index_put((line.expand_as(at)[valid], at[valid]), result[valid])
+        parts.append(tree_map(lambda x, valid=valid: x[valid], result))
+        places.append(torch.stack((line.expand_as(at)[valid], at[valid])))
         whole.take(start, group)
-    if cache is not None:
-        whole.write(cache, int(keeper.layer_idx))
-    return out
+    place = tuple(torch.cat(places, dim=1))
+
+    def joined(*tokens: Tensor) -> Tensor:
+        found = torch.cat(tokens)
+        return found.new_zeros(*hidden_states.shape[:2], *found.shape[1:]).index_put(place, found)
+
+    return tree_map(joined, *parts)
 
 
-def _groups(rows: list[tuple[int, int, int]], apart: bool) -> list[list[int]]:
+def _groups(rows: Rows, apart: bool) -> list[list[int]]:
     """Rows that run at once: all of them, padded behind, which changes nothing before; or, if states are wanted, rows
     of one length each."""
     lengths = [end - start for _, start, end in rows]
     present = [row for row, length in enumerate(lengths) if length]
     if not apart:
-        return [present] if present else []
+        return [present]
     return [[row for row in present if lengths[row] == length] for length in sorted({*lengths} - {0})]
 
 
@@ -202,7 +234,7 @@ class StartCache:
             update(x, layer, state_idx=int(index))
 
 
-def rows_of(mask: Any, cu_seqlens: Tensor | None, length: int) -> list[tuple[int, int, int]] | None:
+def rows_of(mask: Any, cu_seqlens: Tensor | None, length: int) -> Rows | None:
     """Each row's sequence in a batch of `length` tokens, its first token and end; None if rows fill the batch.
 
     mask: the model's own argument; padding is 2D, also where masks were made in advance, by the kind of layers.

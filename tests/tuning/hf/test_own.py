@@ -26,9 +26,11 @@ CLASSES = {
     "codegen": {},
     "gpt_neo": {},
     "gpt_neox_japanese": {},
+    "xglm": {},
     "diffllama": {},
 }
 OWN = [name for name in CLASSES if name != "diffllama"]
+DROPOUTS = ("attention_dropout", "attn_dropout", "attn_dropout_p", "dropout")
 CONTEXT, SEGMENTS = tokens(12, seed=2), torch.tensor([0, 5, 12])
 # the old name, which every transformers 5 knows
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -133,7 +135,8 @@ def test_the_end_of_a_table_of_angles(name):
 @pytest.mark.parametrize("name", OWN)
 def test_refusals(name):
     model = tiny(name)
-    prefix = KVPrefix.from_tokens(model, CONTEXT, SEGMENTS)
+    with full_precision():
+        prefix = KVPrefix.from_tokens(model, CONTEXT, SEGMENTS)
     attention = find_decoder(model).attentions[1]
     assert re.search(r"\w+$", of_class(name)).group() == type(attention).__name__
     before = sorted(vars(attention))
@@ -141,8 +144,9 @@ def test_refusals(name):
         with pytest.raises(ValueError, match="rows are one run of ones"):
             model(tokens(1, 4), attention_mask=torch.tensor([[1, 0, 1, 1]]))
         model.train()
-        dropout = next(n for n in ("attention_dropout", "attn_dropout", "attn_dropout_p") if hasattr(attention, n))
-        setattr(attention, dropout, torch.nn.Dropout(0.1) if dropout != "attn_dropout_p" else 0.1)
+        dropout = next(n for n in DROPOUTS if hasattr(attention, n))
+        is_module = isinstance(getattr(attention, dropout), torch.nn.Dropout)
+        setattr(attention, dropout, torch.nn.Dropout(0.1) if is_module else 0.1)
         with pytest.raises(ValueError, match=r"attention dropout 0\.1 is not supported"):
             model(tokens(1, 4))
     assert sorted(vars(attention)) == before

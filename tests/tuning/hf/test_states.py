@@ -177,5 +177,6 @@ def test_refusals(model, prefix):
 
 
 def test_copies_keep_their_states(model, prefix):
-    for copy in (concatenate([prefix], model), moved(prefix, model, 12)):
+    for copy in (concatenate([prefix], model), moved(prefix, model, 20)):
+        assert copy is not prefix
         assert all(torch.equal(copy.states[name], x) for name, x in prefix.states.items())
