@@ -49,6 +49,7 @@ from ctkernels.tuning.hf.discover import attends_in_halves, own_attention, passe
 from ctkernels.tuning.hf.forward_state import ForwardState
 from ctkernels.tuning.hf.kinds import is_latent
 from ctkernels.tuning.hf.models import ALIBI, Decoder, find_decoder, other_architecture, rope_switch
+from ctkernels.tuning.hf.numbering import number, own_table
 from ctkernels.tuning.hf.own import carrier, serve_own
 from ctkernels.tuning.hf.packed import INTEGERS, TOLD_BY, packed_rows
 from ctkernels.tuning.hf.parallel import head_group
@@ -104,6 +105,7 @@ class Attachment:
         if self._group is not None and self._decoder.keepers:
             raise ValueError(f"{self._name} has layers that keep a state, which is not spread over processes")
         self._parameters = list(inspect.signature(self._decoder.base.forward).parameters)
+        self._table = own_table(self._decoder.base)
         self._passes_keywords = passes_keywords(type(self._decoder.layers[0]))
         self._traces: Traces | None = None
         self._thread = threading.local()
@@ -139,6 +141,8 @@ class Attachment:
             borrowing = ((source, layer) for layer, _, source in decoder.borrowers)
             for index, layer in (*enumerate(decoder.layers), *borrowing):
                 traces.hook(layer.register_forward_pre_hook(partial(self._check_recorded, index), with_kwargs=True))
+            for handle in () if self._table is None else number(self._table, lambda: self._thread.positions):
+                traces.hook(handle)
             if model is not base:
                 traces.hook(model.register_forward_pre_hook(self._enter, with_kwargs=True))
             if hasattr(model, "generate"):
@@ -207,6 +211,9 @@ class Attachment:
         tokens = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
         if tokens is None:
             return None  # the model raises its own error
+        for name in TOKEN_KINDS:  # processors number tokens of text, too
+            if isinstance(kwargs.get(name), Tensor) and not kwargs[name].any():
+                kwargs[name] = None
         others = sorted(name for name, x in kwargs.items() if isinstance(x, Tensor) and name not in TEXT_ARGUMENTS)
         _check_mask_argument(kwargs.get("attention_mask"))
         cu_seqlens = packed_rows(self.cu_seqlens, kwargs, tokens)
@@ -275,6 +282,8 @@ class Attachment:
             kwargs["position_ids"] = positions + first + self._decoder.first_position_id
             if not self._passes_keywords:
                 setattr(kwargs["position_ids"], STATE, state)
+            if self._table is not None:
+                self._thread.positions = kwargs.pop("position_ids")
         return (), kwargs
 
     def _index_of_rows(self, tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
@@ -434,6 +443,7 @@ class Attachment:
             )
 
 
+TOKEN_KINDS = ("token_type_ids", "mm_token_type_ids")  # 0: text; where all is text they say nothing
 # tensors that a model with a head may be called with, if a row is text alone
 TEXT_ARGUMENTS = {
     *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "labels", "logits_to_keep"),
@@ -584,7 +594,7 @@ def _switch_implementation(decoder: Decoder, implementation: str, traces: Traces
     holders = []
     for module in decoder.model.modules():
         config = vars(module).get("config")
-        if isinstance(config, PreTrainedConfig) and switched(config) is not config:
+        if config is old or (config is not None and switched(config) is not config):
             holders.append((module, config))
     before = [dict(vars(copies[id(config)])) for config in originals]
 

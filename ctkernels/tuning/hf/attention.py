@@ -195,19 +195,19 @@ def attention_forward(
             f"{name}: an attached model takes causal attention with a 2D padding mask whose rows are one run of ones, "
             "got another mask or bidirectional attention; rows packed into one sequence need attachment.cu_seqlens"
         )
-    if getattr(module, "attn_temperature_tuning", False):
+    reach = ctkernels_state.reaches[index]
+    if reach.tempered:
         query = tempered(module, query, ctkernels_state, index)
     half = None
     if hasattr(module, HALVED):  # calls of a layer take turns, also when gradient checkpointing runs it again
         half = ctkernels_state.halves[index] = 1 - ctkernels_state.halves.get(index, 1)
-    window = ctkernels_state.reaches[index].window if sliding_window is None else sliding_window
+    window = reach.window if sliding_window is None else sliding_window
     settings = {"scale": scaling, "window": window, "softcap": softcap or None, "sinks": s_aux}
     tensors = {"query": query, "key": key, "value": value, "layout": layout, "expand": expand_of(module)}
     run = partial(attend, index=index, half=half, **tensors, **settings)
-    chunk = ctkernels_state.reaches[index].chunk
-    if chunk is None or ctkernels_state.length(index) + ctkernels_state.past + query.shape[2] <= chunk:
+    if reach.chunk is None or ctkernels_state.length(index) + ctkernels_state.past + query.shape[2] <= reach.chunk:
         return run(ctkernels_state), None
-    return by_chunk(run, chunk, ctkernels_state, ctkernels_state.lengths(layout, key), index), None
+    return by_chunk(run, reach.chunk, ctkernels_state, ctkernels_state.lengths(layout, key), index), None
 
 
 def attend(

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ctkernels.tuning.hf.kinds import Reach, class_name, is_latent, written_class
+from ctkernels.tuning.hf.numbering import own_table
 from ctkernels.tuning.hf.own import OWN, Own
 
 LEARNED, ROTARY, ALIBI, NONE = "learned", "rotary", "alibi", "none"
@@ -119,11 +120,15 @@ def _parts(
     attentions: tuple[nn.Module, ...],
     keepers: tuple[nn.Module, ...],
 ) -> Parts:
+    if not getattr(base.config, "num_kv_shared_layers", None):
+        return Parts(base, layers, attentions, (), keepers)
     own: list[tuple[nn.Module, nn.Module]] = []
     borrowers, latest = [], dict[str | None, int]()  # by kind of layer
     for layer, attention in zip(layers, attentions, strict=True):
         kind = getattr(attention, "layer_type", None)
         if getattr(attention, "is_kv_shared_layer", False):
+            if kind not in latest:
+                raise unsupported(base, "it reads keys and values that another model has made")
             borrowers.append(Borrower(layer, attention, latest[kind]))
         else:
             latest[kind] = len(own)
@@ -238,6 +243,8 @@ def positions_of(model: PreTrainedModel, parts: Parts) -> str:
         return ALIBI
     if getattr(base.config, "alibi", False):
         raise unsupported(model, "it rounds its position bias (ALiBi) to bfloat16, which the kernels do not")
+    if own_table(base) is not None:
+        return LEARNED
     if "position_ids" not in inspect.signature(base.forward).parameters:
         raise unsupported(model, f"its {type(base).__name__} takes no position_ids, which a prefix has to shift")
     if any(path.rpartition(".")[2] == "rotary_emb" for path, _ in base.named_modules()):
@@ -284,16 +291,18 @@ def shape_of(attention: Any, config: PreTrainedConfig) -> Shape:
 
 
 def reach_of(base: PreTrainedModel, attention: nn.Module) -> Reach:
-    """Windows and chunks that `base` puts into the mask of a layer, without its attention passing them on."""
+    """Windows and chunks that `base` puts into the mask of a layer without its attention passing them on, and whether
+    that scales queries."""
     makes = inspect.unwrap(type(base).forward).__code__.co_names
     kinds = getattr(base.config, "layer_types", None)
     kind = kinds[attention.layer_idx] if kinds else None
+    tempered = bool(getattr(attention, "attn_temperature_tuning", False)) and not attention.use_rope  # Llama 4
     if "create_chunked_causal_mask" in makes and kind == "chunked_attention":
-        return Reach(chunk=base.config.attention_chunk_size)
+        return Reach(None, base.config.attention_chunk_size, tempered)
     windowed = "create_sliding_window_causal_mask" in makes and kind in ("sliding_attention", None)
     if windowed and not names_keyword(type(attention), "sliding_window"):
-        return Reach(window=base.config.sliding_window)
-    return Reach()
+        return Reach(base.config.sliding_window, None, tempered)
+    return Reach(tempered=tempered)
 
 
 @cache
@@ -340,9 +349,11 @@ def _reads_own_tokens(path: str, module: nn.Module) -> bool:
 def _without_registry(model: PreTrainedModel) -> str:
     """Why no attention was found, in words."""
     both_ways = [m for m in model.modules() if calls_registry(type(m)) and getattr(m, "is_causal", True) is False]
-    if both_ways:
-        return f"it attends in both directions ({type(both_ways[0]).__name__})"
     kinds = dict.fromkeys(type(m).__name__ for m in model.modules() if "Attention" in type(m).__name__)
-    if kinds:
-        return f"it computes attention itself ({', '.join(kinds)}) instead of calling transformers' attention functions"
+    inside = {type(m).__name__ for m in model.modules() for found in m.modules() if found in set(both_ways)}
+    own = [kind for kind in kinds if kind not in inside]
+    if both_ways and not own:
+        return f"its attention is not causal ({type(both_ways[0]).__name__}.is_causal is False)"
+    if own:
+        return f"it computes attention itself ({', '.join(own)}) instead of calling transformers' attention functions"
     return "it has no attention whose keys and values could be a prefix"

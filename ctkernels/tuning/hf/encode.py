@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ctkernels.tuning.hf.attach import Attachment
 from ctkernels.tuning.hf.attention import ATTACHED
 from ctkernels.tuning.hf.models import ALIBI, Decoder, find_decoder
+from ctkernels.tuning.hf.numbering import numbered
 from ctkernels.tuning.hf.parallel import all_heads, head_group
 from ctkernels.tuning.hf.protocols import PrefixLike
 from ctkernels.tuning.hf.states import States, cache_for, states_of
@@ -85,13 +86,13 @@ def _encode(decoder: Decoder, inputs: dict[str, Tensor], behind: PrefixLike | No
     positions = own + (0 if behind is not None else decoder.first_position_id)
     attached = nullcontext() if behind is None else Attachment(behind, decoder.model)
     cache = cache_for(decoder)
-    with torch.no_grad(), _eval_mode(decoder.model), attached:
+    with torch.no_grad(), _eval_mode(decoder.model), numbered(decoder.base, positions), attached:
         mask = torch.ones(1, length, dtype=torch.int64, device=decoder.device)
-        numbered = {} if decoder.family.positions == ALIBI else {"position_ids": positions}
+        told = {} if decoder.family.positions == ALIBI else {"position_ids": positions}
         run = decoder.base
         if isinstance(decoder.model, FSDPModule):  # it gathers its weights only if the whole model is called
             run = partial(decoder.model, logits_to_keep=1)
-        run(**inputs, **numbered, attention_mask=mask, past_key_values=cache, use_cache=True)
+        run(**inputs, **told, attention_mask=mask, past_key_values=cache, use_cache=True)
     # a copy: the cache may share memory between layers or with the model
     dtype, group = decoder.prefix_dtype, head_group(decoder.attentions[0])
 

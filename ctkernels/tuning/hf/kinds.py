@@ -14,10 +14,11 @@ REPEATED = {"transformers.models.jetmoe.modeling_jetmoe.JetMoeAttention": "top_k
 
 class Reach(NamedTuple):
     """What a layer's mask hides although its attention does not say so: keys `window` positions back and further, and
-    those of other chunks of `chunk` positions. None: nothing."""
+    those of other chunks of `chunk` positions. None: nothing.  tempered: whether it scales queries by position."""
 
     window: int | None = None
     chunk: int | None = None
+    tempered: bool = False
 
 
 def written_class(kind: type) -> type:
@@ -43,11 +44,15 @@ Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 def expand_of(attention: Any) -> Expand | None:
     """What makes the keys and values `[G, H, P, D]` that its attention function gets of what it caches, `[G, Hk, P, D]`
     or latents `[G, 1, P, R]`; None if these are the same."""
-    if is_latent(attention):
-        latent: Expand = attention.expand_kv
-        return latent
-    times = REPEATED.get(class_name(type(attention)))
-    if times is None:
-        return None
-    count = getattr(attention, times)
-    return lambda k, v: (k.repeat(1, count, 1, 1), v.repeat(1, count, 1, 1))
+    if type(attention) not in _SAME:
+        if is_latent(attention):
+            latent: Expand = attention.expand_kv
+            return latent
+        if class_name(type(attention)) in REPEATED:
+            count = getattr(attention, REPEATED[class_name(type(attention))])
+            return lambda k, v: (k.repeat(1, count, 1, 1), v.repeat(1, count, 1, 1))
+        _SAME.add(type(attention))
+    return None
+
+
+_SAME: set[type[nn.Module]] = set()  # classes whose attention functions get what they cache, asked for in every layer

@@ -55,8 +55,6 @@ def tempered(attention: Any, query: Tensor, state: ForwardState, index: int) -> 
     In layers without rotary embedding it scales by log1p(floor((n + 1) / floor_scale)) * attn_scale + 1, where n counts
     the tokens before, without those of the prefix.
     """
-    if attention.use_rope:
-        return query
     own = torch.arange(state.past, state.past + query.shape[2], device=query.device)[None]
     exact = torch.promote_types(query.dtype, torch.float32)
 

@@ -232,8 +232,11 @@ def test_rows_with_images(exact):
 
 
 def test_images_that_see_ahead(exact):
-    """Tokens of an image see each other in Gemma 3: no rule of the op."""
+    """Tokens of an image see each other in Gemma 3: no rule of the op. Its processor numbers text, too."""
     model = tiny_of("images, masks")
+    expected = stock(model, CONTEXT, ROW)[len(CONTEXT) :]
+    with KVPrefix.from_tokens(model, CONTEXT, SEGMENTS).attach(model):
+        close(model(input_ids=ROW[None], token_type_ids=torch.zeros(1, 7, dtype=torch.int64)).logits[0], expected)
     with (
         KVPrefix.from_tokens(model, CONTEXT, SEGMENTS).attach(model),
         pytest.raises(ValueError, match="must be a 2D padding mask"),
