@@ -43,6 +43,7 @@ COMPLETE: Mapping[str, Mapping[str, Any]] = {
             "layer_types": ["sliding_attention", "full_attention"] * 2,
         }
     },
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 16},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
@@ -98,6 +99,13 @@ PUBLISHED: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("phi3", "Phi 3 mini long"): {"sliding_window": 262144, "rope_parameters": LONGROPE},
     ("phi3", "Phi 4 mini"): {"sliding_window": 262144, "rope_parameters": LONGROPE, "num_key_value_heads": 8},
     ("phimoe", "Phi 3.5 MoE"): {"sliding_window": 131072, "num_key_value_heads": 8},
+    ("falcon", "Falcon 40B"): {
+        "new_decoder_architecture": True,
+        "hidden_size": 8192,
+        "num_attention_heads": 128,
+        "num_kv_heads": 8,
+    },
+    ("falcon", "Falcon RW 1B"): {"alibi": True, "multi_query": False, "bias": True, "parallel_attn": False},
     ("granite", "Granite 3"): {"num_key_value_heads": 8, "attention_multiplier": 0.0078, "residual_multiplier": 0.22},
     ("olmo2", "OLMo 2 32B"): {"num_key_value_heads": 8},
     ("lfm2", "LFM2"): {"layer_types": ["conv", "full_attention"] * 16},

@@ -21,7 +21,8 @@ import transformers
 
 from ctkernels.testing.classes import Case, build, cases
 from ctkernels.tuning.hf import prove
-from ctkernels.tuning.hf.discover import class_name, find_layout
+from ctkernels.tuning.hf.discover import find_layout
+from ctkernels.tuning.hf.kinds import class_name
 from ctkernels.tuning.hf.models import find_decoder
 from ctkernels.tuning.hf.served import TABLE, in_a_line, kind_digest, shipped, trusting
 from ctkernels.tuning.hf.tiny import shrink

@@ -47,7 +47,11 @@ def moved(prefix: KVPrefix, model: PreTrainedModel, first_position: int) -> KVPr
         rotated(decoder, layer, unrotated(decoder, layer, key.detach(), here), here + steps)
         for layer, key in enumerate(prefix.keys)
     ]
-    return KVPrefix(keys, [v.detach().clone() for v in prefix.values], prefix.segments, first_position, prefix.metadata)
+    values, states = (
+        [v.detach().clone() for v in prefix.values],
+        {n: x.detach().clone() for n, x in prefix.states.items()},
+    )
+    return KVPrefix(keys, values, prefix.segments, first_position, prefix.metadata, states)
 
 
 def concatenate(
@@ -84,6 +88,11 @@ def concatenate(
     name, scheme = type(decoder.model).__name__, decoder.family.positions
     for prefix in prefixes:
         check_fit(prefix, decoder)
+    if decoder.keepers and len(prefixes) > 1:
+        kinds = ", ".join(dict.fromkeys(type(keeper).__name__ for keeper in decoder.keepers))
+        raise ValueError(
+            f"{name} has layers that keep a state ({kinds}): those of several contexts are not that of all of them"
+        )
     if positions == "shared" and scheme == ALIBI and len(prefixes) > 1:
         raise ValueError(f"{name} counts distances along the keys; its prefixes cannot share positions")
     if positions == "consecutive" and scheme == LEARNED and len(prefixes) > 1:
@@ -100,7 +109,11 @@ def concatenate(
         [torch.cat([layer.detach() for layer in layers], dim=1) for layers in zip(*kinds, strict=True)]
         for kinds in ([part.keys for part in parts], [part.values for part in parts])
     )
-    return KVPrefix(keys, values, _joined_segments(parts), first_position, _joined_metadata(prefixes, positions))
+    metadata, states = (
+        _joined_metadata(prefixes, positions),
+        {n: x.detach().clone() for n, x in parts[0].states.items()},
+    )
+    return KVPrefix(keys, values, _joined_segments(parts), first_position, metadata, states)
 
 
 def _joined_segments(parts: Sequence[KVPrefix]) -> torch.Tensor:

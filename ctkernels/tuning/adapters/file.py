@@ -1,6 +1,6 @@
 """The one file format of this package: a safetensors file whose header describes its tensors.
 
-    tensors     an adapter: keys.0 values.0 keys.1 ...   prompt   lora.NAME_IN_PEFT ...        see `adapter.py`
+    tensors     an adapter: keys.0 values.0 ...   states.NAME ...   prompt   lora.NAME_IN_PEFT ...   see `adapter.py`
                 a checkpoint: parameter/NAME   optimizer/NUMBER/NAME                           see `train/checkpoint.py`
     header      ctkernels   JSON: format, format_version, versions of the writers, and what the tensors mean
                 checksum    of that JSON and of all tensors

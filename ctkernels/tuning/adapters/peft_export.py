@@ -94,8 +94,10 @@ def flat_cache(prefix: KVPrefix) -> Tensor:
     """A prefix as peft's one tensor, `[P, layers * 2 * Hk * D]`.
 
     Raises:
-        ValueError: layers of different shapes.
+        ValueError: layers of different shapes, or that keep a state.
     """
+    if len(prefix.states):
+        raise ValueError("peft keeps keys and values alone, but this prefix holds states of other layers")
     shapes = {tuple(x.shape) for x in (*prefix.keys, *prefix.values)}
     if len(shapes) > 1:
         raise ValueError(

@@ -27,7 +27,7 @@ from ctkernels.tuning.adapters.file import Saved, faults, read_file, write_folde
 from ctkernels.tuning.data.demonstrations import Demonstration
 from ctkernels.tuning.data.formats import TextFormat, encode_context
 from ctkernels.tuning.hf.attach import Attachment
-from ctkernels.tuning.hf.encode import encode_tokens
+from ctkernels.tuning.hf.encode import encode
 from ctkernels.tuning.hf.fingerprint import base_fingerprint
 from ctkernels.tuning.hf.limits import check_context_length
 from ctkernels.tuning.hf.models import architecture, config_hash, find_decoder, other_architecture
@@ -130,8 +130,10 @@ class KVPrefix(nn.Module):
         segments: int `[K+1]`, offsets of the K demonstrations in the prefix, non-decreasing within [0, P].
         first_position: position id of a row's first own token, normally P.
         metadata: what the prefix belongs to.
+        states: what layers begin with that keep a state in place of keys and values, by name (`hf.states`); of the
+            same type.
 
-    `keys` and `values` become ParameterLists, `segments` an int64 buffer.
+    `keys` and `values` become ParameterLists, `segments` an int64 buffer, `states` a ParameterDict.
 
     Raises:
         ValueError, TypeError: shapes, types or offsets that do not fit together.
@@ -144,10 +146,14 @@ class KVPrefix(nn.Module):
         segments: Tensor,
         first_position: int,
         metadata: PrefixMetadata,
+        states: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         keys, values, segments = list(keys), list(values), torch.as_tensor(segments)
         _check_layers(keys, values)
+        for name, x in (states or {}).items():
+            if not isinstance(x, Tensor) or x.dtype != keys[0].dtype:
+                raise TypeError(f"states[{name!r}] must be a tensor of type {keys[0].dtype}, got {_kind(x)}")
         length = keys[0].shape[1]
         _check_segments(segments, length)
         if isinstance(first_position, bool) or not isinstance(first_position, int) or first_position < 0:
@@ -155,6 +161,7 @@ class KVPrefix(nn.Module):
         with torch.inference_mode(False):  # tensors made in inference mode could not be trained
             self.keys = nn.ParameterList(nn.Parameter(_trainable(x)) for x in keys)
             self.values = nn.ParameterList(nn.Parameter(_trainable(x)) for x in values)
+            self.states = nn.ParameterDict({name: nn.Parameter(_trainable(x)) for name, x in (states or {}).items()})
             self.segments: Tensor
             self.register_buffer("segments", _trainable(segments).to(keys[0].device, torch.int64))
         self.first_position = first_position
@@ -207,8 +214,8 @@ class KVPrefix(nn.Module):
         length = input_ids.shape[0]
         check_context_length(model, length)
         _check_segments(torch.as_tensor(segments), length)
-        keys, values = encode_tokens(model, input_ids)
-        return cls(keys, values, segments, length, PrefixMetadata.of(model, tokenizer, method, settings))
+        keys, values, states = encode(model, input_ids)
+        return cls(keys, values, segments, length, PrefixMetadata.of(model, tokenizer, method, settings), states)
 
     @classmethod
     def from_demonstrations(
@@ -309,7 +316,7 @@ class KVPrefix(nn.Module):
         layers = {
             f"{kind}.{index}": layer for kind in ("keys", "values") for index, layer in enumerate(getattr(self, kind))
         }
-        return description, layers
+        return description, layers | {f"states.{name}": x for name, x in self.states.items()}
 
     @classmethod
     def from_parts(
@@ -321,13 +328,15 @@ class KVPrefix(nn.Module):
         with faults(path):
             metadata = PrefixMetadata(**description["metadata"])
             metadata.check(model, tokenizer)
-            known = {"keys", "values"} | ({"prompt", "lora"} & description.keys())
+            known = {"keys", "values", "states"} | ({"prompt", "lora"} & description.keys())
             unknown = [name for name in tensors if name.partition(".")[0] not in known]
             if unknown:
                 raise ValueError(f"holds a tensor {unknown[0]}, of which nothing is known")
             layers = range(len({name.partition(".")[2] for name in tensors if name.startswith(("keys.", "values."))}))
             keys, values = ([tensors[f"{kind}.{index}"] for index in layers] for kind in ("keys", "values"))
-            prefix = cls(keys, values, torch.tensor(description["segments"]), description["first_position"], metadata)
+            states = {name.removeprefix("states."): x for name, x in tensors.items() if name.startswith("states.")}
+            segments, first_position = torch.tensor(description["segments"]), description["first_position"]
+            prefix = cls(keys, values, segments, first_position, metadata, states)
         if decoder is not None:
             prefix.to(dtype=decoder.prefix_dtype).place(decoder.devices)
             doubt = metadata.other_weights(decoder.model)

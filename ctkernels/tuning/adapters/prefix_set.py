@@ -29,7 +29,7 @@ class PrefixSet:
         prefixes: at least one, all of one model; lengths and first positions may differ.
 
     Attributes:
-        prefixes: as given.  keys, values: per layer `[G, Hk, P, D]`, P the longest.
+        prefixes: as given.  keys, values: per layer `[G, Hk, P, D]`, P the longest.  states: `[G, ...]` each, by name.
         lengths, first_positions: int64 `[G]`.
 
     Raises:
@@ -55,6 +55,9 @@ class PrefixSet:
         self.first_positions = torch.tensor([prefix.first_position for prefix in self.prefixes], device=device)
         self.keys = [_stack(layers) for layers in zip(*(prefix.keys for prefix in self.prefixes), strict=True)]
         self.values = [_stack(layers) for layers in zip(*(prefix.values for prefix in self.prefixes), strict=True)]
+        self.states = {
+            name: torch.stack([prefix.states[name].detach() for prefix in self.prefixes]) for name in first.states
+        }
 
     def __len__(self) -> int:
         return len(self.prefixes)

@@ -49,5 +49,5 @@ class SoftPrompt(nn.Module):
     @torch.no_grad()
     def to_prefix(self, model: PreTrainedModel, metadata: PrefixMetadata) -> KVPrefix:
         """The keys and values of the prompt in every layer: a row behind this prefix equals one behind the prompt."""
-        keys, values = encode_embeddings(model, self.embeddings)
-        return KVPrefix(keys, values, self.segments, self.length, metadata)
+        keys, values, states = encode_embeddings(model, self.embeddings)
+        return KVPrefix(keys, values, self.segments, self.length, metadata, states)

@@ -4,7 +4,8 @@
         protocols.py                          what is needed of a prefix
         models.py                             which model classes, where their layers are
         attention.py                          the attention and mask functions that the layers call
-        alibi.py                              BLOOM, which does not call them
+        own.py                                classes that do not call them
+        states.py                             layers that keep a state in place of keys and values
         packed.py                             rows packed into one sequence
         caches.py                             caches remember their attachment
         parallel.py                           KV heads of models that are spread over processes
@@ -34,15 +35,26 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ctkernels import ContextMask
-from ctkernels.tuning.hf.alibi import ALIBI_IMPLEMENTATION, serve_alibi
-from ctkernels.tuning.hf.attention import ATTACHED, ATTACHED_IMPLEMENTATION, STATE, ForwardState, is_layout, no_padding
+from ctkernels.tuning.hf.attention import (
+    ATTACHED,
+    ATTACHED_IMPLEMENTATION,
+    HALVED,
+    STATE,
+    is_layout,
+    no_padding,
+    row_layout,
+)
 from ctkernels.tuning.hf.caches import ATTACHED_NOW, claim, own
-from ctkernels.tuning.hf.discover import is_latent, passes_keywords
-from ctkernels.tuning.hf.models import ALIBI, LEARNED, Decoder, find_decoder, other_architecture, rope_switch
+from ctkernels.tuning.hf.discover import attends_in_halves, own_attention, passes_keywords
+from ctkernels.tuning.hf.forward_state import ForwardState
+from ctkernels.tuning.hf.kinds import is_latent
+from ctkernels.tuning.hf.models import ALIBI, Decoder, find_decoder, other_architecture, rope_switch
 from ctkernels.tuning.hf.numbering import number, own_table
+from ctkernels.tuning.hf.own import carrier, serve_own
 from ctkernels.tuning.hf.packed import INTEGERS, TOLD_BY, packed_rows
 from ctkernels.tuning.hf.parallel import head_group
 from ctkernels.tuning.hf.protocols import PrefixLike, PrefixSetLike
+from ctkernels.tuning.hf.states import check_states, rows_of, serve_states
 from ctkernels.tuning.hf.traces import Traces
 
 
@@ -81,15 +93,17 @@ class Attachment:
             check_fit(each, self._decoder)
         self._trainable = (prefix,) if self._prefixes == (prefix,) else ()  # a set of prefixes is a copy
         self._last_first = max(each.first_position for each in self._prefixes)
-        family, config = self._decoder.family, self._decoder.config
+        config = self._decoder.config
         self._name = type(self._decoder.model).__name__
-        self._implementation = ALIBI_IMPLEMENTATION if family.positions == ALIBI else ATTACHED_IMPLEMENTATION
-        self._position_limit = self._decoder.context_limit if family.positions == LEARNED else None
+        self._own = own_attention(self._decoder.attentions[0])
+        self._position_limit = self._decoder.position_limit
         switches = (rope_switch(config, each.first_position) for each in self._prefixes)
         self._rope_switch = min((switch for switch in switches if switch is not None), default=None)
         self._group = head_group(self._decoder.attentions[0])
         if self._group is not None and is_latent(self._decoder.attentions[0]):
             raise ValueError(f"{self._name} has latent attention, whose prefix has no heads to spread over processes")
+        if self._group is not None and self._decoder.keepers:
+            raise ValueError(f"{self._name} has layers that keep a state, which is not spread over processes")
         self._parameters = list(inspect.signature(self._decoder.base.forward).parameters)
         self._table = own_table(self._decoder.base)
         self._passes_keywords = passes_keywords(type(self._decoder.layers[0]))
@@ -111,11 +125,15 @@ class Attachment:
         with Traces() as traces:
             for index, attention in enumerate(decoder.attentions):
                 traces.set(attention, ATTACHED, index)
+                if attends_in_halves(type(attention)):
+                    traces.set(attention, HALVED, True)
             for _, attention, source in decoder.borrowers:
                 traces.set(attention, ATTACHED, source)
-            _switch_implementation(decoder, self._implementation, traces)
-            if self._implementation == ALIBI_IMPLEMENTATION:
-                serve_alibi(decoder, traces, lambda: getattr(self._thread, "state", None))
+            _switch_implementation(decoder, ATTACHED_IMPLEMENTATION, traces)
+            if self._own is not None:
+                serve_own(decoder.base, decoder.attentions, self._own, traces, self._current_state)
+            if decoder.keepers:
+                serve_states(decoder, traces, self._current_state)
             model, base, embedding = decoder.model, decoder.base, decoder.base.get_input_embeddings()
             traces.hook(base.register_forward_pre_hook(self._before, with_kwargs=True))
             traces.hook(base.register_forward_hook(self._after, with_kwargs=True))
@@ -162,6 +180,10 @@ class Attachment:
             f"a part of this {self._name} cannot be copied or pickled while a prefix is attached; leave the attach "
             "block, or copy the whole model"
         )
+
+    def _current_state(self) -> ForwardState | None:
+        """Of the forward pass that runs in this thread, for classes of `own.py` and `states.py`."""
+        return getattr(self._thread, "state", None)
 
     def _watched(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         """`generate` that raises if the prefix was detached while it ran (in another thread)."""
@@ -218,9 +240,16 @@ class Attachment:
             return (), kwargs  # the model raises its own error
         if self.mask is not None and not isinstance(self.mask, ContextMask):
             raise TypeError(f"attachment.mask must be a ContextMask or None, got {type(self.mask).__name__}")
+        if (
+            self._decoder.keepers
+            and self.mask is not None
+            and (self.mask.hidden is not None or self.mask.keep is not None)
+        ):
+            raise ValueError(HIDDEN_FROM_ATTENTION_ALONE.format(self._name))
         claim(kwargs.get("past_key_values"), self._owner, self._name)
         told, self._thread.told = getattr(self._thread, "told", {}), {}
         cu_seqlens = packed_rows(self.cu_seqlens, {**kwargs, **told}, tokens)
+        padding = kwargs.get("attention_mask")
         if cu_seqlens is None:
             positions = self._prepare_padded(tokens, kwargs)
         else:
@@ -243,9 +272,13 @@ class Attachment:
             None if index is None else self.prefix.lengths,
         )
         kwargs[STATE] = state
-        if self._decoder.family.positions == ALIBI:  # BLOOM has no position ids, and its layers get no such argument
-            self._thread.state = state
-        else:
+        if self._decoder.keepers:
+            state.states, self._thread.state = self.prefix.states, state
+            state.rows = None if state.past else rows_of(padding, cu_seqlens, tokens.shape[1])
+        if self._own is not None:
+            state.layout = _layout(kwargs, tokens, base.config)
+            kwargs["attention_mask"], self._thread.state = carrier(state, tokens.device), state
+        if self._decoder.family.positions != ALIBI:
             kwargs["position_ids"] = positions + first + self._decoder.first_position_id
             if not self._passes_keywords:
                 setattr(kwargs["position_ids"], STATE, state)
@@ -285,10 +318,6 @@ class Attachment:
             _check_padding(padding, tokens, kwargs)
         elif mask is None and not getattr(cache, "is_compileable", False):
             kwargs["attention_mask"] = no_padding(tokens.device)
-        elif mask is None and self._decoder.family.positions == ALIBI:  # needed so that build_alibi_tensor is called
-            kwargs["attention_mask"] = torch.ones(
-                tokens.shape[0], _past_length(kwargs) + S, dtype=torch.bool, device=tokens.device
-            )
         if given is not None:
             return given
         prepared = mask.values() if isinstance(mask, dict) else (mask,)
@@ -325,13 +354,17 @@ class Attachment:
         state, self._thread.state = kwargs.get(STATE), None
         for value in output.values() if isinstance(output, dict) else output:
             own(value, self._owner)
+        asleep = set(range(len(self._decoder.keepers))) - (state.kept if state else set())
+        if asleep:
+            kinds = dict.fromkeys(type(self._decoder.keepers[index]).__name__ for index in sorted(asleep))
+            raise ValueError(f"{', '.join(kinds)} of {self._name} did not begin with the prefix's state")
         missing = sorted(set(range(len(self._decoder.attentions))) - (state.consumed if state else set()))
         if missing:
             raise ValueError(
                 f"the attention of layers {missing} of {self._name} did not read the attached prefix, so this output "
                 "ignores it; were layers skipped or replaced?"
             )
-        trainable = any(x.requires_grad for x in (*state.keys, *state.values))
+        trainable = any(x.requires_grad for x in (*state.keys, *state.values, *state.states.values()))
         if state.recording and trainable and torch.is_grad_enabled() and not output[0].requires_grad:
             raise ValueError(
                 f"this output of {self._name} depends on a trainable prefix, but no gradient would reach it. Possible "
@@ -384,7 +417,7 @@ class Attachment:
 
     def _check_implementation(self, base: nn.Module) -> None:
         current = base.config._attn_implementation
-        if current != self._implementation:
+        if current != ATTACHED_IMPLEMENTATION:
             raise ValueError(
                 f"the attention implementation was changed to {current!r} while a prefix is attached, and would "
                 "ignore the prefix; change it before attaching or after the block"
@@ -416,6 +449,10 @@ TEXT_ARGUMENTS = {
     *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "labels", "logits_to_keep"),
     *TOLD_BY,
 }
+HIDDEN_FROM_ATTENTION_ALONE = (
+    "a mask hides prefix positions from attention alone, but {} has layers whose state contains all of them; use a "
+    'ContextMask without hidden and keep (for training: leave_one_out="none", drop_from=None)'
+)
 NOT_ENTERED = (
     "prefix.attach(model) {}, so the model ran without the prefix; use `with prefix.attach(model):`, or "
     "`attachment = prefix.attach(model).enable()` and later `attachment.detach()`"
@@ -430,6 +467,21 @@ def _say_not_entered(attachment: weakref.ref[Attachment], base: nn.Module, args:
     made._notice.remove()
     if not any(hasattr(attention, ATTACHED) for attention in made._decoder.attentions):
         warnings.warn(NOT_ENTERED.format("was not entered"), stacklevel=2)
+
+
+def _layout(kwargs: dict[str, Any], tokens: Tensor, config: PreTrainedConfig) -> Tensor | None:
+    """The layout of a batch as `row_layout` describes it, from the arguments of a forward pass whose class makes no
+    mask through it."""
+    mask, cache, S = kwargs.get("attention_mask"), kwargs.get("past_key_values"), tokens.shape[1]
+    if is_layout(mask):
+        return mask
+    offset, length, first = 0, S, 0
+    if cache is not None:
+        offset, (length, first) = cache.get_query_offset(0), cache.get_mask_sizes(S, 0)
+    padding = None if mask is None else mask.to(tokens.device)
+    return row_layout(
+        tokens.shape[0], S, length, offset, first, attention_mask=padding, device=tokens.device, config=config
+    )
 
 
 def _past_length(kwargs: dict[str, Any]) -> int:
@@ -507,6 +559,7 @@ def check_fit(prefix: PrefixLike, decoder: Decoder) -> None:
                 f"prefix must be {decoder.prefix_dtype} or the model's type {decoder.dtype}, got {key.dtype}; "
                 f"convert it with prefix.to({decoder.prefix_dtype})"
             )
+    check_states(prefix.states, decoder)
     other = other_architecture(prefix.metadata, decoder.config)
     if other is not None:
         raise ValueError(

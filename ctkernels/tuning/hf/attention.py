@@ -20,100 +20,27 @@ and never gets a layout for a mask.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import blockwise_overlay, causal_mask_function, or_masks, sdpa_mask
 
-from ctkernels import ContextMask, prefix_attention, prefix_attention_varlen
-from ctkernels.tuning.hf.discover import Expand, Reach, expand_of
+from ctkernels import prefix_attention, prefix_attention_varlen
+from ctkernels.tuning.hf.forward_state import ForwardState
+from ctkernels.tuning.hf.kinds import Expand, expand_of
 from ctkernels.tuning.hf.llama4 import by_chunk, tempered
 from ctkernels.tuning.hf.parallel import own_heads
 from ctkernels.tuning.hf.plain import IMPLEMENTATION, causal_rule, inside, unknown_argument
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 STATE = "ctkernels_state"  # the keyword argument that passes the state of a forward pass to the layers
 ATTACHED_IMPLEMENTATION = f"{IMPLEMENTATION}_attached"
 REACHES = ("sliding_window", "attention_chunk_size")  # what a layer's mask may hide is known, see `Reach`
 ATTACHED = "_ctkernels_layer_index"  # attribute of an attention module while a prefix is attached to it
+HALVED = "_ctkernels_halved"  # the same, of a class that attends twice, with half of the values each time
 COMPILED_MASK = "under torch.compile, a padding mask must have rows that are one run of ones, up to the last query"
-
-
-class KeySpan(NamedTuple):
-    """Which of a row's T keys are valid.
-
-    lengths: int64 `[B]`, number of valid keys.  The others only with left padding, else None: row int64 `[B, 1]`, row
-    numbers; forward int64 `[B, T]`, indices that move each row's first valid key to the front; back int64 `[B, T]`, the
-    inverse of forward.
-    """
-
-    lengths: Tensor
-    row: Tensor | None = None
-    forward: Tensor | None = None
-    back: Tensor | None = None
-
-
-@dataclass(eq=False)
-class ForwardState:
-    """What one forward pass of an attached model needs in every layer.
-
-    It is passed through the model as a keyword argument and not kept on the attachment. So gradient checkpointing runs
-    a layer again with the mask of its own forward pass, and two threads can run one model.
-
-    keys, values: per layer `[Hk, P, D]`, or `[G, Hk, P, D]` with prefix_index (int `[B]`) and prefix_lens (int `[G]`).
-    reaches: what the mask of each layer hides.  own: position of each token in its row, int `[B or 1, S]`.  past: how
-    many own tokens are in the cache.  group: see `parallel.head_group`.  recording: whether gradients are recorded
-    around the model.  consumed: the layers whose attention has read keys and values.
-    """
-
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
-    mask: ContextMask | None
-    cu_seqlens: Tensor | None
-    backend: str | None
-    reaches: tuple[Reach, ...]
-    own: Tensor
-    past: int
-    group: ProcessGroup | None = None
-    recording: bool = False
-    prefix_index: Tensor | None = None
-    prefix_lens: Tensor | None = None
-    consumed: set[int] = field(default_factory=set)
-    spans: dict[int, tuple[Tensor, KeySpan]] = field(default_factory=dict)
-
-    def span(self, layout: Tensor, T: int) -> KeySpan:
-        """`key_span` of a layout over T keys, computed once for all layers with that layout."""
-        known = self.spans.get(id(layout))
-        if known is None:
-            known = self.spans[id(layout)] = layout, key_span(layout, T)
-        return known[1]
-
-    def length(self, index: int) -> int:
-        """P, the length of the prefix, or of the longest one."""
-        return self.keys[index].shape[-2]
-
-    def lengths(self, layout: Tensor | None, key: Tensor) -> Tensor:
-        """Number of valid ones of the keys `[B, Hk, T, D]` of each row, int64 `[B]`."""
-        if self.cu_seqlens is not None:
-            return self.cu_seqlens.diff().to(key.device, torch.int64)
-        if layout is None or layout.shape[-1] == 0:
-            return torch.full((key.shape[0],), key.shape[2], device=key.device)
-        return self.span(layout, key.shape[2]).lengths
-
-
-def key_span(layout: Tensor, T: int) -> KeySpan:
-    """The valid ones of T keys, from a layout `[B, 1, 1, 1]` or `[B, 1, 1, 2]`."""
-    if layout.shape[-1] == 1:
-        return KeySpan(layout.flatten())
-    first, end = layout.flatten(0, 2).split(1, dim=-1)  # [B, 1]
-    row, position = torch.arange(len(first), device=first.device)[:, None], torch.arange(T, device=first.device)
-    return KeySpan((end - first).flatten(), row, (position + first) % T, (position - first) % T)
 
 
 def no_padding(device: torch.device) -> Tensor:
@@ -271,10 +198,13 @@ def attention_forward(
     reach = ctkernels_state.reaches[index]
     if reach.tempered:
         query = tempered(module, query, ctkernels_state, index)
+    half = None
+    if hasattr(module, HALVED):  # calls of a layer take turns, also when gradient checkpointing runs it again
+        half = ctkernels_state.halves[index] = 1 - ctkernels_state.halves.get(index, 1)
     window = reach.window if sliding_window is None else sliding_window
     settings = {"scale": scaling, "window": window, "softcap": softcap or None, "sinks": s_aux}
     tensors = {"query": query, "key": key, "value": value, "layout": layout, "expand": expand_of(module)}
-    run = partial(attend, index=index, **tensors, **settings)
+    run = partial(attend, index=index, half=half, **tensors, **settings)
     if reach.chunk is None or ctkernels_state.length(index) + ctkernels_state.past + query.shape[2] <= reach.chunk:
         return run(ctkernels_state), None
     return by_chunk(run, reach.chunk, ctkernels_state, ctkernels_state.lengths(layout, key), index), None
@@ -288,11 +218,13 @@ def attend(
     value: Tensor,
     layout: Tensor | None,
     expand: Expand | None = None,
+    half: int | None = None,
     **settings: Any,
 ) -> Tensor:
     """The op on layer `index`: q `[B, H, S, D]`, k and v `[B, Hk, T, D]` -> `[B, S, H, D]`.
 
-    expand: see `expand_of`.
+    expand: see `expand_of`.  half: which half of the prefix's value heads stands in for all of them, as it does in
+    `value`; default: neither.
     """
     held = state.keys[index], state.values[index]
     if expand is None:
@@ -301,6 +233,8 @@ def attend(
         alone = held[0].dim() == 3
         prefix = list(expand(*(x.to(query.dtype)[None] if alone else x.to(query.dtype) for x in held)))
         prefix = [x[0] for x in prefix] if alone else prefix
+    if half is not None:
+        prefix[1] = torch.cat((prefix[1].chunk(2, dim=-3)[half],) * 2, dim=-3)
     here = query.device  # layers of one model may be on different devices
     index_of_rows = {name: getattr(state, name) for name in ("prefix_index", "prefix_lens")}
     settings |= {name: None if x is None else x.to(here) for name, x in index_of_rows.items()}

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from dis import get_instructions
 from functools import cache
@@ -21,26 +21,24 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ctkernels.tuning.hf.kinds import Reach, class_name, is_latent, written_class
 from ctkernels.tuning.hf.numbering import own_table
+from ctkernels.tuning.hf.own import OWN, Own
 
 LEARNED, ROTARY, ALIBI, NONE = "learned", "rotary", "alibi", "none"
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"  # the name of the table in modeling files
-# attention with code of its own that a file here serves, and how its decoder encodes positions
-OWN_ATTENTION = {"transformers.models.bloom.modeling_bloom.BloomAttention": ALIBI}  # alibi.py
-# attention that repeats all KV heads after caching them, and the attribute that says how often
-REPEATED = {"transformers.models.jetmoe.modeling_jetmoe.JetMoeAttention": "top_k"}
-# methods of caches that keep other things than keys and values
-KEEPS_STATE = {
-    "update_conv_state",
-    "update_recurrent_state",
-    "set_linear_cache",
-    "update_indexer",
-    "update_index",
-    "store_compression_weights",
-}
+ROTARY_TABLE = "embed_positions"  # sines and cosines of each position, in attention that has no rotary_emb
+# attention that calls the registry twice, with either half of its values' heads in place of both
+TWO_HALVES = {"transformers.models.diffllama.modeling_diffllama.DiffLlamaAttention"}
+# methods of caches that keep states (states.py)
+KEEPS_STATE = frozenset({"update_conv_state", "update_recurrent_state"})
+CACHE_ARGUMENTS = frozenset({"past_key_values", "cache_params"})  # what modules that keep states call the cache
+# and what else is neither keys nor values
+KEEPS_MORE = frozenset({"set_linear_cache", "update_indexer", "update_index", "store_compression_weights"})
+LAYER_INDEX = ("layer_idx", "layer_id", "layer_number")  # what a layer and its attention call their place
+PLACES = (*LAYER_INDEX, "num_fwd_mem_blocks", "block_id")  # and more that differs in models of another depth alone
 CROSS_ATTENTION = re.compile(r"cross|encoder_attn")  # paths of what reads other things than a decoder's own tokens
 IN_LIST = re.compile(r"(?P<stack>.+?)\.(?P<index>\d+)(\.|$)")
 
@@ -53,15 +51,6 @@ class Shape(NamedTuple):
     value_dim: int
 
 
-class Reach(NamedTuple):
-    """What a layer's mask hides although its attention does not say so: keys `window` positions back and further, and
-    those of other chunks of `chunk` positions. None: nothing.  tempered: whether it scales queries by position."""
-
-    window: int | None = None
-    chunk: int | None = None
-    tempered: bool = False
-
-
 Look = tuple[tuple[str, str], ...]  # (name, value) of the settings of a layer
 
 
@@ -70,7 +59,7 @@ class Layout:
     """Where the parts are. base, stack: paths in the model of the owner of the layers and of the ModuleList, which has
     `count` elements.  attentions: of each attention, the index of its layer there, its path in it and its class.
     bare: names of the classes of elements without attention.  looks: what is set on each kind of layer and
-    its attention, by name."""
+    its attention, by name.  keepers: path in the model and class of each module that keeps a state."""
 
     base: str
     stack: str
@@ -78,6 +67,7 @@ class Layout:
     attentions: tuple[tuple[int, str, type[nn.Module]], ...]
     bare: tuple[str, ...]
     looks: tuple[Look, ...]
+    keepers: tuple[tuple[str, type[nn.Module]], ...] = ()
 
     def parts(self, model: nn.Module) -> Parts | None:
         """The modules, or None if the model has changed since."""
@@ -86,12 +76,14 @@ class Layout:
             layers = tuple(stack[index] for index, *_ in self.attentions)
             paths = (path for _, path, _ in self.attentions)
             attentions = tuple(attrgetter(path)(layer) for path, layer in zip(paths, layers, strict=True))
+            keepers = tuple(model.get_submodule(path) for path, _ in self.keepers)
         except (AttributeError, IndexError):
             return None
         same = len(stack) == self.count and all(
             type(attention) is kind for attention, (_, _, kind) in zip(attentions, self.attentions, strict=True)
         )
-        return _parts(base, layers, attentions) if same else None
+        same = same and all(type(keeper) is kind for keeper, (_, kind) in zip(keepers, self.keepers, strict=True))
+        return _parts(base, layers, attentions, keepers) if same else None
 
     def is_wrapped(self, model: nn.Module) -> bool:
         """Whether another model than `model` itself calls the one that owns the layers, and may make masks for it."""
@@ -100,8 +92,8 @@ class Layout:
         return any(isinstance(module, PreTrainedModel) for module in between)
 
     def classes(self) -> list[str]:
-        """Names of the attention classes and of layers without attention."""
-        return sorted({*(class_name(kind) for *_, kind in self.attentions), *self.bare})
+        """Names of the classes of attention, of what keeps states, and of layers without attention."""
+        return sorted({*(class_name(kind) for *_, kind in (*self.attentions, *self.keepers)), *self.bare})
 
 
 class Borrower(NamedTuple):
@@ -119,11 +111,17 @@ class Parts(NamedTuple):
     layers: tuple[nn.Module, ...]
     attentions: tuple[nn.Module, ...]
     borrowers: tuple[Borrower, ...]
+    keepers: tuple[nn.Module, ...]
 
 
-def _parts(base: PreTrainedModel, layers: tuple[nn.Module, ...], attentions: tuple[nn.Module, ...]) -> Parts:
+def _parts(
+    base: PreTrainedModel,
+    layers: tuple[nn.Module, ...],
+    attentions: tuple[nn.Module, ...],
+    keepers: tuple[nn.Module, ...],
+) -> Parts:
     if not getattr(base.config, "num_kv_shared_layers", None):
-        return Parts(base, layers, attentions, ())
+        return Parts(base, layers, attentions, (), keepers)
     own: list[tuple[nn.Module, nn.Module]] = []
     borrowers, latest = [], dict[str | None, int]()  # by kind of layer
     for layer, attention in zip(layers, attentions, strict=True):
@@ -135,7 +133,8 @@ def _parts(base: PreTrainedModel, layers: tuple[nn.Module, ...], attentions: tup
         else:
             latest[kind] = len(own)
             own.append((layer, attention))
-    return Parts(base, tuple(layer for layer, _ in own), tuple(attention for _, attention in own), tuple(borrowers))
+    owning = tuple(layer for layer, _ in own), tuple(attention for _, attention in own)
+    return Parts(base, *owning, tuple(borrowers), keepers)
 
 
 def find_layout(model: PreTrainedModel) -> Layout:
@@ -156,9 +155,14 @@ def find_layout(model: PreTrainedModel) -> Layout:
         kinds = (type(model.get_submodule(path)).__name__ for path in owners)
         raise unsupported(model, f"it has several decoders ({', '.join(kinds)})")
     base, own = next(iter(owners.items()))
-    states = dict.fromkeys(type(m).__name__ for m in model.get_submodule(base).modules() if keeps_state(type(m)))
-    if states:
-        raise unsupported(model, f"it caches more than keys and values, all that a prefix holds ({', '.join(states)})")
+    inside = [(path, m) for path, m in model.get_submodule(base).named_modules(prefix=base)]
+    more = dict.fromkeys(type(m).__name__ for _, m in inside if keeps(type(m), KEEPS_MORE))
+    if more:
+        raise unsupported(model, f"it caches more than a prefix holds ({', '.join(more)})")
+    keepers = {path: m for path, m in inside if keeps(type(m), KEEPS_STATE)}
+    for keeper in keepers.values():
+        if CACHE_ARGUMENTS.isdisjoint(inspect.signature(keeper.forward).parameters):
+            raise unsupported(model, f"its {type(keeper).__name__} keeps a state in no cache that it is given")
     places = {path: IN_LIST.match(path) for path in own}
     stacks = sorted({place["stack"] if place else path for path, place in places.items()})
     if len(stacks) > 1 or not all(places.values()):
@@ -166,13 +170,16 @@ def find_layout(model: PreTrainedModel) -> Layout:
     stack = model.get_submodule(stacks[0])
     at = {path: int(place["index"]) for path, place in places.items() if place}
     ordered = sorted(own, key=at.__getitem__)  # of several in one layer, the first comes first
+    looks = {_look(stack[at[path]], own[path]) for path in ordered}
+    looks |= {_look(keeper, keeper) for keeper in keepers.values()}
     return Layout(
         base,
         stacks[0],
         len(stack),
         tuple((at[path], path.removeprefix(f"{stacks[0]}.{at[path]}."), type(own[path])) for path in ordered),
         tuple(type(layer).__name__ for index, layer in enumerate(stack) if index not in at.values()),
-        tuple(sorted({_look(stack[at[path]], own[path]) for path in ordered})),
+        tuple(sorted(looks)),
+        tuple((path, type(keeper)) for path, keeper in keepers.items()),
     )
 
 
@@ -205,29 +212,24 @@ def _pair(names: object) -> tuple[object, ...]:
 
 
 @cache
-def keeps_state(kind: type[nn.Module]) -> bool:
-    """Whether a module class keeps something in the cache that is neither keys nor values."""
+def keeps(kind: type[nn.Module], methods: frozenset[str]) -> bool:
+    """Whether a module class calls one of these methods of a cache."""
     if kind.__module__.startswith("torch."):
         return False
     codes = (getattr(inspect.unwrap(x), "__code__", None) for x in vars(kind).values() if inspect.isfunction(x))
-    return any(not KEEPS_STATE.isdisjoint(code.co_names) for code in codes if code is not None)
+    return any(not methods.isdisjoint(code.co_names) for code in codes if code is not None)
 
 
-def written_class(kind: type) -> type:
-    """A class as somebody wrote it, for one that FSDP2 has made of it."""
-    return next(base for base in kind.__bases__ if base is not FSDPModule) if FSDPModule in kind.__bases__ else kind
-
-
-def class_name(kind: type) -> str:
-    """Module and name of a class as somebody wrote it."""
-    kind = written_class(kind)
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def own_attention(attention: nn.Module) -> str | None:
-    """How positions are encoded by attention of OWN_ATTENTION; None for all others."""
+def own_attention(attention: nn.Module) -> Own | None:
+    """How the core of an attention that does not call the registry is reached; None for all others."""
     names = (class_name(kind) for kind in type(attention).__mro__)
-    return next((OWN_ATTENTION[name] for name in names if name in OWN_ATTENTION), None)
+    return next((OWN[name] for name in names if name in OWN), None)
+
+
+@cache
+def attends_in_halves(attention: type[nn.Module]) -> bool:
+    """Whether a class of attention is one of TWO_HALVES."""
+    return any(class_name(kind) in TWO_HALVES for kind in attention.__mro__)
 
 
 def positions_of(model: PreTrainedModel, parts: Parts) -> str:
@@ -237,17 +239,22 @@ def positions_of(model: PreTrainedModel, parts: Parts) -> str:
         TypeError: they are computed where a prefix cannot shift them.
     """
     base, own = parts.base, own_attention(parts.attentions[0])
-    if own is not None:
-        return own
+    if own is not None and own.slopes is not None:
+        return ALIBI
+    if getattr(base.config, "alibi", False):
+        raise unsupported(model, "it rounds its position bias (ALiBi) to bfloat16, which the kernels do not")
     if own_table(base) is not None:
         return LEARNED
     if "position_ids" not in inspect.signature(base.forward).parameters:
         raise unsupported(model, f"its {type(base).__name__} takes no position_ids, which a prefix has to shift")
     if any(path.rpartition(".")[2] == "rotary_emb" for path, _ in base.named_modules()):
         return ROTARY
+    if hasattr(parts.attentions[0], ROTARY_TABLE):
+        return ROTARY
     limit, inputs = getattr(base.config, "max_position_embeddings", None), base.get_input_embeddings()
-    tables = (m for m in base.modules() if isinstance(m, nn.Embedding) and m is not inputs)
-    return LEARNED if limit is not None and any(table.num_embeddings >= limit for table in tables) else NONE
+    tables = [m.weight for m in base.modules() if isinstance(m, nn.Embedding) and m is not inputs]
+    tables += [m.weights for m in base.modules() if isinstance(getattr(m, "weights", None), Tensor)]  # sinusoidal ones
+    return LEARNED if limit is not None and any(len(table) >= limit for table in tables) else NONE
 
 
 def first_position_id(base: PreTrainedModel) -> int:
@@ -265,32 +272,6 @@ def widest_head(attention: Any, shape: Shape) -> int:
     return max(shape.key_dim, shape.value_dim)
 
 
-def is_latent(attention: nn.Module) -> bool:
-    """Whether it caches latents, one vector per token for all heads, and makes keys and values of them (multi-head
-    latent attention)."""
-    return hasattr(attention, "expand_kv")
-
-
-Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def expand_of(attention: Any) -> Expand | None:
-    """What makes the keys and values `[G, H, P, D]` that its attention function gets of what it caches, `[G, Hk, P, D]`
-    or latents `[G, 1, P, R]`; None if these are the same."""
-    if type(attention) not in _SAME:
-        if is_latent(attention):
-            latent: Expand = attention.expand_kv
-            return latent
-        if class_name(type(attention)) in REPEATED:
-            count = getattr(attention, REPEATED[class_name(type(attention))])
-            return lambda k, v: (k.repeat(1, count, 1, 1), v.repeat(1, count, 1, 1))
-        _SAME.add(type(attention))
-    return None
-
-
-_SAME: set[type[nn.Module]] = set()  # classes whose attention functions get what they cache, asked for in every layer
-
-
 def shape_of(attention: Any, config: PreTrainedConfig) -> Shape:
     """The shape of what a layer's attention caches, as its class usually says it; the proof compares."""
     if is_latent(attention):  # in place of keys the latents, in place of values the part of keys that is rotated
@@ -299,7 +280,10 @@ def shape_of(attention: Any, config: PreTrainedConfig) -> Shape:
     own = {name: getattr(attention, name, None) for name in ("head_dim", "v_head_dim")}
     key_dim = own["head_dim"] or getattr(config, "head_dim", None) or config.hidden_size // heads
     projection = getattr(attention, "k_proj", None)
-    if hasattr(projection, "out_features"):
+    core = own_attention(attention)
+    if core is not None and core.kv_heads is not None:
+        kv_heads = core.kv_heads(attention)
+    elif hasattr(projection, "out_features"):
         kv_heads = projection.out_features // key_dim
     else:
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -339,7 +323,7 @@ def _look(layer: nn.Module, attention: nn.Module) -> Look:
 
 def _counts(name: str, value: object) -> bool:
     own = name.partition(".")[2]
-    passing = own.startswith("_") or "drop" in own or own in ("training", "gradient_checkpointing", "layer_idx")
+    passing = own.startswith("_") or "drop" in own or own in ("training", "gradient_checkpointing", *PLACES)
     return not passing and (value is None or isinstance(value, (bool, int, float, str)))
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+LARGEST = torch.finfo(torch.float32).max
+
 
 class full_precision(TorchFunctionMode):
     """The context manager; see the top of this file."""
@@ -27,4 +29,6 @@ class full_precision(TorchFunctionMode):
             args = tuple(torch.float64 if value is torch.float32 else value for value in args)
             if kwargs.get("dtype") is torch.float32:
                 kwargs = {**kwargs, "dtype": torch.float64}
+        if func is torch.full and isinstance(args[-1], float) and abs(args[-1]) > LARGEST:  # such as the least fp64
+            kwargs = {"dtype": torch.float64, **kwargs}
         return func(*args, **kwargs)

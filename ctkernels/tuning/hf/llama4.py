@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from ctkernels import ContextMask
+from ctkernels.tuning.hf.forward_state import ForwardState
 
-State = Any  # a ForwardState of attention.py, which imports this file
 
-
-def by_chunk(run: Callable[[State], Tensor], chunk: int, state: State, lengths: Tensor, index: int) -> Tensor:
+def by_chunk(
+    run: Callable[[ForwardState], Tensor], chunk: int, state: ForwardState, lengths: Tensor, index: int
+) -> Tensor:
     """Attention of layer `index` within chunks of positions `[B, S, H, D]`: once for each chunk, without other keys.
 
         keys      0 1 2 3 | 4 5 6 7 | 8 9
@@ -47,7 +48,7 @@ def by_chunk(run: Callable[[State], Tensor], chunk: int, state: State, lengths: 
     return out
 
 
-def tempered(attention: Any, query: Tensor, state: State, index: int) -> Tensor:
+def tempered(attention: Any, query: Tensor, state: ForwardState, index: int) -> Tensor:
     """Queries `[B, H, S, D]` of layer `index`, which its class has scaled for their positions, scaled for those that
     they have behind the prefix.
 
@@ -65,7 +66,7 @@ def tempered(attention: Any, query: Tensor, state: State, index: int) -> Tensor:
     return (query * factor[:, None, :, None]).to(query.dtype)
 
 
-def positions(state: State, index: int, device: torch.device) -> Tensor:
+def positions(state: ForwardState, index: int, device: torch.device) -> Tensor:
     """Position of each query along `[prefix | own tokens]`, int64 `[B or 1, S]`."""
     starts = _starts(state, index, device)
     if state.cu_seqlens is not None:
@@ -75,7 +76,7 @@ def positions(state: State, index: int, device: torch.device) -> Tensor:
     return starts[:, None] + state.own.to(device)
 
 
-def _starts(state: State, index: int, device: torch.device) -> Tensor:
+def _starts(state: ForwardState, index: int, device: torch.device) -> Tensor:
     """Position of each row's first own token, int64 `[B]` or `[1]`."""
     if state.prefix_index is None or state.prefix_lens is None:
         return torch.full((1,), state.length(index), device=device)

@@ -19,12 +19,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ctkernels.attention import MAX_HEAD_DIM
 from ctkernels.tuning.hf.discover import ALIBI as ALIBI  # for those who ask how a decoder encodes positions
-from ctkernels.tuning.hf.discover import LEARNED as LEARNED
-from ctkernels.tuning.hf.discover import ROTARY as ROTARY
 from ctkernels.tuning.hf.discover import (
+    LAYER_INDEX,
+    ROTARY_TABLE,
     Borrower,
     Layout,
-    Reach,
     Shape,
     find_layout,
     first_position_id,
@@ -33,8 +32,10 @@ from ctkernels.tuning.hf.discover import (
     shape_of,
     unsupported,
     widest_head,
-    written_class,
 )
+from ctkernels.tuning.hf.discover import LEARNED as LEARNED
+from ctkernels.tuning.hf.discover import ROTARY as ROTARY
+from ctkernels.tuning.hf.kinds import Reach, written_class
 from ctkernels.tuning.hf.protocols import Origin
 from ctkernels.tuning.hf.served import admit
 
@@ -55,7 +56,7 @@ class Decoder:
     the layers with attention, and that.  borrowers: those that read another one's keys and values, and so its prefix.
     shapes: of what each of `attentions` caches.  reaches: what their masks hide.  first_position_id: what the position
     of a sequence's first token is called.  wrapped: whether another model inside of `model` calls `base`, as vision
-    models call a text decoder.
+    models call a text decoder.  keepers: modules that keep a state (`states.py`).
     """
 
     family: Family
@@ -68,6 +69,7 @@ class Decoder:
     reaches: tuple[Reach, ...]
     first_position_id: int = 0
     wrapped: bool = False
+    keepers: tuple[nn.Module, ...] = ()
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -108,8 +110,20 @@ class Decoder:
     @property
     def context_limit(self) -> int | None:
         """Most positions the model declares, or None where it declares none (ALiBi)."""
-        limit = None if self.family.positions == ALIBI else getattr(self.config, "max_position_embeddings", None)
+        name = "max_seq_len" if self.family.positions == ALIBI else "max_position_embeddings"
+        limit = getattr(self.config, name, None)
         return None if limit is None else limit - self.first_position_id
+
+    @property
+    def position_limit(self) -> int | None:
+        """Positions that a table of them has, None without one."""
+        tabled = self.family.positions == LEARNED or hasattr(self.attentions[0], ROTARY_TABLE)
+        return self.context_limit if tabled else None
+
+    @property
+    def cache_indices(self) -> tuple[int, ...]:
+        """Where in a cache each layer's keys and values are."""
+        return tuple(next(getattr(x, name) for name in LAYER_INDEX if hasattr(x, name)) for x in self.attentions)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -176,8 +190,9 @@ def find_decoder(model: nn.Module) -> Decoder:
         _check_variant(inner, parts.base.config)
         if admit(inner, layout):
             _known[inner] = known
+    *owning, keepers = parts
     found = known.shapes, known.reaches, known.first_position_id, known.wrapped
-    return Decoder(known.family, inner, *parts, *found)
+    return Decoder(known.family, inner, *owning, *found, keepers)
 
 
 @dataclass(frozen=True)

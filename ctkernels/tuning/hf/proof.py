@@ -22,14 +22,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ctkernels.tuning.hf.attach import Attachment
 from ctkernels.tuning.hf.discover import ALIBI, Layout, find_layout
-from ctkernels.tuning.hf.encode import encode_tokens
+from ctkernels.tuning.hf.encode import encode
 from ctkernels.tuning.hf.exact import full_precision
 from ctkernels.tuning.hf.models import Decoder, architecture, find_decoder
 from ctkernels.tuning.hf.served import Verdict, in_a_line, register_prover, trusting
+from ctkernels.tuning.hf.states import cache_for, states_of
 from ctkernels.tuning.hf.tiny import REACH, VOCABULARY, WINDOW, make_tiny, shrink, unknown_lengths
 
 EQUAL = 1e-9  # most difference of a class that is served
@@ -44,8 +45,10 @@ class Prefix:
     """Keys and values of a context for the model under proof (a `PrefixLike`)."""
 
     def __init__(self, decoder: Decoder, context: Tensor) -> None:
-        keys, values = encode_tokens(decoder.model, context)
+        keys, values, self.states = encode(decoder.model, context)
         self.keys, self.values = ([x.requires_grad_() for x in kind] for kind in (keys, values))
+        for state in self.states.values():
+            state.requires_grad_()
         self.length = self.first_position = len(context)
         name = type(decoder.model).__name__
         self.metadata = SimpleNamespace(
@@ -53,7 +56,7 @@ class Prefix:
         )
 
     def parameters(self) -> list[Tensor]:
-        return [*self.keys, *self.values]
+        return [*self.keys, *self.values, *self.states.values()]
 
 
 class Bench:
@@ -186,7 +189,7 @@ def gradient(bench: Bench) -> Iterator[float]:
     weights = torch.randn(1, len(row), results[0].shape[-1], generator=bench._generator).double()
     (expected,) = torch.autograd.grad((results[0][:, CONTEXT:] * weights).sum(), context)
 
-    cache, first = DynamicCache(), decoder.first_position_id
+    cache, first = cache_for(decoder), decoder.first_position_id
     positions = {} if decoder.family.positions == ALIBI else {"position_ids": first + torch.arange(CONTEXT)[None]}
     mask = torch.ones(1, CONTEXT, dtype=torch.int64)
     with _embedded(embed, context.clone()):
@@ -195,8 +198,8 @@ def gradient(bench: Bench) -> Iterator[float]:
     with Attachment(bench.prefix, bench.model):
         results, _ = bench.forward(input_ids=row[None], use_cache=False)
         own = torch.autograd.grad((results[0] * weights).sum(), bench.prefix.parameters())
-    layers = [cache.layers[attention.layer_idx] for attention in decoder.attentions]
-    made = [*(layer.keys for layer in layers), *(layer.values for layer in layers)]
+    layers = [cache.layers[index] for index in decoder.cache_indices]
+    made = [*(layer.keys for layer in layers), *(layer.values for layer in layers), *states_of(cache).values()]
     (actual,) = torch.autograd.grad(made, context, [x[None] for x in own])
     yield difference([actual], [expected])
 
@@ -294,7 +297,9 @@ def _wrong(check: str, by: float, layout: Layout, bench: Bench) -> str:
     if check in ("cached steps", "generation") and alone(bench) > EQUAL:
         return f"{check}: the stock model itself gives other results with its cache than without"
     without = f"; some layers have no attention ({', '.join(sorted(set(layout.bare)))})" if layout.bare else ""
-    return f"{check}: results differ by {by:.1g} from those behind the whole context{without}"
+    kinds = ", ".join(dict.fromkeys(kind.__name__ for _, kind in layout.keepers))
+    state = f"; some layers keep a state ({kinds}), with which they may not begin" if kinds else ""
+    return f"{check}: results differ by {by:.1g} from those behind the whole context{state or without}"
 
 
 def _failed(check: str, error: Exception) -> str:

@@ -47,6 +47,10 @@ class PrefixLike(Protocol):
         """Per layer `[Hk, P, D]`."""
 
     @property
+    def states(self) -> Mapping[str, Tensor]:
+        """What layers begin with that keep a state, by name (`states.state_name`); empty for most models."""
+
+    @property
     def length(self) -> int:
         """P, the number of prefix tokens."""
 
@@ -76,6 +80,10 @@ class PrefixSetLike(Protocol):
     @property
     def values(self) -> Iterable[Tensor]:
         """Per layer `[G, Hk, P, D]`."""
+
+    @property
+    def states(self) -> Mapping[str, Tensor]:
+        """`[G, ...]` each, by name."""
 
     @property
     def lengths(self) -> Tensor:

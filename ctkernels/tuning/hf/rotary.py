@@ -15,7 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ctkernels.tuning.hf.encode import encode_tokens
+from ctkernels.tuning.hf.discover import ROTARY_TABLE
+from ctkernels.tuning.hf.encode import encode
 from ctkernels.tuning.hf.models import ROTARY, Decoder, rope_switch
 
 Turn = Callable[[Tensor, Tensor, Tensor], Tensor]  # x [Hk, n, D], cos and sin [n, R] -> x turned
@@ -67,12 +68,21 @@ def _turned(decoder: Decoder, layer: int, keys: Tensor, positions: Tensor, back:
 
 @torch.no_grad()
 def _apply(turn: Turn, decoder: Decoder, layer: int, keys: Tensor, positions: Tensor, back: bool) -> Tensor:
-    at = decoder.attentions[layer].layer_idx
+    c, s = _angles(decoder, layer, keys, positions)  # [n, R]
+    return turn(keys, c, -s) / (c * c + s * s)[:, :1] if back else turn(keys, c, s)
+
+
+def _angles(decoder: Decoder, layer: int, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Scaled cosines and sines of positions `[n]` in a layer, `[n, R]`."""
+    attention, at = decoder.attentions[layer], decoder.cache_indices[layer]
+    if hasattr(attention, ROTARY_TABLE):
+        s, c = getattr(attention, ROTARY_TABLE).to(keys)[positions.to(keys.device)].chunk(2, dim=-1)
+        return c, s
     kinds = getattr(decoder.config, "layer_types", None)
     parameters = getattr(decoder.config, "rope_parameters", None) or {}
     by_kind = (kinds[at],) if kinds and set(kinds) <= set(parameters) else ()  # Gemma 3: a rotation per layer type
-    c, s = (x[0] for x in decoder.base.rotary_emb(keys[:1], positions.to(keys.device)[None], *by_kind))  # [n, R]
-    return turn(keys, c, -s) / (c * c + s * s)[:, :1] if back else turn(keys, c, s)
+    c, s = (x[0] for x in decoder.base.rotary_emb(keys[:1], positions.to(keys.device)[None], *by_kind))
+    return c, s
 
 
 _known: weakref.WeakKeyDictionary[nn.Module, tuple[Turn | None, ...] | None] = weakref.WeakKeyDictionary()
@@ -88,7 +98,7 @@ def _turns(decoder: Decoder) -> tuple[Turn | None, ...] | None:
 def _find_turns(decoder: Decoder) -> tuple[Turn | None, ...] | None:
     """From one token at positions 0 and MOVED: it sees itself alone, so that its keys differ by their rotation."""
     token = torch.tensor([decoder.base.get_input_embeddings().weight.shape[0] // 2])
-    (here, values), (there, moved_values) = (encode_tokens(decoder.model, token, position=at) for at in (0, MOVED))
+    (here, values), (there, moved_values) = (encode(decoder.model, token, position=at)[:2] for at in (0, MOVED))
     tolerance = TOLERANCE.get(decoder.dtype, 3e-2)
     zero, moved = torch.tensor([0]), torch.tensor([MOVED])
 
@@ -121,12 +131,17 @@ def _candidates(attention: nn.Module) -> list[Turn]:
     function = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
     if function is None:
         return []
-    pair = "k" in inspect.signature(function).parameters  # queries and keys at once, or one of them
-    return [partial(_by_class, function, pair, width) for width in (1, 2)]
+    return [partial(_by_class, function, width) for width in (1, 2)]
 
 
-def _by_class(function: Callable, pair: bool, width: int, x: Tensor, c: Tensor, s: Tensor) -> Tensor:
+def _by_class(function: Callable, width: int, x: Tensor, c: Tensor, s: Tensor) -> Tensor:
     """`function` on the first dimensions of x, `width` times as many as it has angles; the others pass through."""
     turned, rest = x[None, ..., : width * c.shape[-1]], x[..., width * c.shape[-1] :]
-    turned = function(turned, turned, c[None], s[None])[1] if pair else function(turned, c[None], s[None])
+    parameters = inspect.signature(function).parameters
+    if "k" in parameters:  # queries and keys at once
+        turned = function(turned, turned, c[None], s[None])[1]
+    elif "tensor" in parameters:  # GPT-J, which has heads behind tokens
+        turned = function(turned.transpose(1, 2), sin=s[None], cos=c[None]).transpose(1, 2)
+    else:
+        turned = function(turned, c[None], s[None])
     return torch.cat((turned[0], rest), dim=-1)

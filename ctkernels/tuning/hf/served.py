@@ -26,7 +26,8 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import ctkernels
-from ctkernels.tuning.hf.discover import Layout, class_name, unsupported, written_class
+from ctkernels.tuning.hf.discover import Layout, unsupported
+from ctkernels.tuning.hf.kinds import class_name, written_class
 from ctkernels.tuning.hf.tiny import kind_of
 from ctkernels.tuning.storage import atomic_write_json
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from ctkernels.tuning.adapters.prefix import KVPrefix, PrefixMetadata
 from ctkernels.tuning.data.demonstrations import DataError
 from ctkernels.tuning.data.formats import OUTPUT, PairEncoder
-from ctkernels.tuning.hf.encode import encode_tokens
+from ctkernels.tuning.hf.encode import Encoded, encode, encode_tokens
 from ctkernels.tuning.hf.limits import check_context_length
 from ctkernels.tuning.hf.models import ALIBI, Decoder, find_decoder
 from ctkernels.tuning.hf.rotary import check_fixed_rotation, rotated, unrotated
@@ -119,8 +119,7 @@ def demonstrations_prefix(run: Run[ContextStart]) -> KVPrefix:
     check_context_length(run.model, end)
     run.check_rows(end, run.rows)
     if start == "context":
-        encoded = encode_tokens(run.model, torch.cat((lead, body)), behind=base)
-        return _joined(run, base, encoded, segments + before, end)
+        return _joined(run, base, encode(run.model, torch.cat((lead, body)), behind=base), segments + before, end)
     if start in ("permuted", "pooled"):
         check_fixed_rotation(decoder, f"start={start!r}")
     encoded = encode_tokens(run.model, lead, behind=base)
@@ -146,15 +145,16 @@ def tokens_prefix(run: Run[PrefixStart]) -> KVPrefix:
         other = run.start_from.prefix
         run.check_rows(other.first_position, run.rows)
         keys, values = ([x.detach().clone() for x in layers] for layers in (other.keys, other.values))
-        return KVPrefix(keys, values, other.segments[:1] * 0, other.first_position, metadata(run))
+        states = {name: x.detach().clone() for name, x in other.states.items()}
+        return KVPrefix(keys, values, other.segments[:1] * 0, other.first_position, metadata(run), states)
     ids = [*run.start_tokens, *_prompt_ids(run)]
     check_context_length(run.model, len(ids))
     run.check_rows(len(ids), run.rows)
-    prefix = _joined(run, None, encode_tokens(run.model, torch.tensor(ids)), torch.tensor([len(ids)]), len(ids))
+    prefix = _joined(run, None, encode(run.model, torch.tensor(ids)), torch.tensor([len(ids)]), len(ids))
     if run.settings.start == "normal":
         generator = torch.Generator().manual_seed(run.settings.seed)
         with torch.no_grad():
-            for parameter in prefix.parameters():
+            for parameter in (*prefix.keys, *prefix.values):
                 drawn = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
                 parameter.copy_(drawn.to(parameter.device) * parameter.std() + parameter.mean())
     return prefix
@@ -191,13 +191,13 @@ def _prompt_ids(run: Run[TokensStart]) -> list[int]:
 
 
 def _joined(
-    run: Run, front: KVPrefix | None, encoded: tuple[Layers, Layers], segments: Tensor, first_position: int
+    run: Run, front: KVPrefix | None, encoded: Encoded | tuple[Layers, Layers], segments: Tensor, first_position: int
 ) -> KVPrefix:
-    keys, values = encoded
+    keys, values, states = encoded if isinstance(encoded, Encoded) else (*encoded, {})
     if front is not None:
         keys = [torch.cat((a.detach(), b), dim=1) for a, b in zip(front.keys, keys, strict=True)]
         values = [torch.cat((a.detach(), b), dim=1) for a, b in zip(front.values, values, strict=True)]
-    return KVPrefix(keys, values, segments, first_position, metadata(run))
+    return KVPrefix(keys, values, segments, first_position, metadata(run), states)
 
 
 def _separate(run: Run, front: KVPrefix, body: Tensor, segments: Tensor) -> tuple[Layers, Layers]:

@@ -64,6 +64,11 @@ class TrainedPrefix(nn.Module, ABC):
         return self._kind("values")
 
     @property
+    def states(self) -> Mapping[str, Tensor]:
+        """Those of the start, which are not trained."""
+        return dict(self.prefix.states)
+
+    @property
     def length(self) -> int:
         return self.prefix.length
 
@@ -86,7 +91,7 @@ class TrainedPrefix(nn.Module, ABC):
     @torch.no_grad()
     def materialised(self) -> KVPrefix:
         """A KVPrefix with these keys and values."""
-        return KVPrefix(self.keys, self.values, self.segments, self.first_position, self.metadata)
+        return KVPrefix(self.keys, self.values, self.segments, self.first_position, self.metadata, self.states)
 
     def _kind(self, kind: str) -> list[Tensor]:
         tensors = list(getattr(self.prefix, kind))

@@ -16,8 +16,9 @@ from ctkernels.tuning.adapters.peft_export import export_peft
 from ctkernels.tuning.adapters.prefix import KVPrefix
 from ctkernels.tuning.adapters.prefix_set import PrefixSet
 from ctkernels.tuning.hf import attach, attention, discover, models, prove
-from ctkernels.tuning.hf.discover import Borrower, Reach, find_layout
+from ctkernels.tuning.hf.discover import Borrower, find_layout
 from ctkernels.tuning.hf.exact import full_precision
+from ctkernels.tuning.hf.kinds import Reach
 from ctkernels.tuning.hf.models import find_decoder
 from ctkernels.tuning.hf.rotary import check_fixed_rotation
 from ctkernels.tuning.hf.served import trusting

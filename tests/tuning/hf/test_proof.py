@@ -15,8 +15,9 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from ctkernels.testing.models import GROUPED, make_model, tokens
 from ctkernels.tuning.adapters.prefix import KVPrefix
 from ctkernels.tuning.hf import models, proof, served
-from ctkernels.tuning.hf.discover import Reach, find_layout
+from ctkernels.tuning.hf.discover import find_layout
 from ctkernels.tuning.hf.exact import full_precision
+from ctkernels.tuning.hf.kinds import Reach
 from ctkernels.tuning.hf.models import find_decoder
 from ctkernels.tuning.hf.tiny import kind_of, make_tiny, shrink, unknown_lengths
 

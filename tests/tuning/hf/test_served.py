@@ -13,7 +13,8 @@ import transformers
 
 from ctkernels.testing.classes import Case, build, cases, model_types
 from ctkernels.tuning.hf import prove
-from ctkernels.tuning.hf.discover import class_name, find_layout
+from ctkernels.tuning.hf.discover import find_layout
+from ctkernels.tuning.hf.kinds import class_name
 from ctkernels.tuning.hf.served import kind_digest, shipped, table
 from ctkernels.tuning.hf.tiny import shrink
 from tools.models.page import PAGE, RESULTS, page

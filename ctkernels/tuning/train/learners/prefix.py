@@ -17,7 +17,7 @@ from ctkernels.tuning.hf.attach import Attachment
 from ctkernels.tuning.hf.forward import row_losses
 from ctkernels.tuning.hf.models import find_decoder
 from ctkernels.tuning.train.learners.base import Learner
-from ctkernels.tuning.train.masks import Dropout, context_mask
+from ctkernels.tuning.train.masks import Dropout, LeaveOneOut, context_mask
 from ctkernels.tuning.train.reparametrise import LowRankPrefix, NetworkOptions, NetworkPrefix, TrainedPrefix
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ class PrefixOptions(NetworkOptions, Dropout):
         fisher: weigh the pull by the diagonal of the Fisher information at the start, scaled to mean 1; without `rank`
             and `mlp_width`.
         rank: train an update of the prefix of this rank in every layer instead of the prefix itself; None is full rank.
+        train_states: train what layers begin with that keep a state, too (hybrid models); without `rank` and
+            `mlp_width`.
     """
 
     trained: Literal["both", "keys", "values"] = "both"
@@ -46,6 +48,7 @@ class PrefixOptions(NetworkOptions, Dropout):
     pull: float = 0.0
     fisher: bool = False
     rank: int | None = None
+    train_states: bool = True
 
     def check(self) -> None:
         self.at_least(1, "top_layers", "rank", or_none=True)
@@ -80,6 +83,8 @@ class PrefixLearner(Learner):
         else:
             for (kind, layer), flag in trained.items():
                 getattr(prefix, kind)[layer].requires_grad_(flag)
+            for state in prefix.states.values():
+                state.requires_grad_(settings.train_states)
         self._trained = [key for key, flag in trained.items() if flag]
         self._start = [x.detach().clone() for x in self._tensors()] if settings.pull else []
         self._weights: list[Tensor | None] = [None] * len(self._start)
@@ -87,7 +92,15 @@ class PrefixLearner(Learner):
     @staticmethod
     def check(model: PreTrainedModel, settings: PrefixOptions, length: int | None = None) -> None:
         """Refuse settings that the model, or a prefix of `length` tokens, cannot have. Raises ValueError."""
-        layers = len(find_decoder(model).layers)
+        decoder = find_decoder(model)
+        layers = len(decoder.layers)
+        if decoder.keepers and isinstance(settings, LeaveOneOut) and settings.leave_one_out != "none":
+            kinds = ", ".join(dict.fromkeys(type(keeper).__name__ for keeper in decoder.keepers))
+            raise ValueError(
+                f"leave_one_out={settings.leave_one_out!r} hides a demonstration from attention alone, but "
+                f"{type(decoder.model).__name__} has layers whose state contains it ({kinds}); set "
+                'leave_one_out="none"'
+            )
         if (settings.top_layers or 0) > layers:
             raise ValueError(f"top_layers must be at most the model's {layers} layers, got {settings.top_layers}")
         if length is not None and settings.frozen_tokens >= max(length, 1):
@@ -129,7 +142,7 @@ class PrefixLearner(Learner):
     def before_step(self) -> None:
         """AdamW without decay leaves an entry whose gradient was always zero exactly where it is."""
         if self.settings.frozen_tokens and self.module is self.prefix:
-            for tensor in self._tensors():
+            for tensor in self._layers():
                 tensor.grad[:, : self.settings.frozen_tokens] = 0
 
     def penalty(self) -> Tensor | None:
@@ -148,6 +161,11 @@ class PrefixLearner(Learner):
         return self.module.materialised()
 
     def _tensors(self) -> list[Tensor]:
+        """All that is trained of the prefix as it is now."""
+        states = self.prefix.states.values()
+        return [*self._layers(), *(x for x in states if x.requires_grad)]
+
+    def _layers(self) -> list[Tensor]:
         """The trained keys and values `[Hk, P, D]` as they are now."""
         both = {"keys": list(self.module.keys), "values": list(self.module.values)}
         return [both[kind][layer] for kind, layer in self._trained]

@@ -1,0 +1,67 @@
+"""Tuning models some of whose layers keep a state."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ctkernels.testing.classes import PUBLISHED, Case, build
+from ctkernels.testing.tasks import DEMONSTRATIONS, char_tokenizer
+from ctkernels.tuning.adapters.adapter import Adapter
+from ctkernels.tuning.hf.tiny import make_tiny, shrink
+from ctkernels.tuning.methods import get_method
+from ctkernels.tuning.methods.tune import TuneResult, tune
+
+TOKENIZER = char_tokenizer(adds_bos=True)
+
+
+@pytest.fixture(params=["Lfm2ForCausalLM", "Qwen3NextForCausalLM"], scope="module")
+def model(request):
+    settings = PUBLISHED["lfm2", "LFM2"] if request.param.startswith("Lfm2") else {}
+    model_class, config = build(Case({"L": "lfm2", "Q": "qwen3_next"}[request.param[0]], "", request.param, settings))
+    return make_tiny(model_class, shrink(config))
+
+
+def tuned(model, method="ct-kv", **options) -> TuneResult:
+    settings = get_method(method).settings(**{"epochs": 3, "lr": 1e-2, "leave_one_out": "none", **options})
+    return tune(model, TOKENIZER, DEMONSTRATIONS, method, settings)
+
+
+def moved(result: TuneResult, start: TuneResult) -> dict[str, bool]:
+    """Which parts of the prefix are not those of the start."""
+    before, after = (dict(r.prefix.named_parameters()) for r in (start, result))
+    return {kind: any(not torch.equal(x, after[n]) for n, x in before.items() if n.startswith(kind)) for kind in KINDS}
+
+
+KINDS = ("keys", "values", "states")
+
+
+def test_what_is_trained(model):
+    start = tune(model, TOKENIZER, DEMONSTRATIONS, "icl")
+    assert len(start.prefix.states) > 0
+    result = tuned(model)
+    assert moved(result, start) == dict.fromkeys(KINDS, True)
+    losses = [epoch.loss for epoch in result.history]
+    assert losses[-1] < losses[0]
+    for options in ({"train_states": False}, {"rank": 2}, {"mlp_width": 8}):
+        assert moved(tuned(model, **options), start) == {"keys": True, "values": True, "states": False}
+    for options in ({"pull": 1.0, "fisher": True}, {"frozen_tokens": 4}, {"top_layers": 1}, {"batch_rows": 2}):
+        assert moved(tuned(model, **options), start)["states"]
+
+
+def test_a_trained_adapter_is_read_again(model, tmp_path):
+    result = tuned(model, epochs=1)
+    result.adapter.save_pretrained(tmp_path)
+    read = Adapter.from_pretrained(tmp_path, model, TOKENIZER)
+    assert all(torch.equal(x, read.prefix.states[name]) for name, x in result.prefix.states.items())
+
+
+def test_leave_one_out_is_refused(model):
+    with pytest.raises(ValueError, match="leave_one_out='self' hides a demonstration from attention alone"):
+        tuned(model, leave_one_out="self")
+
+
+def test_methods_that_put_contexts_together_are_refused(model):
+    for method, options in (("ct-kv", {"start": "separate"}), ("ct-kv", {"start": "pooled"})):
+        with pytest.raises(ValueError, match="belongs to one context as a whole"):
+            tuned(model, method, **options)
