@@ -68,6 +68,9 @@ def read_folder(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return description, tensors
 
 
+LATER_SETTINGS = {"train_states"}  # of models that earlier versions did not serve
+
+
 def description(header: Mapping[str, str]) -> dict[str, Any] | None:
     """The description in the header of a store's file or a checkpoint; None for any other file."""
     if STORED in header:
@@ -80,8 +83,9 @@ def description(header: Mapping[str, str]) -> dict[str, Any] | None:
 
 def comparable(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a run depends on, as recorded in a checkpoint of an earlier version and now, without what cannot be
-    compared: fingerprints that were made otherwise, and settings that are not recorded any more."""
+    compared: fingerprints that were made otherwise, and settings that are not recorded any more, or were not yet."""
     other = {"model"} if saved.get("start_from") is None else {"model", "start_from"}
+    other |= LATER_SETTINGS - saved.keys()
     kept = {name: value for name, value in now.items() if name not in other}
     return {name: value for name, value in saved.items() if name in kept}, kept
 

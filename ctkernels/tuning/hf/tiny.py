@@ -64,9 +64,9 @@ _SIZES: Mapping[str, int] = {
         (
             16,
             "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size expert_ffn_hidden_size "
-            "shared_experts_intermediate_size moe_shared_expert_intermediate_size router_hidden_size "
+            "shared_experts_intermediate_size moe_shared_expert_intermediate_size router_hidden_size mamba_head_dim "
             "swa_q_lora_rank q_lora_rank o_lora_rank indexer_head_dim gated_norm_rank laurel_rank adapter_rank "
-            "hc_lowrank",
+            "mamba_headdim hc_lowrank",
         ),
         (
             POSITIONS,
@@ -97,6 +97,7 @@ _SIZES: Mapping[str, int] = {
 _COUNTS: Mapping[str, int] = {
     name: most
     for most, names in (
+        (8, "mamba_num_heads"),
         (4, "num_experts num_local_experts n_routed_experts moe_num_experts linear_num_heads"),
         (
             2,

@@ -53,7 +53,7 @@ def stock(model, row, context=CONTEXT):
     return model(torch.cat((context, row))[None]).logits[0, len(context) :]
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", [*CLASSES, "zaya", "granitemoehybrid", "olmo_hybrid", "lfm3"])
 def test_proof(name):
     model_class, config = classes(name)
     verdict = proof.prove(model_class, config, find_layout(tiny(name)))
