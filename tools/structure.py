@@ -33,6 +33,7 @@ ORDER = (
     ("ctkernels.tuning.hf",),
     ("ctkernels.tuning.evaluation.scoring", "ctkernels.tuning.evaluation.evaluate"),  # of any prefix
     ("ctkernels.tuning.adapters",),
+    ("ctkernels.tuning.objectives",),
     ("ctkernels.tuning.train",),
     ("ctkernels.tuning.methods",),
     ("ctkernels.tuning.evaluation",),

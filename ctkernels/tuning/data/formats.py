@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SPECIAL, DELIMITER, INPUT, OUTPUT = range(4)  # kinds of context tokens
+Tokens = tuple[int, ...]
+Score = Literal["mean", "sum", "first-token"]  # of an option: what its tokens' log-likelihoods are made into
+Choices = Literal["none", "optional", "required"]  # whether training rows hold the options of their demonstrations
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,32 @@ class EncodedContext:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """The options of a demonstration whose output is in a row: continuations of the tokens before that output.
+
+    at: index of the output's first token among the row's labels.
+    options: tokens of each option, of which the score reads the log-likelihoods.
+    output: tokens of the output, all of which are labels.
+    right: indices of the right options.
+    """
+
+    at: int
+    options: tuple[Tokens, ...]
+    output: Tokens
+    right: tuple[int, ...]
+
+    def branches(self) -> list[Tokens]:
+        """What has to be run besides the row itself: options without their last token, which predicts nothing, each
+        once, and not those that the output begins with."""
+        starts = dict.fromkeys(option[:-1] for option in self.options)
+        return [start for start in starts if not self.in_row(start)]
+
+    def in_row(self, start: Tokens) -> bool:
+        """Whether the row's own labels tell what follows `start`."""
+        return len(start) < len(self.output) and self.output[: len(start)] == start
+
+
+@dataclass(frozen=True)
 class Row:
     """One sequence that reads the prefix, and the answers to score in it.
 
@@ -69,6 +98,7 @@ class Row:
     predicted_at: for each token of an answer, the index of the token whose logits predict it. None: the answer is
         at the end of the row. Answers of several demonstrations in one sequence are one answer with gaps between its
         tokens.
+    choices: the options of the demonstrations whose outputs are labels of its one answer, where they are wanted.
     """
 
     tokens: tuple[int, ...]
@@ -76,6 +106,13 @@ class Row:
     held_out: int = -1
     source: str | None = None
     predicted_at: tuple[int, ...] | None = None
+    choices: tuple[Choice, ...] = ()
+
+    @property
+    def branches(self) -> list[tuple[int, Tokens]]:
+        """What its choices need to be run besides it: how many of its tokens a branch follows, and its own tokens."""
+        positions = self.label_positions(0) if self.choices else ()
+        return [(positions[choice.at] + 1, tokens) for choice in self.choices for tokens in choice.branches()]
 
     @property
     def first_label(self) -> int:
@@ -138,7 +175,7 @@ class PairEncoder:
     def prompt(self, demonstration: Demonstration, longest_answer: int) -> tuple[int, ...]:
         """Tokens of the input and the delimiter after it, the input cut to leave room for `longest_answer` tokens."""
         tokens = self.encode(demonstration.input)
-        if not tokens:
+        if not tokens and not demonstration.may_be_blank:
             raise DataError(
                 f"{_place(demonstration)}the input {demonstration.input!r} has no tokens under this tokenizer"
             )
@@ -151,6 +188,50 @@ class PairEncoder:
         if len(tokens) > room:
             self.cut_sources.append(demonstration.source or repr(demonstration.input[:30]))
         return (*tokens[:room], self.delimiter)
+
+    def options(self, demonstration: Demonstration, score: Score = "mean") -> dict[str, Tokens]:
+        """The tokens of each option that `score` reads.
+
+        Raises:
+            DataError: options whose tokens are the same.
+        """
+        found: dict[str, Tokens] = {}
+        seen: dict[Tokens, str] = {}
+        for option in demonstration.options or ():
+            tokens = self.answer(demonstration, option)
+            tokens = tokens[:1] if score == "first-token" else tokens
+            if tokens in seen:
+                how = "begin with the same token" if score == "first-token" else "are the same tokens"
+                raise DataError(
+                    f"{_place(demonstration) or repr(demonstration.input[:30]) + ': '}the options {seen[tokens]!r} and "
+                    f"{option!r} {how} under this tokenizer"
+                )
+            found[option], seen[tokens] = tokens, option
+        return found
+
+    def longest(self, demonstration: Demonstration, answer: Tokens, choices: Choices) -> int:
+        """Most tokens that follow the input: of the output, or of the longest option where choices are wanted."""
+        options = (demonstration.options or ()) if choices != "none" else ()
+        return max([len(answer), *(len(self.answer(demonstration, option)) for option in options)])
+
+    def choice(
+        self, demonstration: Demonstration, answer: Tokens, at: int, choices: Choices, score: Score
+    ) -> tuple[Choice, ...]:
+        """The choice of a demonstration whose output's first token is label `at` of a row; none if it has no options.
+
+        Raises:
+            DataError: choices are required, and it has no options.
+        """
+        if choices == "none" or (choices == "optional" and not demonstration.options):
+            return ()
+        if not demonstration.options:
+            raise DataError(
+                f"{_place(demonstration) or repr(demonstration.input[:30]) + ': '}this objective needs options to "
+                "choose from, and the demonstration has none; add them, or choose the objective mixed or answers"
+            )
+        options = self.options(demonstration, score)
+        right = tuple(i for i, option in enumerate(options) if option in demonstration.right)
+        return (Choice(at, tuple(options.values()), answer, right),)
 
     def report_cuts(self) -> None:
         """Warn about the inputs that were cut since the last call."""
@@ -197,23 +278,28 @@ def encode_rows(
     text_format: TextFormat | None = None,
     learn_stop: bool = False,
     encoder: PairEncoder | None = None,
+    choices: Choices = "none",
+    score: Score = "mean",
 ) -> list[Row]:
     """Training rows, one per demonstration: `_ x _ y`, with y as labels.
 
     Args:
         learn_stop: the delimiter after the answer is a label, too, so that the model learns where an answer ends.
         encoder: used instead of a `PairEncoder`; for instance one that shows demonstrations before an input.
+        choices: whether rows hold the options of their demonstrations; an input is cut to leave room for the longest.
+        score: what is read of an option.
 
     Raises:
-        DataError, ValueError: as `encode_context`.
+        DataError, ValueError: as `encode_context`; choices are required, and a demonstration has no options.
     """
     encoder = encoder or PairEncoder(tokenizer, text_format)
     rows = []
     for i, demonstration in enumerate(demonstrations):
         answer = encoder.answer(demonstration, demonstration.output)
-        prompt = (encoder.delimiter, *encoder.prompt(demonstration, len(answer)))
+        prompt = (encoder.delimiter, *encoder.prompt(demonstration, encoder.longest(demonstration, answer, choices)))
         labels = (*answer, encoder.delimiter) if learn_stop else answer
-        rows.append(Row(prompt + labels[:-1], (labels,), held_out=i, source=demonstration.source))
+        choice = encoder.choice(demonstration, answer, 0, choices, score)
+        rows.append(Row(prompt + labels[:-1], (labels,), held_out=i, source=demonstration.source, choices=choice))
     encoder.report_cuts()
     return rows
 

@@ -6,7 +6,6 @@ Sun, Liu, Iter, Zhu, Iyyer: "How Does In-Context Learning Help Prompt Tuning?", 
 from dataclasses import dataclass
 
 from ctkernels.tuning.adapters.adapter import Adapter
-from ctkernels.tuning.data.formats import encode_rows
 from ctkernels.tuning.data.retrieval import Demonstrate, InWordsEncoder
 from ctkernels.tuning.methods.base import Method, Run
 from ctkernels.tuning.methods.prompt_tuning import PromptTuningOptions, fit_prompt
@@ -33,8 +32,7 @@ def fit(run: Run[IptOptions]) -> Adapter:
     encoder = InWordsEncoder(
         run.tokenizer, run.text_format, run.demonstrations, settings.ipt_shots, settings.demonstrate, settings.seed
     )
-    rows = encode_rows(run.tokenizer, run.demonstrations, learn_stop=settings.learn_stop, encoder=encoder)
-    return fit_prompt(run, rows, run.demonstrations)
+    return fit_prompt(run, run.encode_rows(encoder), run.demonstrations)
 
 
 IPT = Method(

@@ -4,13 +4,14 @@
         rows  <- of the learner; seed <- (settings.seed, epoch)     token dropout, drawn once per (row, token)
         for each step: all rows, or `batch_rows` of them in a new random order
             lr    <- cosine from settings.lr to 0 over all steps, no warm-up
-            loss  <- mean over the step's rows of the mean cross-entropy (nats) of the row's answer tokens
+            loss  <- mean over the step's rows of the objective (nats; by default the mean cross-entropy of the row's
+                     answer tokens, which `reduction="tokens"` weighs by their number)
             step  <- AdamW(betas 0.9/0.999, no decay) on the gradient of all of them (and of the learner's penalty),
                      its norm clipped
 
 Rows run packed back to back (or right-padded) in micro-batches of at most `max_tokens` tokens; each contributes
-`sum of its rows' means / number of the step's rows`, so that loss and gradient do not depend on how they are split, nor
-on how many processes share the rows of a step (`distributed.py`).
+`sum of its rows' losses / number of the step's rows`, so that loss and gradient do not depend on how they are split,
+nor on how many processes share the rows of a step (`distributed.py`).
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ctkernels.tuning.data.batches import make_batch, split_by_tokens
+from ctkernels.tuning.data.batches import Layout, make_batch, split_by_tokens
 from ctkernels.tuning.data.demonstrations import DataError
 from ctkernels.tuning.data.formats import Row
 from ctkernels.tuning.hf.forward import frozen
+from ctkernels.tuning.objectives import OBJECTIVES, Weights
 from ctkernels.tuning.train.checkpoint import Checkpoint, fingerprint, model_fingerprint
-from ctkernels.tuning.train.distributed import Ranks
+from ctkernels.tuning.train.distributed import Ranks, is_sharded
 from ctkernels.tuning.train.learners import Learner
 from ctkernels.tuning.train.options import LoopOptions
 
@@ -140,6 +142,14 @@ class _Loop:
 
     def __init__(self, model: PreTrainedModel, learner: Learner, settings: LoopOptions, ranks: Ranks) -> None:
         self.model, self.learner, self.settings, self.ranks = model, learner, settings, ranks
+        self.objective = OBJECTIVES[settings.objective]
+        reads_options = self.objective.choices != "none"
+        self.layout: Layout = "padded" if reads_options else settings.layout
+        if reads_options and ranks.size > 1 and is_sharded(model):
+            raise ValueError(
+                f"objective={settings.objective!r} runs a model as often as its options need, and processes that share "
+                "its weights must all run it equally often; take objective='answers', or a model in one piece"
+            )
         self.parameters = learner.parameters()
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=settings.lr, betas=(0.9, 0.999), weight_decay=0.0
@@ -189,9 +199,14 @@ class _Loop:
     def _accumulate(self, rows: Sequence[Row], step: list[int], seed: int) -> Tensor:
         """Add the gradient of this process's rows to that of the step's mean loss; returns the sum of their losses."""
         total = torch.zeros((), dtype=torch.float64, device=self.model.device)
+        per_row = sum(len(rows[i].answers[0]) for i in step) / len(step)  # labels
         for indices, weight in self._micro_batches(rows, step):
-            batch = make_batch(rows, indices, self.settings.layout, self.learner.lead).to(self.model.device)
-            losses = self.learner.losses(batch, seed)
+            batch = make_batch(rows, indices, self.layout, self.learner.lead).to(self.model.device)
+            factors = torch.ones(len(indices), dtype=torch.float64, device=self.model.device)
+            if self.settings.reduction == "tokens":
+                factors = torch.tensor(batch.answer_sizes).to(factors) / per_row
+            weights = Weights(self.settings.score, self.settings.mixed, factors)
+            losses = self.objective.losses(self.learner.forward(batch, seed), weights)
             (weight * losses.sum() / len(step)).backward()
             total += weight * losses.detach().double().sum()
         return total
@@ -206,7 +221,7 @@ class _Loop:
         for rank in range(self.ranks.size):
             share = self.ranks.share(step, rank)
             chosen = [rows[i] for i in share]
-            groups = split_by_tokens(chosen, self.settings.max_tokens, self.settings.layout, self.learner.lead)
+            groups = split_by_tokens(chosen, self.settings.max_tokens, self.layout, self.learner.lead)
             batches.append([[share[i] for i in group] for group in groups])
         mine, most = batches[self.ranks.rank], max(map(len, batches))
         return [(indices, 1.0) for indices in mine] + [([step[0]], 0.0)] * (most - len(mine))
@@ -223,7 +238,7 @@ class _Loop:
 
 def _identity(model: PreTrainedModel, learner: Learner, rows: Sequence[Row], settings: LoopOptions) -> dict[str, Any]:
     """What the bits of a run depend on, by name."""
-    tokens = [(r.tokens, r.answers, r.held_out, r.predicted_at) for r in rows]
+    tokens = [(r.tokens, r.answers, r.held_out, r.predicted_at, *r.choices) for r in rows]
     return {
         **asdict(settings),
         "demonstrations": fingerprint((learner.identity(), tokens)),

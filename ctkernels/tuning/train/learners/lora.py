@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ctkernels.tuning.adapters.lora import lora_parameters
 from ctkernels.tuning.data.batches import Batch
 from ctkernels.tuning.data.demonstrations import Demonstration
 from ctkernels.tuning.data.formats import PairEncoder, Row
 from ctkernels.tuning.hf.attach import Attachment
-from ctkernels.tuning.hf.forward import row_losses
+from ctkernels.tuning.objectives import OBJECTIVES, Forward
 from ctkernels.tuning.train.learners.base import Learner
 from ctkernels.tuning.train.learners.prompt import empty_prefix
 from ctkernels.tuning.train.options import LoopOptions
@@ -65,10 +65,12 @@ class LoraLearner(Learner):
         self.module: nn.Module = wrapped
         self._start, self._delimiter = encoder.start, encoder.delimiter
         self._sources = [d.source for d in demonstrations]
-        self._pairs = []  # (tokens of `x _`, tokens of y)
+        self._pairs = []  # (tokens of `x _`, tokens of y, the choice among options if the objective reads it)
+        choices = OBJECTIVES[settings.objective].choices
         for d in demonstrations:
             answer = encoder.answer(d, d.output)
-            self._pairs.append((encoder.prompt(d, len(answer)), answer))
+            prompt = encoder.prompt(d, encoder.longest(d, answer, choices))
+            self._pairs.append((prompt, answer, encoder.choice(d, answer, 0, choices, settings.score)))
         encoder.report_cuts()
 
     def rows(self, epoch: int) -> Sequence[Row]:
@@ -86,22 +88,24 @@ class LoraLearner(Learner):
         with Attachment(empty_prefix(self.model), self.model, backend=backend) as self._attachment:
             yield
 
-    def losses(self, batch: Batch, seed: int) -> Tensor:
-        return row_losses(self.model, self._attachment, batch)
+    def forward(self, batch: Batch, seed: int) -> Forward:
+        return Forward(self.model, self._attachment, batch)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return lora_parameters(self.module)
 
     def _row(self, order: Sequence[int]) -> Row:
         """`x _ y _ x _ y ...` in that order; the labels are all answers, or the last one."""
-        tokens, labels, predicted_at = list(self._start), [], []
+        tokens, labels, predicted_at, choices = list(self._start), [], [], []
         for place, i in enumerate(order):
-            prompt, answer = self._pairs[i]
+            prompt, answer, choice = self._pairs[i]
             tokens += ((self._delimiter,) if place else ()) + prompt
             if self.settings.answers == "all" or place == len(order) - 1:
                 target = (*answer, self._delimiter) if self.settings.learn_stop else answer
                 predicted_at += range(len(tokens) - 1, len(tokens) - 1 + len(target))
+                choices += [replace(one, at=len(labels)) for one in choice]
                 labels += target
             tokens += answer
         last = predicted_at[-1] + 1  # what follows the last token that predicts something is not needed
-        return Row(tuple(tokens[:last]), (tuple(labels),), -1, self._sources[order[-1]], tuple(predicted_at))
+        source = self._sources[order[-1]]
+        return Row(tuple(tokens[:last]), (tuple(labels),), -1, source, tuple(predicted_at), tuple(choices))

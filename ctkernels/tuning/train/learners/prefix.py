@@ -16,6 +16,7 @@ from ctkernels.tuning.data.formats import Row
 from ctkernels.tuning.hf.attach import Attachment
 from ctkernels.tuning.hf.forward import row_losses
 from ctkernels.tuning.hf.models import find_decoder
+from ctkernels.tuning.objectives import Forward
 from ctkernels.tuning.train.learners.base import Learner
 from ctkernels.tuning.train.masks import Dropout, context_mask
 from ctkernels.tuning.train.reparametrise import LowRankPrefix, NetworkOptions, NetworkPrefix, TrainedPrefix
@@ -103,16 +104,16 @@ class PrefixLearner(Learner):
         with Attachment(self.module, self.model, backend=backend) as self._attachment:
             yield
 
-    def losses(self, batch: Batch, seed: int) -> Tensor:
+    def forward(self, batch: Batch, seed: int) -> Forward:
         self._attachment.mask = context_mask(self.settings, self.prefix.segments, batch, seed, self.prefix.length)
-        return row_losses(self.model, self._attachment, batch)
+        return Forward(self.model, self._attachment, batch)
 
     def identity(self) -> object:
         return self.prefix.segments.tolist(), self.prefix.first_position
 
     def before_training(self, rows: Iterable[Batch]) -> None:
-        """Fisher weights, where asked for: mean over rows of the squared gradient of the row's loss, all of it visible
-        but what leave-one-out hides; scaled to mean 1."""
+        """Fisher weights, where asked for: mean over rows of the squared gradient of the answer's loss, all of the
+        prefix visible but what leave-one-out hides; scaled to mean 1."""
         if not (self.settings.pull and self.settings.fisher):
             return
         still = replace(self.settings, drop_p=0.0)
