@@ -20,7 +20,8 @@ from ctkernels.tuning.train.options import Options, either
 _NAMES = either(tuple(METHODS))
 _FREE = f"No --train for {either([name for name, m in METHODS.items() if not m.needs_demonstrations])} alone."
 PresetName = Annotated[
-    str | None, arg(help=f"The paper's settings for {either(tuple(PRESETS))}; default: the method's own.")
+    str | None,
+    arg(help=f"The paper's settings for {either(tuple(PRESETS))}; the suite bbh also takes its text format."),
 ]
 
 
@@ -58,10 +59,14 @@ class DataOptions:
     """Most tokens of one input/output pair; a longer input loses its end."""
     bos: bool | None = None
     """Start with the BOS token; default: as the tokenizer does."""
+    instruction: str = ""
+    """Text before all demonstrations."""
+    template: str = ""
+    """Text around an input and before an output, such as "Q: {input} A: {output}"; default: the delimiter."""
 
     def text_format(self) -> TextFormat:
         """How pairs become tokens."""
-        return TextFormat(self.delimiter, self.max_pair_tokens, self.bos)
+        return TextFormat(self.delimiter, self.max_pair_tokens, self.bos, self.instruction, self.template)
 
     def load(self, split: Literal["train", "test"], file: Path | None) -> list[Demonstration]:
         """The pairs of a split, from `file` or the MetaICL folder."""

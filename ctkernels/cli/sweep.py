@@ -45,7 +45,7 @@ class SweepConfig(ModelOptions):
     limit: int | None = None
     """Score only the first so many items of each task."""
     shots: int | None = None
-    """Demonstrations of each task; default: the suite's own number."""
+    """Demonstrations of each task, drawn by class where all items share their options; default: the suite's own."""
     views: Literal[1, 2, 4, 8] = 1
     """Geometric views of each task that vote, where the suite has some (arc)."""
     delimiter: str | None = None
@@ -143,7 +143,7 @@ def make_sweep(config: SweepConfig) -> Sweep:
         out=config.out,
         split=config.split,
         limit=config.limit,
-        options=SuiteOptions(config.shots, config.views),
+        options=SuiteOptions(config.shots, config.views, config.preset),
         preset=config.preset,
         common=common,
         text_format=text_format,

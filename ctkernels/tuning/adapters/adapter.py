@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ from ctkernels.tuning.adapters.prompt import SoftPrompt
 from ctkernels.tuning.data.demonstrations import Demonstration
 from ctkernels.tuning.data.formats import TextFormat
 from ctkernels.tuning.data.retrieval import InWordsEncoder
+from ctkernels.tuning.hf.states import mean_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,7 +38,7 @@ class Adapter:
 
     prefix: what rows read.  prompt: the soft prompt that it was made of, if there is one.
     lora: the update of the weights that the prefix belongs to, if there is one.
-    demonstrations: those that are put in words before an input (ipt), else none.
+    demonstrations: those that are put in words before an input (ipt, icl-words), else none.
     """
 
     prefix: KVPrefix
@@ -63,16 +65,26 @@ class Adapter:
             with self.lora.merged(model):
                 yield
 
-    def encoder(self, tokenizer: PreTrainedTokenizerBase, text_format: TextFormat | None = None) -> InWordsEncoder:
-        """Turns items into tokens, with demonstrations in words before them if the adapter has any."""
+    def encoder(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text_format: TextFormat | None = None,
+        model: PreTrainedModel | None = None,
+    ) -> InWordsEncoder:
+        """Turns items into tokens, with demonstrations in words before them if the adapter has any.
+
+        Raises:
+            ValueError: demonstrations are chosen by embeddings, and there is no `model` to make them.
+        """
         made_with = self.prefix.metadata.settings
         return InWordsEncoder(
             tokenizer,
             text_format or self.text_format,
             self.demonstrations,
-            made_with.get("ipt_shots", 0),
+            made_with.get("shown", made_with.get("ipt_shots", 0)),  # its name in earlier versions
             made_with.get("demonstrate", "similar"),
             made_with.get("seed", 0),
+            None if model is None else partial(mean_states, model),
         )
 
     def evaluate(
@@ -81,7 +93,7 @@ class Adapter:
         """Scores on test items; `options` and errors as in `evaluate_prefix`."""
         from ctkernels.tuning.evaluation.evaluate import evaluate_prefix
 
-        encoder = self.encoder(tokenizer, options.pop("text_format", None))
+        encoder = self.encoder(tokenizer, options.pop("text_format", None), model)
         with self.weights(model):
             return evaluate_prefix(model, tokenizer, items, self.prefix, encoder=encoder, **options)
 

@@ -4,14 +4,17 @@
 
     context        x0 _ y0  _ x1 _ y1  _ x2 _ y2        a row of demonstration 1:   _ x1 _ y1
     segments      |        |          |          |      its labels:                        y1
+
+An instruction stands before all demonstrations and belongs to none. A template puts text of its own around x, in the
+place of the delimiter between x and y:     I _ Q: x0 A: y0 _ Q: x1 A: y1
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,15 +38,39 @@ class TextFormat:
         delimiter: text between input and output, and between pairs; exactly one token.
         max_pair_tokens: most tokens of one pair (input, delimiter, output). The end of a longer input is cut off.
         bos: whether a sequence starts with the tokenizer's BOS token. None: as the tokenizer does by itself.
+        instruction: text before all demonstrations, which no row has hidden from it; a delimiter follows it.
+        template: text around an input and before an output, such as "Q: {input}\\nA: {output}"; without it the
+            delimiter stands between them. It is tokenised together with the input, and ends with {output}.
     """
 
     delimiter: str = " "
     max_pair_tokens: int = 256
     bos: bool | None = None
+    instruction: str = ""
+    template: str = ""
 
     def __post_init__(self) -> None:
         if self.max_pair_tokens < 3:
             raise ValueError(f"max_pair_tokens must be at least 3, got {self.max_pair_tokens}")
+        _, found, rest = self.template.partition("{input}")
+        if self.template and (not found or "{input}" in rest or rest.find("{output}") != len(rest) - len("{output}")):
+            raise ValueError(
+                f"template must hold {{input}} once and end with {{output}}, such as 'Q: {{input}} A: {{output}}', got "
+                f"{self.template!r}"
+            )
+        if self.template and rest == "{output}":
+            raise ValueError(f"template must have text between {{input}} and {{output}}, got {self.template!r}")
+
+    def around(self, text: str) -> tuple[str, str]:
+        """An input with the template's text before it, and the template's text after it."""
+        before, _, after = self.template.partition("{input}")
+        return before + text, after.removesuffix("{output}")
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """Its fields as JSON values; what earlier versions did not have only where it is not empty."""
+        found = asdict(self)
+        return {name: value for name, value in found.items() if value or name not in ("instruction", "template")}
 
 
 @dataclass(frozen=True)
@@ -52,7 +79,7 @@ class EncodedContext:
 
     input_ids: int64 [P].
     segments: int64 [K+1]. Demonstration i is `input_ids[segments[i]:segments[i + 1]]`, with its leading delimiter. A
-        BOS token is before the first segment, so no row hides it.
+        BOS token and an instruction are before the first segment, so no row hides them.
     kinds: int64 [P], the kind of each token: SPECIAL, DELIMITER, INPUT or OUTPUT.
     """
 
@@ -154,7 +181,10 @@ class PairEncoder:
                 f"{delimiter}; choose another delimiter, such as '\\n'"
             )
         self.delimiter = delimiter[0]
-        self.start = start_tokens(tokenizer, self.format)
+        self.bos = start_tokens(tokenizer, self.format)
+        self.start = self.bos + (self.encode(self.format.instruction) if self.format.instruction else ())
+        self.leads = bool(self.format.instruction)  # whether the first pair, too, has a delimiter before it
+        self.closing = 0 if self.format.template else 1  # delimiters at the end of a prompt
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Tokens of a text, without special tokens."""
@@ -173,13 +203,21 @@ class PairEncoder:
         return tokens
 
     def prompt(self, demonstration: Demonstration, longest_answer: int) -> tuple[int, ...]:
-        """Tokens of the input and the delimiter after it, the input cut to leave room for `longest_answer` tokens."""
+        """Tokens of the input and the delimiter after it (or the template around it), the input cut to leave room for
+        `longest_answer` tokens."""
         tokens = self.encode(demonstration.input)
         if not tokens and not demonstration.may_be_blank:
             raise DataError(
                 f"{_place(demonstration)}the input {demonstration.input!r} has no tokens under this tokenizer"
             )
-        room = self.format.max_pair_tokens - longest_answer - 1
+        after: Tokens = (self.delimiter,)
+        if self.format.template:
+            before, end = self.format.around(demonstration.input)
+            whole, after = self.encode(before + end), self.encode(end)
+            if len(whole) + longest_answer <= self.format.max_pair_tokens:
+                return whole
+            tokens = self.encode(before)
+        room = self.format.max_pair_tokens - longest_answer - len(after)
         if room < 1:
             raise DataError(
                 f"{_place(demonstration)}max_pair_tokens={self.format.max_pair_tokens} leaves no room for an input "
@@ -187,7 +225,7 @@ class PairEncoder:
             )
         if len(tokens) > room:
             self.cut_sources.append(demonstration.source or repr(demonstration.input[:30]))
-        return (*tokens[:room], self.delimiter)
+        return (*tokens[:room], *after)
 
     def options(self, demonstration: Demonstration, score: Score = "mean") -> dict[str, Tokens]:
         """The tokens of each option that `score` reads.
@@ -250,7 +288,7 @@ def encode_context(
     demonstrations: Sequence[Demonstration],
     text_format: TextFormat | None = None,
 ) -> EncodedContext:
-    """The demonstrations as one context. Without demonstrations it is the BOS token, or empty.
+    """The demonstrations as one context. Without demonstrations it is BOS and the instruction, or empty.
 
     Raises:
         DataError: an input or output without tokens, or an output that leaves no room for its input.
@@ -258,13 +296,15 @@ def encode_context(
     """
     encoder = PairEncoder(tokenizer, text_format)
     tokens, kinds = list(encoder.start), [SPECIAL] * len(encoder.start)
+    closing = encoder.closing
     segments = [len(tokens)]
     for i, demonstration in enumerate(demonstrations):
         answer = encoder.answer(demonstration, demonstration.output)
         prompt = encoder.prompt(demonstration, len(answer))
-        lead = (encoder.delimiter,) if i > 0 else ()
+        lead = (encoder.delimiter,) if i > 0 or encoder.leads else ()
         tokens += lead + prompt + answer
-        kinds += [DELIMITER] * len(lead) + [INPUT] * (len(prompt) - 1) + [DELIMITER] + [OUTPUT] * len(answer)
+        kinds += [DELIMITER] * len(lead) + [INPUT] * (len(prompt) - closing) + [DELIMITER] * closing
+        kinds += [OUTPUT] * len(answer)
         segments.append(len(tokens))
     encoder.report_cuts()
     return EncodedContext(
@@ -313,6 +353,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, text_format: Te
         ValueError: the delimiter is not one token.
     """
     encoder = PairEncoder(tokenizer, text_format)
+    if encoder.format.template:
+        return [encoder.delimiter, *encoder.encode("".join(encoder.format.around(text)))]
     return [encoder.delimiter, *encoder.encode(text), encoder.delimiter]
 
 

@@ -111,9 +111,9 @@ class Scorer:
         return texts
 
     def _prompt(self, item: Demonstration, longest_answer: int) -> Tokens:
-        """`_ x _` after a prefix, as in training rows; `x _` if the prefix holds at most BOS."""
-        has_demonstrations = self.prefix.length > len(self.encoder.start)
-        return ((self.encoder.delimiter,) if has_demonstrations else ()) + self.encoder.prompt(item, longest_answer)
+        """`_ x _` after a prefix, as in training rows; `x _` if it holds at most BOS (an instruction is more)."""
+        has_context = self.prefix.length > len(self.encoder.bos)
+        return ((self.encoder.delimiter,) if has_context else ()) + self.encoder.prompt(item, longest_answer)
 
     def _losses(self, rows: Sequence[Row]) -> Tensor:
         """Mean loss of every answer of every row, in order."""

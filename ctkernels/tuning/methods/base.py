@@ -21,7 +21,7 @@ from ctkernels.tuning.methods.presets import PRESETS
 from ctkernels.tuning.objectives import OBJECTIVES
 from ctkernels.tuning.train.distributed import is_sharded
 from ctkernels.tuning.train.masks import LeaveOneOut
-from ctkernels.tuning.train.options import LoopOptions, Options, choices, neutral, type_hints
+from ctkernels.tuning.train.options import LoopOptions, Options, choices, layered, neutral, type_hints
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -84,14 +84,18 @@ class Run(Generic[S_co]):
 
     @property
     def start_tokens(self) -> tuple[int, ...]:
-        """What every sequence starts with: BOS, or nothing."""
-        context = encode_context(self.tokenizer, (), self.text_format)
-        return tuple(context.input_ids.tolist())
+        """What every sequence starts with: BOS and the instruction, where there are any."""
+        return PairEncoder(self.tokenizer, self.text_format).start
+
+    @property
+    def bos_tokens(self) -> tuple[int, ...]:
+        """BOS, or nothing."""
+        return PairEncoder(self.tokenizer, self.text_format).bos
 
     @property
     def recorded(self) -> dict[str, Any]:
         """What an adapter records about how it was made, as JSON values."""
-        return {"text_format": asdict(self.text_format), **asdict(self.settings)}
+        return {"text_format": self.text_format.recorded, **asdict(self.settings)}
 
     def check_rows(self, length: int, rows: Sequence[Row]) -> None:
         """Refuse rows and their options that do not fit into the model's context behind `length` positions. Raises
@@ -123,7 +127,8 @@ class Method(Generic[S]):
     needs_demonstrations: int = 1
 
     def settings(self, preset: str | None = None, **overrides: Any) -> S:
-        """The method's default settings, those of a `preset` (see `presets.py`) above them, `overrides` on top.
+        """The method's default settings, those of a `preset` (see `presets.py`) above them, `overrides` on top. What an
+        override says of the length of training (`epochs` or `steps`) replaces what the preset says of it.
 
         Raises:
             ValueError: an unknown preset, or one without values for this method's settings; a setting that this method
@@ -132,7 +137,7 @@ class Method(Generic[S]):
         for name in overrides:
             if name not in self.reads:
                 raise ValueError(f"{self.name} does not read {name!r}; it reads {', '.join(sorted(self.reads))}")
-        return self._made({**self._preset(preset), **overrides})
+        return self._made(layered(self._preset(preset), overrides))
 
     @property
     def reads(self) -> frozenset[str]:

@@ -6,8 +6,8 @@
     pooled      the context, neighbouring tokens of a demonstration merged          keys averaged in the same way
     labels      the context, tokens of the outputs alone
 
-In front of the demonstrations come BOS (where the tokenizer has it so), a prefix transferred from another task, and
-learned tokens; they are no demonstration and never hidden.
+In front of the demonstrations come BOS (where the tokenizer has it so), a prefix transferred from another task, the
+instruction, and learned tokens; they are no demonstration and never hidden.
 """
 
 from __future__ import annotations
@@ -111,10 +111,11 @@ def demonstrations_prefix(run: Run[ContextStart]) -> KVPrefix:
     decoder, start = find_decoder(run.model), run.settings.start
     base = None if run.start_from is None else run.start_from.prefix
     base_length, base_end = (0, 0) if base is None else (base.length, base.first_position)
-    bos = len(run.start_tokens)
-    lead = torch.tensor([*(run.start_tokens if base is None else ()), *random_ids(run, run.settings.front_tokens)])
+    front = run.start_tokens if base is None else run.start_tokens[len(run.bos_tokens) :]
+    lead = torch.tensor([*front, *random_ids(run, run.settings.front_tokens)])
     lead = lead.long()  # an empty list has no integers
-    body, segments = run.context.input_ids[bos:], run.context.segments - bos
+    first = len(run.start_tokens)
+    body, segments = run.context.input_ids[first:], run.context.segments - first
     before, end = base_length + len(lead), base_end + len(lead) + len(body)
     check_context_length(run.model, end)
     run.check_rows(end, run.rows)
@@ -134,7 +135,7 @@ def demonstrations_prefix(run: Run[ContextStart]) -> KVPrefix:
         if start == "pooled":
             encoded, segments = _pooled(decoder, encoded, segments, front.first_position, run.settings.pooled_tokens)
         else:
-            encoded, segments = _labels(encoded, segments, run.context.kinds[bos:])
+            encoded, segments = _labels(encoded, segments, run.context.kinds[first:])
     if decoder.family.positions == ALIBI:  # distances count keys, so that a compressed prefix ends earlier
         end = front.length + encoded[0][0].shape[1]
     return _joined(run, front, encoded, segments + before, end)
@@ -216,7 +217,8 @@ def _permuted(
 ) -> tuple[Layers, Layers]:
     """A demonstration's leading delimiter is part of it; the first one has none and gets one where it comes later."""
     offsets, count = segments.tolist(), len(segments) - 1
-    delimiter = torch.tensor([PairEncoder(run.tokenizer, run.text_format).delimiter])
+    encoder = PairEncoder(run.tokenizer, run.text_format)
+    delimiter = torch.tensor([encoder.delimiter])
     generator = torch.Generator().manual_seed(run.settings.seed)
     own = front.first_position + torch.arange(len(body), device=decoder.device)
     keys: Layers | None = None
@@ -224,7 +226,7 @@ def _permuted(
     for _ in range(run.settings.permutations):
         pieces, where, total = [], torch.empty(len(body), dtype=torch.long), 0
         for i in torch.randperm(count, generator=generator).tolist():
-            if i == 0 and pieces:
+            if i == 0 and pieces and not encoder.leads:
                 pieces.append(delimiter)
                 total += 1
             pieces.append(body[offsets[i] : offsets[i + 1]])

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -23,9 +23,12 @@ from ctkernels.tuning.objectives import ObjectiveName
 MAX_SEED = 2**31 - 1  # the seed and the epoch share the 64-bit seed of token dropout
 ENTRY = re.compile(r"^    (\w+): (.+(?:\n {8}.+)*)", re.MULTILINE)  # of a docstring's `Args:`
 # settings that had another name in an earlier version: for hints, and for files that it wrote
-RENAMED = {"hidden": "mlp_width", "pool": "pooled_tokens"}
+RENAMED = {"hidden": "mlp_width", "pool": "pooled_tokens", "ipt_shots": "shown"}
 # settings that an earlier version did not have, and what it did, for files that it wrote
-ADDED = {"score": "mean", "objective": "answers", "mixed": 0.5, "reduction": "rows"}
+ADDED = {"score": "mean", "objective": "answers", "mixed": 0.5, "reduction": "rows", "steps": None}
+ADDED |= {"lora_dropout": 0.0, "ttt_steps": None}
+# settings of which a value given later replaces the other one, too: both say how long a loop is
+LENGTHS = (("epochs", "steps"), ("ttt_epochs", "ttt_steps"))
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,8 @@ class LoopOptions(Options):
     """What the training loop reads.
 
     Args:
-        epochs: passes over all rows.
+        epochs: passes over all rows; 0 trains nothing, so that what a run starts from is its result.
+        steps: optimiser steps, counted instead of `epochs`; the last pass over the rows may end early.
         lr: peak learning rate of AdamW (betas 0.9/0.999, no weight decay); it falls to 0 along a cosine.
         batch_rows: rows of one optimiser step, drawn anew each epoch; None takes one step per epoch on all rows.
         clip_norm: largest gradient norm; None does not clip.
@@ -111,6 +115,7 @@ class LoopOptions(Options):
     """
 
     epochs: int = 25
+    steps: int | None = None
     lr: float = 3e-3
     batch_rows: int | None = None
     clip_norm: float | None = 1.0
@@ -121,11 +126,31 @@ class LoopOptions(Options):
     reduction: Literal["rows", "tokens"] = "rows"
 
     def check(self) -> None:
-        self.at_least(1, "epochs")
+        self.at_least(0, "epochs")
+        self.at_least(1, "steps", or_none=True)
         self.positive("lr")
         self.at_least(1, "batch_rows", or_none=True)
         self.require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "positive, or None")
         self.require(0 <= self.mixed <= 1, "mixed", "in [0, 1]")
+
+
+def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of several layers, the later ones above: `epochs` also replaces `steps` of a layer below, and the other
+    way round.
+
+    Raises:
+        ValueError: one layer has both.
+    """
+    found: dict[str, Any] = {}
+    for layer in layers:
+        for pair in LENGTHS:
+            given = [name for name in pair if layer.get(name) is not None]
+            if len(given) == 2:
+                raise ValueError(f"{pair[0]} and {pair[1]} exclude each other: both say how long training is")
+            if given:
+                found = {name: value for name, value in found.items() if name not in pair}
+        found |= layer
+    return found
 
 
 @cache

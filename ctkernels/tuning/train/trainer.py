@@ -3,7 +3,7 @@
     for each epoch:
         rows  <- of the learner; seed <- (settings.seed, epoch)     token dropout, drawn once per (row, token)
         for each step: all rows, or `batch_rows` of them in a new random order
-            lr    <- cosine from settings.lr to 0 over all steps, no warm-up
+            lr    <- cosine from settings.lr to 0 over all steps, no warm-up     (`steps` of them, or `epochs` passes)
             loss  <- mean over the step's rows of the objective (nats; by default the mean cross-entropy of the row's
                      answer tokens, which `reduction="tokens"` weighs by their number)
             step  <- AdamW(betas 0.9/0.999, no decay) on the gradient of all of them (and of the learner's penalty),
@@ -48,7 +48,8 @@ class TrainingError(ArithmeticError):
 class EpochRecord:
     """One epoch: its number from 1, the mean loss of its rows before their steps (without penalty), the learning rate
     of its first step, the gradient norm before clipping (mean over steps), and the time in seconds. `stage` names one
-    of several loops of a run, "" the last. `stopped`: it was the last one, since `on_epoch` said so."""
+    of several loops of a run, "" the last. `stopped`: it was the last one, since `on_epoch` said so. `steps`: optimiser
+    steps it took, 0 if an earlier version did not record them."""
 
     epoch: int
     loss: float
@@ -57,6 +58,7 @@ class EpochRecord:
     seconds: float
     stage: str = ""
     stopped: bool = False
+    steps: int = 0
 
 
 OnEpoch = Callable[[EpochRecord, nn.Module], bool | None]
@@ -105,7 +107,7 @@ def train_learner(
     rows = learner.rows(0)
     if not rows:
         raise DataError("training needs demonstrations, got none")
-    loop = _Loop(model, learner, settings, ranks)
+    loop = _Loop(model, learner, settings, ranks, len(rows))
     parameters, optimizer = loop.parameters, loop.optimizer
     history: list[EpochRecord] = []
     store, known = None, {}
@@ -124,13 +126,13 @@ def train_learner(
         if store is not None and store.exists():
             history = [EpochRecord(**record) for record in store.load(parameters, optimizer)]
         ranks.agree(checkpoint=f"checkpoint after {len(history)} epochs")
-        while len(history) < settings.epochs and not (history and history[-1].stopped):
+        while len(history) < loop.epochs and not (history and history[-1].stopped):
             with learner.attached(settings.backend):
                 record = replace(loop.run_epoch(len(history)), stage=stage)
             stop = run.on_epoch is not None and bool(run.on_epoch(record, learner.module))
             stops = ranks.sum((), torch.tensor(float(stop), dtype=torch.float64))
             history.append(replace(record, stopped=bool(stops)))
-            due = record.epoch % run.checkpoint_every == 0 or record.epoch == settings.epochs or bool(stops)
+            due = record.epoch % run.checkpoint_every == 0 or record.epoch == loop.epochs or bool(stops)
             if store is not None and due and ranks.writes:
                 store.save(parameters, optimizer, [asdict(r) for r in history])
     optimizer.zero_grad()
@@ -140,8 +142,13 @@ def train_learner(
 class _Loop:
     """The epochs of a training: what is trained, by which optimiser, and which rows each step takes."""
 
-    def __init__(self, model: PreTrainedModel, learner: Learner, settings: LoopOptions, ranks: Ranks) -> None:
+    def __init__(
+        self, model: PreTrainedModel, learner: Learner, settings: LoopOptions, ranks: Ranks, count: int
+    ) -> None:
         self.model, self.learner, self.settings, self.ranks = model, learner, settings, ranks
+        self.per_epoch = len(self._steps(count, 0))
+        self.total_steps = settings.epochs * self.per_epoch if settings.steps is None else settings.steps
+        self.epochs = math.ceil(self.total_steps / self.per_epoch)
         self.objective = OBJECTIVES[settings.objective]
         reads_options = self.objective.choices != "none"
         self.layout: Layout = "padded" if reads_options else settings.layout
@@ -160,11 +167,12 @@ class _Loop:
         started = time.perf_counter()
         settings, learner, parameters = self.settings, self.learner, self.parameters
         rows = learner.rows(epoch)
-        steps = self._steps(len(rows), epoch)
+        before = epoch * self.per_epoch
+        steps = self._steps(len(rows), epoch)[: self.total_steps - before]
+        seen = sum(map(len, steps))
         first_lr, total, norms = 0.0, torch.zeros((), dtype=torch.float64, device=self.model.device), []
         for number, step in enumerate(steps):
-            progress = (epoch * len(steps) + number) / (settings.epochs * len(steps))
-            lr = 0.5 * settings.lr * (1 + math.cos(math.pi * progress))
+            lr = 0.5 * settings.lr * (1 + math.cos(math.pi * (before + number) / self.total_steps))
             first_lr = lr if number == 0 else first_lr
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -179,13 +187,14 @@ class _Loop:
             norms.append(torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip_norm or math.inf))
             if not torch.isfinite(norms[-1]) or not torch.isfinite(total):
                 raise TrainingError(
-                    f"epoch {epoch + 1}: the loss is {total.item() / len(rows)} and the gradient norm "
+                    f"epoch {epoch + 1}: the loss is {total.item() / seen} and the gradient norm "
                     f"{float(norms[-1])}; try a smaller lr than {settings.lr}, or a wider dtype than {self.model.dtype}"
                 )
             self.optimizer.step()
             learner.after_step()
         norm = float(torch.stack(norms).mean())
-        return EpochRecord(epoch + 1, total.item() / len(rows), first_lr, norm, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return EpochRecord(epoch + 1, total.item() / seen, first_lr, norm, seconds, steps=len(steps))
 
     def _steps(self, count: int, epoch: int) -> list[list[int]]:
         """Indices of the rows of each optimiser step of an epoch."""

@@ -87,7 +87,8 @@ def test_all_cells_are_run_and_reported(model, folder, tmp_path):
     ]
     assert all(r.error is None and r.metric == "macro_f1" for r in results)
     assert {r.task: r.items for r in results} == {"taste": 2, "warmth": 5}
-    assert [len(r.losses) for r in results[:3]] == [0, 2, 2]
+    assert [len(r.losses) for r in results[:3]] == [r.steps for r in results[:3]] == [0, 2, 2]
+    assert results[0].labels == [d.output for d in DEMONSTRATIONS[:4]] and results[-1].labels != results[0].labels
     assert results[1].run["seed"] == 13 and results[7].run["seed"] == 21
     assert results[1].gold_loss != results[7].gold_loss  # other demonstrations
     # the score of a cell is that of the method and its settings, run by hand

@@ -43,7 +43,9 @@ class CellResult:
     task, method, seed: which cell.  run: everything that the numbers depend on, as JSON values by name.
     error: why there is no result, or None. With an error all further fields are empty.
     metric, score, accuracy, gold_loss, items, predictions: as in `EvalResult`; with views, those of the votes.
+    labels: outputs of the demonstrations of the first view, in order, where they are chosen among options.
     losses: training loss of each epoch of the first view, all stages together.
+    steps: optimiser steps of the first view, all stages together.
     seconds: time of tuning, all views together.  seconds_eval: time of evaluation.
     cpu_seconds: CPU time of tuning, of all threads of the process. Other programs on the machine change it least.
     """
@@ -60,6 +62,8 @@ class CellResult:
     items: int = 0
     predictions: list[str] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    steps: int = 0
     seconds: float = 0.0
     seconds_eval: float = 0.0
     cpu_seconds: float = 0.0

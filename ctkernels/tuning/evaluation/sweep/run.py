@@ -25,6 +25,7 @@ from ctkernels.tuning.methods.settings import SETTINGS
 from ctkernels.tuning.methods.tune import tune
 from ctkernels.tuning.train.checkpoint import changes, model_fingerprint
 from ctkernels.tuning.train.options import RENAMED, Options
+from ctkernels.tuning.train.trainer import EpochRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -178,7 +179,7 @@ def _fit_and_score(
         turned = view.test if sweep.split == "test" else view.validation
         views.append((view.train, turned[: sweep.limit], view.undo))
     seconds = seconds_eval = cpu_seconds = 0.0
-    losses: list[float] = []
+    history: list[EpochRecord] = []
     scores: list[EvalResult] = []
     predictions: list[list[str | None]] = []
     for train, turned, undo in views:
@@ -200,7 +201,7 @@ def _fit_and_score(
         )
         seconds, seconds_eval = seconds + ready - started, seconds_eval + time.perf_counter() - ready
         cpu_seconds += cpu_ready - cpu_started
-        losses = losses or [record.loss for record in tuned.history]
+        history = history or tuned.history
         found = scores[-1].predictions
         predictions.append([undo(text) for text in found] if undo else list(found))
     first = scores[0]
@@ -216,7 +217,9 @@ def _fit_and_score(
         gold_loss=first.gold_loss,
         items=len(items),
         predictions=voted,
-        losses=losses,
+        losses=[record.loss for record in history],
+        labels=[pair.output for pair in task.train if pair.options],
+        steps=sum(record.steps for record in history),
         seconds=seconds,
         seconds_eval=seconds_eval,
         cpu_seconds=cpu_seconds,
@@ -250,7 +253,7 @@ def _identity(sweep: Sweep, cell: Cell, task: Task, model_id: dict[str, str]) ->
         **model_id,
         **{name: value for name, value in settings.items() if name not in ("backend", "max_tokens", "layout")},
         "data": hashlib.sha256(repr(data).encode()).hexdigest()[:16],
-        "text_format": asdict(task.text_format),
+        "text_format": task.text_format.recorded,
         "views": len(task.views) + 1,
     }
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from ctkernels.tuning.methods import Method, get_method
 from ctkernels.tuning.methods.settings import SETTINGS, TrainSettings
-from ctkernels.tuning.train.options import Options
+from ctkernels.tuning.train.options import Options, layered
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class MethodSpec:
             if name not in SETTINGS:
                 raise ValueError(f"there is no setting {name!r}; there are {', '.join(SETTINGS)}")
         TrainSettings(**others)  # refuses values out of their range also where the method does not read them
-        return self.method.settings(preset, **{**self.method.pick(others), **self.overrides})
+        return self.method.settings(preset, **layered(self.method.pick(others), self.overrides))
 
 
 def split_words(words: tuple[str, ...]) -> list[str]:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from ctkernels.tuning.adapters.lora import lora_parameters
+from ctkernels.tuning.adapters.lora import ADAPTER, lora_parameters
 from ctkernels.tuning.data.batches import Batch
 from ctkernels.tuning.data.demonstrations import Demonstration
 from ctkernels.tuning.data.formats import PairEncoder, Row
 from ctkernels.tuning.hf.attach import Attachment
 from ctkernels.tuning.objectives import OBJECTIVES, Forward
+from ctkernels.tuning.train.checkpoint import fingerprint
 from ctkernels.tuning.train.learners.base import Learner
 from ctkernels.tuning.train.learners.prompt import empty_prefix
 from ctkernels.tuning.train.options import LoopOptions
@@ -33,18 +34,22 @@ class LoraOptions(LoopOptions):
         lora_rank: rank of the LoRA update of the weights.
         lora_alpha: the update is scaled by lora_alpha / lora_rank.
         lora_targets: names of the modules that LoRA updates; none takes those of the model's family.
+        lora_dropout: probability in [0, 1) that LoRA does not see an entry of its input, drawn anew for each
+            micro-batch.
         answers: which answers of an in-context sequence ttt trains: "all" or the "last".
     """
 
     lora_rank: int = 64
     lora_alpha: float = 64.0
     lora_targets: tuple[str, ...] = ()
+    lora_dropout: float = 0.0
     answers: Literal["all", "last"] = "all"
 
     def check(self) -> None:
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))  # a YAML file has a list
         self.at_least(1, "lora_rank")
         self.positive("lora_alpha")
+        self.require(0 <= self.lora_dropout < 1, "lora_dropout", "in [0, 1)")
 
 
 class LoraLearner(Learner):
@@ -63,7 +68,7 @@ class LoraLearner(Learner):
     ) -> None:
         self.model, self.settings = model, settings
         self.module: nn.Module = wrapped
-        self._start, self._delimiter = encoder.start, encoder.delimiter
+        self._start, self._delimiter, self._leads = encoder.start, encoder.delimiter, encoder.leads
         self._sources = [d.source for d in demonstrations]
         self._pairs = []  # (tokens of `x _`, tokens of y, the choice among options if the objective reads it)
         choices = OBJECTIVES[settings.objective].choices
@@ -85,10 +90,33 @@ class LoraLearner(Learner):
 
     @contextmanager
     def attached(self, backend: str | None) -> Iterator[None]:
-        with Attachment(empty_prefix(self.model), self.model, backend=backend) as self._attachment:
+        with Attachment(empty_prefix(self.model), self.model, backend=backend) as self._attachment, self._dropout():
             yield
 
+    @contextmanager
+    def _dropout(self) -> Iterator[None]:
+        """Within the block LoRA drops entries of its input, and what that draws from is not seen outside."""
+        if not self.settings.lora_dropout:
+            yield
+            return
+        modules = [module for name, module in self.module.named_modules() if name.endswith(f".lora_dropout.{ADAPTER}")]
+        device = self.model.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            try:
+                for module in modules:
+                    module.train()
+                yield
+            finally:
+                for module in modules:
+                    module.eval()
+
     def forward(self, batch: Batch, seed: int) -> Forward:
+        if self.settings.lora_dropout:  # a resumed run draws what the whole one drew
+            drawn = int(fingerprint((seed, batch.row_ids.tolist())), 16)
+            torch.default_generator.manual_seed(drawn)
+            if self.model.device.type == "cuda":
+                with torch.cuda.device(self.model.device):
+                    torch.cuda.manual_seed(drawn)
         return Forward(self.model, self._attachment, batch)
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -99,7 +127,7 @@ class LoraLearner(Learner):
         tokens, labels, predicted_at, choices = list(self._start), [], [], []
         for place, i in enumerate(order):
             prompt, answer, choice = self._pairs[i]
-            tokens += ((self._delimiter,) if place else ()) + prompt
+            tokens += ((self._delimiter,) if place or self._leads else ()) + prompt
             if self.settings.answers == "all" or place == len(order) - 1:
                 target = (*answer, self._delimiter) if self.settings.learn_stop else answer
                 predicted_at += range(len(tokens) - 1, len(tokens) - 1 + len(target))
