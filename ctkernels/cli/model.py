@@ -55,8 +55,20 @@ def print_scores(results: Sequence[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*("", "metric", "score", "accuracy", "gold loss", "items", "start s", "eval s"))
+    def shown(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+
+    names = ("score", "accuracy", "nll", "ece")  # each plain, then calibrated
+    columns = ("score", "calib.", "accuracy", "calib.", "NLL", "calib.", "ECE", "calib.")
+    table = Table(*("", "metric", *columns, "gold loss", "items", "start s", "eval s"))
     for r in results:
-        numbers = (f"{r['score']:.3f}", f"{r['accuracy']:.3f}", f"{r['gold_loss']:.3f}", str(r["items"]))
-        table.add_row(r["name"], r["metric"], *numbers, f"{r['seconds_start']:.1f}", f"{r['seconds_eval']:.1f}")
+        both = [value for name in names for value in (r[name], (r["calibrated"] or {}).get(name))]
+        times = f"{r['seconds_start']:.1f}", f"{r['seconds_eval']:.1f}"
+        table.add_row(r["name"], r["metric"], *map(shown, both), f"{r['gold_loss']:.3f}", str(r["items"]), *times)
+    always = results[0]["majority"] if results else None
+    if always is not None:
+        both = (always["score"], None, always["accuracy"], *[None] * 5)
+        table.add_row(
+            f"always {always['option']!r}", results[0]["metric"], *map(shown, both), "", str(results[0]["items"])
+        )
     Console().print(table)

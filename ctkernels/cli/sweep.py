@@ -11,8 +11,10 @@ from tyro.conf import arg
 
 from ctkernels.cli.options import ModelOptions, PresetName
 from ctkernels.cli.parse import CommandLine, FailedRun, UsageError, as_yaml
+from ctkernels.tuning.data.formats import Score
 from ctkernels.tuning.data.suites import SUITES, SuiteOptions, get_suite
 from ctkernels.tuning.data.suites.base import Split
+from ctkernels.tuning.evaluation.calibration import Calibrate
 from ctkernels.tuning.evaluation.sweep.spec import MethodSpec, split_words
 from ctkernels.tuning.train.options import Options, either
 
@@ -53,6 +55,13 @@ class SweepConfig(ModelOptions):
     bos: bool | None = None
     """Start with the BOS token; default: as the tokenizer does."""
     preset: PresetName = None
+    score: Score = Options.score
+    """What an option's loss is: mean or sum over its tokens, or that of its first token; where a method does not say so
+    itself."""
+    calibrate: Calibrate = "none"
+    """Report calibrated scores, too, where all items of a task share their options: an offset for each option is its
+    mean loss over the test inputs (batch) or over inputs without content (content-free), or fitted to validation items
+    (dev)."""
     epochs: int | None = None
     """Epochs of all methods that train, where a method does not say so itself."""
     max_tokens: int = Options.max_tokens
@@ -122,10 +131,12 @@ def make_sweep(config: SweepConfig) -> Sweep:
         raise UsageError(f"views are for grids, the suite {grids}; got {config.views} with {suite.name}")
     if config.limit is not None and config.limit < 1:
         raise UsageError(f"limit must be at least 1, got {config.limit}")
+    if config.calibrate == "dev" and config.split == "validation":
+        raise UsageError("calibrate=dev fits offsets to the validation items, and these are scored; take split=test")
     specs = [MethodSpec.parse(word) for word in split_words(config.methods)]
     if not specs:
         raise UsageError("give methods, such as icl,prefix-tuning,ct-kv")
-    common: dict[str, Any] = {"max_tokens": config.max_tokens, "backend": config.backend}
+    common: dict[str, Any] = {"max_tokens": config.max_tokens, "backend": config.backend, "score": config.score}
     if config.epochs is not None:
         common["epochs"] = config.epochs
     for spec in specs:
@@ -146,6 +157,7 @@ def make_sweep(config: SweepConfig) -> Sweep:
         options=SuiteOptions(config.shots, config.views, config.preset),
         preset=config.preset,
         common=common,
+        calibrate=config.calibrate,
         text_format=text_format,
     )
 

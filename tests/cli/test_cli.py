@@ -126,7 +126,7 @@ def test_env_names_every_backend_and_says_why_not(capsys, monkeypatch):
         (["tune", "--config", "/no/such.yaml"], "cannot read /no/such.yaml: No such file"),
         (["tune"], "out is required"),
         (["tune", "--out", "x", "--method", "ctkv"], "did you mean 'ct-kv'?"),
-        (["tune", "--out", "x", "--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["tune", "--out", "x", "--epochs", "-1"], "epochs must be at least 0, got -1"),
         (["tune", "--out", "x"], "give either train (a JSONL file) or metaicl (a folder), and not both"),
         (["tune", "--out", "x", "--metaicl", "."], "metaicl needs task"),
         (["tune", "--out", "x", "--train", "/no/such.jsonl"], "cannot read /no/such.jsonl: No such file"),

@@ -126,8 +126,8 @@ def test_a_method_with_settings_is_one_word():
     assert MethodSpec("icl").settings(epochs=3, seed=2) == MethodSpec("icl").settings(seed=2)  # what it does not read
     with pytest.raises(ValueError, match="there is no setting 'epoch'; there are seed,"):
         MethodSpec("icl").settings(epoch=3)
-    with pytest.raises(ValueError, match="epochs must be at least 1, got 0"):
-        MethodSpec("icl").settings(epochs=0)
+    with pytest.raises(ValueError, match="epochs must be at least 0, got -1"):
+        MethodSpec("icl").settings(epochs=-1)
     assert split_words(("icl,ct-kv", "ttt, icl")) == ["icl", "ct-kv", "ttt"]
 
 

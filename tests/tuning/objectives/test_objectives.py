@@ -47,7 +47,7 @@ def precise():
 
 @pytest.fixture(scope="module")
 def models():
-    return {name: make_model(name, num_layers=2) for name in ("gpt2", "llama")}
+    return {"gpt2": make_model("gpt2", n_layer=2), "llama": make_model("llama", num_hidden_layers=2)}
 
 
 @pytest.fixture

@@ -44,6 +44,8 @@ class CellResult:
     error: why there is no result, or None. With an error all further fields are empty.
     metric, score, accuracy, gold_loss, items, predictions: as in `EvalResult`; with views, those of the votes.
     labels: outputs of the demonstrations of the first view, in order, where they are chosen among options.
+    nll, ece, calibrated, majority: as in `EvalResult`, of cells without views. calibrated is also None where it was
+        asked for and the items do not share their options.
     losses: training loss of each epoch of the first view, all stages together.
     steps: optimiser steps of the first view, all stages together.
     seconds: time of tuning, all views together.  seconds_eval: time of evaluation.
@@ -67,6 +69,10 @@ class CellResult:
     seconds: float = 0.0
     seconds_eval: float = 0.0
     cpu_seconds: float = 0.0
+    nll: float | None = None
+    ece: float | None = None
+    calibrated: dict[str, Any] | None = None
+    majority: dict[str, Any] | None = None
 
     def write(self, path: Path) -> None:
         """Replace the cell's file."""

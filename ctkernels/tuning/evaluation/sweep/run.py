@@ -16,6 +16,7 @@ from ctkernels.tuning.data.demonstrations import DataError, Demonstration
 from ctkernels.tuning.data.metrics import score_predictions
 from ctkernels.tuning.data.suites import Suite, SuiteOptions, Task
 from ctkernels.tuning.data.suites.base import Split
+from ctkernels.tuning.evaluation.calibration import Calibrate, share_options
 from ctkernels.tuning.evaluation.evaluate import EvalResult
 from ctkernels.tuning.evaluation.sweep.cells import Cell, CellResult, SweepError, read_cell
 from ctkernels.tuning.evaluation.sweep.spec import MethodSpec
@@ -38,6 +39,7 @@ class Sweep:
     folder: that of the suite's files, None if a package has them.  split: which items are scored.
     limit: score only so many items of each task, the first ones.  preset: name of a benchmark's settings.
     common: settings of all methods; those of a `MethodSpec` replace them.
+    calibrate: how the offsets of the calibrated scores are found, for tasks whose items share their options.
     text_format: fields of `TextFormat` that replace those of the suite.
     """
 
@@ -52,6 +54,7 @@ class Sweep:
     options: SuiteOptions = field(default_factory=SuiteOptions)
     preset: str | None = None
     common: dict[str, Any] = field(default_factory=dict)
+    calibrate: Calibrate = "none"
     text_format: dict[str, Any] = field(default_factory=dict)
 
     def cells(self) -> list[Cell]:
@@ -70,6 +73,11 @@ class Sweep:
     def items(self, task: Task) -> tuple[Demonstration, ...]:
         """The items that are scored."""
         return task.items(self.split)[: self.limit]
+
+    def calibration(self, task: Task) -> Calibrate:
+        """How the scores of a task are calibrated."""
+        generates = task.by == "generation" or task.views
+        return "none" if generates or not share_options(self.items(task)) else self.calibrate
 
     def settings(self, cell: Cell, task: Task) -> Options:
         """The settings of a cell. If answers are generated, methods that train also learn where an answer ends."""
@@ -197,6 +205,8 @@ def _fit_and_score(
                 max_tokens=settings.max_tokens,
                 max_new_tokens=task.max_new_tokens,
                 backend=settings.backend,
+                calibrate=sweep.calibration(task),
+                validation=task.validation,
             )
         )
         seconds, seconds_eval = seconds + ready - started, seconds_eval + time.perf_counter() - ready
@@ -206,6 +216,7 @@ def _fit_and_score(
         predictions.append([undo(text) for text in found] if undo else list(found))
     first = scores[0]
     voted = vote(predictions)
+    whole = first if len(views) == 1 else replace(first, nll=None, ece=None, majority=None)
     return CellResult(
         task=cell.task,
         method=str(cell.spec),
@@ -223,6 +234,10 @@ def _fit_and_score(
         seconds=seconds,
         seconds_eval=seconds_eval,
         cpu_seconds=cpu_seconds,
+        nll=whole.nll,
+        ece=whole.ece,
+        calibrated=None if whole.calibrated is None else asdict(whole.calibrated),
+        majority=None if whole.majority is None else asdict(whole.majority),
     )
 
 
@@ -239,7 +254,7 @@ def _check_finished(sweep: Sweep, cell: Cell, model_id: dict[str, str]) -> None:
     # cells of an earlier version also hold settings that their method does not read, and some under other names
     named = {RENAMED.get(name, name): value for name, value in saved.run.items()}
     read = {name: value for name, value in named.items() if name in now or name not in SETTINGS}
-    differing = changes(read, now)
+    differing = changes({"calibrate": "none", **read}, now)  # cells of an earlier version do not say so
     if differing:
         path = cell.path(sweep.out)
         raise SweepError(f"{path} belongs to another sweep: {differing}; choose another --out, or remove the file")
@@ -255,6 +270,7 @@ def _identity(sweep: Sweep, cell: Cell, task: Task, model_id: dict[str, str]) ->
         "data": hashlib.sha256(repr(data).encode()).hexdigest()[:16],
         "text_format": task.text_format.recorded,
         "views": len(task.views) + 1,
+        "calibrate": sweep.calibration(task),
     }
 
 
