@@ -48,6 +48,10 @@ class SweepConfig(ModelOptions):
     """Score only the first so many items of each task."""
     shots: int | None = None
     """Demonstrations of each task, drawn by class where all items share their options; default: the suite's own."""
+    noise: tuple[str, ...] = ("0",)
+    """Shares of demonstrations with a wrong answer, apart or joined by commas (0,0.2,0.4); methods run with each."""
+    orders: int = 1
+    """Run each method with so many orders of its demonstrations: their own, and random ones."""
     views: Literal[1, 2, 4, 8] = 1
     """Geometric views of each task that vote, where the suite has some (arc)."""
     delimiter: str | None = None
@@ -141,6 +145,10 @@ def make_sweep(config: SweepConfig) -> Sweep:
         common["epochs"] = config.epochs
     for spec in specs:
         spec.settings(config.preset, **common)  # refuses what cannot be used
+    if config.orders < 1:
+        raise UsageError(f"orders must be at least 1, got {config.orders}")
+    noises = _shares(config.noise)
+    specs = list(dict.fromkeys(variant for spec in specs for variant in spec.variants(noises, config.orders)))
     folder = suite.folder(config.data_dir)
     text_format: dict[str, Any] = {"bos": config.bos}
     if config.delimiter is not None:
@@ -160,6 +168,16 @@ def make_sweep(config: SweepConfig) -> Sweep:
         calibrate=config.calibrate,
         text_format=text_format,
     )
+
+
+def _shares(words: Sequence[str]) -> list[float]:
+    try:
+        shares = [float(word) for word in split_words(tuple(words))]
+    except ValueError:
+        raise UsageError(f"noise must be numbers, such as 0,0.2,0.4, got {', '.join(words)!r}") from None
+    if not shares:
+        raise UsageError("noise must name at least one share, such as 0")
+    return shares
 
 
 def _seeds(words: Sequence[str]) -> list[int]:

@@ -121,7 +121,7 @@ class Adapter:
         from ctkernels.tuning.evaluation.evaluate import option_probabilities
         from ctkernels.tuning.evaluation.scoring import Scorer
 
-        scorer = Scorer(model, self.encoder(tokenizer), self.prefix, max_tokens, backend)
+        scorer = Scorer(model, self.encoder(tokenizer, model=model), self.prefix, max_tokens, backend)
         score = self.prefix.metadata.settings.get("score", "mean")
         with self.weights(model):
             return option_probabilities(scorer, inputs, options, score, self.offsets)

@@ -10,6 +10,7 @@ As in MetaICL (scores: see `metrics.py`):
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -57,8 +58,8 @@ class EvalResult:
     metric: name of the score.  score: its value.  accuracy: share of right predictions.  gold_loss: in nats.
     items: number of items.  predictions: one per item.
 
-    Of items with options alone, else None: nll and ece as in `calibration.Reliability`; calibrated: the same with
-    offsets; majority: where all items share their options.
+    Of items with options alone, else None: losses of each option of each item; nll and ece as in
+    `calibration.Reliability`; calibrated: the same with offsets; majority: where all items share their options.
     """
 
     metric: Metric
@@ -71,6 +72,7 @@ class EvalResult:
     ece: float | None = None
     calibrated: Calibrated | None = None
     majority: Majority | None = None
+    losses: Sequence[Losses] | None = None
 
 
 def evaluate_prefix(
@@ -144,7 +146,45 @@ def evaluate_prefix(
         return result
     worth = calibration.reliability(losses, items)
     calibrated = None if found is None else _calibrated(found, losses, items, metric)
-    return replace(result, nll=worth.nll, ece=worth.ece, calibrated=calibrated, majority=majority(items, metric))
+    always = majority(items, metric)
+    return replace(result, nll=worth.nll, ece=worth.ece, calibrated=calibrated, majority=always, losses=losses)
+
+
+def ensemble(results: Sequence[EvalResult], items: Sequence[Demonstration]) -> EvalResult:
+    """Several evaluations of the same items as one: the losses of each option are averaged (a geometric mean of the
+    likelihoods), and so are the offsets.
+
+    Raises:
+        ValueError: no results, or one without the losses of options.
+    """
+    if not results or any(result.losses is None for result in results):
+        raise ValueError(f"an ensemble averages the losses of options, and not all of {len(results)} results have some")
+    first = results[0]
+    losses = [
+        {option: statistics.fmean(of_item[option] for of_item in of_all) for option in of_all[0]}
+        for of_all in zip(*(result.losses or () for result in results), strict=True)
+    ]
+    predictions = [calibration.choose(of_item) for of_item in losses]
+    scores = (score_predictions(name, predictions, items) for name in (first.metric, "accuracy"))
+    worth = calibration.reliability(losses, items)
+    shifts = [result.calibrated.offsets for result in results if result.calibrated is not None]
+    calibrated = None
+    if len(shifts) == len(results):
+        values = {o: statistics.fmean(shift.values[o] for shift in shifts) for o in shifts[0].values}
+        calibrated = _calibrated(replace(shifts[0], values=values), losses, items, first.metric)
+    gold = statistics.fmean(result.gold_loss for result in results)
+    return EvalResult(
+        first.metric,
+        *scores,
+        gold,
+        first.items,
+        predictions,
+        worth.nll,
+        worth.ece,
+        calibrated,
+        first.majority,
+        losses,
+    )
 
 
 def option_probabilities(

@@ -42,8 +42,9 @@ class CellResult:
 
     task, method, seed: which cell.  run: everything that the numbers depend on, as JSON values by name.
     error: why there is no result, or None. With an error all further fields are empty.
-    metric, score, accuracy, gold_loss, items, predictions: as in `EvalResult`; with views, those of the votes.
-    labels: outputs of the demonstrations of the first view, in order, where they are chosen among options.
+    metric, score, accuracy, gold_loss, items, predictions: as in `EvalResult`; with views, those of the votes; of an
+        ensemble, those of its mean losses.
+    labels: outputs of the demonstrations as the method saw them in the first view, in order, where they have options.
     nll, ece, calibrated, majority: as in `EvalResult`, of cells without views. calibrated is also None where it was
         asked for and the items do not share their options.
     losses: training loss of each epoch of the first view, all stages together.

@@ -9,7 +9,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from ctkernels.tuning.evaluation.sweep import protocols
 from ctkernels.tuning.evaluation.sweep.cells import CellResult
+from ctkernels.tuning.evaluation.sweep.protocols import OrderSpread
 from ctkernels.tuning.evaluation.sweep.significance import holm, sign_flip_test
 from ctkernels.tuning.storage import atomic_write_bytes, atomic_write_json
 
@@ -80,6 +82,7 @@ class Report:
     majority: of the tasks in `tasks`, or None if the items of one do not share their options.
     majority_scores: task -> score.  calibrate: how scores were calibrated.  uncalibrated: tasks that have no
     calibration, since their items do not share their options, although others have.
+    noise, orders: as `noise_scores` and `order_spreads` in `protocols.py` give them, over these tasks.
     """
 
     title: str
@@ -95,13 +98,15 @@ class Report:
     majority_scores: dict[str, float] = field(default_factory=dict)
     calibrate: str = "none"
     uncalibrated: list[str] = field(default_factory=list)
+    noise: dict[str, dict[float, float]] = field(default_factory=dict)
+    orders: list[OrderSpread] = field(default_factory=list)
 
     def markdown(self) -> str:
         """All tables, with scores in percent."""
         parts = [f"# {self.title}", self.overview()]
         if self.comparisons:
             parts.append(self.pairs())
-        parts.append(self.by_task())
+        parts += [*protocols.markdown(self.noise, self.orders), self.by_task()]
         if self.failures:
             parts.append("## Cells without a result\n\n" + "\n".join(f"- {line}" for line in self.failures))
         return "\n\n".join(parts) + "\n"
@@ -193,6 +198,7 @@ def make_report(title: str, results: Sequence[CellResult], planned: int) -> Repo
     always = {t: [baselines[t][s] for s in seeds if s in baselines[t]] for t in tasks}
     whole = [one for t in common for one in always[t]]
     hows = {r.calibrated["offsets"]["calibrate"] for r in finished.values() if r.calibrated is not None}
+    values = {m: {key: r.score for key, r in of_method.items()} for m, of_method in by_method.items() if common}
     return Report(
         title=title,
         tasks=common,
@@ -209,6 +215,8 @@ def make_report(title: str, results: Sequence[CellResult], planned: int) -> Repo
         uncalibrated=[
             t for t in common if hows and not any(finished[m, t, s].calibrated for m in compared for s in seeds)
         ],
+        noise=protocols.noise_scores(values),
+        orders=protocols.order_spreads(values),
     )
 
 

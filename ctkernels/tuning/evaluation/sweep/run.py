@@ -17,7 +17,7 @@ from ctkernels.tuning.data.metrics import score_predictions
 from ctkernels.tuning.data.suites import Suite, SuiteOptions, Task
 from ctkernels.tuning.data.suites.base import Split
 from ctkernels.tuning.evaluation.calibration import Calibrate, share_options
-from ctkernels.tuning.evaluation.evaluate import EvalResult
+from ctkernels.tuning.evaluation.evaluate import EvalResult, ensemble
 from ctkernels.tuning.evaluation.sweep.cells import Cell, CellResult, SweepError, read_cell
 from ctkernels.tuning.evaluation.sweep.spec import MethodSpec
 from ctkernels.tuning.evaluation.sweep.workers import Workers
@@ -182,10 +182,12 @@ def _fit_and_score(
 ) -> CellResult:
     settings = sweep.settings(cell, task)
     items = sweep.items(task)
-    views = [(task.train, items, task.undo)]
+    protocol, seed = cell.spec.protocol, cell.seed
+    views = [(train, items, task.undo) for train in protocol.apply(task.train, seed)]
+    labels = [pair.output for pair in views[0][0] if pair.options]
     for view in task.views:
         turned = view.test if sweep.split == "test" else view.validation
-        views.append((view.train, turned[: sweep.limit], view.undo))
+        views += [(train, turned[: sweep.limit], view.undo) for train in protocol.apply(view.train, seed)]
     seconds = seconds_eval = cpu_seconds = 0.0
     history: list[EpochRecord] = []
     scores: list[EvalResult] = []
@@ -215,8 +217,12 @@ def _fit_and_score(
         found = scores[-1].predictions
         predictions.append([undo(text) for text in found] if undo else list(found))
     first = scores[0]
-    voted = vote(predictions)
-    whole = first if len(views) == 1 else replace(first, nll=None, ece=None, majority=None)
+    if len(views) > 1 and not task.views and first.losses is not None:
+        whole = ensemble(scores, items)
+        voted = whole.predictions
+    else:
+        whole = first if len(views) == 1 else replace(first, nll=None, ece=None, majority=None)
+        voted = vote(predictions)
     return CellResult(
         task=cell.task,
         method=str(cell.spec),
@@ -225,11 +231,11 @@ def _fit_and_score(
         metric=first.metric,
         score=score_predictions(first.metric, voted, items),
         accuracy=score_predictions("accuracy", voted, items),
-        gold_loss=first.gold_loss,
+        gold_loss=whole.gold_loss,
         items=len(items),
         predictions=voted,
         losses=[record.loss for record in history],
-        labels=[pair.output for pair in task.train if pair.options],
+        labels=labels,
         steps=sum(record.steps for record in history),
         seconds=seconds,
         seconds_eval=seconds_eval,
@@ -271,6 +277,7 @@ def _identity(sweep: Sweep, cell: Cell, task: Task, model_id: dict[str, str]) ->
         "text_format": task.text_format.recorded,
         "views": len(task.views) + 1,
         "calibrate": sweep.calibration(task),
+        **cell.spec.protocol.changed(),
     }
 
 
