@@ -106,7 +106,7 @@ def test_words():
         ("icl:noise=some", "icl:noise=some: noise must be a number, got 'some'"),
         ("icl:order=-1", "order must be at least 0, got -1"),
         ("icl:ensemble=0", "ensemble must be at least 1, got 0"),
-        ("icl:order=1:ensemble=2", "order and ensemble exclude each other: 2 orders begin with the task's own"),
+        ("icl:order=1:ensemble=2", "order and ensemble exclude each other: an ensemble takes the orders 0 to 1"),
         ("zero-shot:order=1", "zero-shot:order=1: zero-shot sees no demonstrations, to which order could be done"),
     ],
 )
