@@ -48,6 +48,8 @@ class Checkpoint:
     def save(self, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, history: list[dict]) -> None:
         """Replace the checkpoint by the state after `len(history)` epochs.
 
+        parameters: and whatever else a learner keeps (`Learner.state`).
+
         Raises:
             CheckpointError: a value that is not finite.
             OSError: the disk is full or not writable.  The checkpoint before stays whole.

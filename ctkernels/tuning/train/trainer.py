@@ -109,6 +109,7 @@ def train_learner(
         raise DataError("training needs demonstrations, got none")
     loop = _Loop(model, learner, settings, ranks, len(rows))
     parameters, optimizer = loop.parameters, loop.optimizer
+    kept = {**parameters, **learner.state()}
     history: list[EpochRecord] = []
     store, known = None, {}
     if run.checkpoint_dir is not None or ranks.size > 1:
@@ -124,7 +125,7 @@ def train_learner(
         with learner.attached(settings.backend):
             learner.before_training(singly)  # before a checkpoint replaces the start
         if store is not None and store.exists():
-            history = [EpochRecord(**record) for record in store.load(parameters, optimizer)]
+            history = [EpochRecord(**record) for record in store.load(kept, optimizer)]
         ranks.agree(checkpoint=f"checkpoint after {len(history)} epochs")
         while len(history) < loop.epochs and not (history and history[-1].stopped):
             with learner.attached(settings.backend):
@@ -134,7 +135,7 @@ def train_learner(
             history.append(replace(record, stopped=bool(stops)))
             due = record.epoch % run.checkpoint_every == 0 or record.epoch == loop.epochs or bool(stops)
             if store is not None and due and ranks.writes:
-                store.save(parameters, optimizer, [asdict(r) for r in history])
+                store.save(kept, optimizer, [asdict(r) for r in history])
     optimizer.zero_grad()
     return history
 

@@ -266,6 +266,7 @@ class Stopped(Exception):
         *((name, {}) for name in TRAINING),
         *((name, {"batch_rows": 2}) for name in ("ct-kv", "ct-prompt", "ttt")),
         ("ct-kv", {"pull": 1.0, "fisher": True}),
+        ("ct-kv", {"ema": 0.6}),
         ("ct-kv", {"rank": 2, "start": "permuted", "front_tokens": 2, "leave_one_out": "power"}),
         ("prefix-tuning", {"mlp_width": 4}),
         ("prompt-tuning", {"mlp_width": 4}),

@@ -58,6 +58,10 @@ class Learner(ABC):
     def after_step(self) -> None:  # noqa: B027
         """Called after every optimiser step: projections belong here."""
 
+    def state(self) -> dict[str, Tensor]:
+        """What changes with every step besides parameters, by name: a checkpoint keeps it and restores it in place."""
+        return {}
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """What is trained, by name."""
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
