@@ -23,7 +23,7 @@ from ctkernels.tuning.data.demonstrations import Demonstration
 from ctkernels.tuning.data.formats import TextFormat
 from ctkernels.tuning.data.retrieval import InWordsEncoder
 from ctkernels.tuning.evaluation.calibration import Offsets
-from ctkernels.tuning.hf.states import mean_states
+from ctkernels.tuning.hf.embeddings import mean_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -30,7 +30,7 @@ class InWordsEncoder(PairEncoder):
     Zaragoza, 2009; over tokens), the best one last; "embedding" those whose inputs have the nearest embeddings (by
     cosine). "random" draws the pairs of each input from `seed` and the input; "fixed" shows the same pairs before every
     input, drawn once from `seed`. A pair is never shown before itself.
-    embed: gives the embeddings of inputs, such as `hf.states.mean_states` of a model; only "embedding" needs it.
+    embed: gives the embeddings of inputs, such as `hf.embeddings.mean_states` of a model; only "embedding" needs it.
 
     Raises:
         ValueError: "embedding" without `embed`.

@@ -9,7 +9,7 @@ from functools import partial
 
 from ctkernels.tuning.adapters.adapter import Adapter
 from ctkernels.tuning.data.retrieval import Demonstrate, InWordsEncoder
-from ctkernels.tuning.hf.states import mean_states
+from ctkernels.tuning.hf.embeddings import mean_states
 from ctkernels.tuning.methods.base import Method, Run
 from ctkernels.tuning.methods.zero_shot import start_prefix
 from ctkernels.tuning.train.options import Options

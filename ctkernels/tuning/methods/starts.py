@@ -5,6 +5,7 @@
     permuted    averaged over random orders; keys without their rotary embedding, which is put back on afterwards
     pooled      the context, neighbouring tokens of a demonstration merged          keys averaged in the same way
     labels      the context, tokens of the outputs alone
+    prefix-lm   one pass in which all tokens see each other, later ones too         segment i has read all others
 
 In front of the demonstrations come BOS (where the tokenizer has it so), a prefix transferred from another task, the
 instruction, and learned tokens; they are no demonstration and never hidden.
@@ -22,6 +23,7 @@ from torch import Tensor
 from ctkernels.tuning.adapters.prefix import KVPrefix, PrefixMetadata
 from ctkernels.tuning.data.demonstrations import DataError
 from ctkernels.tuning.data.formats import OUTPUT, PairEncoder
+from ctkernels.tuning.hf.both_ways import encode_both_ways
 from ctkernels.tuning.hf.encode import encode_tokens
 from ctkernels.tuning.hf.limits import check_context_length
 from ctkernels.tuning.hf.models import ALIBI, Decoder, find_decoder
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 Layers = list[Tensor]  # [Hk, P, D] per layer
 
 # what each kind of start can be
-OfDemonstrations = Literal["context", "separate", "permuted", "pooled", "labels"]
+OfDemonstrations = Literal["context", "separate", "permuted", "pooled", "labels", "prefix-lm"]
 OfPrefix = Literal["vocabulary", "first-ids", "normal"]
 OfPrompt = Literal["vocabulary", "first-ids", "uniform"]
 
@@ -45,7 +47,8 @@ class Start(Options):
 
     Args:
         start: what training starts from. ct-kv: "context" (one pass over the demonstrations), "separate" (each
-            demonstration encoded on its own), "permuted" (averaged over orders), "pooled" or "labels" (compressed).
+            demonstration encoded on its own), "permuted" (averaged over orders), "pooled" or "labels" (compressed),
+            "prefix-lm" (one pass in which tokens also see later ones; where the model's attention can).
             Prefixes and prompts without demonstrations: "vocabulary" (random tokens), "first-ids" (token ids
             0, 1, 2, ...), "normal" or "uniform" (random numbers of the model's own scale).
     """
@@ -110,6 +113,8 @@ def demonstrations_prefix(run: Run[ContextStart]) -> KVPrefix:
     """The prefix that ct-kv starts from: `run.settings.start` says how the demonstrations are encoded."""
     decoder, start = find_decoder(run.model), run.settings.start
     base = None if run.start_from is None else run.start_from.prefix
+    if start == "prefix-lm" and base is not None:
+        raise ValueError("start='prefix-lm' encodes a context of its own alone, so that start_from must be None")
     base_length, base_end = (0, 0) if base is None else (base.length, base.first_position)
     front = run.start_tokens if base is None else run.start_tokens[len(run.bos_tokens) :]
     lead = torch.tensor([*front, *random_ids(run, run.settings.front_tokens)])
@@ -122,6 +127,8 @@ def demonstrations_prefix(run: Run[ContextStart]) -> KVPrefix:
     if start == "context":
         encoded = encode_tokens(run.model, torch.cat((lead, body)), behind=base)
         return _joined(run, base, encoded, segments + before, end)
+    if start == "prefix-lm":
+        return _joined(run, None, encode_both_ways(run.model, torch.cat((lead, body))), segments + before, end)
     if start in ("permuted", "pooled"):
         check_fixed_rotation(decoder, f"start={start!r}")
     encoded = encode_tokens(run.model, lead, behind=base)

@@ -355,7 +355,7 @@ def test_views_are_tuned_turned_back_and_counted(monkeypatch, tmp_path, undo, se
         (["--views", "2"], "views are for grids, the suite arc; got 2 with nlp_lr"),
         (["--split", "train"], "invalid choice 'train' for argument '--split'"),
         (["--preset", "mmlu2"], "preset must be one of nlp-lr"),
-        (["--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["--epochs", "-1"], "epochs must be at least 0, got -1"),
         (["--lr", "1"], "unknown option --lr"),
     ],
 )

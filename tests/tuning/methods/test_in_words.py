@@ -9,7 +9,7 @@ from ctkernels.testing.tasks import DEMONSTRATIONS
 from ctkernels.tuning.data.demonstrations import DataError, Demonstration
 from ctkernels.tuning.data.formats import encode_context
 from ctkernels.tuning.data.retrieval import InWordsEncoder
-from ctkernels.tuning.hf.states import mean_states
+from ctkernels.tuning.hf.embeddings import mean_states
 from ctkernels.tuning.methods import get_method
 from ctkernels.tuning.methods.tune import tune
 from tests.tuning.runs import ITEMS, TOKENIZER, run
