@@ -31,6 +31,7 @@ class Demonstration:
         references: further right answers, which BLEU compares with in addition to `output`. With options, each is one
             of them or its index in the list as it is given.
         source: where the pair comes from (`FILE:LINE`); used only in messages.
+        task: name of its task, where pairs of several tasks are trained together (meta-prefix); not compared.
 
     Raises:
         TypeError: a field of the wrong type.
@@ -42,6 +43,7 @@ class Demonstration:
     options: tuple[str, ...] | None = None
     source: str | None = field(default=None, compare=False)
     references: tuple[str, ...] = ()
+    task: str | None = field(default=None, compare=False)
     may_be_blank: ClassVar[bool] = False  # whether `input` may be blank
 
     def __post_init__(self) -> None:
@@ -51,6 +53,8 @@ class Demonstration:
                 raise TypeError(f"{name} must be a string, got {_show(value)}")
             if not value.strip() and not (self.may_be_blank and name == "input"):
                 raise ValueError(f"{name} must not be blank, got {value!r}")
+        if self.task is not None and not isinstance(self.task, str):
+            raise TypeError(f"task must be a string, got {_show(self.task)}")
         kinds = str if self.options is None else (str, int)
         if not isinstance(self.references, (list, tuple)) or not all(
             isinstance(r, kinds) and not isinstance(r, bool) for r in self.references
@@ -99,7 +103,8 @@ class ContentFree(Demonstration):
 
 
 def parse_demonstration(record: Any, source: str) -> Demonstration:
-    """A demonstration from a decoded JSON object with `input`, `output` and perhaps `options` and `references`.
+    """A demonstration from a decoded JSON object with `input`, `output` and perhaps `options`, `references` and
+    `task`.
 
     Other fields are ignored.
 
@@ -115,7 +120,8 @@ def parse_demonstration(record: Any, source: str) -> Demonstration:
     try:
         # MetaICL writes "options": [] for a task without options
         options = None if options == [] else options
-        return Demonstration(record["input"], record["output"], options, source, record.get("references") or ())
+        references, task = record.get("references") or (), record.get("task")
+        return Demonstration(record["input"], record["output"], options, source, references, task)
     except (TypeError, ValueError) as error:
         raise DataError(f"{source}: {error}") from None
 
