@@ -15,7 +15,7 @@ from ctkernels.tuning.evaluation.scoring import Scorer
 from ctkernels.tuning.objectives import OBJECTIVES, Forward, Weights
 from ctkernels.tuning.objectives.continuations import score_options
 from ctkernels.tuning.train import trainer
-from tests.tuning.runs import TOKENIZER, TRAINING, assert_same_bits, run
+from tests.tuning.runs import TOKENIZER, TRAINING, assert_same_bits, run, settings
 
 TASK = [
     Demonstration("red brick", "warm", ("warm", "ward", "cold", "w")),
@@ -63,7 +63,8 @@ def count_passes(model, work) -> tuple[list[int], list[int]]:
 
 
 def test_an_input_is_run_once():
-    """Tokens of the passes: the inputs and outputs, then the other options without their last tokens."""
+    """Tokens of the passes: the inputs and outputs, then the other options without their last tokens. The output head
+    runs on the columns that hold outputs."""
     model = make_model("llama")
     long = ("a" * 30, "b" * 20 + "x", "c" * 18)
     task = [Demonstration("z" * 40, long[0], long), Demonstration("y" * 40, "k", ("k", "m"))]
@@ -71,10 +72,14 @@ def test_an_input_is_run_once():
     prefix = KVPrefix.from_demonstrations(model, TOKENIZER, DEMONSTRATIONS)
     with prefix.attach(model) as attachment:
         forward = Forward(model, attachment, make_batch(rows, range(2), "padded"))
+        columns = []
+        handle = model.lm_head.register_forward_hook(lambda module, args, out: columns.append(out.shape[:2].numel()))
         tokens, positions = count_passes(model, lambda: score_options(forward, "mean"))
+        handle.remove()
     inputs = 42  # with both delimiters
     assert tokens[0] == inputs + 29 + inputs
     assert positions == [2 * (inputs + 29), 2 * 20]  # the branches have 20 and 17 tokens
+    assert columns == [2 * 30, 2 * 20]
     assert sum(tokens) < 0.6 * sum(inputs + len(option) - 1 for d in task for option in d.options)
 
 
