@@ -51,24 +51,29 @@ def load_model(options: ModelOptions) -> tuple[PreTrainedModel, PreTrainedTokeni
 
 
 def print_scores(results: Sequence[dict[str, Any]]) -> None:
-    """A table of evaluation results on stdout."""
+    """Tables of evaluation results on stdout: the scores, and for items with options plain and calibrated numbers."""
     from rich.console import Console
     from rich.table import Table
 
-    def shown(value: float | None) -> str:
-        return "-" if value is None else f"{value:.3f}"
-
-    names = ("score", "accuracy", "nll", "ece")  # each plain, then calibrated
-    columns = ("score", "calib.", "accuracy", "calib.", "NLL", "calib.", "ECE", "calib.")
-    table = Table(*("", "metric", *columns, "gold loss", "items", "start s", "eval s"))
+    table = Table(*("", "metric", "score", "accuracy", "gold loss", "items", "start s", "eval s"))
     for r in results:
-        both = [value for name in names for value in (r[name], (r["calibrated"] or {}).get(name))]
-        times = f"{r['seconds_start']:.1f}", f"{r['seconds_eval']:.1f}"
-        table.add_row(r["name"], r["metric"], *map(shown, both), f"{r['gold_loss']:.3f}", str(r["items"]), *times)
-    always = results[0]["majority"] if results else None
+        numbers = (f"{r['score']:.3f}", f"{r['accuracy']:.3f}", f"{r['gold_loss']:.3f}", str(r["items"]))
+        table.add_row(r["name"], r["metric"], *numbers, f"{r['seconds_start']:.1f}", f"{r['seconds_eval']:.1f}")
+    always = results[0]["majority"]
     if always is not None:
-        both = (always["score"], None, always["accuracy"], *[None] * 5)
-        table.add_row(
-            f"always {always['option']!r}", results[0]["metric"], *map(shown, both), "", str(results[0]["items"])
-        )
-    Console().print(table)
+        name, numbers = f"always {always['option']!r}", (f"{always['score']:.3f}", f"{always['accuracy']:.3f}")
+        table.add_row(name, results[0]["metric"], *numbers)
+    console = Console()
+    console.print(table)
+    if all(r["nll"] is None for r in results):
+        return
+
+    def both(r: dict[str, Any], name: str) -> str:
+        after = "-" if r["calibrated"] is None else f"{r['calibrated'][name]:.3f}"
+        return f"{r[name]:.3f} / {after}"
+
+    table = Table("", "calibrated by", "score", "accuracy", "NLL", "ECE", title="Options, plain / calibrated")
+    for r in results:
+        how = "-" if r["calibrated"] is None else r["calibrated"]["offsets"]["calibrate"]
+        table.add_row(r["name"], how, *(both(r, name) for name in ("score", "accuracy", "nll", "ece")))
+    console.print(table)

@@ -116,8 +116,8 @@ def demonstrations_prefix(run: Run[ContextStart]) -> KVPrefix:
     if start == "prefix-lm" and base is not None:
         raise ValueError("start='prefix-lm' encodes a context of its own alone, so that start_from must be None")
     base_length, base_end = (0, 0) if base is None else (base.length, base.first_position)
-    front = run.start_tokens if base is None else run.start_tokens[len(run.bos_tokens) :]
-    lead = torch.tensor([*front, *random_ids(run, run.settings.front_tokens)])
+    own = run.start_tokens if base is None else run.start_tokens[len(run.bos_tokens) :]
+    lead = torch.tensor([*own, *random_ids(run, run.settings.front_tokens)])
     lead = lead.long()  # an empty list has no integers
     first = len(run.start_tokens)
     body, segments = run.context.input_ids[first:], run.context.segments - first

@@ -1,7 +1,9 @@
 """Log-likelihoods of options that continue one input, which is run once.
 
-    pass 1   the rows, padded on the right, into a cache        _ x _ y          y: the row's own output
+    pass 1   the rows, padded on the left, into a cache         _ x _ y          y: the row's own output
     pass 2   branches behind them, from copies of the cache           z         z: another option
+
+Outputs at the ends of rows are then in the same columns, and the output head runs on no others.
 
 A branch is an option without its last token, which predicts nothing. It sees its row up to where the output begins, and
 the prefix under its row's mask. An option of one token needs no branch, nor does one that the output begins with.
@@ -81,10 +83,11 @@ def score_options(forward: Forward, score: Score) -> Scored:
     batch = forward.batch
     if batch.attention_mask is None:
         raise ValueError("options continue the rows of a padded batch, got a packed one")
-    whole, branches, sizes = _plan(batch)
+    whole, branches, sizes, labelled = _plan(batch)
     with _caching(forward.model):
         cache = DynamicCache()  # without a config every layer keeps all positions
-        logits = _run_rows(forward, cache).flatten(0, 1)[batch.label_index]
+        padding = batch.attention_mask.shape[1] - batch.attention_mask.sum(dim=1)
+        logits = _run_rows(forward, cache, padding, labelled)
         found, places = [whole.of(logits)], [*whole.places]
         for group in _groups(branches):
             reads = _Reads()
@@ -94,7 +97,7 @@ def score_options(forward: Forward, score: Score) -> Scored:
                     reads.logits.append(number * length + own)
                     reads.tokens.append(token)
                     reads.places.append(place)
-            found.append(reads.of(_run_branches(forward, cache, group).flatten(0, 1)))
+            found.append(reads.of(_run_branches(forward, cache, padding, group).flatten(0, 1)))
             places += reads.places
     order = torch.tensor(places, device=logits.device).argsort()
     labels, *tokens = torch.cat(found)[order].split([len(batch.labels), *sizes])
@@ -115,16 +118,18 @@ def score_options(forward: Forward, score: Score) -> Scored:
     )
 
 
-def _plan(batch: Batch) -> tuple[_Reads, list[_Branch], list[int]]:
-    """What to read of the rows themselves (first all labels, then tokens of options), the branches to run besides, and
-    the number of tokens of each option of each choice, in order."""
+def _plan(batch: Batch) -> tuple[_Reads, list[_Branch], list[int], list[tuple[int, int]]]:
+    """What to read of the rows themselves (first all labels, then tokens of options), the branches to run besides, the
+    number of tokens of each option of each choice, and the row and the position that predict each label, in order."""
     labels = batch.labels.tolist()
     whole = _Reads(list(range(len(labels))), labels, list(range(len(labels))))
     positions = batch.logit_positions[batch.label_index % len(batch.logit_positions)].tolist()
     branches: list[_Branch] = []
     sizes: list[int] = []
+    labelled: list[tuple[int, int]] = []
     first, place = 0, len(labels)  # of the row's labels; of the option's tokens
     for row, (choices, count) in enumerate(zip(batch.choices, batch.answer_sizes, strict=True)):
+        labelled += [(row, position) for position in positions[first : first + count]]
         for choice in choices:
             at = first + choice.at
             own = {tokens: _Branch(row, positions[at] + 1, tokens) for tokens in choice.branches()}
@@ -141,7 +146,7 @@ def _plan(batch: Batch) -> tuple[_Reads, list[_Branch], list[int]]:
                     place += 1
                 sizes.append(len(option))
         first += count
-    return whole, branches, sizes
+    return whole, branches, sizes, labelled
 
 
 def _groups(branches: Sequence[_Branch]) -> Iterator[list[_Branch]]:
@@ -156,26 +161,39 @@ def _groups(branches: Sequence[_Branch]) -> Iterator[list[_Branch]]:
         yield group
 
 
-def _run_rows(forward: Forward, cache: DynamicCache) -> Tensor:
-    """Logits `[B, U, V]` at the batch's `logit_positions`; the rows' keys and values go into the cache."""
+def _run_rows(forward: Forward, cache: DynamicCache, padding: Tensor, labelled: Sequence[tuple[int, int]]) -> Tensor:
+    """Logits `[M, V]` at a row and position each; the keys and values of the rows go into the cache.
+
+    padding: int `[B]`, the number of columns before each row.
+    """
     batch, model = forward.batch, forward.model
     forward.attachment.cu_seqlens = None
-    tokens = {"input_ids": batch.input_ids}
+    B, S = batch.input_ids.shape
+    position = torch.arange(S, device=padding.device) - padding[:, None]  # [B, S], of each column in its row
+    moved = torch.arange(B, device=padding.device)[:, None], position % S
+    tokens = {"input_ids": batch.input_ids[moved]}
     if forward.prompt is not None:
         embedded = model.get_input_embeddings()(batch.input_ids)
-        tokens = {"inputs_embeds": batch.with_prompt(embedded, forward.prompt.to(embedded.dtype))}
-    return model(
+        tokens = {"inputs_embeds": batch.with_prompt(embedded, forward.prompt.to(embedded.dtype))[moved]}
+    before = padding.tolist()
+    columns = [at + before[row] for row, at in labelled]
+    kept = {column: place for place, column in enumerate(sorted(set(columns)))}
+    logits = model(
         **tokens,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        logits_to_keep=batch.logit_positions,
+        attention_mask=(position >= 0).long(),
+        position_ids=position.clamp(min=0),
+        logits_to_keep=torch.tensor(list(kept), device=padding.device),
         past_key_values=cache,
         use_cache=True,
     ).logits
+    return logits[[row for row, _ in labelled], [kept[column] for column in columns]]
 
 
-def _run_branches(forward: Forward, cache: DynamicCache, branches: Sequence[_Branch]) -> Tensor:
-    """Logits `[N, L, V]` of branches of at most L tokens. What comes after a shorter one is seen by none of it."""
+def _run_branches(forward: Forward, cache: DynamicCache, padding: Tensor, branches: Sequence[_Branch]) -> Tensor:
+    """Logits `[N, L, V]` of branches of at most L tokens. What comes after a shorter one is seen by none of it.
+
+    padding: int `[B]`, the number of columns before each row in the cache.
+    """
     device = forward.batch.input_ids.device
     rows, starts = (torch.tensor([getattr(b, name) for b in branches], device=device) for name in ("row", "start"))
     input_ids = pad_sequence([torch.tensor(b.tokens) for b in branches], batch_first=True).to(device)
@@ -190,20 +208,20 @@ def _run_branches(forward: Forward, cache: DynamicCache, branches: Sequence[_Bra
             input_ids=input_ids,
             attention_mask=torch.cat((seen >= 0, seen.new_ones(N, L, dtype=torch.bool)), dim=1).long(),
             position_ids=starts[:, None] + own,
-            past_key_values=_copies(cache, rows, seen.clamp(min=0)),
+            past_key_values=_copies(cache, rows, seen.clamp(min=0) + padding[rows, None]),
             use_cache=True,
         ).logits
     finally:
         forward.attachment.mask = mask
 
 
-def _copies(cache: DynamicCache, rows: Tensor, positions: Tensor) -> DynamicCache:
-    """A cache with the keys and values of some rows, int `[N]`, at some positions of each, int `[N, T]`."""
+def _copies(cache: DynamicCache, rows: Tensor, columns: Tensor) -> DynamicCache:
+    """A cache with the keys and values of some rows, int `[N]`, at some columns of each, int `[N, T]`."""
     copied = copy.copy(cache)
     copied.layers = []
     for layer in cache.layers:
         new = DynamicLayer()
-        picked = rows.to(layer.keys.device)[:, None], positions.to(layer.keys.device)
+        picked = rows.to(layer.keys.device)[:, None], columns.to(layer.keys.device)
         # by indexing: its derivative adds in a fixed order on every device
         keys, values = (x.transpose(1, 2)[picked].transpose(1, 2) for x in (layer.keys, layer.values))
         new.lazy_initialization(keys, values)

@@ -1,5 +1,7 @@
 """Options behind an input that is run once: the same scores as run one by one, and no token more than needed."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -12,7 +14,8 @@ from ctkernels.tuning.data.formats import PairEncoder
 from ctkernels.tuning.evaluation.scoring import Scorer
 from ctkernels.tuning.objectives import OBJECTIVES, Forward, Weights
 from ctkernels.tuning.objectives.continuations import score_options
-from tests.tuning.runs import TOKENIZER, TRAINING, assert_same_bits, run
+from ctkernels.tuning.train import trainer
+from tests.tuning.runs import TOKENIZER, TRAINING, assert_same_bits, run, settings
 
 TASK = [
     Demonstration("red brick", "warm", ("warm", "ward", "cold", "w")),
@@ -60,7 +63,8 @@ def count_passes(model, work) -> tuple[list[int], list[int]]:
 
 
 def test_an_input_is_run_once():
-    """Tokens of the passes: the inputs and outputs, then the other options without their last tokens."""
+    """Tokens of the passes: the inputs and outputs, then the other options without their last tokens. The output head
+    runs on the columns that hold outputs."""
     model = make_model("llama")
     long = ("a" * 30, "b" * 20 + "x", "c" * 18)
     task = [Demonstration("z" * 40, long[0], long), Demonstration("y" * 40, "k", ("k", "m"))]
@@ -68,10 +72,14 @@ def test_an_input_is_run_once():
     prefix = KVPrefix.from_demonstrations(model, TOKENIZER, DEMONSTRATIONS)
     with prefix.attach(model) as attachment:
         forward = Forward(model, attachment, make_batch(rows, range(2), "padded"))
+        columns = []
+        handle = model.lm_head.register_forward_hook(lambda module, args, out: columns.append(out.shape[:2].numel()))
         tokens, positions = count_passes(model, lambda: score_options(forward, "mean"))
+        handle.remove()
     inputs = 42  # with both delimiters
-    assert tokens == [inputs + 29 + inputs, 20 + 17]
-    assert positions == [2 * (inputs + 29), 2 * 20]  # padding is less than half
+    assert tokens[0] == inputs + 29 + inputs
+    assert positions == [2 * (inputs + 29), 2 * 20]  # the branches have 20 and 17 tokens
+    assert columns == [2 * 30, 2 * 20]
     assert sum(tokens) < 0.6 * sum(inputs + len(option) - 1 for d in task for option in d.options)
 
 
@@ -88,8 +96,8 @@ def test_checkpointed_layers_keep_the_gradient():
 @pytest.mark.parametrize("name", TRAINING)
 def test_every_method_learns_to_choose(name):
     """And micro-batches do not matter."""
-    model = make_model("llama")
-    options = {"objective": "options", "epochs": 4, "lr": 3e-2 if name != "cpt" else 1e-2}
+    model = make_model("llama", num_hidden_layers=2)
+    options = {"objective": "options", "epochs": 3, "lr": 3e-2 if name != "cpt" else 1e-2}
     if name == "cpt":
         options["radius"] = 100.0
     whole = run(name, model, TASK, options)
@@ -115,6 +123,19 @@ def test_an_objective_that_reads_options_needs_some():
         run("ct-kv", model, words, {"objective": name, "layout": "padded"}) for name in ("answers", "mixed")
     )
     assert [r.loss for r in mixed.history] == pytest.approx([r.loss for r in answers.history], abs=1e-6)
+
+
+def test_processes_that_share_weights_and_rows_are_refused(monkeypatch):
+    """They meet in every pass of the model, and would wait for one another where their options need other passes."""
+    monkeypatch.setattr(trainer, "is_sharded", lambda model: True)
+    learner = SimpleNamespace(parameters=lambda: {"x": torch.nn.Parameter(torch.ones(1))})
+    for size in (1, 2):
+        ranks = SimpleNamespace(size=size)
+        trainer._Loop(None, learner, settings("ct-kv"), ranks)
+        if size == 1:
+            trainer._Loop(None, learner, settings("ct-kv", objective="mixed"), ranks)
+    with pytest.raises(ValueError, match=r"^objective='options' runs a model as often as its options need, and"):
+        trainer._Loop(None, learner, settings("ct-kv", objective="options"), ranks)
 
 
 def test_options_that_the_first_token_does_not_tell_apart():
