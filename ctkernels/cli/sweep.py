@@ -42,6 +42,8 @@ class SweepConfig(ModelOptions):
     """Seeds, apart or joined by commas; a seed picks the demonstrations and is the seed of training."""
     out: Path | None = None
     """Folder of the results (required)."""
+    start_from: Path | None = None
+    """Folder of another task's adapter, from which methods with transferred=true start (ct-kv:transferred=true)."""
     split: Split = "test"
     """Which items are scored; settings are chosen on validation."""
     limit: int | None = None
@@ -88,6 +90,7 @@ def sweep_command(line: CommandLine) -> None:
     sweep = make_sweep(config)
 
     from ctkernels.cli.view import SweepView
+    from ctkernels.tuning.adapters.adapter import Adapter
     from ctkernels.tuning.evaluation.sweep.figures import write_figures
     from ctkernels.tuning.evaluation.sweep.report import make_report
     from ctkernels.tuning.evaluation.sweep.run import run_sweep
@@ -98,6 +101,8 @@ def sweep_command(line: CommandLine) -> None:
     workers = Workers()
     try:
         model, tokenizer = load_model(replace(config, device=local_device(config.device)))
+        if config.start_from is not None:
+            sweep = replace(sweep, start_from=Adapter.from_pretrained(config.start_from, model, tokenizer))
 
         def accepted() -> None:
             if workers.rank == 0:
@@ -147,6 +152,11 @@ def make_sweep(config: SweepConfig) -> Sweep:
         spec.settings(config.preset, **common)  # refuses what cannot be used
     if config.orders < 1:
         raise UsageError(f"orders must be at least 1, got {config.orders}")
+    transferred = [str(spec) for spec in specs if spec.protocol.transferred]
+    if transferred and config.start_from is None:
+        raise UsageError(f"{transferred[0]} needs start_from, the folder of another task's adapter (--start-from)")
+    if config.start_from is not None and not transferred:
+        raise UsageError("start_from is for methods with transferred=true, such as ct-kv:transferred=true; got none")
     noises = _shares(config.noise)
     specs = list(dict.fromkeys(variant for spec in specs for variant in spec.variants(noises, config.orders)))
     folder = suite.folder(config.data_dir)

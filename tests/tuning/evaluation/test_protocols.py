@@ -14,6 +14,7 @@ from ctkernels.tuning.data.demonstrations import DataError, Demonstration
 from ctkernels.tuning.data.perturb import noisy, ordered
 from ctkernels.tuning.data.suites import get_suite
 from ctkernels.tuning.evaluation.evaluate import EvalResult, ensemble
+from ctkernels.tuning.evaluation.sweep.cells import SweepError
 from ctkernels.tuning.evaluation.sweep.protocols import OrderSpread, Protocol, noise_scores, order_spreads
 from ctkernels.tuning.evaluation.sweep.report import make_report
 from ctkernels.tuning.evaluation.sweep.run import Sweep, run_sweep
@@ -174,6 +175,24 @@ def test_generated_answers_of_an_ensemble_vote(model, folder, tmp_path, monkeypa
     assert result.predictions[:2] == ["c", "b"] and result.nll is None
 
 
+def test_transferred_methods_start_from_the_sweeps_adapter(model, folder, tmp_path):
+    other = tune(model, TOKENIZER, DEMONSTRATIONS[:2], "ct-kv", MethodSpec.parse("ct-kv:epochs=1").settings()).adapter
+    words = ("ct-kv:epochs=0", "ct-kv:epochs=0:transferred=true")
+    sweep = sweep_of(folder, tmp_path / "out", *words, start_from=other)
+    plain, moved = run_sweep(model, TOKENIZER, sweep, Workers(), Quiet())
+    assert (plain.error, moved.error) == (None, None) and "start_from" not in plain.run
+    settings = MethodSpec.parse(words[0]).settings(seed=13)
+    by_hand = tune(model, TOKENIZER, DEMONSTRATIONS, "ct-kv", settings, start_from=other).adapter
+    assert moved.gold_loss == by_hand.evaluate(model, TOKENIZER, DEMONSTRATIONS).gold_loss != plain.gold_loss
+    third = tune(model, TOKENIZER, DEMONSTRATIONS[2:], "ct-kv", settings).adapter
+    with pytest.raises(SweepError, match="belongs to another sweep: start_from was"):
+        run_sweep(model, TOKENIZER, replace(sweep, start_from=third), Workers(), Quiet())
+    (failed,) = run_sweep(model, TOKENIZER, sweep_of(folder, tmp_path / "b", words[1]), Workers(), Quiet())
+    assert "transferred=true needs start_from, another task's adapter, got none" in failed.error
+    with pytest.raises(ValueError, match="icl starts from nothing but its own task, so that"):
+        MethodSpec.parse("icl:transferred=true")
+
+
 def test_the_tables_of_the_report():
     scores = {
         "icl": {("a", 1): 0.5, ("b", 1): 0.7},
@@ -204,6 +223,14 @@ def test_a_sweep_from_the_command_line(model, folder, tmp_path, capsys):
     for flags, message in (
         (["--noise", "much"], "noise must be numbers, such as 0,0.2,0.4, got 'much'"),
         (["--noise", "2"], "noise must be in [0, 1], got 2.0"),
+        (
+            ["--start-from", "x"],
+            "start_from is for methods with transferred=true, such as",
+        ),
+        (
+            ["--methods", "ct-kv:transferred=true"],
+            "ct-kv:transferred=true needs start_from, the folder of",
+        ),
         (["--orders", "0"], "orders must be at least 1, got 0"),
     ):
         assert cli.run([*argv, *flags]) == 2

@@ -103,7 +103,7 @@ def test_defaults_and_overrides():
     assert (both.lr, both.epochs, both.batch_rows, both.ttt_lr, both.ttt_epochs) == (3e-3, 8, None, 1e-4, 8)
     starts = {name: method.settings().start for name, method in METHODS.items() if "start" in method.reads}
     assert starts == {"ct-kv": "context", "ttt+ct-kv": "context"} | dict.fromkeys(
-        ("prompt-tuning", "prefix-tuning", "ipt"), "vocabulary"
+        ("prompt-tuning", "prefix-tuning", "meta-prefix", "ipt"), "vocabulary"
     )
 
 

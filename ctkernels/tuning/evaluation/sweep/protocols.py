@@ -1,8 +1,9 @@
-"""What a sweep does to demonstrations before a method sees them: wrong answers, other orders, several orders at once.
+"""What a sweep gives to a method: demonstrations with wrong answers, in other orders, in several orders at once.
 
     ct-kv:noise=0.2           one in five demonstrations has a wrong answer
     ct-kv:order=3             the third of some random orders
     ct-kv:ensemble=4          four orders are tuned and evaluated, and their losses averaged
+    ct-kv:transferred=true    behind the prefix of another task, that of the sweep's `start_from`
 
 Each is part of a method's word, so that it is a row of the report and has cells of its own.
 """
@@ -20,12 +21,13 @@ from ctkernels.tuning.data.perturb import noisy, ordered
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is done to the demonstrations of a cell.
+    """What is done to the demonstrations of a cell, and what the method starts from.
 
     Args:
         noise: share of the demonstrations that get a wrong answer, in [0, 1].
         order: number of a random order of the demonstrations; 0 is the task's own.
         ensemble: orders that are tuned and evaluated; the option losses are averaged, generated answers vote.
+        transferred: start from the sweep's adapter of another task.
 
     Raises:
         ValueError: a value out of its range; an order for an ensemble, which has several.
@@ -34,6 +36,7 @@ class Protocol:
     noise: float = 0.0
     order: int = 0
     ensemble: int = 1
+    transferred: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.noise <= 1:

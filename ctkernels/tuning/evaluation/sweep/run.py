@@ -7,10 +7,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ctkernels.tuning.adapters.adapter import Adapter
 from ctkernels.tuning.adapters.prefix import tokenizer_hash
 from ctkernels.tuning.data.demonstrations import DataError, Demonstration
 from ctkernels.tuning.data.metrics import score_predictions
@@ -23,7 +24,7 @@ from ctkernels.tuning.evaluation.sweep.spec import MethodSpec
 from ctkernels.tuning.evaluation.sweep.workers import Workers
 from ctkernels.tuning.hf.models import find_decoder
 from ctkernels.tuning.methods.settings import SETTINGS
-from ctkernels.tuning.methods.tune import tune
+from ctkernels.tuning.methods.tune import adapter_fingerprint, tune
 from ctkernels.tuning.train.checkpoint import changes, model_fingerprint
 from ctkernels.tuning.train.options import RENAMED, Options
 from ctkernels.tuning.train.trainer import EpochRecord
@@ -41,6 +42,7 @@ class Sweep:
     common: settings of all methods; those of a `MethodSpec` replace them.
     calibrate: how the offsets of the calibrated scores are found, for tasks whose items share their options.
     text_format: fields of `TextFormat` that replace those of the suite.
+    start_from: another task's adapter for the methods that are `transferred`.
     """
 
     suite: Suite
@@ -56,6 +58,7 @@ class Sweep:
     common: dict[str, Any] = field(default_factory=dict)
     calibrate: Calibrate = "none"
     text_format: dict[str, Any] = field(default_factory=dict)
+    start_from: Adapter | None = None
 
     def cells(self) -> list[Cell]:
         """All cells, ordered by seed first, so that early results cover all tasks and methods."""
@@ -78,6 +81,17 @@ class Sweep:
         """How the scores of a task are calibrated."""
         generates = task.by == "generation" or task.views
         return "none" if generates or not share_options(self.items(task)) else self.calibrate
+
+    @cached_property
+    def origin(self) -> str:
+        """A hash of the adapter that transferred methods start from.
+
+        Raises:
+            DataError: there is none.
+        """
+        if self.start_from is None:
+            raise DataError("transferred=true needs start_from, another task's adapter, got none")
+        return adapter_fingerprint(self.start_from)
 
     def settings(self, cell: Cell, task: Task) -> Options:
         """The settings of a cell. If answers are generated, methods that train also learn where an answer ends."""
@@ -183,6 +197,7 @@ def _fit_and_score(
     settings = sweep.settings(cell, task)
     items = sweep.items(task)
     protocol, seed = cell.spec.protocol, cell.seed
+    origin = {"start_from": sweep.start_from} if protocol.transferred else {}
     views = [(train, items, task.undo) for train in protocol.apply(task.train, seed)]
     labels = [pair.output for pair in views[0][0] if pair.options]
     for view in task.views:
@@ -194,7 +209,7 @@ def _fit_and_score(
     predictions: list[list[str | None]] = []
     for train, turned, undo in views:
         started, cpu_started = time.perf_counter(), time.process_time()
-        tuned = tune(model, tokenizer, train, cell.spec.name, settings, task.text_format)
+        tuned = tune(model, tokenizer, train, cell.spec.name, settings, task.text_format, **origin)
         ready, cpu_ready = time.perf_counter(), time.process_time()
         scores.append(
             tuned.adapter.evaluate(
@@ -278,6 +293,7 @@ def _identity(sweep: Sweep, cell: Cell, task: Task, model_id: dict[str, str]) ->
         "views": len(task.views) + 1,
         "calibrate": sweep.calibration(task),
         **cell.spec.protocol.changed(),
+        **({"start_from": sweep.origin} if cell.spec.protocol.transferred else {}),
     }
 
 

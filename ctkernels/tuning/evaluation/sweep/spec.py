@@ -58,6 +58,8 @@ class MethodSpec:
         spec.settings()  # checks the values' ranges
         if spec.protocol.changed() and not spec.method.needs_demonstrations:
             raise ValueError(f"{text}: {name} sees no demonstrations, to which {', '.join(protocol)} could be done")
+        if spec.protocol.transferred and spec.method.transfers == "nothing":
+            raise ValueError(f"{text}: {name} starts from nothing but its own task, so that nothing can be transferred")
         return spec
 
     def variants(self, noises: Sequence[float], orders: int) -> list[MethodSpec]:
