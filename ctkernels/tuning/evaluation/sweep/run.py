@@ -284,7 +284,8 @@ def _check_finished(sweep: Sweep, cell: Cell, model_id: dict[str, str]) -> None:
 def _identity(sweep: Sweep, cell: Cell, task: Task, model_id: dict[str, str]) -> dict[str, Any]:
     """Everything that the numbers of a cell depend on, by name, except the attention backend and batch sizes."""
     settings = asdict(sweep.settings(cell, task))
-    data = [(d.input, d.output, d.options, d.references) for d in (*task.train, *sweep.items(task))]
+    seen = [pair for train in cell.spec.protocol.apply(task.train, cell.seed) for pair in train]
+    data = [(d.input, d.output, d.options, d.references) for d in (*seen, *sweep.items(task))]
     return {
         **model_id,
         **{name: value for name, value in settings.items() if name not in ("backend", "max_tokens", "layout")},
