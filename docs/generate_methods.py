@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the tables of docs/methods.md from the tables of methods, settings, presets and suites.
+"""Writes the tables of docs/methods.md from the tables of methods, objectives, settings, presets and suites.
 
 python docs/generate_methods.py            writes the tables
 python docs/generate_methods.py --check    fails if they are not what it would write
@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 from ctkernels.tuning.data.suites import SUITES  # noqa: E402
 from ctkernels.tuning.methods import METHODS, PRESETS  # noqa: E402
 from ctkernels.tuning.methods.settings import SETTINGS, Setting  # noqa: E402
+from ctkernels.tuning.objectives import OBJECTIVES  # noqa: E402
 
 PAGE = ROOT / "docs" / "methods.md"
 
@@ -40,6 +41,16 @@ def methods() -> str:
         trains, start = (x.replace("lora", "LoRA") for x in (method.trains, method.transfers))
         rows.append([f"`{name}`", method.summary, trains, start, str(method.needs_demonstrations), links])
     return table(["method", "what it is", "trains", "`start_from` brings", "demonstrations, at least", "source"], rows)
+
+
+def objectives() -> str:
+    """One line per objective, with its file."""
+    rows = []
+    for name, objective in OBJECTIVES.items():
+        file = sys.modules[objective.losses.__module__].__name__.replace(".", "/") + ".py"
+        reads = {"none": "no", "optional": "where there are some", "required": "yes"}[objective.choices]
+        rows.append([f"`{name}`", objective.summary, reads, f"[{Path(file).name}](../{file})"])
+    return table(["objective", "what is minimised", "needs options", "source"], rows)
 
 
 def settings() -> str:
@@ -88,7 +99,8 @@ def suites() -> str:
 
 def page(text: str) -> str:
     """The page with its tables written anew, each between `<!-- NAME -->` and `<!-- /NAME -->`."""
-    for name, write in (("methods", methods), ("settings", settings), ("presets", presets), ("suites", suites)):
+    for write in (methods, objectives, settings, presets, suites):
+        name = write.__name__
         start, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
         before, _, rest = text.partition(start)
         _, found, after = rest.partition(end)

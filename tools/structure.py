@@ -31,8 +31,13 @@ ORDER = (
     ("ctkernels.tuning.digest", "ctkernels.tuning.storage"),
     ("ctkernels.tuning.data",),
     ("ctkernels.tuning.hf",),
-    ("ctkernels.tuning.evaluation.scoring", "ctkernels.tuning.evaluation.evaluate"),  # of any prefix
+    (  # of any prefix
+        "ctkernels.tuning.evaluation.scoring",
+        "ctkernels.tuning.evaluation.calibration",
+        "ctkernels.tuning.evaluation.evaluate",
+    ),
     ("ctkernels.tuning.adapters",),
+    ("ctkernels.tuning.objectives",),
     ("ctkernels.tuning.train",),
     ("ctkernels.tuning.methods",),
     ("ctkernels.tuning.evaluation",),

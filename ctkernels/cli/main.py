@@ -139,10 +139,13 @@ def eval_command(argv: list[str]) -> None:
         raise UsageError("give methods (such as zero-shot icl ct-kv) or prefix (saved folders), or both")
     if config.limit is not None and config.limit < 1:
         raise UsageError(f"limit must be at least 1, got {config.limit}")
+    if config.keep_offsets and (config.calibrate in (None, "none") or not config.prefix):
+        raise UsageError("keep_offsets stores what calibrate finds in folders of prefix; give both")
     settings, given = config.settings_of_each(config.methods), config.given()
     items = config.load("test", config.test)[: config.limit]
     needs_train = any(METHODS[name].needs_demonstrations for name in config.methods)
     demonstrations = config.load("train", config.train) if needs_train else []
+    validation = config.load("dev", config.dev) if config.calibrate == "dev" else []
     model, tokenizer = load_model(config)
 
     from ctkernels.cli.progress import epoch_bar
@@ -170,7 +173,13 @@ def eval_command(argv: list[str]) -> None:
             max_tokens=given.get("max_tokens", Options.max_tokens),
             max_new_tokens=config.max_new_tokens,
             backend=given.get("backend"),
+            score=given.get("score"),
+            calibrate=config.calibrate,
+            validation=validation,
         )
+        if config.keep_offsets and isinstance(name, Path) and scores.calibrated is not None:
+            # read again: loaded for this model, its tensors may have another type
+            replace(Adapter.from_pretrained(name), offsets=scores.calibrated.offsets).save_pretrained(name)
         seconds = {"seconds_start": ready - started, "seconds_eval": time.perf_counter() - ready}
         results.append({"name": str(name), **asdict(scores), **seconds})
     print_scores(results)

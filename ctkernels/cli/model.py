@@ -51,7 +51,7 @@ def load_model(options: ModelOptions) -> tuple[PreTrainedModel, PreTrainedTokeni
 
 
 def print_scores(results: Sequence[dict[str, Any]]) -> None:
-    """A table of evaluation results on stdout."""
+    """Tables of evaluation results on stdout: the scores, and for items with options plain and calibrated numbers."""
     from rich.console import Console
     from rich.table import Table
 
@@ -59,4 +59,21 @@ def print_scores(results: Sequence[dict[str, Any]]) -> None:
     for r in results:
         numbers = (f"{r['score']:.3f}", f"{r['accuracy']:.3f}", f"{r['gold_loss']:.3f}", str(r["items"]))
         table.add_row(r["name"], r["metric"], *numbers, f"{r['seconds_start']:.1f}", f"{r['seconds_eval']:.1f}")
-    Console().print(table)
+    always = results[0]["majority"]
+    if always is not None:
+        name, numbers = f"always {always['option']!r}", (f"{always['score']:.3f}", f"{always['accuracy']:.3f}")
+        table.add_row(name, results[0]["metric"], *numbers)
+    console = Console()
+    console.print(table)
+    if all(r["nll"] is None for r in results):
+        return
+
+    def both(r: dict[str, Any], name: str) -> str:
+        after = "-" if r["calibrated"] is None else f"{r['calibrated'][name]:.3f}"
+        return f"{r[name]:.3f} / {after}"
+
+    table = Table("", "calibrated by", "score", "accuracy", "NLL", "ECE", title="Options, plain / calibrated")
+    for r in results:
+        how = "-" if r["calibrated"] is None else r["calibrated"]["offsets"]["calibrate"]
+        table.add_row(r["name"], how, *(both(r, name) for name in ("score", "accuracy", "nll", "ece")))
+    console.print(table)

@@ -13,6 +13,7 @@ from ctkernels.cli.parse import Unset, UsageError
 from ctkernels.tuning.adapters.peft_export import Kind
 from ctkernels.tuning.data.demonstrations import Demonstration, load_jsonl, load_metaicl
 from ctkernels.tuning.data.formats import TextFormat
+from ctkernels.tuning.evaluation.calibration import Calibrate
 from ctkernels.tuning.methods import METHODS, PRESETS, get_method
 from ctkernels.tuning.methods.settings import SETTINGS, Setting
 from ctkernels.tuning.train.options import Options, either
@@ -20,7 +21,8 @@ from ctkernels.tuning.train.options import Options, either
 _NAMES = either(tuple(METHODS))
 _FREE = f"No --train for {either([name for name, m in METHODS.items() if not m.needs_demonstrations])} alone."
 PresetName = Annotated[
-    str | None, arg(help=f"The paper's settings for {either(tuple(PRESETS))}; default: the method's own.")
+    str | None,
+    arg(help=f"The paper's settings for {either(tuple(PRESETS))}; the suite bbh also takes its text format."),
 ]
 
 
@@ -58,12 +60,16 @@ class DataOptions:
     """Most tokens of one input/output pair; a longer input loses its end."""
     bos: bool | None = None
     """Start with the BOS token; default: as the tokenizer does."""
+    instruction: str = ""
+    """Text before all demonstrations."""
+    template: str = ""
+    """Text around an input and before an output, such as "Q: {input} A: {output}"; default: the delimiter."""
 
     def text_format(self) -> TextFormat:
         """How pairs become tokens."""
-        return TextFormat(self.delimiter, self.max_pair_tokens, self.bos)
+        return TextFormat(self.delimiter, self.max_pair_tokens, self.bos, self.instruction, self.template)
 
-    def load(self, split: Literal["train", "test"], file: Path | None) -> list[Demonstration]:
+    def load(self, split: Literal["train", "dev", "test"], file: Path | None) -> list[Demonstration]:
         """The pairs of a split, from `file` or the MetaICL folder."""
         if (file is None) == (self.metaicl is None):
             raise UsageError(f"give either {split} (a JSONL file) or metaicl (a folder), and not both")
@@ -156,6 +162,13 @@ class EvalConfig(TrainOptions, DataOptions, ModelOptions):
     """Folders of saved prefixes to evaluate, with the text format they were tuned with."""
     by: Literal["options", "generation"] | None = None
     """How to evaluate; default: by options if every item has some."""
+    calibrate: Calibrate | None = None
+    """Report scores with an offset for each option, too: its mean loss over the test inputs (batch) or over inputs
+    without content (content-free), or fitted to validation items (dev); default: offsets stored with a prefix."""
+    dev: Path | None = None
+    """JSONL of the validation items that --calibrate=dev reads."""
+    keep_offsets: bool = False
+    """Store the offsets that --calibrate finds in the folders of --prefix, for later evaluations."""
     max_new_tokens: int = 32
     """Longest generated answer."""
     limit: int | None = None

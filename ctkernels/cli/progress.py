@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 def epoch_bar(settings: Options, enabled: bool | None = None) -> Iterator[Callable[[EpochRecord, nn.Module], None]]:
     """Yield an `on_epoch` callback that moves a bar on stderr; `enabled=None` shows it if stderr is a terminal."""
     epochs = getattr(settings, "epochs", 0)  # a method that trains nothing has none
+    if getattr(settings, "steps", None) is not None:
+        epochs = None  # as many as the steps need, which depends on the number of rows
     if not (sys.stderr.isatty() if enabled is None else enabled):
         yield lambda record, module: None
         return

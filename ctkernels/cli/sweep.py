@@ -11,8 +11,10 @@ from tyro.conf import arg
 
 from ctkernels.cli.options import ModelOptions, PresetName
 from ctkernels.cli.parse import CommandLine, FailedRun, UsageError, as_yaml
+from ctkernels.tuning.data.formats import Score
 from ctkernels.tuning.data.suites import SUITES, SuiteOptions, get_suite
 from ctkernels.tuning.data.suites.base import Split
+from ctkernels.tuning.evaluation.calibration import Calibrate
 from ctkernels.tuning.evaluation.sweep.spec import MethodSpec, split_words
 from ctkernels.tuning.train.options import Options, either
 
@@ -40,12 +42,18 @@ class SweepConfig(ModelOptions):
     """Seeds, apart or joined by commas; a seed picks the demonstrations and is the seed of training."""
     out: Path | None = None
     """Folder of the results (required)."""
+    start_from: Path | None = None
+    """Folder of another task's adapter, from which methods with transferred=true start (ct-kv:transferred=true)."""
     split: Split = "test"
     """Which items are scored; settings are chosen on validation."""
     limit: int | None = None
     """Score only the first so many items of each task."""
     shots: int | None = None
-    """Demonstrations of each task; default: the suite's own number."""
+    """Demonstrations of each task, drawn by class where all items share their options; default: the suite's own."""
+    noise: tuple[str, ...] = ("0",)
+    """Shares of demonstrations with a wrong answer, apart or joined by commas (0,0.2,0.4); methods run with each."""
+    orders: int = 1
+    """Run each method with so many orders of its demonstrations: their own, and random ones."""
     views: Literal[1, 2, 4, 8] = 1
     """Geometric views of each task that vote, where the suite has some (arc)."""
     delimiter: str | None = None
@@ -53,6 +61,13 @@ class SweepConfig(ModelOptions):
     bos: bool | None = None
     """Start with the BOS token; default: as the tokenizer does."""
     preset: PresetName = None
+    score: Score = Options.score
+    """What an option's loss is: mean or sum over its tokens, or that of its first token; where a method does not say so
+    itself."""
+    calibrate: Calibrate = "none"
+    """Report calibrated scores, too, where all items of a task share their options: an offset for each option is its
+    mean loss over the test inputs (batch) or over inputs without content (content-free), or fitted to validation items
+    (dev)."""
     epochs: int | None = None
     """Epochs of all methods that train, where a method does not say so itself."""
     max_tokens: int = Options.max_tokens
@@ -75,6 +90,7 @@ def sweep_command(line: CommandLine) -> None:
     sweep = make_sweep(config)
 
     from ctkernels.cli.view import SweepView
+    from ctkernels.tuning.adapters.adapter import Adapter
     from ctkernels.tuning.evaluation.sweep.figures import write_figures
     from ctkernels.tuning.evaluation.sweep.report import make_report
     from ctkernels.tuning.evaluation.sweep.run import run_sweep
@@ -85,6 +101,8 @@ def sweep_command(line: CommandLine) -> None:
     workers = Workers()
     try:
         model, tokenizer = load_model(replace(config, device=local_device(config.device)))
+        if config.start_from is not None:
+            sweep = replace(sweep, start_from=Adapter.from_pretrained(config.start_from, model, tokenizer))
 
         def accepted() -> None:
             if workers.rank == 0:
@@ -122,14 +140,25 @@ def make_sweep(config: SweepConfig) -> Sweep:
         raise UsageError(f"views are for grids, the suite {grids}; got {config.views} with {suite.name}")
     if config.limit is not None and config.limit < 1:
         raise UsageError(f"limit must be at least 1, got {config.limit}")
+    if config.calibrate == "dev" and config.split == "validation":
+        raise UsageError("calibrate=dev fits offsets to the validation items, and these are scored; take split=test")
     specs = [MethodSpec.parse(word) for word in split_words(config.methods)]
     if not specs:
         raise UsageError("give methods, such as icl,prefix-tuning,ct-kv")
-    common: dict[str, Any] = {"max_tokens": config.max_tokens, "backend": config.backend}
+    common: dict[str, Any] = {"max_tokens": config.max_tokens, "backend": config.backend, "score": config.score}
     if config.epochs is not None:
         common["epochs"] = config.epochs
     for spec in specs:
         spec.settings(config.preset, **common)  # refuses what cannot be used
+    if config.orders < 1:
+        raise UsageError(f"orders must be at least 1, got {config.orders}")
+    transferred = [str(spec) for spec in specs if spec.protocol.transferred]
+    if transferred and config.start_from is None:
+        raise UsageError(f"{transferred[0]} needs start_from, the folder of another task's adapter (--start-from)")
+    if config.start_from is not None and not transferred:
+        raise UsageError("start_from is for methods with transferred=true, such as ct-kv:transferred=true; got none")
+    noises = _shares(config.noise)
+    specs = list(dict.fromkeys(variant for spec in specs for variant in spec.variants(noises, config.orders)))
     folder = suite.folder(config.data_dir)
     text_format: dict[str, Any] = {"bos": config.bos}
     if config.delimiter is not None:
@@ -143,11 +172,22 @@ def make_sweep(config: SweepConfig) -> Sweep:
         out=config.out,
         split=config.split,
         limit=config.limit,
-        options=SuiteOptions(config.shots, config.views),
+        options=SuiteOptions(config.shots, config.views, config.preset),
         preset=config.preset,
         common=common,
+        calibrate=config.calibrate,
         text_format=text_format,
     )
+
+
+def _shares(words: Sequence[str]) -> list[float]:
+    try:
+        shares = [float(word) for word in split_words(tuple(words))]
+    except ValueError:
+        raise UsageError(f"noise must be numbers, such as 0,0.2,0.4, got {', '.join(words)!r}") from None
+    if not shares:
+        raise UsageError("noise must name at least one share, such as 0")
+    return shares
 
 
 def _seeds(words: Sequence[str]) -> list[int]:

@@ -93,7 +93,8 @@ def one_line(cell: Cell, result: CellResult) -> str:
     if result.error is not None:
         return f"{cell}: no result: {result.error}"
     metric = result.metric.replace("_", " ")
-    numbers = f"{metric} {100 * result.score:.1f}, gold loss {result.gold_loss:.3f}"
+    after = "" if result.calibrated is None else f" (calibrated {100 * result.calibrated['score']:.1f})"
+    numbers = f"{metric} {100 * result.score:.1f}{after}, gold loss {result.gold_loss:.3f}"
     return f"{cell}: {numbers}, {result.seconds:.1f} s + {result.seconds_eval:.1f} s"
 
 

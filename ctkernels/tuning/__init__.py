@@ -22,6 +22,7 @@ _HOMES = {
         "load_metaicl",
     ),
     "train.distributed": ("PeerError",),
+    "evaluation.calibration": ("Offsets",),
     "evaluation.evaluate": ("EvalResult", "evaluate_prefix"),
     "methods": ("METHODS", "PRESETS", "Method", "get_method"),
     "adapters.peft_export": ("export_peft",),

@@ -87,6 +87,40 @@ def test_eval_of_methods_and_saved_prefixes(files, tmp_path, capsys):
     assert json.loads(out.read_text())["results"][0]["gold_loss"] == results[3]["gold_loss"]
 
 
+def test_calibrated_scores_and_offsets_that_are_kept(files, tmp_path, capsys):
+    assert cli.run(tune_arguments(files, tmp_path / "run", "--epochs", "1", "--objective", "options")) == 0
+    prefix, out = f"{tmp_path}/run/prefix", tmp_path / "scores.json"
+    arguments = ["eval", "--model", f"{files}/model", "--test", f"{files}/test.jsonl", "--out", str(out)]
+    dev = ["--calibrate", "dev", "--dev", f"{files}/train.jsonl"]
+    found = {}
+    for name, more in {
+        "none": [],
+        "batch": ["--calibrate", "batch"],
+        "dev": dev,
+        "kept": [*dev, "--keep-offsets"],
+    }.items():
+        assert cli.run([*arguments, "--prefix", prefix, *more]) == 0
+        (found[name],) = json.loads(out.read_text())["results"]
+    assert "give either dev (a JSONL file) or metaicl" in complaint(
+        capsys_clear(capsys), [*arguments, "--prefix", prefix, *dev[:2]]
+    )
+    assert found["none"]["calibrated"] is None and found["none"]["majority"]["option"] == "warm"
+    assert found["batch"]["calibrated"]["offsets"] != found["dev"]["calibrated"]["offsets"]
+    assert found["kept"]["calibrated"] == found["dev"]["calibrated"]
+    assert (
+        len({json.dumps([r["predictions"], r["nll"], r["gold_loss"]]) for r in found.values()}) == 1
+    )  # plain: the same
+    capsys.readouterr()
+    assert cli.run([*arguments, "--prefix", prefix]) == 0  # what was stored
+    (stored,) = json.loads(out.read_text())["results"]
+    assert stored["calibrated"] == found["dev"]["calibrated"]
+    table = capsys.readouterr().out
+    assert f"{stored['nll']:.3f} / {stored['calibrated']['nll']:.3f}" in table and "always 'warm'" in table
+    assert cli.run([*arguments, "--prefix", prefix, "--score", "sum"]) == 0
+    (other,) = json.loads(out.read_text())["results"]
+    assert other["calibrated"] is None and other["nll"] != stored["nll"] and other["gold_loss"] == stored["gold_loss"]
+
+
 def test_metaicl_folder(files, tmp_path):
     (tmp_path / "warmth").mkdir()
     for split in ("train", "test"):
@@ -126,12 +160,13 @@ def test_env_names_every_backend_and_says_why_not(capsys, monkeypatch):
         (["tune", "--config", "/no/such.yaml"], "cannot read /no/such.yaml: No such file"),
         (["tune"], "out is required"),
         (["tune", "--out", "x", "--method", "ctkv"], "did you mean 'ct-kv'?"),
-        (["tune", "--out", "x", "--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["tune", "--out", "x", "--epochs", "-1"], "epochs must be at least 0, got -1"),
         (["tune", "--out", "x"], "give either train (a JSONL file) or metaicl (a folder), and not both"),
         (["tune", "--out", "x", "--metaicl", "."], "metaicl needs task"),
         (["tune", "--out", "x", "--train", "/no/such.jsonl"], "cannot read /no/such.jsonl: No such file"),
         (["eval", "--test", "x"], "give methods (such as zero-shot icl ct-kv) or prefix"),
         (["eval", "--test", "x", "--methods", "icl", "--limit", "-5"], "limit must be at least 1, got -5"),
+        (["eval", "--test", "x", "--prefix", "p", "--keep-offsets"], "keep_offsets stores what calibrate finds in"),
         (["env", "--verbose"], "env takes no arguments, got '--verbose'"),
     ],
 )

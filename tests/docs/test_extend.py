@@ -66,7 +66,7 @@ def copy(tmp_path_factory) -> tuple[Path, str]:
         else:
             assert not (folder / named[1]).exists()
             (folder / named[1]).write_text(code)
-    assert len(changed) == len(set(changed)) == 3  # a table for each of method, suite and backend
+    assert len(changed) == len(set(changed)) == 4  # one table for each of method, objective, suite and backend
     shown = run(folder, "-c", RUN)
     return folder, " ".join(shown.replace("│", " ").split())
 
@@ -85,6 +85,7 @@ def test_the_page_runs(copy):
     assert (
         "--strength FLOAT|{DEFAULT} Factor of the demonstrations' values before training, in (0, 1]. [faded]" in shown
     )
+    assert (folder / "runs/margin/prefix").exists()
     report = (folder / "runs/tsv/report.md").read_text()
     assert "| faded:epochs=1 |" in report and "| icl |" in report
 

@@ -9,7 +9,7 @@ from ctkernels.tuning.adapters.adapter import Adapter
 from ctkernels.tuning.data.demonstrations import Demonstration
 from ctkernels.tuning.methods import METHODS, get_method
 from ctkernels.tuning.methods.tune import TuneResult, tune
-from ctkernels.tuning.train.options import Options
+from ctkernels.tuning.train.options import Options, layered
 
 NAMES = tuple(METHODS)
 TRAINING = tuple(name for name, method in METHODS.items() if method.trains != "nothing")
@@ -21,7 +21,7 @@ def settings(name: str, **options) -> Options:
     """Three epochs at a high rate, a small update where there is one."""
     small = {"lora_rank": 2, "ttt_epochs": 2, "ttt_lr": 1e-2, "prompt_tokens": 5, "epochs": 3, "lr": 1e-2, "seed": 2}
     method = get_method(name)
-    return method.settings(**method.pick(small) | options)
+    return method.settings(**layered(method.pick(small), options))
 
 
 def run(name: str, model, demonstrations=DEMONSTRATIONS, options=None, **arguments) -> TuneResult:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,8 @@ from ctkernels.tuning.adapters.prompt import SoftPrompt
 from ctkernels.tuning.data.demonstrations import Demonstration
 from ctkernels.tuning.data.formats import TextFormat
 from ctkernels.tuning.data.retrieval import InWordsEncoder
+from ctkernels.tuning.evaluation.calibration import Offsets
+from ctkernels.tuning.hf.embeddings import mean_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,13 +39,15 @@ class Adapter:
 
     prefix: what rows read.  prompt: the soft prompt that it was made of, if there is one.
     lora: the update of the weights that the prefix belongs to, if there is one.
-    demonstrations: those that are put in words before an input (ipt), else none.
+    demonstrations: those that are put in words before an input (ipt, icl-words), else none.
+    offsets: what is subtracted from the losses of the task's options, or None; an evaluation finds them.
     """
 
     prefix: KVPrefix
     prompt: SoftPrompt | None = None
     lora: Lora | None = None
     demonstrations: tuple[Demonstration, ...] = ()
+    offsets: Offsets | None = None
 
     @property
     def method(self) -> str:
@@ -63,27 +68,63 @@ class Adapter:
             with self.lora.merged(model):
                 yield
 
-    def encoder(self, tokenizer: PreTrainedTokenizerBase, text_format: TextFormat | None = None) -> InWordsEncoder:
-        """Turns items into tokens, with demonstrations in words before them if the adapter has any."""
+    def encoder(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text_format: TextFormat | None = None,
+        model: PreTrainedModel | None = None,
+    ) -> InWordsEncoder:
+        """Turns items into tokens, with demonstrations in words before them if the adapter has any.
+
+        Raises:
+            ValueError: demonstrations are chosen by embeddings, and there is no `model` to make them.
+        """
         made_with = self.prefix.metadata.settings
         return InWordsEncoder(
             tokenizer,
             text_format or self.text_format,
             self.demonstrations,
-            made_with.get("ipt_shots", 0),
+            made_with.get("shown", made_with.get("ipt_shots", 0)),  # its name in earlier versions
             made_with.get("demonstrate", "similar"),
             made_with.get("seed", 0),
+            None if model is None else partial(mean_states, model),
         )
 
     def evaluate(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Demonstration], **options: Any
     ) -> EvalResult:
-        """Scores on test items; `options` and errors as in `evaluate_prefix`."""
+        """Scores on test items; `options` and errors as in `evaluate_prefix`. The adapter's own offsets are used where
+        `calibrate` is not given and they fit the items."""
         from ctkernels.tuning.evaluation.evaluate import evaluate_prefix
 
-        encoder = self.encoder(tokenizer, options.pop("text_format", None))
+        encoder = self.encoder(tokenizer, options.pop("text_format", None), model)
         with self.weights(model):
-            return evaluate_prefix(model, tokenizer, items, self.prefix, encoder=encoder, **options)
+            return evaluate_prefix(
+                model, tokenizer, items, self.prefix, encoder=encoder, **{"offsets": self.offsets, **options}
+            )
+
+    def option_probabilities(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        inputs: Sequence[str],
+        options: Sequence[str],
+        max_tokens: int = 4096,
+        backend: str | None = None,
+    ) -> list[dict[str, float]]:
+        """The probability of each option as the answer to each input, with the adapter's offsets if they are of these
+        options; the choice is the most probable one.
+
+        Raises:
+            DataError, ValueError, TypeError: inputs or options that cannot be used, named.
+        """
+        from ctkernels.tuning.evaluation.evaluate import option_probabilities
+        from ctkernels.tuning.evaluation.scoring import Scorer
+
+        scorer = Scorer(model, self.encoder(tokenizer, model=model), self.prefix, max_tokens, backend)
+        score = self.prefix.metadata.settings.get("score", "mean")
+        with self.weights(model):
+            return option_probabilities(scorer, inputs, options, score, self.offsets)
 
     def save_pretrained(self, directory: str | os.PathLike, card: bool = False) -> None:
         """Write the adapter into `directory`, as one file that replaces what is there in one step (see `file.py`).
@@ -112,6 +153,8 @@ class Adapter:
             tensors |= {LORA + name: tensor for name, tensor in self.lora.tensors.items()}
         if self.demonstrations:
             description["demonstrations"] = [asdict(pair) for pair in self.demonstrations]
+        if self.offsets is not None:
+            description["offsets"] = asdict(self.offsets)
         write_folder(directory, description, tensors, with_card=card)
 
     @classmethod
@@ -142,4 +185,5 @@ class Adapter:
                 own = {name.removeprefix(LORA): x.to(device) for name, x in tensors.items() if name.startswith(LORA)}
                 lora = Lora(update["rank"], update["alpha"], tuple(update["targets"]), tensors=own)
             demonstrations = tuple(Demonstration(**pair) for pair in description.get("demonstrations", ()))
-        return cls(prefix, prompt, lora, demonstrations)
+            offsets = Offsets(**description["offsets"]) if "offsets" in description else None
+        return cls(prefix, prompt, lora, demonstrations, offsets)

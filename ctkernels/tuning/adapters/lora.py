@@ -59,8 +59,11 @@ class Lora:
         )
 
     @contextmanager
-    def injected(self, model: PreTrainedModel) -> Iterator[LoraModel]:
+    def injected(self, model: PreTrainedModel, dropout: float = 0.0) -> Iterator[LoraModel]:
         """Within the block the model computes with the update, whose A and B can be trained; then it is as it was.
+
+        dropout: probability that an entry of what A reads is zero, where the `lora_dropout` modules are in training
+            mode.
 
         Raises:
             ValueError: targets that the model does not have; a model that carries a peft adapter already.
@@ -76,6 +79,7 @@ class Lora:
                 with torch.random.fork_rng(devices=[]):
                     torch.default_generator.manual_seed(self.seed)  # torch.manual_seed would seed the GPUs, too
                     config = self.config(find_decoder(model).family.causal)
+                    config.lora_dropout = dropout
                     wrapped = peft.LoraModel(model, {ADAPTER: config}, ADAPTER)
                 for name, parameter in lora_parameters(wrapped).items():
                     wide = parameter.data if parameter.dtype == torch.float64 else parameter.data.float()

@@ -236,7 +236,7 @@ class KVPrefix(nn.Module):
             raise ValueError("demonstrations must hold at least one pair, got none")
         text_format = text_format or TextFormat()
         context = encode_context(tokenizer, demonstrations, text_format)
-        settings = {"text_format": asdict(text_format)}
+        settings = {"text_format": text_format.recorded}
         return cls.from_tokens(model, context.input_ids, context.segments, tokenizer, settings=settings)
 
     def attach(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ctkernels.tuning.data.formats import Row
+from ctkernels.tuning.data.formats import Choice, Row
 
 Layout = Literal["packed", "padded"]
 
@@ -35,6 +35,7 @@ class Batch:
     label_index: int64 [M], for each label the index of its logits, among all logits as [-1, V].  labels: int64 [M].
     answer_sizes: number of labels of each answer, in order; their sum is M.
     lead: number of soft prompt positions at the start of each row; their input_ids are not used.
+    choices: those of each row, whose answers then are the rows' labels.
     """
 
     input_ids: Tensor
@@ -48,6 +49,7 @@ class Batch:
     labels: Tensor
     answer_sizes: tuple[int, ...]
     lead: int = 0
+    choices: tuple[tuple[Choice, ...], ...] = ()
 
     def with_prompt(self, embedded: Tensor, prompt: Tensor) -> Tensor:
         """`embedded` `[1, N, E]` or `[B, S, E]` with `prompt` `[lead, E]` in the first positions of each row."""
@@ -67,19 +69,20 @@ class Batch:
 def split_by_tokens(rows: Sequence[Row], max_tokens: int, layout: Layout = "packed", lead: int = 0) -> list[list[int]]:
     """Indices of the rows of each batch, in order. A batch has at most `max_tokens` tokens.
 
-    Padding and the `lead` soft prompt tokens of each row count. A row longer than `max_tokens` gets its own batch.
+    Padding, the `lead` soft prompt tokens and the branches of each row count. A row longer than `max_tokens` gets its
+    own batch.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
     groups: list[list[int]] = []
-    total = longest = 0
+    total = longest = beside = 0
     for i, row in enumerate(rows):
-        size = lead + len(row.tokens)
-        longest, total = max(longest, size), total + size
-        cost = total if layout == "packed" else longest * (len(groups[-1]) + 1 if groups else 1)
+        size, branches = lead + len(row.tokens), sum(len(tokens) for _, tokens in row.branches)
+        longest, total, beside = max(longest, size), total + size, beside + branches
+        cost = beside + (total if layout == "packed" else longest * (len(groups[-1]) + 1 if groups else 1))
         if not groups or cost > max_tokens:
             groups.append([])
-            longest = total = size
+            longest, total, beside = size, size, branches
         groups[-1].append(i)
     return groups
 
@@ -122,6 +125,7 @@ def make_batch(rows: Sequence[Row], indices: Sequence[int], layout: Layout = "pa
         labels=torch.tensor(labels, dtype=torch.long),
         answer_sizes=tuple(answer_sizes),
         lead=lead,
+        choices=tuple(row.choices for row in picked),
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 METAICL_SPLITS = ("train", "dev", "test")
 
@@ -28,12 +28,14 @@ class Demonstration:
         input: what the model reads; not blank.
         output: what it should answer; not blank.
         options: the answers to choose from, for a task of choice. `output` is one of them; duplicates are removed.
-        references: further right answers, which BLEU compares with in addition to `output`.
+        references: further right answers, which BLEU compares with in addition to `output`. With options, each is one
+            of them or its index in the list as it is given.
         source: where the pair comes from (`FILE:LINE`); used only in messages.
+        task: name of its task, where pairs of several tasks are trained together (meta-prefix); not compared.
 
     Raises:
         TypeError: a field of the wrong type.
-        ValueError: a blank field, fewer than two options, an output that is not one of them.
+        ValueError: a blank field, fewer than two options, an output that is not one of them, an index of no option.
     """
 
     input: str
@@ -41,16 +43,24 @@ class Demonstration:
     options: tuple[str, ...] | None = None
     source: str | None = field(default=None, compare=False)
     references: tuple[str, ...] = ()
+    task: str | None = field(default=None, compare=False)
+    may_be_blank: ClassVar[bool] = False  # whether `input` may be blank
 
     def __post_init__(self) -> None:
         for name in ("input", "output"):
             value = getattr(self, name)
             if not isinstance(value, str):
                 raise TypeError(f"{name} must be a string, got {_show(value)}")
-            if not value.strip():
+            if not value.strip() and not (self.may_be_blank and name == "input"):
                 raise ValueError(f"{name} must not be blank, got {value!r}")
-        if not isinstance(self.references, (list, tuple)) or not all(isinstance(r, str) for r in self.references):
-            raise TypeError(f"references must be a list of strings, got {_show(self.references)}")
+        if self.task is not None and not isinstance(self.task, str):
+            raise TypeError(f"task must be a string, got {_show(self.task)}")
+        kinds = str if self.options is None else (str, int)
+        if not isinstance(self.references, (list, tuple)) or not all(
+            isinstance(r, kinds) and not isinstance(r, bool) for r in self.references
+        ):
+            allowed = "strings" if self.options is None else "options or their indices"
+            raise TypeError(f"references must be a list of {allowed}, got {_show(self.references)}")
         object.__setattr__(self, "references", tuple(self.references))
         if self.options is None:
             return
@@ -61,6 +71,7 @@ class Demonstration:
                 raise TypeError(f"options must be strings, got {_show(option)}")
             if not option.strip():
                 raise ValueError(f"options must not be blank, got {option!r}")
+        object.__setattr__(self, "references", tuple(map(self._reference, self.references)))
         # Some items of MetaICL list an option twice. Predictions are texts, so it counts once.
         object.__setattr__(self, "options", tuple(dict.fromkeys(self.options)))
         if len(self.options) < 2:
@@ -68,9 +79,32 @@ class Demonstration:
         if self.output not in self.options:
             raise ValueError(f"output {self.output!r} is not one of the options {list(self.options)}")
 
+    @property
+    def right(self) -> frozenset[str]:
+        """The right answers among its options; the output alone for a task without options."""
+        return frozenset((self.output, *(self.references if self.options else ())))
+
+    def _reference(self, reference: str | int) -> str:
+        """One of the options, given as itself or by its index."""
+        options = self.options or ()
+        if isinstance(reference, int):
+            if not 0 <= reference < len(options):
+                raise ValueError(f"references must be options or indices below {len(options)}, got {reference}")
+            return options[reference]
+        if reference not in options:
+            raise ValueError(f"references: {reference!r} is not one of the options {list(options)}")
+        return reference
+
+
+class ContentFree(Demonstration):
+    """An item without content, perhaps with an empty input: what a model says to it comes from elsewhere."""
+
+    may_be_blank = True
+
 
 def parse_demonstration(record: Any, source: str) -> Demonstration:
-    """A demonstration from a decoded JSON object with `input`, `output` and perhaps `options` and `references`.
+    """A demonstration from a decoded JSON object with `input`, `output` and perhaps `options`, `references` and
+    `task`.
 
     Other fields are ignored.
 
@@ -86,7 +120,8 @@ def parse_demonstration(record: Any, source: str) -> Demonstration:
     try:
         # MetaICL writes "options": [] for a task without options
         options = None if options == [] else options
-        return Demonstration(record["input"], record["output"], options, source, record.get("references") or ())
+        references, task = record.get("references") or (), record.get("task")
+        return Demonstration(record["input"], record["output"], options, source, references, task)
     except (TypeError, ValueError) as error:
         raise DataError(f"{source}: {error}") from None
 

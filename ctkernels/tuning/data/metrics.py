@@ -1,8 +1,8 @@
 """Scores of predictions, all within [0, 1].
 
-accuracy     share of items whose prediction equals their output
+accuracy     share of items whose prediction is right: their output, or another one of several right options
 macro-F1     mean of 2 * precision * recall / (precision + recall) over the labels that occur as outputs, 0 for 0 / 0;
-             as in MetaICL
+             as in MetaICL. A prediction that is another right option counts as the output.
 exact match  accuracy of generated answers
 BLEU         corpus BLEU of sacrebleu (Post, arXiv 1804.08771) divided by 100, against output and further references
 """
@@ -35,7 +35,10 @@ def score_predictions(metric: Metric, predictions: Sequence[str], items: Sequenc
     predictions = [prediction.strip() for prediction in predictions]
     if metric == "bleu":
         return bleu(predictions, [(item.output.strip(), *item.references) for item in items])
-    outputs = [item.output.strip() for item in items]
+    outputs = []
+    for prediction, item in zip(predictions, items, strict=True):
+        right = {text.strip() for text in item.right}
+        outputs.append(prediction if prediction in right else item.output.strip())
     return macro_f1(predictions, outputs) if metric == "macro_f1" else accuracy(predictions, outputs)
 
 

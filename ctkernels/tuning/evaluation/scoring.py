@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 
 from ctkernels.tuning.data.batches import make_batch, split_by_tokens
 from ctkernels.tuning.data.demonstrations import DataError, Demonstration
-from ctkernels.tuning.data.formats import PairEncoder, Row
+from ctkernels.tuning.data.formats import PairEncoder, Row, Score, Tokens
 from ctkernels.tuning.hf.attach import Attachment
 from ctkernels.tuning.hf.forward import row_losses
 from ctkernels.tuning.hf.limits import check_row_lengths
@@ -27,7 +27,16 @@ from ctkernels.tuning.hf.protocols import PrefixLike
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Tokens = tuple[int, ...]
+
+@dataclass
+class ItemLosses:
+    """Losses of an item in nats.
+
+    options: of each option, in the form that was asked for.  output: mean over the output's tokens.
+    """
+
+    options: dict[str, float]
+    output: float = float("nan")
 
 
 @dataclass(frozen=True)
@@ -44,30 +53,38 @@ class Scorer:
     max_tokens: int
     backend: str | None = None
 
-    def option_losses(self, items: Sequence[Demonstration]) -> list[dict[str, float]]:
-        """Mean cross-entropy in nats of every option of every item, in the order of the item's options.
+    def option_losses(self, items: Sequence[Demonstration], score: Score = "mean") -> list[ItemLosses]:
+        """The losses of every item's options, and of its output, in nats.
+
+        score: what an option's loss is: mean or sum of its tokens' cross-entropies, or that of its first token.
 
         Raises:
-            DataError: an item without options, or with two options that are the same tokens.
+            DataError: an item without options, or with two options that are the same tokens (as far as they are read).
         """
         rows: list[Row] = []
-        owners: list[tuple[int, str]] = []  # (item, option) of each answer, in the order of the rows' answers
+        owners: list[tuple[int, str | None]] = []  # (item, option) of each answer of the rows; None: the output
+        sizes: list[int] = []  # what its mean loss is multiplied by
         for index, item in enumerate(items):
             if not item.options:
                 raise DataError(f"{item.source or f'item {index}'}: no options to choose from; evaluate by generation")
-            answers = {option: self.encoder.answer(item, option) for option in item.options}
-            _check_different(item, answers)
-            prompt = self._prompt(item, max(map(len, answers.values())))
-            shared: dict[Tokens, list[str]] = defaultdict(list)
+            output = self.encoder.answer(item, item.output)
+            prompt = self._prompt(item, self.encoder.longest(item, output, "required"))
+            answers: dict[str | None, Tokens] = dict(self.encoder.options(item, score).items())
+            answers[None] = output
+            shared: dict[Tokens, list[str | None]] = defaultdict(list)
             for option, answer in answers.items():
                 shared[answer[:-1]].append(option)
             for start, options in shared.items():
                 rows.append(Row(prompt + start, tuple(answers[o] for o in options), source=item.source))
                 owners += [(index, option) for option in options]
-        losses = [dict.fromkeys(item.options or (), float("nan")) for item in items]
-        for (index, option), loss in zip(owners, self._losses(rows).tolist(), strict=True):
-            losses[index][option] = loss
-        return losses
+                sizes += [len(answers[o]) if score == "sum" else 1 for o in options]
+        found = [ItemLosses(dict.fromkeys(item.options or (), float("nan"))) for item in items]
+        for (index, option), size, loss in zip(owners, sizes, self._losses(rows).tolist(), strict=True):
+            if option is not None:
+                found[index].options[option] = size * loss
+            else:
+                found[index].output = loss
+        return found
 
     def output_losses(self, items: Sequence[Demonstration]) -> list[float]:
         """Mean cross-entropy in nats of every item's output.
@@ -111,9 +128,9 @@ class Scorer:
         return texts
 
     def _prompt(self, item: Demonstration, longest_answer: int) -> Tokens:
-        """`_ x _` after a prefix, as in training rows; `x _` if the prefix holds at most BOS."""
-        has_demonstrations = self.prefix.length > len(self.encoder.start)
-        return ((self.encoder.delimiter,) if has_demonstrations else ()) + self.encoder.prompt(item, longest_answer)
+        """`_ x _` after a prefix, as in training rows; `x _` if it holds at most BOS (an instruction is more)."""
+        has_context = self.prefix.length > len(self.encoder.bos)
+        return ((self.encoder.delimiter,) if has_context else ()) + self.encoder.prompt(item, longest_answer)
 
     def _losses(self, rows: Sequence[Row]) -> Tensor:
         """Mean loss of every answer of every row, in order."""
@@ -147,14 +164,3 @@ def _only_settings(model: PreTrainedModel, settings: GenerationConfig) -> Iterat
         yield
     finally:
         model.generation_config = own
-
-
-def _check_different(item: Demonstration, answers: dict[str, Tokens]) -> None:
-    seen: dict[Tokens, str] = {}
-    for option, tokens in answers.items():
-        if tokens in seen:
-            raise DataError(
-                f"{item.source or repr(item.input[:30])}: the options {seen[tokens]!r} and {option!r} are the same "
-                "tokens under this tokenizer"
-            )
-        seen[tokens] = option

@@ -7,20 +7,21 @@ Method   a row of the method table
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from torch.distributed.fsdp import FSDPModule
 
 from ctkernels.tuning.data.demonstrations import DataError, Demonstration
-from ctkernels.tuning.data.formats import EncodedContext, Row, TextFormat, encode_context, encode_rows
+from ctkernels.tuning.data.formats import EncodedContext, PairEncoder, Row, TextFormat, encode_context, encode_rows
 from ctkernels.tuning.hf.limits import check_context_length, check_row_lengths
 from ctkernels.tuning.hf.models import find_decoder, other_architecture
 from ctkernels.tuning.methods.presets import PRESETS
+from ctkernels.tuning.objectives import OBJECTIVES
 from ctkernels.tuning.train.distributed import is_sharded
 from ctkernels.tuning.train.masks import LeaveOneOut
-from ctkernels.tuning.train.options import LoopOptions, Options, choices, neutral, type_hints
+from ctkernels.tuning.train.options import LoopOptions, Options, choices, layered, neutral, type_hints
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,23 +60,48 @@ class Run(Generic[S_co]):
     @cached_property
     def rows(self) -> list[Row]:
         """One training row per demonstration."""
-        learn_stop = isinstance(self.settings, LoopOptions) and self.settings.learn_stop
-        return encode_rows(self.tokenizer, self.demonstrations, self.text_format, learn_stop)
+        return self.encode_rows()
+
+    def encode_rows(self, encoder: PairEncoder | None = None) -> list[Row]:
+        """One training row per demonstration, as the objective needs it, perhaps by an encoder of its own.
+
+        Raises:
+            DataError: an input or output without tokens, or without room; the objective needs options and there are
+                none.
+        """
+        settings = self.settings
+        if not isinstance(settings, LoopOptions):
+            return encode_rows(self.tokenizer, self.demonstrations, self.text_format, encoder=encoder)
+        return encode_rows(
+            self.tokenizer,
+            self.demonstrations,
+            self.text_format,
+            settings.learn_stop,
+            encoder,
+            OBJECTIVES[settings.objective].choices,
+            settings.score,
+        )
 
     @property
     def start_tokens(self) -> tuple[int, ...]:
-        """What every sequence starts with: BOS, or nothing."""
-        context = encode_context(self.tokenizer, (), self.text_format)
-        return tuple(context.input_ids.tolist())
+        """What every sequence starts with: BOS and the instruction, where there are any."""
+        return PairEncoder(self.tokenizer, self.text_format).start
+
+    @property
+    def bos_tokens(self) -> tuple[int, ...]:
+        """BOS, or nothing."""
+        return PairEncoder(self.tokenizer, self.text_format).bos
 
     @property
     def recorded(self) -> dict[str, Any]:
         """What an adapter records about how it was made, as JSON values."""
-        return {"text_format": asdict(self.text_format), **asdict(self.settings)}
+        return {"text_format": self.text_format.recorded, **asdict(self.settings)}
 
     def check_rows(self, length: int, rows: Sequence[Row]) -> None:
-        """Refuse rows that do not fit into the model's context behind `length` positions. Raises DataError."""
-        check_row_lengths(self.model, length, rows)
+        """Refuse rows and their options that do not fit into the model's context behind `length` positions. Raises
+        DataError."""
+        longer = [replace(r, tokens=r.tokens[:start] + own, choices=()) for r in rows for start, own in r.branches]
+        check_row_lengths(self.model, length, [*rows, *longer])
 
 
 @dataclass(frozen=True)
@@ -101,7 +127,8 @@ class Method(Generic[S]):
     needs_demonstrations: int = 1
 
     def settings(self, preset: str | None = None, **overrides: Any) -> S:
-        """The method's default settings, those of a `preset` (see `presets.py`) above them, `overrides` on top.
+        """The method's default settings, those of a `preset` (see `presets.py`) above them, `overrides` on top. What an
+        override says of the length of training (`epochs` or `steps`) replaces what the preset says of it.
 
         Raises:
             ValueError: an unknown preset, or one without values for this method's settings; a setting that this method
@@ -110,7 +137,7 @@ class Method(Generic[S]):
         for name in overrides:
             if name not in self.reads:
                 raise ValueError(f"{self.name} does not read {name!r}; it reads {', '.join(sorted(self.reads))}")
-        return self._made({**self._preset(preset), **overrides})
+        return self._made(layered(self._preset(preset), overrides))
 
     @property
     def reads(self) -> frozenset[str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ctkernels.tuning.adapters.adapter import Adapter
 from ctkernels.tuning.adapters.prefix import KVPrefix
+from ctkernels.tuning.hf.both_ways import check_both_ways
 from ctkernels.tuning.hf.limits import check_context_length
 from ctkernels.tuning.hf.models import find_decoder
 from ctkernels.tuning.hf.rotary import check_fixed_rotation
@@ -34,6 +35,8 @@ def check(run: Run[CtKvOptions]) -> None:
     run.check_rows(length, run.rows)
     if run.settings.start in ("permuted", "pooled"):
         check_fixed_rotation(find_decoder(run.model), f"start={run.settings.start!r}")
+    if run.settings.start == "prefix-lm":
+        check_both_ways(run.model, length)
 
 
 def tuned_prefix(run: Run[CtKvOptions]) -> KVPrefix:

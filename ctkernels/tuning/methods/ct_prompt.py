@@ -39,7 +39,7 @@ def context_prompt(run: Run[Options]) -> SoftPrompt:
     own = SoftPrompt.from_tokens(run.model, run.context.input_ids, run.context.segments)
     if run.start_from is None:
         return own
-    front, bos = run.start_from.prompt.embeddings.detach(), len(run.start_tokens)
+    front, bos = run.start_from.prompt.embeddings.detach(), len(run.bos_tokens)
     embeddings = torch.cat((front, own.embeddings.detach()[bos:]))
     return SoftPrompt(embeddings, own.segments + len(front) - bos)
 

@@ -6,35 +6,18 @@ Sun, Liu, Iter, Zhu, Iyyer: "How Does In-Context Learning Help Prompt Tuning?", 
 from dataclasses import dataclass
 
 from ctkernels.tuning.adapters.adapter import Adapter
-from ctkernels.tuning.data.formats import encode_rows
-from ctkernels.tuning.data.retrieval import Demonstrate, InWordsEncoder
 from ctkernels.tuning.methods.base import Method, Run
+from ctkernels.tuning.methods.icl_words import InWords, in_words
 from ctkernels.tuning.methods.prompt_tuning import PromptTuningOptions, fit_prompt
 
 
 @dataclass(frozen=True)
-class IptOptions(PromptTuningOptions):
-    """What ipt reads.
-
-    Args:
-        demonstrate: which demonstrations ipt puts in words before an input: the most "similar" ones, or "fixed" ones.
-        ipt_shots: how many demonstrations ipt puts in words before an input.
-    """
-
-    demonstrate: Demonstrate = "similar"
-    ipt_shots: int = 4
-
-    def check(self) -> None:
-        self.at_least(1, "ipt_shots")
+class IptOptions(InWords, PromptTuningOptions):
+    """What ipt reads."""
 
 
 def fit(run: Run[IptOptions]) -> Adapter:
-    settings = run.settings
-    encoder = InWordsEncoder(
-        run.tokenizer, run.text_format, run.demonstrations, settings.ipt_shots, settings.demonstrate, settings.seed
-    )
-    rows = encode_rows(run.tokenizer, run.demonstrations, learn_stop=settings.learn_stop, encoder=encoder)
-    return fit_prompt(run, rows, run.demonstrations)
+    return fit_prompt(run, run.encode_rows(in_words(run)), run.demonstrations)
 
 
 IPT = Method(

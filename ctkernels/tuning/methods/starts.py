@@ -5,9 +5,10 @@
     permuted    averaged over random orders; keys without their rotary embedding, which is put back on afterwards
     pooled      the context, neighbouring tokens of a demonstration merged          keys averaged in the same way
     labels      the context, tokens of the outputs alone
+    prefix-lm   one pass in which all tokens see each other, later ones too         segment i has read all others
 
-In front of the demonstrations come BOS (where the tokenizer has it so), a prefix transferred from another task, and
-learned tokens; they are no demonstration and never hidden.
+In front of the demonstrations come BOS (where the tokenizer has it so), a prefix transferred from another task, the
+instruction, and learned tokens; they are no demonstration and never hidden.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 from ctkernels.tuning.adapters.prefix import KVPrefix, PrefixMetadata
 from ctkernels.tuning.data.demonstrations import DataError
 from ctkernels.tuning.data.formats import OUTPUT, PairEncoder
+from ctkernels.tuning.hf.both_ways import encode_both_ways
 from ctkernels.tuning.hf.encode import Encoded, encode, encode_tokens
 from ctkernels.tuning.hf.limits import check_context_length
 from ctkernels.tuning.hf.models import ALIBI, Decoder, find_decoder
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 Layers = list[Tensor]  # [Hk, P, D] per layer
 
 # what each kind of start can be
-OfDemonstrations = Literal["context", "separate", "permuted", "pooled", "labels"]
+OfDemonstrations = Literal["context", "separate", "permuted", "pooled", "labels", "prefix-lm"]
 OfPrefix = Literal["vocabulary", "first-ids", "normal"]
 OfPrompt = Literal["vocabulary", "first-ids", "uniform"]
 
@@ -45,7 +47,8 @@ class Start(Options):
 
     Args:
         start: what training starts from. ct-kv: "context" (one pass over the demonstrations), "separate" (each
-            demonstration encoded on its own), "permuted" (averaged over orders), "pooled" or "labels" (compressed).
+            demonstration encoded on its own), "permuted" (averaged over orders), "pooled" or "labels" (compressed),
+            "prefix-lm" (one pass in which tokens also see later ones; where the model's attention can).
             Prefixes and prompts without demonstrations: "vocabulary" (random tokens), "first-ids" (token ids
             0, 1, 2, ...), "normal" or "uniform" (random numbers of the model's own scale).
     """
@@ -110,16 +113,21 @@ def demonstrations_prefix(run: Run[ContextStart]) -> KVPrefix:
     """The prefix that ct-kv starts from: `run.settings.start` says how the demonstrations are encoded."""
     decoder, start = find_decoder(run.model), run.settings.start
     base = None if run.start_from is None else run.start_from.prefix
+    if start == "prefix-lm" and base is not None:
+        raise ValueError("start='prefix-lm' encodes a context of its own alone, so that start_from must be None")
     base_length, base_end = (0, 0) if base is None else (base.length, base.first_position)
-    bos = len(run.start_tokens)
-    lead = torch.tensor([*(run.start_tokens if base is None else ()), *random_ids(run, run.settings.front_tokens)])
+    own = run.start_tokens if base is None else run.start_tokens[len(run.bos_tokens) :]
+    lead = torch.tensor([*own, *random_ids(run, run.settings.front_tokens)])
     lead = lead.long()  # an empty list has no integers
-    body, segments = run.context.input_ids[bos:], run.context.segments - bos
+    first = len(run.start_tokens)
+    body, segments = run.context.input_ids[first:], run.context.segments - first
     before, end = base_length + len(lead), base_end + len(lead) + len(body)
     check_context_length(run.model, end)
     run.check_rows(end, run.rows)
     if start == "context":
         return _joined(run, base, encode(run.model, torch.cat((lead, body)), behind=base), segments + before, end)
+    if start == "prefix-lm":
+        return _joined(run, None, encode_both_ways(run.model, torch.cat((lead, body))), segments + before, end)
     if start in ("permuted", "pooled"):
         check_fixed_rotation(decoder, f"start={start!r}")
     encoded = encode_tokens(run.model, lead, behind=base)
@@ -133,7 +141,7 @@ def demonstrations_prefix(run: Run[ContextStart]) -> KVPrefix:
         if start == "pooled":
             encoded, segments = _pooled(decoder, encoded, segments, front.first_position, run.settings.pooled_tokens)
         else:
-            encoded, segments = _labels(encoded, segments, run.context.kinds[bos:])
+            encoded, segments = _labels(encoded, segments, run.context.kinds[first:])
     if decoder.family.positions == ALIBI:  # distances count keys, so that a compressed prefix ends earlier
         end = front.length + encoded[0][0].shape[1]
     return _joined(run, front, encoded, segments + before, end)
@@ -216,7 +224,8 @@ def _permuted(
 ) -> tuple[Layers, Layers]:
     """A demonstration's leading delimiter is part of it; the first one has none and gets one where it comes later."""
     offsets, count = segments.tolist(), len(segments) - 1
-    delimiter = torch.tensor([PairEncoder(run.tokenizer, run.text_format).delimiter])
+    encoder = PairEncoder(run.tokenizer, run.text_format)
+    delimiter = torch.tensor([encoder.delimiter])
     generator = torch.Generator().manual_seed(run.settings.seed)
     own = front.first_position + torch.arange(len(body), device=decoder.device)
     keys: Layers | None = None
@@ -224,7 +233,7 @@ def _permuted(
     for _ in range(run.settings.permutations):
         pieces, where, total = [], torch.empty(len(body), dtype=torch.long), 0
         for i in torch.randperm(count, generator=generator).tolist():
-            if i == 0 and pieces:
+            if i == 0 and pieces and not encoder.leads:
                 pieces.append(delimiter)
                 total += 1
             pieces.append(body[offsets[i] : offsets[i + 1]])

@@ -11,7 +11,9 @@ from ctkernels.tuning.methods.ct_kv import CT_KV
 from ctkernels.tuning.methods.ct_prompt import CT_PROMPT
 from ctkernels.tuning.methods.deep_thinking import DEEP_THINKING
 from ctkernels.tuning.methods.icl import ICL
+from ctkernels.tuning.methods.icl_words import ICL_WORDS
 from ctkernels.tuning.methods.ipt import IPT
+from ctkernels.tuning.methods.meta_prefix import META_PREFIX
 from ctkernels.tuning.methods.prefix_tuning import PREFIX_TUNING
 from ctkernels.tuning.methods.prompt_tuning import PROMPT_TUNING
 from ctkernels.tuning.methods.ttt import TTT
@@ -21,8 +23,10 @@ from ctkernels.tuning.methods.zero_shot import ZERO_SHOT
 TABLE = (
     ZERO_SHOT,
     ICL,
+    ICL_WORDS,
     PROMPT_TUNING,
     PREFIX_TUNING,
+    META_PREFIX,
     IPT,
     CT_PROMPT,
     CT_KV,

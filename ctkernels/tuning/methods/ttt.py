@@ -33,7 +33,7 @@ def trained_lora(run: Run[LoraOptions], settings: LoraOptions, stage: str = "") 
         targets = lora_targets(run.model, settings.lora_targets)
         lora = Lora(settings.lora_rank, settings.lora_alpha, targets, settings.seed)
     encoder = PairEncoder(run.tokenizer, run.text_format)
-    with lora.injected(run.model) as wrapped:
+    with lora.injected(run.model, settings.lora_dropout) as wrapped:
         learner = LoraLearner(run.model, wrapped, encoder, run.demonstrations, settings)
         run.check_rows(0, learner.rows(0))
         run.train(learner, settings, stage)

@@ -92,7 +92,7 @@ def tune(
             dispatch.choose(own.backend, model.device)  # refuses an unusable one before the model runs
         folder = None if checkpoint_dir is None else Path(checkpoint_dir)
         control = RunControl(folder, checkpoint_every, resume, on_epoch, ranks)
-        origin = None if start_from is None else _adapter_fingerprint(start_from)
+        origin = None if start_from is None else adapter_fingerprint(start_from)
         history: list[EpochRecord] = []
 
         def train(learner: Learner, of_stage: LoopOptions | None = None, stage: str = "") -> None:
@@ -104,7 +104,8 @@ def tune(
         return TuneResult(how.fit(run), history)
 
 
-def _adapter_fingerprint(adapter: Adapter) -> str:
+def adapter_fingerprint(adapter: Adapter) -> str:
+    """A short hash of what a run that starts from an adapter takes of it."""
     parts = [model_fingerprint(module) for module in (adapter.prefix, adapter.prompt) if module is not None]
     weights = {} if adapter.lora is None else adapter.lora.tensors
     parts += [(name, tensor.flatten()[:16].tolist()) for name, tensor in weights.items()]

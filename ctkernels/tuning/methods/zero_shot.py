@@ -8,10 +8,15 @@ from ctkernels.tuning.methods.base import Method, Run
 from ctkernels.tuning.train.options import Options
 
 
-def fit(run: Run[Options]) -> Adapter:
+def start_prefix(run: Run[Options]) -> KVPrefix:
+    """What every sequence starts with, and no demonstration."""
     start = torch.tensor(run.start_tokens, dtype=torch.long)
     segments = torch.tensor([len(start)])
-    return Adapter(KVPrefix.from_tokens(run.model, start, segments, run.tokenizer, run.method, run.recorded))
+    return KVPrefix.from_tokens(run.model, start, segments, run.tokenizer, run.method, run.recorded)
+
+
+def fit(run: Run[Options]) -> Adapter:
+    return Adapter(start_prefix(run))
 
 
 ZERO_SHOT = Method(

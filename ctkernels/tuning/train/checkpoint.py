@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ctkernels.tuning.adapters import legacy
 from ctkernels.tuning.adapters.file import PrefixFileError, faults, read_file, write_file
 from ctkernels.tuning.hf.fingerprint import weights_fingerprint
-from ctkernels.tuning.train.options import RENAMED
+from ctkernels.tuning.train.options import ADDED, RENAMED
 
 FILE_NAME = "checkpoint.safetensors"
 
@@ -47,6 +47,8 @@ class Checkpoint:
 
     def save(self, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, history: list[dict]) -> None:
         """Replace the checkpoint by the state after `len(history)` epochs.
+
+        parameters: and whatever else a learner keeps (`Learner.state`).
 
         Raises:
             CheckpointError: a value that is not finite.
@@ -117,6 +119,7 @@ def _checkpoint_errors(path: Path) -> Iterator[None]:
 def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What a run depends on and that differs from a saved one, by name; "" if nothing does."""
     now = json.loads(json.dumps(now))
+    saved = {**{name: value for name, value in ADDED.items() if name in now}, **saved}
     differing = [name for name in sorted({*saved, *now}) if saved.get(name) != now.get(name)]
     return "; ".join(f"{name} was {saved.get(name)!r} and is now {now.get(name)!r}" for name in differing)
 

@@ -11,17 +11,24 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ctkernels.tuning.data.batches import Layout
+from ctkernels.tuning.data.formats import Score
+from ctkernels.tuning.objectives import ObjectiveName
 
 MAX_SEED = 2**31 - 1  # the seed and the epoch share the 64-bit seed of token dropout
 ENTRY = re.compile(r"^    (\w+): (.+(?:\n {8}.+)*)", re.MULTILINE)  # of a docstring's `Args:`
 # settings that had another name in an earlier version: for hints, and for files that it wrote
-RENAMED = {"hidden": "mlp_width", "pool": "pooled_tokens"}
+RENAMED = {"hidden": "mlp_width", "pool": "pooled_tokens", "ipt_shots": "shown"}
+# settings that an earlier version did not have, and what it did, for files that it wrote
+ADDED = {"score": "mean", "objective": "answers", "mixed": 0.5, "reduction": "rows", "steps": None}
+ADDED |= {"lora_dropout": 0.0, "ttt_steps": None, "ema": 0.0}
+# settings of which a value given later replaces the other one, too: both say how long a loop is
+LENGTHS = (("epochs", "steps"), ("ttt_epochs", "ttt_steps"))
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,8 @@ class Options:
         seed: seed of everything that is drawn, 0 to 2^31 - 1; the same seed gives the same bits.
         max_tokens: most tokens of one micro-batch; gradients of all of them are accumulated before the step.
         backend: backend of the attention op; None takes the best available one.
+        score: how the log-likelihoods of an option's tokens become its score, in evaluation and in the objectives that
+            read options: "mean" or "sum" over its tokens, or that of its "first-token" alone.
 
     Raises:
         ValueError: a value out of its range.
@@ -43,6 +52,7 @@ class Options:
     seed: int = 0
     max_tokens: int = 4096
     backend: str | None = None
+    score: Score = "mean"
 
     def __post_init__(self) -> None:
         for name, kind in type_hints(type(self)).items():
@@ -88,26 +98,59 @@ class LoopOptions(Options):
     """What the training loop reads.
 
     Args:
-        epochs: passes over all rows.
+        epochs: passes over all rows; 0 trains nothing, so that what a run starts from is its result.
+        steps: optimiser steps, counted instead of `epochs`; the last pass over the rows may end early.
         lr: peak learning rate of AdamW (betas 0.9/0.999, no weight decay); it falls to 0 along a cosine.
         batch_rows: rows of one optimiser step, drawn anew each epoch; None takes one step per epoch on all rows.
         clip_norm: largest gradient norm; None does not clip.
         learn_stop: also train the delimiter after the answer, so that generation learns where to stop.
         layout: "packed" runs rows back to back without padding, "padded" as a right-padded batch; same gradients.
+            Objectives that read options are always padded.
+        objective: what is minimised: "answers" (cross-entropy of the answers), "options" (of the choice among the
+            options of each demonstration), or "mixed" (a weighted mean of both; demonstrations without options have the
+            first alone).
+        mixed: weight of the options in the objective "mixed", in [0, 1].
+        reduction: what the answers' loss is a mean over: "rows" (each row's mean over its tokens counts alike) or
+            "tokens" (all tokens of a step count alike, as in the authors' code).
     """
 
     epochs: int = 25
+    steps: int | None = None
     lr: float = 3e-3
     batch_rows: int | None = None
     clip_norm: float | None = 1.0
     learn_stop: bool = False
     layout: Layout = "packed"
+    objective: ObjectiveName = "answers"
+    mixed: float = 0.5
+    reduction: Literal["rows", "tokens"] = "rows"
 
     def check(self) -> None:
-        self.at_least(1, "epochs")
+        self.at_least(0, "epochs")
+        self.at_least(1, "steps", or_none=True)
         self.positive("lr")
         self.at_least(1, "batch_rows", or_none=True)
         self.require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "positive, or None")
+        self.require(0 <= self.mixed <= 1, "mixed", "in [0, 1]")
+
+
+def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of several layers, the later ones above: `epochs` also replaces `steps` of a layer below, and the other
+    way round.
+
+    Raises:
+        ValueError: one layer has both.
+    """
+    found: dict[str, Any] = {}
+    for layer in layers:
+        for pair in LENGTHS:
+            given = [name for name in pair if layer.get(name) is not None]
+            if len(given) == 2:
+                raise ValueError(f"{pair[0]} and {pair[1]} exclude each other: both say how long training is")
+            if given:
+                found = {name: value for name, value in found.items() if name not in pair}
+        found |= layer
+    return found
 
 
 @cache

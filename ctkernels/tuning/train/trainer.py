@@ -3,14 +3,15 @@
     for each epoch:
         rows  <- of the learner; seed <- (settings.seed, epoch)     token dropout, drawn once per (row, token)
         for each step: all rows, or `batch_rows` of them in a new random order
-            lr    <- cosine from settings.lr to 0 over all steps, no warm-up
-            loss  <- mean over the step's rows of the mean cross-entropy (nats) of the row's answer tokens
+            lr    <- cosine from settings.lr to 0 over all steps, no warm-up     (`steps` of them, or `epochs` passes)
+            loss  <- mean over the step's rows of the objective (nats; by default the mean cross-entropy of the row's
+                     answer tokens, which `reduction="tokens"` weighs by their number)
             step  <- AdamW(betas 0.9/0.999, no decay) on the gradient of all of them (and of the learner's penalty),
                      its norm clipped
 
 Rows run packed back to back (or right-padded) in micro-batches of at most `max_tokens` tokens; each contributes
-`sum of its rows' means / number of the step's rows`, so that loss and gradient do not depend on how they are split, nor
-on how many processes share the rows of a step (`distributed.py`).
+`sum of its rows' losses / number of the step's rows`, so that loss and gradient do not depend on how they are split,
+nor on how many processes share the rows of a step (`distributed.py`).
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ctkernels.tuning.data.batches import make_batch, split_by_tokens
+from ctkernels.tuning.data.batches import Layout, make_batch, split_by_tokens
 from ctkernels.tuning.data.demonstrations import DataError
 from ctkernels.tuning.data.formats import Row
 from ctkernels.tuning.hf.forward import frozen
+from ctkernels.tuning.objectives import OBJECTIVES, Weights
 from ctkernels.tuning.train.checkpoint import Checkpoint, fingerprint, model_fingerprint
-from ctkernels.tuning.train.distributed import Ranks
+from ctkernels.tuning.train.distributed import Ranks, is_sharded
 from ctkernels.tuning.train.learners import Learner
 from ctkernels.tuning.train.options import LoopOptions
 
@@ -46,7 +48,8 @@ class TrainingError(ArithmeticError):
 class EpochRecord:
     """One epoch: its number from 1, the mean loss of its rows before their steps (without penalty), the learning rate
     of its first step, the gradient norm before clipping (mean over steps), and the time in seconds. `stage` names one
-    of several loops of a run, "" the last. `stopped`: it was the last one, since `on_epoch` said so."""
+    of several loops of a run, "" the last. `stopped`: it was the last one, since `on_epoch` said so. `steps`: optimiser
+    steps it took, 0 if an earlier version did not record them."""
 
     epoch: int
     loss: float
@@ -55,6 +58,7 @@ class EpochRecord:
     seconds: float
     stage: str = ""
     stopped: bool = False
+    steps: int = 0
 
 
 OnEpoch = Callable[[EpochRecord, nn.Module], bool | None]
@@ -103,8 +107,9 @@ def train_learner(
     rows = learner.rows(0)
     if not rows:
         raise DataError("training needs demonstrations, got none")
-    loop = _Loop(model, learner, settings, ranks)
+    loop = _Loop(model, learner, settings, ranks, len(rows))
     parameters, optimizer = loop.parameters, loop.optimizer
+    kept = {**parameters, **learner.state()}
     history: list[EpochRecord] = []
     store, known = None, {}
     if run.checkpoint_dir is not None or ranks.size > 1:
@@ -120,17 +125,17 @@ def train_learner(
         with learner.attached(settings.backend):
             learner.before_training(singly)  # before a checkpoint replaces the start
         if store is not None and store.exists():
-            history = [EpochRecord(**record) for record in store.load(parameters, optimizer)]
+            history = [EpochRecord(**record) for record in store.load(kept, optimizer)]
         ranks.agree(checkpoint=f"checkpoint after {len(history)} epochs")
-        while len(history) < settings.epochs and not (history and history[-1].stopped):
+        while len(history) < loop.epochs and not (history and history[-1].stopped):
             with learner.attached(settings.backend):
                 record = replace(loop.run_epoch(len(history)), stage=stage)
             stop = run.on_epoch is not None and bool(run.on_epoch(record, learner.module))
             stops = ranks.sum((), torch.tensor(float(stop), dtype=torch.float64))
             history.append(replace(record, stopped=bool(stops)))
-            due = record.epoch % run.checkpoint_every == 0 or record.epoch == settings.epochs or bool(stops)
+            due = record.epoch % run.checkpoint_every == 0 or record.epoch == loop.epochs or bool(stops)
             if store is not None and due and ranks.writes:
-                store.save(parameters, optimizer, [asdict(r) for r in history])
+                store.save(kept, optimizer, [asdict(r) for r in history])
     optimizer.zero_grad()
     return history
 
@@ -138,8 +143,21 @@ def train_learner(
 class _Loop:
     """The epochs of a training: what is trained, by which optimiser, and which rows each step takes."""
 
-    def __init__(self, model: PreTrainedModel, learner: Learner, settings: LoopOptions, ranks: Ranks) -> None:
+    def __init__(
+        self, model: PreTrainedModel, learner: Learner, settings: LoopOptions, ranks: Ranks, count: int
+    ) -> None:
         self.model, self.learner, self.settings, self.ranks = model, learner, settings, ranks
+        self.per_epoch = len(self._steps(count, 0))
+        self.total_steps = settings.epochs * self.per_epoch if settings.steps is None else settings.steps
+        self.epochs = math.ceil(self.total_steps / self.per_epoch)
+        self.objective = OBJECTIVES[settings.objective]
+        reads_options = self.objective.choices != "none"
+        self.layout: Layout = "padded" if reads_options else settings.layout
+        if reads_options and ranks.size > 1 and is_sharded(model):
+            raise ValueError(
+                f"objective={settings.objective!r} runs a model as often as its options need, and processes that share "
+                "its weights must all run it equally often; take objective='answers', or a model in one piece"
+            )
         self.parameters = learner.parameters()
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=settings.lr, betas=(0.9, 0.999), weight_decay=0.0
@@ -150,11 +168,12 @@ class _Loop:
         started = time.perf_counter()
         settings, learner, parameters = self.settings, self.learner, self.parameters
         rows = learner.rows(epoch)
-        steps = self._steps(len(rows), epoch)
+        before = epoch * self.per_epoch
+        steps = self._steps(len(rows), epoch)[: self.total_steps - before]
+        seen = sum(map(len, steps))
         first_lr, total, norms = 0.0, torch.zeros((), dtype=torch.float64, device=self.model.device), []
         for number, step in enumerate(steps):
-            progress = (epoch * len(steps) + number) / (settings.epochs * len(steps))
-            lr = 0.5 * settings.lr * (1 + math.cos(math.pi * progress))
+            lr = 0.5 * settings.lr * (1 + math.cos(math.pi * (before + number) / self.total_steps))
             first_lr = lr if number == 0 else first_lr
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -169,13 +188,14 @@ class _Loop:
             norms.append(torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip_norm or math.inf))
             if not torch.isfinite(norms[-1]) or not torch.isfinite(total):
                 raise TrainingError(
-                    f"epoch {epoch + 1}: the loss is {total.item() / len(rows)} and the gradient norm "
+                    f"epoch {epoch + 1}: the loss is {total.item() / seen} and the gradient norm "
                     f"{float(norms[-1])}; try a smaller lr than {settings.lr}, or a wider dtype than {self.model.dtype}"
                 )
             self.optimizer.step()
             learner.after_step()
         norm = float(torch.stack(norms).mean())
-        return EpochRecord(epoch + 1, total.item() / len(rows), first_lr, norm, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return EpochRecord(epoch + 1, total.item() / seen, first_lr, norm, seconds, steps=len(steps))
 
     def _steps(self, count: int, epoch: int) -> list[list[int]]:
         """Indices of the rows of each optimiser step of an epoch."""
@@ -189,9 +209,14 @@ class _Loop:
     def _accumulate(self, rows: Sequence[Row], step: list[int], seed: int) -> Tensor:
         """Add the gradient of this process's rows to that of the step's mean loss; returns the sum of their losses."""
         total = torch.zeros((), dtype=torch.float64, device=self.model.device)
+        per_row = sum(len(rows[i].answers[0]) for i in step) / len(step)  # labels
         for indices, weight in self._micro_batches(rows, step):
-            batch = make_batch(rows, indices, self.settings.layout, self.learner.lead).to(self.model.device)
-            losses = self.learner.losses(batch, seed)
+            batch = make_batch(rows, indices, self.layout, self.learner.lead).to(self.model.device)
+            factors = torch.ones(len(indices), dtype=torch.float64, device=self.model.device)
+            if self.settings.reduction == "tokens":
+                factors = torch.tensor(batch.answer_sizes).to(factors) / per_row
+            weights = Weights(self.settings.score, self.settings.mixed, factors)
+            losses = self.objective.losses(self.learner.forward(batch, seed), weights)
             (weight * losses.sum() / len(step)).backward()
             total += weight * losses.detach().double().sum()
         return total
@@ -206,7 +231,7 @@ class _Loop:
         for rank in range(self.ranks.size):
             share = self.ranks.share(step, rank)
             chosen = [rows[i] for i in share]
-            groups = split_by_tokens(chosen, self.settings.max_tokens, self.settings.layout, self.learner.lead)
+            groups = split_by_tokens(chosen, self.settings.max_tokens, self.layout, self.learner.lead)
             batches.append([[share[i] for i in group] for group in groups])
         mine, most = batches[self.ranks.rank], max(map(len, batches))
         return [(indices, 1.0) for indices in mine] + [([step[0]], 0.0)] * (most - len(mine))
@@ -223,7 +248,7 @@ class _Loop:
 
 def _identity(model: PreTrainedModel, learner: Learner, rows: Sequence[Row], settings: LoopOptions) -> dict[str, Any]:
     """What the bits of a run depend on, by name."""
-    tokens = [(r.tokens, r.answers, r.held_out, r.predicted_at) for r in rows]
+    tokens = [(r.tokens, r.answers, r.held_out, r.predicted_at, *r.choices) for r in rows]
     return {
         **asdict(settings),
         "demonstrations": fingerprint((learner.identity(), tokens)),

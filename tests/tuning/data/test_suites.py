@@ -12,7 +12,7 @@ from ctkernels.testing.tasks import DEMONSTRATIONS, write_jsonl
 from ctkernels.tuning.data import suites
 from ctkernels.tuning.data.demonstrations import DataError, Demonstration
 from ctkernels.tuning.data.suites import SUITES, Suite, SuiteOptions, arc, bbh, get_suite
-from ctkernels.tuning.data.suites.base import draw
+from ctkernels.tuning.data.suites.base import draw, stratified
 
 OPTIONS = SuiteOptions()
 
@@ -66,6 +66,67 @@ def test_draw_is_disjoint_complete_and_fixed_by_the_seed():
     assert draw(range(3), 3, 5) == [tuple(draw(range(3), 3, 3)[0]), ()]
 
 
+def choices(labels):
+    return [Demonstration(f"item {i}", label, ("a", "b", "c")) for i, label in enumerate(labels)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "count", "drawn"),
+    [
+        ("aaaabbbbcccc", 6, {"a": 2, "b": 2, "c": 2}),
+        ("aaaaaaaaabbc", 4, {"a": 2, "b": 1, "c": 1}),  # every class has one
+        ("aaaaaaaaaaab", 2, {"a": 1, "b": 1}),
+        ("aaaaaaaabbbb", 7, {"a": 5, "b": 2}),  # 4.67 and 2.33
+        ("aaaabbbbcccc", 2, {"a": 1, "b": 1}),  # fewer than classes: equal remainders, the first ones
+        ("abc", 9, {"a": 1, "b": 1, "c": 1}),
+    ],
+)
+def test_a_draw_by_class_has_the_proportions_of_the_items(labels, count, drawn):
+    items = choices(labels)
+    found = [items[i].output for i in stratified(items, count)]
+    assert {label: found.count(label) for label in set(found)} == drawn
+    for seed in range(5):  # whatever the order: the same numbers, except where remainders are equal
+        train, rest = draw(items, seed, count, by_class=True)
+        assert sorted(x.input for x in (*train, *rest)) == sorted(x.input for x in items)
+        assert draw(items, seed, count, by_class=True) == [train, rest]
+        if count > 2 and count != 9:
+            assert {x: sum(item.output == x for item in train) for x in drawn} == drawn
+
+
+def test_a_draw_without_classes_is_the_plain_one():
+    different = [Demonstration(f"item {i}", "a", ("a", f"other {i}")) for i in range(8)]
+    free = [Demonstration(f"item {i}", "a") for i in range(8)]
+    for items in (different, free, list(range(8))):
+        assert draw(items, 3, 4, by_class=True) == draw(items, 3, 4)
+    assert draw(choices("aaaaaaab"), 1, 3, by_class=True) != draw(choices("aaaaaaab"), 1, 3)
+
+
+def test_shots_are_drawn_by_class_in_every_suite_with_classes(tmp_path):
+    lines = [
+        json.dumps({"input": f"item {i}", "output": "a" if i < 14 else "b", "options": ["a", "b"]}) for i in range(16)
+    ]
+    (tmp_path / "jsonl").mkdir()
+    (tmp_path / "rare").mkdir()
+    for split in ("train", "dev", "test"):
+        write_jsonl(tmp_path / "jsonl" / f"{split}.jsonl", lines)
+        for seed in range(6):
+            write_jsonl(tmp_path / "rare" / f"rare_16_{seed}_{split}.jsonl", lines)
+    cases = [{"input": f"case {i}", "target": "Yes" if i % 10 else "No"} for i in range(40)]
+    bbh_file(tmp_path, "lies", cases)
+    for suite, name, share in (("nlp_lr", "rare", ("b", 1)), ("jsonl", "jsonl", ("b", 1)), ("bbh", "lies", ("No", 1))):
+        for seed in range(6):
+            task = load(suite, tmp_path, name, seed, SuiteOptions(shots=4))
+            assert [item.output for item in task.train].count(share[0]) == share[1] and len(task.train) == 4
+            assert not {item.input for item in task.train} & {item.input for item in task.test} or suite != "bbh"
+    header = "question,choice0,choice1,choice2,choice3,answer"
+    mmlu_file(tmp_path, "dev", [header, *(f"dev {i},w,x,y,z,0" for i in range(5))])
+    mmlu_file(tmp_path, "test", [header, *(f"test {i},w,x,y,z,{i % 4}" for i in range(80))])
+    task = load("mmlu", tmp_path, "tea", options=SuiteOptions(shots=4))
+    assert sorted(item.output for item in task.train) == ["A", "B", "C", "D"]
+    assert (len(task.train), len(task.validation), len(task.test)) == (4, 20, 61)
+    assert len({item.input for item in (*task.train, *task.validation, *task.test)}) == 85
+
+
 def test_nlp_lr(tmp_path):
     (tmp_path / "warmth").mkdir()
     for split, items in (("train", DEMONSTRATIONS), ("dev", DEMONSTRATIONS[:2]), ("test", DEMONSTRATIONS[::-1])):
@@ -114,6 +175,31 @@ def test_bbh_without_listed_options(tmp_path):
     assert task.test[0].options is None and not task.test[0].output.endswith(" ")
     assert (task.metric, task.by, task.text_format.delimiter) == ("exact_match", "generation", "\n")
     assert task.generates
+
+
+def test_bbh_takes_the_papers_text_with_its_preset(tmp_path):
+    bbh_file(tmp_path, "web_of_lies", [{"input": f"case {i}", "target": ["Yes", "No"][i % 2]} for i in range(40)])
+    bbh_file(tmp_path, "sums", [{"input": f"{i} + 1 =", "target": f"{i + 1}"} for i in range(40)])
+    paper = SuiteOptions(preset="bbh")
+    text = load("bbh", tmp_path, "web_of_lies", options=paper).text_format
+    assert (text.delimiter, text.template) == ("\n\n", "Q: {input}\nA: {output}")
+    assert text.instruction == f"{bbh.DESCRIPTIONS['web_of_lies']} Write No or Yes alone."
+    assert load("bbh", tmp_path, "sums", options=paper).text_format.instruction == "Write the answer alone."
+    for other in (OPTIONS, SuiteOptions(preset="mmlu")):
+        task = load("bbh", tmp_path, "web_of_lies", options=other)
+        assert (task.text_format.instruction, task.text_format.template, task.text_format.delimiter) == ("", "", " ")
+    (tmp_path / "cot-prompts").mkdir()
+    published = tmp_path / "cot-prompts" / "web_of_lies.txt"
+    published.write_text("a warning\n-----\nTell truth from lies.\n\nQ: one\nA: two\n")
+    instruction = load("bbh", tmp_path, "web_of_lies", options=paper).text_format.instruction
+    assert instruction == "Tell truth from lies. Write No or Yes alone."
+    published.write_text("Tell truth from lies.")
+    with pytest.raises(DataError, match=r"web_of_lies\.txt: expected a line of dashes, and below it what the task is"):
+        load("bbh", tmp_path, "web_of_lies", options=paper)
+    letters = Demonstration("Which?", "(B)", ("(A)", "(B)"))
+    assert bbh.instruction(tmp_path, "logical_deduction_five_objects", letters) == (
+        f"{bbh.DESCRIPTIONS['logical_deduction']} Write the letter of the answer alone, such as (A)."
+    )
 
 
 def test_broken_bbh_files_are_named(tmp_path):

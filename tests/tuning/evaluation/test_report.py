@@ -87,17 +87,39 @@ def test_report_by_hand():
     assert pair.p == pytest.approx(2 / 8) and pair.p_holm == pair.p  # three differences, all of one sign
     assert pair.p_tasks == pytest.approx(2 / 4)
     text = report.markdown()
-    assert "| icl | 40.0 ± 0.0 | 40.0 | 1.400 | 15.0 | 12.0 | 6/6 |" in text
-    assert "| ct-kv | 55.0 ± 14.1 | 55.0 | 1.550 | 15.0 | 12.0 | 5/6 |" in text
+    assert "| icl | 40.0 ± 0.0 | - | 40.0 | - | - | - | - | 1.400 | 15.0 | 12.0 | 6/6 |" in text
+    assert "| ct-kv | 55.0 ± 14.1 | - | 55.0 | - | - | - | - | 1.550 | 15.0 | 12.0 | 5/6 |" in text
+    assert "majority class |" not in text and "Calibrated" not in text
     assert "| icl | ct-kv | -15.0 | 0 / 3 of 4 | 0.2500 | 0.2500 | 0.5000 |" in text
     assert "Left out, since a method lacks a result: c." in text
     assert "| c | 90.0 | 10.0 |" in text  # the table by task has what there is
     assert "- ct-kv on c, seed 2: c.jsonl:3: no" in text
 
 
+def test_plain_and_calibrated_side_by_side():
+    """Task b has no calibration, since its items do not share their options: its plain numbers count."""
+    offsets = {"offsets": {"calibrate": "batch"}, "score": 0.9, "accuracy": 0.8, "nll": 0.5, "ece": 0.1}
+    worth = {"nll": 1.5, "ece": 0.3}
+    always = {"option": "x", "score": 0.2, "accuracy": 0.4}
+    a = [cell("icl", "a", s, 0.5, calibrated=offsets, majority={**always, "score": 0.1 * s}, **worth) for s in (1, 2)]
+    b = [cell("icl", "b", s, 0.3, **worth) for s in (1, 2)]
+    report = make_report("x", [*a, *b], planned=4)
+    (icl,) = report.summaries
+    assert (icl.score, icl.calibrated) == (pytest.approx(0.4), pytest.approx((0.9 + 0.3) / 2))
+    assert (icl.calibrated_nll, icl.calibrated_ece) == (pytest.approx((0.5 + 1.5) / 2), pytest.approx((0.1 + 0.3) / 2))
+    assert (report.calibrate, report.uncalibrated, report.majority) == ("batch", ["b"], None)
+    text = report.markdown()
+    assert "| icl | 40.0 ± 0.0 | 60.0 | 40.0 | 1.500 | 1.000 | 30.0 | 20.0 |" in text
+    assert "Calibrated (batch): an offset is subtracted from the loss of each option. Not calibrated: b." in text
+    assert "| task | icl | majority class |" in text and "| a | 50.0 | 15.0 |" in text and "| b | 30.0 |  |" in text
+    whole = make_report("x", a, planned=2)
+    assert (whole.majority.score, whole.majority.accuracy) == (pytest.approx(0.15), pytest.approx(0.4))
+    assert "| majority class | 15.0 | - | 40.0 | - |" in whole.markdown()
+
+
 def test_report_of_one_seed_and_of_nothing():
     one = make_report("x", [cell("icl", "a", 1, 0.5)], planned=1)
-    assert one.summaries[0].spread is None and "| icl | 50.0 | 50.0 |" in one.markdown()
+    assert one.summaries[0].spread is None and "| icl | 50.0 | - | 50.0 |" in one.markdown()
     assert "Paired" not in one.markdown()
     none = make_report("x", [cell("icl", "a", 1, 0.0, error="no")], planned=1)
     assert (none.summaries, none.comparisons, none.left_out) == ([], [], ["a"])
@@ -126,8 +148,8 @@ def test_a_method_with_settings_is_one_word():
     assert MethodSpec("icl").settings(epochs=3, seed=2) == MethodSpec("icl").settings(seed=2)  # what it does not read
     with pytest.raises(ValueError, match="there is no setting 'epoch'; there are seed,"):
         MethodSpec("icl").settings(epoch=3)
-    with pytest.raises(ValueError, match="epochs must be at least 1, got 0"):
-        MethodSpec("icl").settings(epochs=0)
+    with pytest.raises(ValueError, match="epochs must be at least 0, got -1"):
+        MethodSpec("icl").settings(epochs=-1)
     assert split_words(("icl,ct-kv", "ttt, icl")) == ["icl", "ct-kv", "ttt"]
 
 

@@ -87,7 +87,8 @@ def test_all_cells_are_run_and_reported(model, folder, tmp_path):
     ]
     assert all(r.error is None and r.metric == "macro_f1" for r in results)
     assert {r.task: r.items for r in results} == {"taste": 2, "warmth": 5}
-    assert [len(r.losses) for r in results[:3]] == [0, 2, 2]
+    assert [len(r.losses) for r in results[:3]] == [r.steps for r in results[:3]] == [0, 2, 2]
+    assert results[0].labels == [d.output for d in DEMONSTRATIONS[:4]] and results[-1].labels != results[0].labels
     assert results[1].run["seed"] == 13 and results[7].run["seed"] == 21
     assert results[1].gold_loss != results[7].gold_loss  # other demonstrations
     # the score of a cell is that of the method and its settings, run by hand
@@ -273,6 +274,50 @@ def test_finished_cells_keep_their_results_when_a_setting_gets_another_name(mode
         run_sweep(model, TOKENIZER, sweep, Workers(), Quiet())
 
 
+def test_calibrated_sweeps_and_cells_of_an_earlier_version(model, folder, tmp_path):
+    """Old cells are read where nothing is calibrated, and refused by the name of what differs elsewhere."""
+    specs = ["icl", "ct-kv:epochs=1:objective=options"]
+    plain = sweep_of(folder, tmp_path / "out", specs, tasks=["warmth"], seeds=[13])
+    results = run_sweep(model, TOKENIZER, plain, Workers(), Quiet())
+    assert all(r.calibrated is None and r.nll > 0 and r.majority["option"] == "warm" for r in results)
+    assert [r.run["score"] for r in results] == ["mean", "mean"] and results[1].run["objective"] == "options"
+    path = plain.cells()[0].path(plain.out)
+    cell = json.loads(path.read_text())
+    for name in ("nll", "ece", "calibrated", "majority"):
+        del cell[name]
+    for name in ("score", "calibrate"):
+        del cell["run"][name]
+    path.write_text(json.dumps(cell))
+    again = Quiet()
+    old = run_sweep(model, TOKENIZER, plain, Workers(), again)[0]
+    assert again.computed == [] and old.nll is None and old.score == results[0].score
+    report = make_report("x", [old, results[1]], planned=1)
+    assert report.summaries[0].nll is None and report.summaries[1].nll == results[1].nll
+    with pytest.raises(
+        SweepError, match=r"icl/13\.json belongs to another sweep: calibrate was 'none' and is now 'batch'"
+    ):
+        run_sweep(model, TOKENIZER, replace(plain, calibrate="batch"), Workers(), Quiet())
+    with pytest.raises(SweepError, match="score was 'mean' and is now 'sum'"):
+        run_sweep(model, TOKENIZER, replace(plain, common={"score": "sum"}), Workers(), Quiet())
+
+
+@pytest.mark.parametrize("calibrate", ["batch", "dev", "content-free"])
+def test_cells_have_what_the_evaluation_finds(model, folder, tmp_path, calibrate):
+    write_jsonl(
+        folder / "taste/taste_16_13_test.jsonl", [DEMONSTRATIONS[0], Demonstration("tea", "hot", ("hot", "mild"))]
+    )
+    sweep = sweep_of(folder, tmp_path / "out", ["icl"], seeds=[13], calibrate=calibrate)
+    taste, warmth = run_sweep(model, TOKENIZER, sweep, Workers(), Quiet())
+    assert taste.error is None and taste.calibrated is None and taste.run["calibrate"] == "none"
+    adapter = run.tune(model, TOKENIZER, DEMONSTRATIONS[:4], "icl").adapter
+    expected = adapter.evaluate(
+        model, TOKENIZER, DEMONSTRATIONS[::-1], calibrate=calibrate, validation=DEMONSTRATIONS[:1]
+    )
+    assert warmth.calibrated == asdict(expected.calibrated)
+    report = make_report("x", [taste, warmth], planned=2)
+    assert (report.calibrate, report.uncalibrated) == (calibrate, ["taste"])
+
+
 def test_a_model_that_no_cell_could_use_is_refused_beforehand(folder, tmp_path):
     other = GPTBigCodeForCausalLM(GPTBigCodeConfig(vocab_size=50, n_embd=8, n_layer=1, n_head=1))
     with pytest.raises(TypeError, match="model class GPTBigCodeForCausalLM is not supported"):
@@ -354,7 +399,9 @@ def test_views_are_tuned_turned_back_and_counted(monkeypatch, tmp_path, undo, se
         (["--views", "2"], "views are for grids, the suite arc; got 2 with nlp_lr"),
         (["--split", "train"], "invalid choice 'train' for argument '--split'"),
         (["--preset", "mmlu2"], "preset must be one of nlp-lr"),
-        (["--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["--epochs", "-1"], "epochs must be at least 0, got -1"),
+        (["--calibrate", "dev", "--split", "validation"], "calibrate=dev fits offsets to the validation items, and"),
+        (["--score", "max"], "invalid choice 'max' for argument '--score'"),
         (["--lr", "1"], "unknown option --lr"),
     ],
 )

@@ -63,7 +63,7 @@ def test_generation_with_retrieved_demonstrations(files, tmp_path):
     (tmp_path / "speech").mkdir()
     for split in ("train", "test"):
         write_jsonl(tmp_path / "speech" / f"{split}.jsonl", map(json.dumps, pairs))
-    methods = "ipt:epochs=1:prompt_tokens=3:ipt_shots=2,icl"
+    methods = "ipt:epochs=1:prompt_tokens=3:shown=2,icl"
     asked = ["--suite", "generation", "--data-dir", tmp_path, "--methods", methods, "--limit", 2]
     icl, ipt = evaluate(files, tmp_path / "out", *asked)
     assert (icl.method, icl.metric, icl.items) == ("icl", "bleu", 2)

@@ -103,7 +103,7 @@ def test_defaults_and_overrides():
     assert (both.lr, both.epochs, both.batch_rows, both.ttt_lr, both.ttt_epochs) == (3e-3, 8, None, 1e-4, 8)
     starts = {name: method.settings().start for name, method in METHODS.items() if "start" in method.reads}
     assert starts == {"ct-kv": "context", "ttt+ct-kv": "context"} | dict.fromkeys(
-        ("prompt-tuning", "prefix-tuning", "ipt"), "vocabulary"
+        ("prompt-tuning", "prefix-tuning", "meta-prefix", "ipt"), "vocabulary"
     )
 
 
@@ -121,7 +121,7 @@ def test_settings_of_any_class_become_the_methods_own():
         get_method("ttt").accept(ct_kv.settings())
     with pytest.raises(ValueError, match="icl does not read epochs, got 3"):
         icl.accept(TrainSettings(epochs=3))
-    with pytest.raises(ValueError, match="icl does not read 'epochs'; it reads backend, max_tokens, seed"):
+    with pytest.raises(ValueError, match="icl does not read 'epochs'; it reads backend, max_tokens, score, seed"):
         icl.settings(epochs=3)
     with pytest.raises(ValueError, match=r"start of prefix-tuning must be one of vocabulary, .*, got 'context'"):
         get_method("prefix-tuning").accept(TrainSettings())
@@ -137,7 +137,7 @@ def test_settings_of_any_class_become_the_methods_own():
 def test_every_check_of_its_parts_runs():
     """Also where a class has a check of its own, and in the one class of all settings."""
     for kind in (get_method("ttt+ct-kv").options, TrainSettings):
-        for name, value in (("seed", -1), ("epochs", 0), ("drop_p", 1.0), ("lora_rank", 0), ("ttt_epochs", 0)):
+        for name, value in (("seed", -1), ("epochs", -1), ("drop_p", 1.0), ("lora_rank", 0), ("ttt_epochs", -1)):
             with pytest.raises(ValueError, match=f"{name} must be"):
                 kind(**{name: value})
     assert Dropout(drop_p=0.5).drop_p == 0.5
@@ -166,7 +166,7 @@ def test_presets_are_the_papers_table():
         "arc": (3e-3, 200, 0.1),
     }
     chosen = both.settings("arc", lr=1.0)
-    assert (chosen.lr, chosen.epochs, chosen.ttt_epochs, chosen.ttt_lr, chosen.lora_rank) == (1.0, 50, 200, 1e-4, 64)
+    assert (chosen.lr, chosen.epochs, chosen.ttt_steps, chosen.ttt_lr, chosen.lora_rank) == (1.0, 50, 200, 1e-4, 64)
     assert get_method("prefix-tuning").settings("bbh").lr == get_method("ct-prompt").settings("bbh").lr == 3e-4
     assert get_method("icl").settings("bbh") == get_method("icl").settings()
     with pytest.raises(ValueError, match="cpt has no preset 'arc'; the methods with one are ct-kv, ct-prompt, prefix-"):
@@ -181,7 +181,7 @@ def test_presets_are_the_papers_table():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"epochs": -1}, "epochs must be at least 0, got -1"),
         ({"lr": 0.0}, "lr must be positive, got 0.0"),
         ({"lr": float("nan")}, "lr must be positive, got nan"),
         ({"drop_p": 1.0}, r"drop_p must be in \[0, 1\), got 1.0"),
@@ -266,6 +266,7 @@ class Stopped(Exception):
         *((name, {}) for name in TRAINING),
         *((name, {"batch_rows": 2}) for name in ("ct-kv", "ct-prompt", "ttt")),
         ("ct-kv", {"pull": 1.0, "fisher": True}),
+        ("ct-kv", {"ema": 0.6}),
         ("ct-kv", {"rank": 2, "start": "permuted", "front_tokens": 2, "leave_one_out": "power"}),
         ("prefix-tuning", {"mlp_width": 4}),
         ("prompt-tuning", {"mlp_width": 4}),

@@ -222,3 +222,29 @@ def test_steps_of_some_rows(model, method):
     assert [len(o) for o in orders] == [2, 2, 1] * 3
     epochs = [[i for step in orders[at : at + 3] for i in step] for at in (0, 3, 6)]
     assert all(sorted(order) == list(range(5)) for order in epochs) and len({tuple(o) for o in epochs}) > 1
+
+
+@pytest.mark.parametrize("how", [{}, {"rank": 2}, {"mlp_width": 8}], ids=["itself", "low rank", "network"])
+def test_the_average_over_steps_is_weighted_by_their_age(model, how):
+    """After n steps: sum of ema^(n - i) * prefix_i / sum of ema^(n - i); the start has no weight."""
+    seen = []
+
+    def on_epoch(record, prefix):
+        seen.append([x.detach().clone() for x in (*prefix.keys, *prefix.values)])
+
+    settings = get_method("ct-kv").settings(epochs=4, lr=1e-2, seed=3, frozen_tokens=9, **how)
+    last = tune(model, TOKENIZER, DEMONSTRATIONS, "ct-kv", settings, on_epoch=on_epoch).prefix
+    averaged = tuned(model, epochs=4, frozen_tokens=9, ema=0.7, **how).prefix
+    weights = torch.tensor([0.7**3, 0.7**2, 0.7, 1.0], dtype=torch.float64)
+    for tensor, final, *steps in zip(averaged.parameters(), last.parameters(), *seen, strict=True):
+        expected = torch.einsum("n,nhpd->hpd", weights / weights.sum(), torch.stack(steps))
+        torch.testing.assert_close(tensor.detach(), expected, rtol=1e-9, atol=1e-12)
+        assert torch.equal(tensor[:, :9], final[:, :9])  # tokens that are not trained keep their bits
+        assert not torch.equal(tensor, final)
+
+
+def test_an_average_needs_a_decay_below_one(model, start):
+    with pytest.raises(ValueError, match=r"ema must be in \[0, 1\), got 1.0"):
+        get_method("ct-kv").settings(ema=1.0)
+    untrained = tuned(model, epochs=0, ema=0.9).prefix
+    assert all(torch.equal(a, b) for a, b in zip(untrained.parameters(), start.prefix.parameters(), strict=True))

@@ -77,6 +77,20 @@ def test_a_finished_run_resumes_to_its_result(tmp_path, uninterrupted):
     assert_same_run(run(tmp_path, resume=True, on_epoch=stop_at(1)), uninterrupted)
 
 
+def test_a_checkpoint_without_settings_that_came_later(tmp_path, uninterrupted):
+    """It goes on where they are what the earlier version did, and is refused by their names elsewhere."""
+    with pytest.raises(Stopped):
+        run(tmp_path, on_epoch=stop_at(3))
+    _, description, tensors = read_file(tmp_path / FILE_NAME, "checkpoint")
+    own = {name: description[name] for name in ("run", "history")}
+    for name in ("objective", "mixed", "reduction", "score"):
+        del own["run"][name]
+    write_file(tmp_path / FILE_NAME, "checkpoint", own, tensors)
+    with pytest.raises(CheckpointError, match="reduction was 'rows' and is now 'tokens'"):
+        run(tmp_path, resume=True, settings=replace(SETTINGS, reduction="tokens"))
+    assert_same_run(run(tmp_path, resume=True), uninterrupted)
+
+
 KILLED = """
 import sys, torch
 from tests.tuning.train.test_resume import run

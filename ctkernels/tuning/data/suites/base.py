@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from ctkernels.tuning.data.demonstrations import DataError, Demonstration
 from ctkernels.tuning.data.formats import TextFormat
@@ -78,12 +78,15 @@ class Task:
 class SuiteOptions:
     """What a user can choose for a suite.
 
-    shots: demonstrations per task; None takes the suite's own number.
+    shots: demonstrations per task, drawn by class where all items share their options; None takes the suite's own
+        number as the suite draws them.
     views: number of geometric views of a grid task (suites with `has_views`): 1, 2, 4 or 8.
+    preset: benchmark whose text format is taken where the suite has one for it (bbh), or None.
     """
 
     shots: int | None = None
     views: int = 1
+    preset: str | None = None
 
     def __post_init__(self) -> None:
         if self.shots is not None and self.shots < 1:
@@ -145,14 +148,42 @@ class Suite:
         return list(dict.fromkeys(names)) or found
 
 
-def draw(items: Sequence[Item], seed: int, *counts: int) -> list[tuple[Item, ...]]:
+def draw(items: Sequence[Item], seed: int, *counts: int, by_class: bool = False) -> list[tuple[Item, ...]]:
     """Disjoint random samples of `counts` items each, then the remaining items in their order.
 
-    The result depends only on the arguments. A sample that is larger than what remains gets what remains.
+    The result depends only on the arguments. A sample that is larger than what remains gets what remains. With
+    `by_class`, the first sample has the classes in the proportions of the items (`stratified`).
     """
     order = random.Random(seed).sample(range(len(items)), len(items))
+    if by_class and counts:
+        chosen = set(stratified([items[i] for i in order], counts[0]))
+        order = [i for n, i in enumerate(order) if n in chosen] + [i for n, i in enumerate(order) if n not in chosen]
     parts, start = [], 0
     for count in counts:
         parts.append(tuple(items[i] for i in order[start : start + count]))
         start += count
     return [*parts, tuple(items[i] for i in sorted(order[start:]))]
+
+
+def stratified(items: Sequence[Any], count: int) -> list[int]:
+    """Indices of the first items of each class, `count` in all and in order, where all items share their options: those
+    of the first `count` items otherwise.
+
+    A class gets its share of `count`, rounded down, and at least one item if there are so many; what is left goes to
+    the largest remainders, of equal ones to the class that comes first.
+    """
+    options = {frozenset(getattr(item, "options", None) or ()) for item in items}
+    if len(options) != 1 or not all(options):
+        return list(range(min(count, len(items))))
+    classes: dict[str, list[int]] = {}
+    for index, item in enumerate(items):
+        classes.setdefault(item.output, []).append(index)
+    count = min(count, len(items))
+    shares = {label: count * len(members) / len(items) for label, members in classes.items()}
+    least = 1 if count >= len(classes) else 0
+    taken = {label: max(least, int(share)) for label, share in shares.items()}
+    while sum(taken.values()) != count:
+        step = 1 if sum(taken.values()) < count else -1
+        movable = [c for c in taken if (taken[c] < len(classes[c]) if step > 0 else taken[c] > least)]
+        taken[max(movable, key=lambda c: step * (shares[c] - taken[c]))] += step
+    return sorted(index for label, members in classes.items() for index in members[: taken[label]])

@@ -2,9 +2,10 @@
 
     FOLDER/TASK/{train,dev,test}.jsonl       fields input, output, perhaps options or references; dev is optional
 
-A folder with a train.jsonl in it is one task. `shots` demonstrations are drawn by the seed; without `shots` all lines
-of train.jsonl are used, in their order. In `generation` an answer ends at the end of the line, and the score is corpus
-BLEU (sacrebleu) against `output` and the further `references`; exact match is reported, too.
+A folder with a train.jsonl in it is one task. `shots` demonstrations are drawn by the seed, by class where all lines
+share their options; without `shots` all lines of train.jsonl are used, in their order. In `generation` an answer ends
+with its line, and the score is corpus BLEU (sacrebleu) against `output` and the further `references`; exact match is
+reported, too.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def load_task(folder: Path, name: str, seed: int, options: SuiteOptions, *, gene
     if options.shots is not None:
         if options.shots > len(train):
             raise DataError(f"{home / 'train.jsonl'}: {len(train)} demonstrations, fewer than {options.shots} shots")
-        train, _ = draw(train, seed, options.shots)
+        train, _ = draw(train, seed, options.shots, by_class=True)
     if not generation:
         return Task(name, train, validation, test)
     return Task(name, train, validation, test, "bleu", "generation", TextFormat("\n"), max_new_tokens=64)

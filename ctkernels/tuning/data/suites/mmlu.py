@@ -3,7 +3,8 @@
     FOLDER/{dev,val,test}/SUBJECT_{dev,val,test}.csv    question, four choices, answer (0-3 or A-D), header or not
 
 The items of `dev` (5) and `val`, if there are any, become demonstrations, and validation items beyond 16. The seed
-draws from `test` what is missing for 16 demonstrations and 20 validation items; those are not test items.
+draws from `test` what is missing for 16 demonstrations and 20 validation items; those are not test items. With `shots`,
+demonstrations are drawn from all of these by the letters of their answers.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ def load_task(folder: Path, name: str, seed: int, options: SuiteOptions) -> Task
     if missing >= len(tested):
         raise DataError(f"{name}: {len(tested)} test items are too few to draw {missing} of them and test the others")
     borrowed, test = draw(tested, seed, missing)
+    if options.shots is not None:
+        train, validation, _ = draw((*reserved, *borrowed), seed, shots, VALIDATION, by_class=True)
+        return Task(name, train, validation, test, "accuracy", "options", TextFormat(max_pair_tokens=UNCUT))
     train = tuple(reserved[:shots])
     rest = (*reserved[shots:], *borrowed)
     needed = shots - len(train)

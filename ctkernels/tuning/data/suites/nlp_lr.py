@@ -2,8 +2,9 @@
 
     FOLDER/TASK/TASK_16_SEED_{train,dev,test}.jsonl        fields input, output, options
 
-The seed selects the files. Fewer than 16 demonstrations are drawn from the 16; more are read from files of that number
-(`TASK_32_SEED_...`). The score is macro-F1 if all items have the same options, otherwise accuracy.
+The seed selects the files. Fewer than 16 demonstrations are drawn from the 16, by class where there are classes; more
+are read from files of that number (`TASK_32_SEED_...`). The score is macro-F1 if all items have the same options,
+otherwise accuracy.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def load_task(folder: Path, name: str, seed: int, options: SuiteOptions) -> Task
     splits = [load_metaicl(folder, name, seed, split, max(shots, SHOTS)) for split in ("train", "dev", "test")]
     train, validation, test = map(tuple, splits)
     if shots < SHOTS:
-        (train, _) = draw(train, seed, shots)
+        (train, _) = draw(train, seed, shots, by_class=True)
     return Task(name, train, validation, test)
 
 

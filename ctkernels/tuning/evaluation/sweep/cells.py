@@ -42,8 +42,13 @@ class CellResult:
 
     task, method, seed: which cell.  run: everything that the numbers depend on, as JSON values by name.
     error: why there is no result, or None. With an error all further fields are empty.
-    metric, score, accuracy, gold_loss, items, predictions: as in `EvalResult`; with views, those of the votes.
+    metric, score, accuracy, gold_loss, items, predictions: as in `EvalResult`; with views, those of the votes; of an
+        ensemble, those of its mean losses.
+    labels: outputs of the demonstrations as the method saw them in the first view, in order, where they have options.
+    nll, ece, calibrated, majority: as in `EvalResult`, of cells without views. calibrated is also None where it was
+        asked for and the items do not share their options.
     losses: training loss of each epoch of the first view, all stages together.
+    steps: optimiser steps of the first view, all stages together.
     seconds: time of tuning, all views together.  seconds_eval: time of evaluation.
     cpu_seconds: CPU time of tuning, of all threads of the process. Other programs on the machine change it least.
     """
@@ -60,9 +65,15 @@ class CellResult:
     items: int = 0
     predictions: list[str] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    steps: int = 0
     seconds: float = 0.0
     seconds_eval: float = 0.0
     cpu_seconds: float = 0.0
+    nll: float | None = None
+    ece: float | None = None
+    calibrated: dict[str, Any] | None = None
+    majority: dict[str, Any] | None = None
 
     def write(self, path: Path) -> None:
         """Replace the cell's file."""

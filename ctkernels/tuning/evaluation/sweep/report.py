@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
+from ctkernels.tuning.evaluation.sweep import protocols
 from ctkernels.tuning.evaluation.sweep.cells import CellResult
+from ctkernels.tuning.evaluation.sweep.protocols import OrderSpread
 from ctkernels.tuning.evaluation.sweep.significance import holm, sign_flip_test
 from ctkernels.tuning.storage import atomic_write_bytes, atomic_write_json
 
@@ -20,6 +23,9 @@ class Summary:
     score, accuracy, gold_loss: means over tasks and seeds.  spread: standard deviation over seeds of the mean score
     over tasks; None with a single seed.  seconds: mean time of tuning.  cpu_seconds: mean CPU time of tuning, of all
     threads. finished: number of all cells with a result, also of other tasks.
+    nll, ece: means, None where a cell has none (generated answers, cells of an earlier version).
+    calibrated, calibrated_accuracy, calibrated_nll, calibrated_ece: the same after calibration, with the plain numbers
+        of tasks that have no calibration; None if no task has one.
     """
 
     method: str
@@ -30,6 +36,20 @@ class Summary:
     seconds: float
     cpu_seconds: float
     finished: int
+    nll: float | None = None
+    ece: float | None = None
+    calibrated: float | None = None
+    calibrated_accuracy: float | None = None
+    calibrated_nll: float | None = None
+    calibrated_ece: float | None = None
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What the most frequent answer of each task alone would score: means over tasks and seeds."""
+
+    score: float
+    accuracy: float
 
 
 @dataclass(frozen=True)
@@ -59,6 +79,10 @@ class Report:
     tasks: those that every method finished with every seed.  summaries, comparisons: over these tasks.
     left_out: tasks where a method lacks a result.  failures: why, one line per cell.  planned: number of cells of each
     method.  scores: method -> task -> mean score over the seeds that it finished.
+    majority: of the tasks in `tasks`, or None if the items of one do not share their options.
+    majority_scores: task -> score.  calibrate: how scores were calibrated.  uncalibrated: tasks that have no
+    calibration, since their items do not share their options, although others have.
+    noise, orders: as `noise_scores` and `order_spreads` in `protocols.py` give them, over these tasks.
     """
 
     title: str
@@ -70,13 +94,19 @@ class Report:
     failures: list[str]
     planned: int
     scores: dict[str, dict[str, float]]
+    majority: Baseline | None = None
+    majority_scores: dict[str, float] = field(default_factory=dict)
+    calibrate: str = "none"
+    uncalibrated: list[str] = field(default_factory=list)
+    noise: dict[str, dict[float, float]] = field(default_factory=dict)
+    orders: list[OrderSpread] = field(default_factory=list)
 
     def markdown(self) -> str:
         """All tables, with scores in percent."""
         parts = [f"# {self.title}", self.overview()]
         if self.comparisons:
             parts.append(self.pairs())
-        parts.append(self.by_task())
+        parts += [*protocols.markdown(self.noise, self.orders), self.by_task()]
         if self.failures:
             parts.append("## Cells without a result\n\n" + "\n".join(f"- {line}" for line in self.failures))
         return "\n\n".join(parts) + "\n"
@@ -89,20 +119,30 @@ class Report:
     def overview(self) -> str:
         """The table of the methods, and what its columns mean."""
         lines = [
-            "| method | score | accuracy | gold loss | tuning, s per task | CPU s | cells |",
-            "| --- | --- | --- | --- | --- | --- | --- |",
+            "| method | score | calibrated | accuracy | NLL | calibrated | ECE | calibrated | gold loss "
+            "| tuning, s per task | CPU s | cells |",
+            "|" + " --- |" * 12,
         ]
         for s in self.summaries:
             spread = "" if s.spread is None else f" ± {100 * s.spread:.1f}"
-            numbers = f"{100 * s.score:.1f}{spread} | {100 * s.accuracy:.1f} | {s.gold_loss:.3f}"
-            times = f"{s.seconds:.1f} | {s.cpu_seconds:.1f}"
-            lines.append(f"| {s.method} | {numbers} | {times} | {s.finished}/{self.planned} |")
+            scores = f"{100 * s.score:.1f}{spread} | {_percent(s.calibrated)} | {100 * s.accuracy:.1f}"
+            worth = f"{_nats(s.nll)} | {_nats(s.calibrated_nll)} | {_percent(s.ece)} | {_percent(s.calibrated_ece)}"
+            times = f"{s.gold_loss:.3f} | {s.seconds:.1f} | {s.cpu_seconds:.1f}"
+            lines.append(f"| {s.method} | {scores} | {worth} | {times} | {s.finished}/{self.planned} |")
+        if self.majority is not None:
+            numbers = f"{100 * self.majority.score:.1f} | - | {100 * self.majority.accuracy:.1f}"
+            lines.append(f"| majority class | {numbers} |" + " - |" * 8)
         seeds = ", ".join(map(str, self.seeds))
         notes = [
             f"Means over tasks ({len(self.tasks)}) and seeds ({seeds}), ± the standard deviation over seeds. Score in "
-            "percent: macro-F1 for classification, BLEU or exact match for generation, accuracy otherwise. Gold loss: "
-            "cross-entropy of the correct answer, nats per token. CPU s: of all threads together, for the same tuning."
+            "percent: macro-F1 for classification, BLEU or exact match for generation, accuracy otherwise. NLL: "
+            "-log of the right options' probability, normalised over options, nats. ECE: expected calibration error of "
+            "the choices, percent, ten bins. Gold loss: cross-entropy of the correct answer, nats per token. CPU s: of "
+            "all threads together, for the same tuning. Majority class: always the most frequent answer."
         ]
+        if self.calibrate != "none":
+            plain = f" Not calibrated: {', '.join(self.uncalibrated)}." if self.uncalibrated else ""
+            notes.append(f"Calibrated ({self.calibrate}): an offset is subtracted from the loss of each option.{plain}")
         if self.left_out:
             notes.append(f"Left out, since a method lacks a result: {', '.join(self.left_out)}.")
         return "\n\n".join(["\n".join(lines), *notes])
@@ -126,10 +166,10 @@ class Report:
 
     def by_task(self) -> str:
         """The table of scores by task."""
-        methods = list(self.scores)
-        lines = [f"| task | {' | '.join(methods)} |", "| --- |" + " --- |" * len(methods)]
+        columns = {**self.scores, **({"majority class": self.majority_scores} if self.majority_scores else {})}
+        lines = [f"| task | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns)]
         for task in dict.fromkeys(task for scores in self.scores.values() for task in scores):
-            cells = (self.scores[method].get(task) for method in methods)
+            cells = (scores.get(task) for scores in columns.values())
             shown = " | ".join("" if score is None else f"{100 * score:.1f}" for score in cells)
             lines.append(f"| {task} | {shown} |")
         return "\n\n".join(["## By task", "\n".join(lines), "Mean score over the seeds that have a result."])
@@ -151,6 +191,14 @@ def make_report(title: str, results: Sequence[CellResult], planned: int) -> Repo
     for m in compared:
         found = {t: [finished[m, t, s].score for s in seeds if (m, t, s) in finished] for t in tasks}
         scores[m] = {t: statistics.mean(values) for t, values in found.items() if values}
+    baselines = {
+        t: {s: r.majority for (_, task, s), r in finished.items() if task == t and r.majority is not None}
+        for t in tasks
+    }
+    always = {t: [baselines[t][s] for s in seeds if s in baselines[t]] for t in tasks}
+    whole = [one for t in common for one in always[t]]
+    hows = {r.calibrated["offsets"]["calibrate"] for r in finished.values() if r.calibrated is not None}
+    values = {m: {key: r.score for key, r in of_method.items()} for m, of_method in by_method.items() if common}
     return Report(
         title=title,
         tasks=common,
@@ -161,7 +209,19 @@ def make_report(title: str, results: Sequence[CellResult], planned: int) -> Repo
         failures=[f"{r.method} on {r.task}, seed {r.seed}: {r.error}" for r in results if r.error is not None],
         planned=planned,
         scores=scores,
+        majority=_baseline(whole) if common and len(whole) == len(common) * len(seeds) else None,
+        majority_scores={t: _baseline(of_task).score for t, of_task in always.items() if of_task},
+        calibrate=", ".join(sorted(hows)) or "none",
+        uncalibrated=[
+            t for t in common if hows and not any(finished[m, t, s].calibrated for m in compared for s in seeds)
+        ],
+        noise=protocols.noise_scores(values),
+        orders=protocols.order_spreads(values),
     )
+
+
+def _baseline(cells: Sequence[dict[str, Any]]) -> Baseline:
+    return Baseline(*(statistics.mean(cell[name] for cell in cells) for name in ("score", "accuracy")))
 
 
 def _summary(method: str, results: dict[tuple[str, int], CellResult], seeds: Sequence[int], finished: int) -> Summary:
@@ -170,8 +230,36 @@ def _summary(method: str, results: dict[tuple[str, int], CellResult], seeds: Seq
 
     by_seed = [statistics.mean(r.score for (_, seed), r in results.items() if seed == s) for s in seeds]
     spread = statistics.stdev(by_seed) if len(seeds) > 1 else None
+
+    def mean_of_all(values: Iterable[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return statistics.mean(known) if len(known) == len(results) else None
+
+    def calibrated(name: str) -> float | None:
+        if not any(r.calibrated for r in results.values()):
+            return None
+        return mean_of_all((r.calibrated or vars(r))[name] for r in results.values())
+
     times = mean("seconds"), mean("cpu_seconds")
-    return Summary(method, mean("score"), spread, mean("accuracy"), mean("gold_loss"), *times, finished)
+    return Summary(
+        method,
+        mean("score"),
+        spread,
+        mean("accuracy"),
+        mean("gold_loss"),
+        *times,
+        finished,
+        *(mean_of_all(getattr(r, name) for r in results.values()) for name in ("nll", "ece")),
+        *(calibrated(name) for name in ("score", "accuracy", "nll", "ece")),
+    )
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
+
+
+def _nats(loss: float | None) -> str:
+    return "-" if loss is None else f"{loss:.3f}"
 
 
 def _compare(

@@ -7,24 +7,27 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ctkernels.tuning.adapters.adapter import Adapter
 from ctkernels.tuning.adapters.prefix import tokenizer_hash
 from ctkernels.tuning.data.demonstrations import DataError, Demonstration
 from ctkernels.tuning.data.metrics import score_predictions
 from ctkernels.tuning.data.suites import Suite, SuiteOptions, Task
 from ctkernels.tuning.data.suites.base import Split
-from ctkernels.tuning.evaluation.evaluate import EvalResult
+from ctkernels.tuning.evaluation.calibration import Calibrate, share_options
+from ctkernels.tuning.evaluation.evaluate import EvalResult, ensemble
 from ctkernels.tuning.evaluation.sweep.cells import Cell, CellResult, SweepError, read_cell
 from ctkernels.tuning.evaluation.sweep.spec import MethodSpec
 from ctkernels.tuning.evaluation.sweep.workers import Workers
 from ctkernels.tuning.hf.models import find_decoder
 from ctkernels.tuning.methods.settings import SETTINGS
-from ctkernels.tuning.methods.tune import tune
+from ctkernels.tuning.methods.tune import adapter_fingerprint, tune
 from ctkernels.tuning.train.checkpoint import changes, model_fingerprint
 from ctkernels.tuning.train.options import RENAMED, Options
+from ctkernels.tuning.train.trainer import EpochRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,7 +40,9 @@ class Sweep:
     folder: that of the suite's files, None if a package has them.  split: which items are scored.
     limit: score only so many items of each task, the first ones.  preset: name of a benchmark's settings.
     common: settings of all methods; those of a `MethodSpec` replace them.
+    calibrate: how the offsets of the calibrated scores are found, for tasks whose items share their options.
     text_format: fields of `TextFormat` that replace those of the suite.
+    start_from: another task's adapter for the methods that are `transferred`.
     """
 
     suite: Suite
@@ -51,7 +56,9 @@ class Sweep:
     options: SuiteOptions = field(default_factory=SuiteOptions)
     preset: str | None = None
     common: dict[str, Any] = field(default_factory=dict)
+    calibrate: Calibrate = "none"
     text_format: dict[str, Any] = field(default_factory=dict)
+    start_from: Adapter | None = None
 
     def cells(self) -> list[Cell]:
         """All cells, ordered by seed first, so that early results cover all tasks and methods."""
@@ -69,6 +76,22 @@ class Sweep:
     def items(self, task: Task) -> tuple[Demonstration, ...]:
         """The items that are scored."""
         return task.items(self.split)[: self.limit]
+
+    def calibration(self, task: Task) -> Calibrate:
+        """How the scores of a task are calibrated."""
+        generates = task.by == "generation" or task.views
+        return "none" if generates or not share_options(self.items(task)) else self.calibrate
+
+    @cached_property
+    def origin(self) -> str:
+        """A hash of the adapter that transferred methods start from.
+
+        Raises:
+            DataError: there is none.
+        """
+        if self.start_from is None:
+            raise DataError("transferred=true needs start_from, another task's adapter, got none")
+        return adapter_fingerprint(self.start_from)
 
     def settings(self, cell: Cell, task: Task) -> Options:
         """The settings of a cell. If answers are generated, methods that train also learn where an answer ends."""
@@ -173,17 +196,20 @@ def _fit_and_score(
 ) -> CellResult:
     settings = sweep.settings(cell, task)
     items = sweep.items(task)
-    views = [(task.train, items, task.undo)]
+    protocol, seed = cell.spec.protocol, cell.seed
+    origin = {"start_from": sweep.start_from} if protocol.transferred else {}
+    views = [(train, items, task.undo) for train in protocol.apply(task.train, seed)]
+    labels = [pair.output for pair in views[0][0] if pair.options]
     for view in task.views:
         turned = view.test if sweep.split == "test" else view.validation
-        views.append((view.train, turned[: sweep.limit], view.undo))
+        views += [(train, turned[: sweep.limit], view.undo) for train in protocol.apply(view.train, seed)]
     seconds = seconds_eval = cpu_seconds = 0.0
-    losses: list[float] = []
+    history: list[EpochRecord] = []
     scores: list[EvalResult] = []
     predictions: list[list[str | None]] = []
     for train, turned, undo in views:
         started, cpu_started = time.perf_counter(), time.process_time()
-        tuned = tune(model, tokenizer, train, cell.spec.name, settings, task.text_format)
+        tuned = tune(model, tokenizer, train, cell.spec.name, settings, task.text_format, **origin)
         ready, cpu_ready = time.perf_counter(), time.process_time()
         scores.append(
             tuned.adapter.evaluate(
@@ -196,15 +222,22 @@ def _fit_and_score(
                 max_tokens=settings.max_tokens,
                 max_new_tokens=task.max_new_tokens,
                 backend=settings.backend,
+                calibrate=sweep.calibration(task),
+                validation=task.validation,
             )
         )
         seconds, seconds_eval = seconds + ready - started, seconds_eval + time.perf_counter() - ready
         cpu_seconds += cpu_ready - cpu_started
-        losses = losses or [record.loss for record in tuned.history]
+        history = history or tuned.history
         found = scores[-1].predictions
         predictions.append([undo(text) for text in found] if undo else list(found))
     first = scores[0]
-    voted = vote(predictions)
+    if len(views) > 1 and not task.views and first.losses is not None:
+        whole = ensemble(scores, items)
+        voted = whole.predictions
+    else:
+        whole = first if len(views) == 1 else replace(first, nll=None, ece=None, majority=None)
+        voted = vote(predictions)
     return CellResult(
         task=cell.task,
         method=str(cell.spec),
@@ -213,13 +246,19 @@ def _fit_and_score(
         metric=first.metric,
         score=score_predictions(first.metric, voted, items),
         accuracy=score_predictions("accuracy", voted, items),
-        gold_loss=first.gold_loss,
+        gold_loss=whole.gold_loss,
         items=len(items),
         predictions=voted,
-        losses=losses,
+        losses=[record.loss for record in history],
+        labels=labels,
+        steps=sum(record.steps for record in history),
         seconds=seconds,
         seconds_eval=seconds_eval,
         cpu_seconds=cpu_seconds,
+        nll=whole.nll,
+        ece=whole.ece,
+        calibrated=None if whole.calibrated is None else asdict(whole.calibrated),
+        majority=None if whole.majority is None else asdict(whole.majority),
     )
 
 
@@ -236,7 +275,7 @@ def _check_finished(sweep: Sweep, cell: Cell, model_id: dict[str, str]) -> None:
     # cells of an earlier version also hold settings that their method does not read, and some under other names
     named = {RENAMED.get(name, name): value for name, value in saved.run.items()}
     read = {name: value for name, value in named.items() if name in now or name not in SETTINGS}
-    differing = changes(read, now)
+    differing = changes({"calibrate": "none", **read}, now)  # cells of an earlier version do not say so
     if differing:
         path = cell.path(sweep.out)
         raise SweepError(f"{path} belongs to another sweep: {differing}; choose another --out, or remove the file")
@@ -245,13 +284,17 @@ def _check_finished(sweep: Sweep, cell: Cell, model_id: dict[str, str]) -> None:
 def _identity(sweep: Sweep, cell: Cell, task: Task, model_id: dict[str, str]) -> dict[str, Any]:
     """Everything that the numbers of a cell depend on, by name, except the attention backend and batch sizes."""
     settings = asdict(sweep.settings(cell, task))
-    data = [(d.input, d.output, d.options, d.references) for d in (*task.train, *sweep.items(task))]
+    seen = [pair for train in cell.spec.protocol.apply(task.train, cell.seed) for pair in train]
+    data = [(d.input, d.output, d.options, d.references) for d in (*seen, *sweep.items(task))]
     return {
         **model_id,
         **{name: value for name, value in settings.items() if name not in ("backend", "max_tokens", "layout")},
         "data": hashlib.sha256(repr(data).encode()).hexdigest()[:16],
-        "text_format": asdict(task.text_format),
+        "text_format": task.text_format.recorded,
         "views": len(task.views) + 1,
+        "calibrate": sweep.calibration(task),
+        **cell.spec.protocol.changed(),
+        **({"start_from": sweep.origin} if cell.spec.protocol.transferred else {}),
     }
 
 

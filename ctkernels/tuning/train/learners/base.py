@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ctkernels.tuning.data.batches import Batch
 from ctkernels.tuning.data.formats import Row
+from ctkernels.tuning.hf.forward import row_losses
+from ctkernels.tuning.objectives import Forward
 
 
 class Learner(ABC):
@@ -28,11 +30,16 @@ class Learner(ABC):
 
     @abstractmethod
     def attached(self, backend: str | None) -> AbstractContextManager[object]:
-        """The block in which `losses` is called; the model is as it was after it."""
+        """The block in which `forward` is called and run; the model is as it was after it."""
 
     @abstractmethod
+    def forward(self, batch: Batch, seed: int) -> Forward:
+        """A batch of rows, ready to run, for an objective; `seed` decides what is drawn."""
+
     def losses(self, batch: Batch, seed: int) -> Tensor:
-        """Loss of each row of a batch, fp32 (or fp64) `[B]`, in nats; `seed` decides what is drawn."""
+        """Mean cross-entropy of each row's answer, fp32 (or fp64) `[B]`, in nats."""
+        forward = self.forward(batch, seed)
+        return row_losses(forward.model, forward.attachment, forward.batch, forward.prompt)
 
     def identity(self) -> object:
         """What the result depends on besides settings, model and rows: something with a faithful repr."""
@@ -50,6 +57,10 @@ class Learner(ABC):
 
     def after_step(self) -> None:  # noqa: B027
         """Called after every optimiser step: projections belong here."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What changes with every step besides parameters, by name: a checkpoint keeps it and restores it in place."""
+        return {}
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What is trained, by name."""

@@ -16,6 +16,7 @@ from ctkernels.tuning.data.formats import Row
 from ctkernels.tuning.hf.attach import Attachment
 from ctkernels.tuning.hf.forward import row_losses
 from ctkernels.tuning.hf.models import find_decoder
+from ctkernels.tuning.objectives import Forward
 from ctkernels.tuning.train.learners.base import Learner
 from ctkernels.tuning.train.masks import Dropout, LeaveOneOut, context_mask
 from ctkernels.tuning.train.reparametrise import LowRankPrefix, NetworkOptions, NetworkPrefix, TrainedPrefix
@@ -40,6 +41,8 @@ class PrefixOptions(NetworkOptions, Dropout):
         rank: train an update of the prefix of this rank in every layer instead of the prefix itself; None is full rank.
         train_states: train what layers begin with that keep a state, too (hybrid models); without `rank` and
             `mlp_width`.
+        ema: decay in [0, 1) of a moving average of the prefix over optimiser steps, which is the result; 0 takes the
+            prefix of the last step.
     """
 
     trained: Literal["both", "keys", "values"] = "both"
@@ -49,11 +52,13 @@ class PrefixOptions(NetworkOptions, Dropout):
     fisher: bool = False
     rank: int | None = None
     train_states: bool = True
+    ema: float = 0.0
 
     def check(self) -> None:
         self.at_least(1, "top_layers", "rank", or_none=True)
         self.at_least(0, "frozen_tokens")
         self.require(0 <= self.pull < float("inf"), "pull", "at least 0")
+        self.require(0 <= self.ema < 1, "ema", "in [0, 1)")
         if self.rank is not None and self.mlp_width is not None:
             raise ValueError("rank and mlp_width exclude each other: both write the prefix; set one of them to None")
         if self.fisher and not self.pull:
@@ -88,6 +93,9 @@ class PrefixLearner(Learner):
         self._trained = [key for key, flag in trained.items() if flag]
         self._start = [x.detach().clone() for x in self._tensors()] if settings.pull else []
         self._weights: list[Tensor | None] = [None] * len(self._start)
+        # of the steps so far, n of them: sum of (1 - ema) ema^(n - i) x_i, and of the weights alone, 1 - ema^n
+        self._average = [torch.zeros_like(x, requires_grad=False) for x in self._tensors()] if settings.ema else []
+        self._share = torch.zeros((), dtype=torch.float64)
 
     @staticmethod
     def check(model: PreTrainedModel, settings: PrefixOptions, length: int | None = None) -> None:
@@ -116,16 +124,16 @@ class PrefixLearner(Learner):
         with Attachment(self.module, self.model, backend=backend) as self._attachment:
             yield
 
-    def losses(self, batch: Batch, seed: int) -> Tensor:
+    def forward(self, batch: Batch, seed: int) -> Forward:
         self._attachment.mask = context_mask(self.settings, self.prefix.segments, batch, seed, self.prefix.length)
-        return row_losses(self.model, self._attachment, batch)
+        return Forward(self.model, self._attachment, batch)
 
     def identity(self) -> object:
         return self.prefix.segments.tolist(), self.prefix.first_position
 
     def before_training(self, rows: Iterable[Batch]) -> None:
-        """Fisher weights, where asked for: mean over rows of the squared gradient of the row's loss, all of it visible
-        but what leave-one-out hides; scaled to mean 1."""
+        """Fisher weights, where asked for: mean over rows of the squared gradient of the answer's loss, all of the
+        prefix visible but what leave-one-out hides; scaled to mean 1."""
         if not (self.settings.pull and self.settings.fisher):
             return
         still = replace(self.settings, drop_p=0.0)
@@ -145,6 +153,17 @@ class PrefixLearner(Learner):
             for tensor in self._layers():
                 tensor.grad[:, : self.settings.frozen_tokens] = 0
 
+    @torch.no_grad()
+    def after_step(self) -> None:
+        for average, now in zip(self._average, self._tensors() if self._average else (), strict=True):
+            average.lerp_(now, 1 - self.settings.ema)
+        self._share.lerp_(torch.ones_like(self._share), 1 - self.settings.ema)
+
+    def state(self) -> dict[str, Tensor]:
+        if not self._average:
+            return {}
+        return {"average.share": self._share, **{f"average.{i}": x for i, x in enumerate(self._average)}}
+
     def penalty(self) -> Tensor | None:
         if not self.settings.pull:
             return None
@@ -155,10 +174,18 @@ class PrefixLearner(Learner):
         return 0.5 * self.settings.pull * total
 
     def result(self) -> KVPrefix:
-        """The trained prefix."""
-        if isinstance(self.module, KVPrefix):
-            return self.module.requires_grad_(True)
-        return self.module.materialised()
+        """The trained prefix, or its average over the steps."""
+        prefix = self.module.requires_grad_(True) if isinstance(self.module, KVPrefix) else self.module.materialised()
+        first = self.settings.frozen_tokens  # which an average would round
+        if self._average and self._share:
+            layers = len(self._trained)
+            with torch.no_grad():
+                for (kind, layer), average in zip(self._trained, self._average[:layers], strict=True):
+                    getattr(prefix, kind)[layer][:, first:] = average[:, first:] / self._share.to(average)
+                if self._average[layers:]:  # all states are trained, or none
+                    for state, average in zip(prefix.states.values(), self._average[layers:], strict=True):
+                        state.copy_(average / self._share.to(average))
+        return prefix
 
     def _tensors(self) -> list[Tensor]:
         """All that is trained of the prefix as it is now."""

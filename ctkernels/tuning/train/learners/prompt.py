@@ -18,7 +18,7 @@ from ctkernels.tuning.adapters.prompt import SoftPrompt
 from ctkernels.tuning.data.batches import Batch
 from ctkernels.tuning.data.formats import Row
 from ctkernels.tuning.hf.attach import Attachment
-from ctkernels.tuning.hf.forward import row_losses
+from ctkernels.tuning.objectives import Forward
 from ctkernels.tuning.train.learners.base import Learner
 from ctkernels.tuning.train.masks import Dropout, context_mask
 from ctkernels.tuning.train.reparametrise import Network, NetworkOptions
@@ -61,10 +61,10 @@ class PromptLearner(Learner):
         with Attachment(empty_prefix(self.model), self.model, backend=backend) as self._attachment:
             yield
 
-    def losses(self, batch: Batch, seed: int) -> Tensor:
+    def forward(self, batch: Batch, seed: int) -> Forward:
         segments, length = self.prompt.segments, self.prompt.length
         self._attachment.mask = context_mask(self.settings, segments, batch, seed, length, in_row=True)
-        return row_losses(self.model, self._attachment, batch, self._embeddings())
+        return Forward(self.model, self._attachment, batch, self._embeddings())
 
     def identity(self) -> object:
         return self.prompt.segments.tolist(), self.prompt.length

@@ -1,0 +1,22 @@
+"""Both at once: (1 - mixed) * answers + mixed * options; the answers alone for a row without options."""
+
+import torch
+from torch import Tensor
+
+from ctkernels.tuning.objectives.base import Forward, Objective, Weights
+from ctkernels.tuning.objectives.continuations import score_options
+from ctkernels.tuning.objectives.options import choice_losses
+
+
+def losses(forward: Forward, weights: Weights) -> Tensor:
+    scored = score_options(forward, weights.score)
+    answers = torch.stack([row.mean() for row in scored.labels.split(forward.batch.answer_sizes)])
+    answers = weights.answers.to(answers.dtype) * answers
+    rows = [
+        (1 - weights.mixed) * answer + weights.mixed * choices.mean() if len(choices) else answer
+        for answer, choices in zip(answers, choice_losses(scored), strict=True)
+    ]
+    return torch.stack(rows)
+
+
+MIXED = Objective("mixed", "a weighted mean of both, the answers alone where there are no options", losses, "optional")
