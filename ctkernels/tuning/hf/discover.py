@@ -295,6 +295,8 @@ def reach_of(base: PreTrainedModel, attention: nn.Module) -> Reach:
     that scales queries."""
     makes = inspect.unwrap(type(base).forward).__code__.co_names
     kinds = getattr(base.config, "layer_types", None)
+    if kinds and attention.layer_idx is None:
+        raise unsupported(base, f"several of its layers share one {type(attention).__name__}")
     kind = kinds[attention.layer_idx] if kinds else None
     tempered = bool(getattr(attention, "attn_temperature_tuning", False)) and not attention.use_rope  # Llama 4
     if "create_chunked_causal_mask" in makes and kind == "chunked_attention":

@@ -116,11 +116,12 @@ _NOT_LENGTHS = _names(
     "block_multiple_of moe_layer_end_index max_length min_length num_beams num_mel_bins classifier_proj_size "
     "mask_time_length mask_feature_length mamba_n_heads mamba_d_head mamba_d_ssm num_kv_shared_layers"
 )
-# what cannot come between a prefix and its rows: names, ids, training, and what is done to each token by itself
+# what cannot come between a prefix and its rows: names, ids, training, what a class sets itself, and what is done to
+# each token by itself
 _IRRELEVANT = _names(
     "architectures transformers_version _name_or_path name_or_path dtype torch_dtype id2label label2id problem_type "
     "return_dict output_attentions output_hidden_states output_router_logits use_cache tie_word_embeddings auto_map "
-    "suppress_tokens begin_suppress_tokens "
+    "suppress_tokens begin_suppress_tokens is_encoder_decoder "
     "quantization_config task_specific_params finetuning_task tokenizer_class pretraining_tp chunk_size_feed_forward "
     "hidden_act hidden_activation activation_function activation initializer_range init_std router_aux_loss_coef "
     "initializer_factor layer_norm_eps layer_norm_epsilon rms_norm_eps norm_eps vocab_size gradient_checkpointing"
