@@ -121,7 +121,7 @@ def test_settings_of_any_class_become_the_methods_own():
         get_method("ttt").accept(ct_kv.settings())
     with pytest.raises(ValueError, match="icl does not read epochs, got 3"):
         icl.accept(TrainSettings(epochs=3))
-    with pytest.raises(ValueError, match="icl does not read 'epochs'; it reads backend, max_tokens, seed"):
+    with pytest.raises(ValueError, match="icl does not read 'epochs'; it reads backend, max_tokens, score, seed"):
         icl.settings(epochs=3)
     with pytest.raises(ValueError, match=r"start of prefix-tuning must be one of vocabulary, .*, got 'context'"):
         get_method("prefix-tuning").accept(TrainSettings())
