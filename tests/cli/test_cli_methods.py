@@ -61,7 +61,8 @@ def test_length_and_text_from_the_command_line(files, tmp_path, capsys):
     assert saved.metadata.settings["text_format"]["template"] == "{input} = {output}"
     assert saved.segments[0] == len("say")
     few = write_jsonl(tmp_path / "few.jsonl", DEMONSTRATIONS[:1])
-    untrained = ["--start-from", f"{tmp_path}/a/prefix", "--epochs", "0", "--train", str(few), "--leave-one-out", "none"]
+    untrained = ["--start-from", f"{tmp_path}/a/prefix", "--epochs", "0", "--train", str(few)]
+    untrained += ["--leave-one-out", "none"]
     assert cli.run(tune_arguments(files, tmp_path / "b", *untrained)) == 0
     assert json.loads((tmp_path / "b" / "history.json").read_text()) == []
     capsys.readouterr()
