@@ -72,7 +72,9 @@ def print_scores(results: Sequence[dict[str, Any]]) -> None:
         after = "-" if r["calibrated"] is None else f"{r['calibrated'][name]:.3f}"
         return f"{r[name]:.3f} / {after}"
 
-    table = Table("", "calibrated by", "score", "accuracy", "NLL", "ECE", title="Options, plain / calibrated")
+    table = Table("", "by", title="Options, plain / calibrated")
+    for name in ("score", "accuracy", "NLL", "ECE"):
+        table.add_column(name, no_wrap=True)
     for r in results:
         how = "-" if r["calibrated"] is None else r["calibrated"]["offsets"]["calibrate"]
         table.add_row(r["name"], how, *(both(r, name) for name in ("score", "accuracy", "nll", "ece")))

@@ -52,11 +52,33 @@ def test_transfer_and_presets_from_the_command_line(files, tmp_path):
     assert lengths[1] == lengths[0] + len(encode_context(char_tokenizer(), DEMONSTRATIONS[:2]).input_ids)
 
 
+def test_length_and_text_from_the_command_line(files, tmp_path, capsys):
+    text = ["--instruction", "say", "--template", "{input} = {output}"]
+    assert cli.run(tune_arguments(files, tmp_path / "a", "--steps", "3", "--batch-rows", "2", *text)) == 0
+    history = json.loads((tmp_path / "a" / "history.json").read_text())
+    assert sum(record["steps"] for record in history) == 3
+    saved = KVPrefix.from_pretrained(tmp_path / "a" / "prefix")
+    assert saved.metadata.settings["text_format"]["template"] == "{input} = {output}"
+    assert saved.segments[0] == len("say")
+    few = write_jsonl(tmp_path / "few.jsonl", DEMONSTRATIONS[:1])
+    untrained = ["--start-from", f"{tmp_path}/a/prefix", "--epochs", "0", "--train", str(few)]
+    untrained += ["--leave-one-out", "none"]
+    assert cli.run(tune_arguments(files, tmp_path / "b", *untrained)) == 0
+    assert json.loads((tmp_path / "b" / "history.json").read_text()) == []
+    capsys.readouterr()
+    assert "epochs and steps exclude each other" in complaint(
+        capsys, tune_arguments(files, tmp_path / "c", "--steps", "3", "--epochs", "2")
+    )
+    assert "template must hold {input} once and end with {output}" in complaint(
+        capsys, tune_arguments(files, tmp_path / "d", "--template", "{output}")
+    )
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--method", "ttt", "--drop-p", "0.1"], "ttt does not read 'drop_p'; it reads"),
-        (["--method", "ctkv"], "method must be one of zero-shot, icl, prompt-tuning,"),
+        (["--method", "ctkv"], "method must be one of zero-shot, icl, icl-words,"),
         (["--preset", "nlp"], "preset must be one of nlp-lr, mmlu, bbh, arc, got 'nlp'"),
         (["--start", "vocabulary"], "start of ct-kv must be one of context, separate, permuted, pooled, labels"),
         (["--start-from", "nowhere"], "nowhere: no such file or folder"),

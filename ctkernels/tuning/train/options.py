@@ -25,8 +25,16 @@ ENTRY = re.compile(r"^    (\w+): (.+(?:\n {8}.+)*)", re.MULTILINE)  # of a docst
 # settings that had another name in an earlier version: for hints, and for files that it wrote
 RENAMED = {"hidden": "mlp_width", "pool": "pooled_tokens", "ipt_shots": "shown"}
 # settings that an earlier version did not have, and what it did, for files that it wrote
-ADDED = {"score": "mean", "objective": "answers", "mixed": 0.5, "reduction": "rows", "steps": None}
-ADDED |= {"lora_dropout": 0.0, "ttt_steps": None, "ema": 0.0}
+ADDED = {
+    "score": "mean",
+    "objective": "answers",
+    "mixed": 0.5,
+    "reduction": "rows",
+    "steps": None,
+    "ttt_steps": None,
+    "lora_dropout": 0.0,
+    "ema": 0.0,
+}
 # settings of which a value given later replaces the other one, too: both say how long a loop is
 LENGTHS = (("epochs", "steps"), ("ttt_epochs", "ttt_steps"))
 

@@ -77,7 +77,7 @@ def test_from_demonstrations(model, tokenizer):
     context = encode_context(tokenizer, pairs, form)
     assert isinstance(context, EncodedContext)
     expected = KVPrefix.from_tokens(model, context.input_ids, context.segments, tokenizer)
-    expected.metadata = dataclasses.replace(expected.metadata, settings={"text_format": dataclasses.asdict(form)})
+    expected.metadata = dataclasses.replace(expected.metadata, settings={"text_format": form.recorded})
     assert equal(prefix, expected)
     assert prefix.length == len(context.input_ids) > 10
     assert prefix.metadata.tokenizer_id == "words"

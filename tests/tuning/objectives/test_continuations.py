@@ -131,11 +131,11 @@ def test_processes_that_share_weights_and_rows_are_refused(monkeypatch):
     learner = SimpleNamespace(parameters=lambda: {"x": torch.nn.Parameter(torch.ones(1))})
     for size in (1, 2):
         ranks = SimpleNamespace(size=size)
-        trainer._Loop(None, learner, settings("ct-kv"), ranks)
+        trainer._Loop(None, learner, settings("ct-kv"), ranks, 5)
         if size == 1:
-            trainer._Loop(None, learner, settings("ct-kv", objective="mixed"), ranks)
+            trainer._Loop(None, learner, settings("ct-kv", objective="mixed"), ranks, 5)
     with pytest.raises(ValueError, match=r"^objective='options' runs a model as often as its options need, and"):
-        trainer._Loop(None, learner, settings("ct-kv", objective="options"), ranks)
+        trainer._Loop(None, learner, settings("ct-kv", objective="options"), ranks, 5)
 
 
 def test_options_that_the_first_token_does_not_tell_apart():
