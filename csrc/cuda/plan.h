@@ -112,7 +112,7 @@ class Planner {
     a_.wide_out = wide(p.out, p.Dv);
     const ForwardShape shape = forward_shape(bytes_, width_, general());
     split_keys(p.Dv);
-    if (a_.part) {
+    if (a_.key_splits > 1) {
       const int64_t count = a_.key_splits * p.Hk * a_.lanes;
       a_.part_max = arena_.take<float>(count), a_.part_sum = arena_.take<float>(count);
     }

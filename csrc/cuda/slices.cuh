@@ -13,9 +13,14 @@
 // dk keeps k and v and lets dout and q pass, dv keeps k and lets q and dout_r pass. While one slice is multiplied, the
 // next one arrives. D and Dv need not be equal.
 //
-// A slice has 256 numbers of 16 bits or 128 of 32. At D = Dv = 512 logits are computed twice (fp32: four times), once
-// for each slice of the result, so that the forward pass takes 1.5 times (2.5 times) the products of one that had the
-// room.
+// A slice has 512 bytes of a token: 256 numbers of 16 bits or 128 of 32. At D = Dv = 512 there are 2 slices (fp32: 4),
+// and as often are k read from the L2 cache and logits computed, where v is read once: the forward pass takes 1.5 times
+// the products of one that had the room (fp32: 2.5). The least shared memory that an architecture gives a block is 99
+// KiB:
+//
+//     forward   64 lanes of q (64 KiB; fp32: 32 lanes)                and two slices of 32 keys (32 KiB)
+//     dq        32 lanes of q and dout (64 KiB; fp32: 16 lanes)       and two slices of 32 keys (32 KiB)
+//     dk, dv    32 keys of k and v (64 KiB; fp32: 16 keys)            and two slices of 16 lanes (16 KiB)
 #pragma once
 #include "backward_keys.cuh"
 #include "backward_query.cuh"
