@@ -48,8 +48,6 @@ class CudaCall {
     p.B = row_count(q, problem);
     p.H = q.size(1), p.D = q.size(3), p.Dv = v.size(3), p.Hk = k.size(1), p.G = prefix_k.size(0),
     p.P = prefix_k.size(2);
-    TORCH_CHECK_VALUE(p.D <= 256 && p.D == p.Dv,
-                      "the CUDA kernels compute head dimensions D = Dv <= 256, got D = ", p.D, " and Dv = ", p.Dv);
     TORCH_CHECK_VALUE(p.G > 0 || !p.B,
                       "prefix_k must hold at least one prefix (G >= 1) when there are rows, got G = 0");
     call.S = q.size(2), call.T = k.size(2), call.packed = problem.cu_seqlens.has_value();

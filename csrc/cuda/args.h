@@ -108,13 +108,14 @@ struct alignas(16) LaneState {
   int32_t unused[2];
 };
 
-// Copies a [batches, heads, tokens, D] tensor into 16-byte aligned memory, converting fp32 to the rows' type.
+// Copies a [batches, heads, tokens, columns] tensor into 16-byte aligned memory, converting fp32 to the rows' type.
 struct Pack {
   Tensor4 from;
   void* to;
   int64_t heads, tokens, elements;  // elements: of the copy, batches * heads * tokens * stride
-  int32_t stride;                   // of a token of the copy, D rounded up; zeros after D
+  int32_t stride;                   // of a token of the copy, columns rounded up or more; zeros after them
   bool wide;                        // tokens can be read 16 bytes at a time
+  int16_t columns;
 };
 constexpr int MAX_PACKS = 7;
 
@@ -125,7 +126,7 @@ struct Args {
   int32_t words;            // of the mask per row
   int32_t prefix_blocks;    // ceil(P / BLOCK)
   int32_t own_blocks;       // entries of the own block table
-  int32_t chunks;           // 16-byte pieces of a token that hold data
+  int32_t chunks;           // 16-byte pieces of a token that are read: of q and k; up to D = 256 also of v and dout
   int32_t key_splits;       // ranges of keys of the forward and dq kernels
   int32_t tile_splits;      // ranges of tiles of the prefix gradients
   int32_t prefix_programs;  // of the kernel of key gradients; programs of own keys follow
@@ -148,14 +149,15 @@ struct Args {
   Seen* seen;            // [tiles, prefix_blocks]
 
   // partial results, in the workspace; null where nothing is split
-  float* part;      // [key_splits, Hk, lanes, D] of out or dq
-  float* part_max;  // [key_splits, Hk, lanes] in units of log 2
-  float* part_sum;  // [key_splits, Hk, lanes]
-  float* part_dk;   // [tile_splits, G, Hk, P, D]
-  float* part_dv;
+  float* part;        // [key_splits, Hk, lanes, Dv or D] of out or dq
+  float* part_max;    // [key_splits, Hk, lanes] in units of log 2
+  float* part_sum;    // [key_splits, Hk, lanes]
+  float* part_dk;     // [tile_splits, G, Hk, P, D]
+  float* part_dv;     // [tile_splits, G, Hk, P, Dv]
   float* part_dbias;  // [tile_splits, G, H, P]; never null if the bias gradient is wanted
   LaneState* state;   // [Hk, lanes]
   Pack packs[MAX_PACKS];
+  int32_t value_chunks;  // 16-byte pieces of a token of v, out and dout that hold data
 };
 
 }  // namespace ctk::cuda

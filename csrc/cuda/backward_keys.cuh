@@ -77,6 +77,103 @@ __device__ __forceinline__ bool is_full(const Args& a, const KeyBlock& block, in
   return N == BLOCK ? all == ~0ull : (~(all >> (block.start % BLOCK)) & low_bits(N)) == 0;
 }
 
+// Products s = k q^T and ds = v dout^T of a warp's keys and L lanes from `first_lane` on -> probabilities, and
+// gradients of products: 0 where a lane does not see a key. word: 16 bits per lane, for the warp's keys; all: every one
+// is seen. gradients: of logits, for the bias.
+template <bool General, int N, int L>
+__device__ __forceinline__ void key_probabilities(const Args& a, const KeyBlock& block, int kv, int first_lane,
+                                                  const LaneState* lanes, const uint16_t* word, bool all, bool need_k,
+                                                  bool need_bias, float* gradients, float (&s)[1][L / 8][4],
+                                                  float (&ds)[1][L / 8][4]) {
+  const int warp = threadIdx.x / 32, thread = threadIdx.x % 32;
+  const bool of_prefix = block.row < 0;
+#pragma unroll
+  for (int n = 0; n < L / 8; ++n) {
+    const int i = 8 * n + thread % 4 * 2;  // this thread's lanes are i and i + 1, its keys g and g + 8 of the warp's
+    // bits 0 and 8: keys g and g + 8 of lane i; bits 16 and 24: of lane i + 1
+    const uint32_t visible = all ? WHOLE_WARP : *reinterpret_cast<const uint32_t*>(word + i) >> (thread / 4);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const LaneState& lane = lanes[i + e % 2];
+      const bool sees = visible >> (16 * (e % 2) + 8 * (e / 2)) & 1;
+      const float delta = need_k ? ds[0][n][e] - lane.delta : 0.0f;
+      float derivative = 1.0f, x;
+      if constexpr (General) {
+        const int key = block.start + warp * 16 + thread / 4 + e / 2 * 8;
+        const LaneTerms terms = lane_terms(a, first_lane + i + e % 2, kv, block.prefix);
+        const float bias = of_prefix && sees ? bias_of(a, terms, key, int(a.call.p.P)) : 0.0f;
+        const int position = lane.position + (of_prefix ? lane.prefix_len : 0);
+        x = logit(a, s[0][n][e], bias, terms.slope, position - key, &derivative);
+        x = exp2_fast((x - lane.high) - lane.low);
+      } else {
+        x = exp2_fast(fmaf(s[0][n][e], a.factor, -lane.high));
+      }
+      s[0][n][e] = sees ? x : 0.0f;
+      const float gradient = sees ? x * delta : 0.0f;
+      if constexpr (General)
+        if (need_bias) gradients[(i + e % 2) * (N + 1) + warp * 16 + thread / 4 + e / 2 * 8] = gradient;
+      ds[0][n][e] = gradient * derivative;
+    }
+  }
+}
+
+// Logit gradients of a warp's keys that no lane sees.
+template <int N, int L>
+__device__ __forceinline__ void clear_bias(float* gradients) {
+  const int warp = threadIdx.x / 32, thread = threadIdx.x % 32;
+  for (int i = thread; i < 16 * L; i += 32) gradients[i / 16 * (N + 1) + warp * 16 + i % 16] = 0.0f;
+}
+
+// dbias, a sum per key and head, += logit gradients of the lanes of that head, in order.
+template <int N, int L, int THREADS>
+__device__ __forceinline__ void sum_bias_gradients(const Args& a, int first_lane, const float* gradients,
+                                                   float* dbias) {
+  __syncthreads();
+  const int shift = a.group - first_lane % a.group;
+  for (int i = threadIdx.x; i < a.group * N; i += THREADS) {
+    float sum = 0.0f;
+    for (int lane = (i / N + shift) % a.group; lane < L; lane += a.group) sum += gradients[lane * (N + 1) + i % N];
+    dbias[i] += sum;
+  }
+  __syncthreads();
+}
+
+template <int N, int THREADS>
+__device__ __forceinline__ void store_bias(const Args& a, const KeyBlock& block, int kv, const float* dbias) {
+  const Params& p = a.call.p;
+  for (int i = threadIdx.x; i < a.group * N; i += THREADS) {
+    const int64_t head = kv * a.group + i / N, key = block.start + i % N;
+    if (key < p.P) a.part_dbias[((int64_t(block.split) * p.G + block.prefix) * p.H + head) * p.P + key] = dbias[i];
+  }
+}
+
+// Stores gradients of a warp's keys, columns from `first` on of `size`: to a tensor, or to the parts of a prefix's sums
+// (null: not cut into ranges, or own keys).
+template <class T, int W>
+__device__ __forceinline__ void store_keys(const Args& a, const KeyBlock& block, int kv, const float (&acc)[W / 8][4],
+                                           uint32_t stage, const Tensor4& to, float* part, bool wide, int64_t size,
+                                           int first = 0) {
+  const Params& p = a.call.p;
+  const bool of_prefix = block.row < 0;
+  const int first_key = block.start + threadIdx.x / 32 * 16, columns = int(size) - first;
+  if (part) {
+    part += ((int64_t(block.split) * p.G + block.prefix) * p.Hk + kv) * p.P * size + first;
+    return store_rows<float, W>(acc, stage, columns, size % 4 == 0,
+                                [&](int i) { return first_key + i < p.P ? part + (first_key + i) * size : nullptr; });
+  }
+  const RowInfo& row = a.rows[max(block.row, 0)];
+  const int64_t batch = of_prefix ? block.prefix : row.batch, token = of_prefix ? 0 : row.token;
+  const int64_t end = of_prefix ? p.P : a.call.packed ? row.keys : a.call.T;
+  const auto at = [&](int i) { return batch * to.batch + kv * to.head + (token + first_key + i) * to.token + first; };
+  if (to.type == Type::f32) {
+    store_rows<float, W>(acc, stage, columns, wide,
+                         [&](int i) { return first_key + i < end ? static_cast<float*>(to.data) + at(i) : nullptr; });
+  } else if constexpr (sizeof(T) == 2) {
+    store_rows<T, W>(acc, stage, columns, wide,
+                     [&](int i) { return first_key + i < end ? static_cast<T*>(to.data) + at(i) : nullptr; });
+  }
+}
+
 template <class T, int W, bool General, bool WithK, bool WithV>
 __device__ __forceinline__ void backward_keys(const Args& a) {
   constexpr KeyShape SHAPE = key_shape(sizeof(T), W);
@@ -237,50 +334,14 @@ __device__ __forceinline__ void backward_keys(const Args& a) {
     if (active) {
       multiply_rows<T, W, 1, L / 8>(s, left_k, rows.moved(now.stage), a.call.tf32);
       if (need_k) multiply_rows<T, W, 1, L / 8>(ds, left_v, rows.moved(now.stage + DOUT), a.call.tf32);
-#pragma unroll
-      for (int n = 0; n < L / 8; ++n) {
-        const int i =
-            8 * n + thread % 4 * 2;  // this thread's lanes are i and i + 1, its keys g and g + 8 of the warp's
-        // bits 0 and 8: keys g and g + 8 of lane i; bits 16 and 24: of lane i + 1
-        const uint32_t visible = all ? WHOLE_WARP : *reinterpret_cast<const uint32_t*>(word + i) >> (thread / 4);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const LaneState& lane = lanes[i + e % 2];
-          const bool sees = visible >> (16 * (e % 2) + 8 * (e / 2)) & 1;
-          const float delta = need_k ? ds[0][n][e] - lane.delta : 0.0f;
-          float derivative = 1.0f, x;
-          if constexpr (General) {
-            const int key = block.start + warp * 16 + thread / 4 + e / 2 * 8;
-            const LaneTerms terms = lane_terms(a, now.index * L + i + e % 2, kv, block.prefix);
-            const float bias = of_prefix && sees ? bias_of(a, terms, key, int(p.P)) : 0.0f;
-            const int position = lane.position + (of_prefix ? lane.prefix_len : 0);
-            x = logit(a, s[0][n][e], bias, terms.slope, position - key, &derivative);
-            x = exp2_fast((x - lane.high) - lane.low);
-          } else {
-            x = exp2_fast(fmaf(s[0][n][e], a.factor, -lane.high));
-          }
-          s[0][n][e] = sees ? x : 0.0f;
-          const float gradient = sees ? x * delta : 0.0f;
-          if constexpr (General)
-            if (need_bias) gradients[(i + e % 2) * (N + 1) + warp * 16 + thread / 4 + e / 2 * 8] = gradient;
-          ds[0][n][e] = gradient * derivative;
-        }
-      }
+      key_probabilities<General, N, L>(a, block, kv, now.index * L, lanes, word, all, need_k, need_bias, gradients, s,
+                                       ds);
       if (need_v) multiply_columns<T, W, 1, L / 8>(dv, s, columns.moved(now.stage + DOUT), a.call.tf32);
       if (need_k) multiply_columns<T, W, 1, L / 8>(dk, ds, columns.moved(now.stage), a.call.tf32);
     } else if (need_bias) {
-      for (int i = thread; i < 16 * L; i += 32) gradients[i / 16 * (N + 1) + warp * 16 + i % 16] = 0.0f;
+      clear_bias<N, L>(gradients);
     }
-    if (need_bias) {  // a sum per key and head, over the lanes of that head, in order
-      __syncthreads();
-      const int shift = a.group - now.index * L % a.group;
-      for (int i = threadIdx.x; i < a.group * N; i += THREADS) {
-        float sum = 0.0f;
-        for (int lane = (i / N + shift) % a.group; lane < L; lane += a.group) sum += gradients[lane * (N + 1) + i % N];
-        dbias[i] += sum;
-      }
-      __syncthreads();
-    }
+    if (need_bias) sum_bias_gradients<N, L, THREADS>(a, now.index * L, gradients, dbias);
     store_word(next, next_word);
     if (STAGES == 1) {
       __syncthreads();
@@ -293,43 +354,20 @@ __device__ __forceinline__ void backward_keys(const Args& a) {
   __syncthreads();  // the tiles are free
 
   const uint32_t stage_rows = k.base + warp * staging_bytes(W);
-  const int first_key = block.start + warp * 16;
-  const RowInfo& row = a.rows[max(block.row, 0)];
-  const auto store = [&](const float (&acc)[W / 8][4], const Tensor4& to, float* part, bool wide, bool wanted) {
-    if (!wanted) return;
-    if (part) {
-      part += ((int64_t(block.split) * p.G + block.prefix) * p.Hk + kv) * p.P * p.D;
-      return store_rows<float, W>(a, acc, stage_rows, p.D % 4 == 0,
-                                  [&](int i) { return first_key + i < p.P ? part + (first_key + i) * p.D : nullptr; });
-    }
-    const int64_t batch = of_prefix ? block.prefix : row.batch, token = of_prefix ? 0 : row.token;
-    const int64_t end = of_prefix ? p.P : a.call.packed ? row.keys : a.call.T;
-    const auto at = [&](int i) { return batch * to.batch + kv * to.head + (token + first_key + i) * to.token; };
-    if (to.type == Type::f32) {
-      store_rows<float, W>(a, acc, stage_rows, wide,
-                           [&](int i) { return first_key + i < end ? static_cast<float*>(to.data) + at(i) : nullptr; });
-    } else if constexpr (sizeof(T) == 2) {
-      store_rows<T, W>(a, acc, stage_rows, wide,
-                       [&](int i) { return first_key + i < end ? static_cast<T*>(to.data) + at(i) : nullptr; });
-    }
-  };
   if constexpr (WithK) {
 #pragma unroll
     for (int d = 0; d < W / 8; ++d)
 #pragma unroll
       for (int e = 0; e < 4; ++e) dk[0][d][e] *= a.scale;
-    store(dk[0], of_prefix ? p.dprefix_k : p.dk, of_prefix ? a.part_dk : nullptr,
-          of_prefix ? a.wide_dprefix_k : a.wide_dk, of_prefix ? p.dprefix_k.data != nullptr : need_k);
+    if (of_prefix ? p.dprefix_k.data != nullptr : need_k)
+      store_keys<T, W>(a, block, kv, dk[0], stage_rows, of_prefix ? p.dprefix_k : p.dk, of_prefix ? a.part_dk : nullptr,
+                       of_prefix ? a.wide_dprefix_k : a.wide_dk, p.D);
   }
   if constexpr (WithV)
-    store(dv[0], of_prefix ? p.dprefix_v : p.dv, of_prefix ? a.part_dv : nullptr,
-          of_prefix ? a.wide_dprefix_v : a.wide_dv, need_v);
-  if (need_bias) {
-    for (int i = threadIdx.x; i < a.group * N; i += THREADS) {
-      const int64_t head = kv * a.group + i / N, key = block.start + i % N;
-      if (key < p.P) a.part_dbias[((int64_t(block.split) * p.G + block.prefix) * p.H + head) * p.P + key] = dbias[i];
-    }
-  }
+    if (need_v)
+      store_keys<T, W>(a, block, kv, dv[0], stage_rows, of_prefix ? p.dprefix_v : p.dv, of_prefix ? a.part_dv : nullptr,
+                       of_prefix ? a.wide_dprefix_v : a.wide_dv, p.Dv);
+  if (need_bias) store_bias<N, THREADS>(a, block, kv, dbias);
 }
 
 }  // namespace ctk::cuda

@@ -15,6 +15,28 @@
 
 namespace ctk::cuda {
 
+// Stores dq of a tile of lanes, or its parts where keys are cut into ranges: W columns from `first` on.
+template <class T, int W>
+__device__ __forceinline__ void store_dq(const Args& a, float (&dq)[1][W / 8][4], uint32_t memory, int lanes,
+                                         int first_lane, int kv, int split, int first) {
+  const Params& p = a.call.p;
+  const int warp = threadIdx.x / 32, row = warp * 16, columns = int(p.D) - first;
+#pragma unroll
+  for (int d = 0; d < W / 8; ++d)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) dq[0][d][e] *= a.scale;
+  const uint32_t stage = memory + warp * staging_bytes(W);
+  if (a.key_splits == 1) {
+    store_rows<T, W>(dq[0], stage, columns, a.wide_dq, [&](int i) {
+      T* to = row + i < lanes ? lane_token<T>(a, p.dq, first_lane + row + i, kv) : nullptr;
+      return to ? to + first : nullptr;
+    });
+  } else {
+    float* part = a.part + ((int64_t(split) * p.Hk + kv) * a.lanes + first_lane + row) * p.D + first;
+    store_rows<float, W>(dq[0], stage, columns, p.D % 4 == 0, [&](int i) { return part + i * p.D; });
+  }
+}
+
 template <class T, int W, bool General>
 __device__ __forceinline__ void backward_query(const Args& a) {
   constexpr QueryShape SHAPE = query_shape(sizeof(T), W);
@@ -157,20 +179,7 @@ __device__ __forceinline__ void backward_query(const Args& a) {
   copy_wait<0>();
   __syncthreads();  // the tiles are free
 
-#pragma unroll
-  for (int d = 0; d < W / 8; ++d)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) dq[0][d][e] *= a.scale;
-  const uint32_t stage_rows = q.base + warp * staging_bytes(W);
-  const int row = warp * 16;
-  if (a.key_splits == 1) {
-    store_rows<T, W>(a, dq[0], stage_rows, a.wide_dq, [&](int i) {
-      return row + i < tile.lanes ? lane_token<T>(a, p.dq, first_lane + row + i, kv) : nullptr;
-    });
-  } else {
-    float* part = a.part + ((int64_t(split) * p.Hk + kv) * a.lanes + first_lane + row) * p.D;
-    store_rows<float, W>(a, dq[0], stage_rows, p.D % 4 == 0, [&](int i) { return part + i * p.D; });
-  }
+  store_dq<T, W>(a, dq, q.base, tile.lanes, first_lane, kv, split, 0);
 }
 
 }  // namespace ctk::cuda

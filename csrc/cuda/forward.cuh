@@ -97,6 +97,47 @@ struct Softmax {
   }
 };
 
+// Stores out and lse of a tile of lanes, or their parts where keys are cut into ranges: W columns from `first` on.
+template <class T, int W, int M>
+__device__ __forceinline__ void store_out(const Args& a, Softmax<M>& softmax, float (&o)[M][W / 8][4], uint32_t memory,
+                                          int lanes, int kv, int first) {
+  const Params& p = a.call.p;
+  const Program at;
+  const Thread thread;
+  const int lane_count = a.tile_table[at.tile].lanes, first_lane = at.tile * lanes, columns = int(p.Dv) - first;
+  const uint32_t stage = memory + thread.warp * staging_bytes(W);
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+    const int row = (thread.warp * M + m) * 16;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float& total = softmax.total[m][h];
+      total += __shfl_xor_sync(WHOLE_WARP, total, 1);
+      total += __shfl_xor_sync(WHOLE_WARP, total, 2);
+      const int i = row + thread.in_warp / 4 + 8 * h;
+      const bool writes = thread.in_warp % 4 == 0 && first == 0;
+      if (a.key_splits == 1) {
+        const float scale = total == 0.0f ? 0.0f : 1.0f / total;
+#pragma unroll
+        for (int d = 0; d < W / 8; ++d) o[m][d][2 * h] *= scale, o[m][d][2 * h + 1] *= scale;
+        if (writes && i < lane_count) store_lse(a, first_lane + i, kv, softmax.top[m][h], total);
+      } else if (writes) {
+        const int64_t to = (int64_t(at.split) * p.Hk + kv) * a.lanes + first_lane + i;
+        a.part_max[to] = softmax.top[m][h], a.part_sum[to] = total;
+      }
+    }
+    if (a.key_splits == 1) {
+      store_rows<T, W>(o[m], stage, columns, a.wide_out, [&](int i) {
+        T* to = row + i < lane_count ? lane_token<T>(a, p.out, first_lane + row + i, kv) : nullptr;
+        return to ? to + first : nullptr;
+      });
+    } else {
+      float* part = a.part + ((int64_t(at.split) * p.Hk + kv) * a.lanes + first_lane + row) * p.Dv + first;
+      store_rows<float, W>(o[m], stage, columns, p.Dv % 4 == 0, [&](int i) { return part + i * p.Dv; });
+    }
+  }
+}
+
 template <class T, int W, bool General>
 __device__ __forceinline__ void forward(const Args& a) {
   constexpr ForwardShape SHAPE = forward_shape(sizeof(T), W, General);
@@ -215,37 +256,7 @@ __device__ __forceinline__ void forward(const Args& a) {
   __syncthreads();  // the tiles are free: results pass through them on their way to rows of 16 bytes
 
   const Program at;
-  const Thread thread;
-  const int lane_count = a.tile_table[at.tile].lanes, first_lane = at.tile * SHAPE.lanes;
-  const uint32_t stage = q.base + thread.warp * staging_bytes(W);
-#pragma unroll
-  for (int m = 0; m < M; ++m) {
-    const int row = (thread.warp * M + m) * 16;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float& total = softmax.total[m][h];
-      total += __shfl_xor_sync(WHOLE_WARP, total, 1);
-      total += __shfl_xor_sync(WHOLE_WARP, total, 2);
-      const int i = row + thread.in_warp / 4 + 8 * h;
-      if (a.key_splits == 1) {
-        const float scale = total == 0.0f ? 0.0f : 1.0f / total;
-#pragma unroll
-        for (int d = 0; d < W / 8; ++d) o[m][d][2 * h] *= scale, o[m][d][2 * h + 1] *= scale;
-        if (thread.in_warp % 4 == 0 && i < lane_count) store_lse(a, first_lane + i, at.kv, softmax.top[m][h], total);
-      } else if (thread.in_warp % 4 == 0) {
-        const int64_t to = (int64_t(at.split) * p.Hk + at.kv) * a.lanes + first_lane + i;
-        a.part_max[to] = softmax.top[m][h], a.part_sum[to] = total;
-      }
-    }
-    if (a.key_splits == 1) {
-      store_rows<T, W>(a, o[m], stage, a.wide_out, [&](int i) {
-        return row + i < lane_count ? lane_token<T>(a, p.out, first_lane + row + i, at.kv) : nullptr;
-      });
-    } else {
-      float* part = a.part + ((int64_t(at.split) * p.Hk + at.kv) * a.lanes + first_lane + row) * p.D;
-      store_rows<float, W>(a, o[m], stage, p.D % 4 == 0, [&](int i) { return part + i * p.D; });
-    }
-  }
+  store_out<T, W>(a, softmax, o, q.base, SHAPE.lanes, at.kv, 0);
 }
 
 }  // namespace ctk::cuda

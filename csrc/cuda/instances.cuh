@@ -7,6 +7,7 @@
 #include "backward_query.cuh"
 #include "forward.cuh"
 #include "reduce.cuh"
+#include "slices.cuh"
 
 namespace ctk::cuda {
 
@@ -59,6 +60,21 @@ constexpr int query_blocks(bool general) { return general; }
 #define CTK_LIST_KEYS(TYPE, NAME, PART, W, VARIANT, GENERAL, WITH_K, WITH_V) \
   CTK_ENTRY(ctk_keys##PART##_##NAME##_##W##_##VARIANT)
 
+// Head dimensions above 256.
+#define CTK_DEFINE_SLICES(TYPE, NAME)                                                                 \
+  CTK_KERNEL(ctk_forward_##NAME##_512_general, (forward_shape(sizeof(TYPE), SLICED, true).threads()), \
+             forward_slices<TYPE>)                                                                    \
+  CTK_KERNEL(ctk_query_##NAME##_512_general, (query_shape(sizeof(TYPE), SLICED).threads()),           \
+             backward_query_slices<TYPE>)                                                             \
+  CTK_KERNEL(ctk_keys_dk_##NAME##_512_general, (key_shape(sizeof(TYPE), SLICED).threads()),           \
+             backward_keys_slices<TYPE, true>)                                                        \
+  CTK_KERNEL(ctk_keys_dv_##NAME##_512_general, (key_shape(sizeof(TYPE), SLICED).threads()),           \
+             backward_keys_slices<TYPE, false>)
+#define CTK_LIST_SLICES(TYPE, NAME)           \
+  CTK_ENTRY(ctk_forward_##NAME##_512_general) \
+  CTK_ENTRY(ctk_query_##NAME##_512_general)   \
+  CTK_ENTRY(ctk_keys_dk_##NAME##_512_general) CTK_ENTRY(ctk_keys_dv_##NAME##_512_general)
+
 // All of one variant; at D = 256 dk and dv have a kernel each.
 #define CTK_WIDTH(DO, TYPE, NAME, W, VARIANT, GENERAL)                                      \
   DO##_FORWARD(TYPE, NAME, W, VARIANT, GENERAL) DO##_QUERY(TYPE, NAME, W, VARIANT, GENERAL) \
@@ -69,7 +85,7 @@ constexpr int query_blocks(bool general) { return general; }
 #define CTK_GENERAL(DO, TYPE, NAME)                                                                                \
   DO##_SMALL(TYPE, NAME) CTK_WIDTH(DO, TYPE, NAME, 64, general, true) CTK_WIDTH(DO, TYPE, NAME, 80, general, true) \
       CTK_WIDTH(DO, TYPE, NAME, 96, general, true) CTK_WIDTH(DO, TYPE, NAME, 128, general, true)                   \
-          CTK_WIDTH_256(DO, TYPE, NAME)
+          CTK_WIDTH_256(DO, TYPE, NAME) DO##_SLICES(TYPE, NAME)
 #define CTK_PLAIN(DO, TYPE, NAME)             \
   CTK_WIDTH(DO, TYPE, NAME, 64, plain, false) \
   CTK_WIDTH(DO, TYPE, NAME, 128, plain, false)

@@ -11,14 +11,16 @@
 // `kernels.h` finds a kernel by its name in a build; kernels that use more than 48 KiB need the attribute for it.
 //
 // What the caller prepares:
-//   - Call.p: B, H, Hk, D, G, P; rule; q, k, v, prefix_k, prefix_v (any strides with a contiguous last dimension; the
+//   - Call.p: B, H, Hk, D, Dv, G, P; rule; q, k, v, prefix_k, prefix_v (any strides with a contiguous last dimension;
+//   the
 //     prefix in any of the three types); bias fp32 with its strides; alibi fp32 [H]; scale, softcap, causal, window,
 //     window_prefix.
 //   - forward: out in q's type, lse fp32 with token stride 1. Queries that are padding (seq_lens) are not written:
 //     fill out with 0 and lse with -inf before.
 //   - backward: out, lse, dout, dlse (fp32, optional), and the gradients that are wanted, others null: dq, dk, dv in
-//     q's type; dprefix_k, dprefix_v contiguous [G, Hk, P, D] in fp32 or q's type; dbias fp32 [G or 1, H or 1, P] with
-//     dbias_prefix, dbias_head = 0 where it is shared. dq of padding queries is not written: fill it with 0 before.
+//     q's type; dprefix_k, dprefix_v contiguous [G, Hk, P, D | Dv] in fp32 or q's type; dbias fp32 [G or 1, H or 1, P]
+//     with dbias_prefix, dbias_head = 0 where it is shared. dq of padding queries is not written: fill it with 0
+//     before.
 //   - If there are no queries, `launches` is empty, and all gradients are 0.
 #pragma once
 #include <cmath>
@@ -81,9 +83,9 @@ class Planner {
     a_.call = call;
     const Params& p = call.p;
     bytes_ = int(size_of(p.q.type));
-    width_ = width_of(p.D);
+    width_ = width_of(widest());
     if (!width_ || p.q.type == Type::f64)
-      throw std::invalid_argument("D must be at most 256, and rows no wider than fp32");
+      throw std::invalid_argument("D and Dv must be at most 512, and rows no wider than fp32");
     a_.group = int32_t(p.H / p.Hk);
     a_.runs = int32_t(p.G > 1 ? p.G : 1);
     const int64_t context = p.rule.length < p.P + call.T ? p.rule.length : p.P + call.T;
@@ -107,10 +109,14 @@ class Planner {
     if (empty_) return finish();
     Params& p = a_.call.p;
     set_up();
-    a_.wide_out = wide(p.out);
+    a_.wide_out = wide(p.out, p.Dv);
     const ForwardShape shape = forward_shape(bytes_, width_, general());
-    split_keys(p.D + 2);
-    launch_tiles("forward", a_.tiles, a_.key_splits, shape.threads(), forward_shared(bytes_, width_, general()));
+    split_keys(p.Dv);
+    if (a_.key_splits > 1) {
+      const int64_t count = a_.key_splits * p.Hk * a_.lanes;
+      a_.part_max = arena_.take<float>(count), a_.part_sum = arena_.take<float>(count);
+    }
+    launch_tiles("forward", a_.tiles, p.Dv, a_.key_splits, shape.threads(), forward_shared(bytes_, width_, general()));
     if (a_.key_splits > 1) launch_typed("merge_out", div_up(a_.lanes, MERGE_LANES), LANE_THREADS);
     return finish();
   }
@@ -123,19 +129,19 @@ class Planner {
     for (const Tensor4& t : {p.dprefix_k, p.dprefix_v})
       if (t.data && t.type != Type::f32 && t.type != p.q.type)
         throw std::invalid_argument("gradients of the prefix must be fp32 or of the rows' type");
-    pack(&p.dout, batches, p.H, a_.call.S), pack(&p.out, batches, p.H, a_.call.S);
+    pack(&p.dout, batches, p.H, a_.call.S, p.Dv, read(p.Dv)), pack(&p.out, batches, p.H, a_.call.S, p.Dv, p.Dv);
     launch_packs();
-    for (const Tensor4& t : {p.q, p.dout})
-      if (extent(t, batches, p.H, a_.call.S) >= int64_t(16) << 32)
-        throw std::invalid_argument("q and dout must span less than 64 GiB each");
-    a_.wide_dq = wide(p.dq), a_.wide_dk = wide(p.dk), a_.wide_dv = wide(p.dv);
-    a_.wide_dprefix_k = wide(p.dprefix_k), a_.wide_dprefix_v = wide(p.dprefix_v);
+    if (extent(p.q, batches, p.H, a_.call.S, p.D) >= int64_t(16) << 32 ||
+        extent(p.dout, batches, p.H, a_.call.S, p.Dv) >= int64_t(16) << 32)
+      throw std::invalid_argument("q and dout must span less than 64 GiB each");
+    a_.wide_dq = wide(p.dq, p.D), a_.wide_dk = wide(p.dk, p.D), a_.wide_dv = wide(p.dv, p.Dv);
+    a_.wide_dprefix_k = wide(p.dprefix_k, p.D), a_.wide_dprefix_v = wide(p.dprefix_v, p.Dv);
     a_.state = arena_.take<LaneState>(p.Hk * a_.lanes);
     launch_typed("delta", div_up(a_.lanes, DELTA_LANES), LANE_THREADS);
     if (p.dq.data) {
       split_keys(p.D);
       const QueryShape shape = query_shape(bytes_, width_);
-      launch_tiles("query", a_.tiles, a_.key_splits, shape.threads(), query_shared(bytes_, width_));
+      launch_tiles("query", a_.tiles, p.D, a_.key_splits, shape.threads(), query_shared(bytes_, width_));
       if (a_.key_splits > 1) launch_typed("merge_dq", div_up(a_.lanes, MERGE_LANES), LANE_THREADS);
     }
     launch_keys();
@@ -151,27 +157,38 @@ class Planner {
     return !plain;
   }
 
-  bool wide(const Tensor4& t) const {
+  int64_t widest() const { return a_.call.p.D > a_.call.p.Dv ? a_.call.p.D : a_.call.p.Dv; }
+
+  // Numbers of a token with `columns` that the kernels read. Up to 256, where D and Dv differ, the narrower tokens
+  // count as zeros from there on, so that products do not change.
+  int64_t read(int64_t columns) const { return width_ == SLICED ? columns : widest(); }
+
+  int64_t chunks(int64_t columns) const { return div_up(columns * bytes_, 16); }
+
+  // Whether tokens of so many columns can be read and written 16 bytes at a time.
+  bool wide(const Tensor4& t, int64_t columns) const {
     const int64_t bytes = size_of(t.type);
-    return t.data && uint64_t(t.data) % 16 == 0 && (a_.call.p.D * bytes) % 16 == 0 && (t.batch * bytes) % 16 == 0 &&
+    return t.data && uint64_t(t.data) % 16 == 0 && (columns * bytes) % 16 == 0 && (t.batch * bytes) % 16 == 0 &&
            (t.head * bytes) % 16 == 0 && (t.token * bytes) % 16 == 0;
   }
 
   // Bytes from the first number to the end of the last.
-  int64_t extent(const Tensor4& t, int64_t batches, int64_t heads, int64_t tokens) const {
-    return ((batches - 1) * t.batch + (heads - 1) * t.head + (tokens - 1) * t.token + a_.call.p.D) * bytes_;
+  int64_t extent(const Tensor4& t, int64_t batches, int64_t heads, int64_t tokens, int64_t columns) const {
+    return ((batches - 1) * t.batch + (heads - 1) * t.head + (tokens - 1) * t.token + columns) * bytes_;
   }
 
-  // The kernels read 16 bytes at a time; a tensor that does not allow it, or is of another type, is copied once.
-  void pack(Tensor4* t, int64_t batches, int64_t heads, int64_t tokens) {
+  // The kernels read 16 bytes at a time, `read` numbers of a token; a tensor that does not allow it, or is of another
+  // type, is copied once.
+  void pack(Tensor4* t, int64_t batches, int64_t heads, int64_t tokens, int64_t columns, int64_t read) {
     if (batches <= 1) t->batch = 0;  // the stride of a dimension of size one may be anything
     if (heads <= 1) t->head = 0;
     if (tokens <= 1) t->token = 0;
     const Type type = a_.call.p.q.type;
-    if (!batches || !heads || !tokens || (t->type == type && wide(*t))) return;
-    const int64_t stride = div_up(a_.call.p.D * bytes_, 16) * 16 / bytes_, elements = batches * heads * tokens * stride;
+    const bool direct = t->type == type && wide(*t, columns) && chunks(columns) == chunks(read);
+    if (!batches || !heads || !tokens || direct) return;
+    const int64_t stride = chunks(read) * 16 / bytes_, elements = batches * heads * tokens * stride;
     void* to = arena_.take<char>(elements * bytes_);
-    a_.packs[packs_++] = {*t, to, heads, tokens, elements, int32_t(stride), wide(*t)};
+    a_.packs[packs_++] = {*t, to, heads, tokens, elements, int32_t(stride), wide(*t, columns), int16_t(columns)};
     if (elements > pack_elements_) pack_elements_ = elements;
     *t = {to, type, heads * tokens * stride, tokens * stride, stride};
   }
@@ -193,9 +210,10 @@ class Planner {
     launch_common("setup_rows", div_up(jobs, SETUP_WARPS), 1, 1, SETUP_THREADS);
     launch_common("setup_tiles", a_.tiles, div_up(blocks, SETUP_THREADS), 1, SETUP_THREADS);
     const int64_t batches = call.packed ? 1 : p.B;
-    pack(&p.q, batches, p.H, call.S), pack(&p.k, batches, p.Hk, call.T), pack(&p.v, batches, p.Hk, call.T);
-    pack(&p.prefix_k, p.G, p.Hk, p.P), pack(&p.prefix_v, p.G, p.Hk, p.P);
-    a_.chunks = int32_t(div_up(p.D * bytes_, 16));
+    pack(&p.q, batches, p.H, call.S, p.D, read(p.D));
+    pack(&p.k, batches, p.Hk, call.T, p.D, read(p.D)), pack(&p.v, batches, p.Hk, call.T, p.Dv, read(p.Dv));
+    pack(&p.prefix_k, p.G, p.Hk, p.P, p.D, read(p.D)), pack(&p.prefix_v, p.G, p.Hk, p.P, p.Dv, read(p.Dv));
+    a_.chunks = int32_t(chunks(read(p.D))), a_.value_chunks = int32_t(chunks(p.Dv));
     if (!backward_) launch_packs();
   }
 
@@ -220,15 +238,17 @@ class Planner {
     return used < a_.tiles ? used : a_.tiles;
   }
 
-  // Ranges of keys, each with partial results of `floats` numbers per lane.
-  void split_keys(int64_t floats) {
+  // Programs of a block of lanes or keys, for results of so many columns: one for each slice.
+  int64_t slices(int64_t columns) const { return width_ == SLICED ? slices_of(columns, bytes_) : 1; }
+
+  // Ranges of keys, each with partial results of so many columns.
+  void split_keys(int64_t columns) {
     const Params& p = a_.call.p;
     const int64_t own = a_.call.packed ? 0 : a_.call.T / BLOCK;  // a tile walks at least these many own blocks
-    a_.key_splits = int32_t(split_count(used_tiles() * p.Hk, a_.prefix_blocks + own, BLOCKS_PER_SPLIT));
+    a_.key_splits =
+        int32_t(split_count(used_tiles() * p.Hk * slices(columns), a_.prefix_blocks + own, BLOCKS_PER_SPLIT));
     if (a_.key_splits == 1) return;
-    const int64_t count = a_.key_splits * p.Hk * a_.lanes;
-    a_.part = arena_.take<float>(count * p.D);
-    if (floats > p.D) a_.part_max = arena_.take<float>(count), a_.part_sum = arena_.take<float>(count);
+    a_.part = arena_.take<float>(a_.key_splits * p.Hk * a_.lanes * columns);
   }
 
   // Gradients of keys: programs of prefix keys first, then those of own keys.
@@ -241,11 +261,11 @@ class Planner {
     const int64_t per_block = BLOCK / shape.keys;
     if (prefix) {
       const int64_t programs = a_.prefix_blocks * per_block * p.G;
-      a_.tile_splits = int32_t(split_count(programs * p.Hk, a_.tiles / a_.runs, TILES_PER_SPLIT));
+      a_.tile_splits = int32_t(split_count(programs * p.Hk * slices(widest()), a_.tiles / a_.runs, TILES_PER_SPLIT));
       a_.prefix_programs = int32_t(programs * a_.tile_splits);
-      const int64_t count = a_.tile_splits * p.G * p.Hk * p.P * p.D;
-      if (a_.tile_splits > 1 && p.dprefix_k.data) a_.part_dk = arena_.take<float>(count);
-      if (a_.tile_splits > 1 && p.dprefix_v.data) a_.part_dv = arena_.take<float>(count);
+      const int64_t count = a_.tile_splits * p.G * p.Hk * p.P;
+      if (a_.tile_splits > 1 && p.dprefix_k.data) a_.part_dk = arena_.take<float>(count * p.D);
+      if (a_.tile_splits > 1 && p.dprefix_v.data) a_.part_dv = arena_.take<float>(count * p.Dv);
       if (p.dbias) a_.part_dbias = arena_.take<float>(a_.tile_splits * p.G * p.H * p.P);
     }
     const int64_t programs = a_.prefix_programs + (own ? a_.own_blocks * per_block : 0);
@@ -253,11 +273,11 @@ class Planner {
     if (shared > SHARED_LIMIT)
       throw std::invalid_argument("prefix_bias cannot have a gradient with so many query heads per KV head (H / Hk)");
     const bool k = p.dk.data || p.dprefix_k.data || p.dbias, v = p.dv.data || p.dprefix_v.data;
-    if (!keys_apart(width_)) launch_tiles("keys", programs, 1, shape.threads(), shared);
-    if (keys_apart(width_) && k) launch_tiles("keys_dk", programs, 1, shape.threads(), shared);
-    if (keys_apart(width_) && v) launch_tiles("keys_dv", programs, 1, shape.threads(), shared);
+    if (!keys_apart(width_)) launch_tiles("keys", programs, p.D, 1, shape.threads(), shared);
+    if (keys_apart(width_) && k) launch_tiles("keys_dk", programs, p.D, 1, shape.threads(), shared);
+    if (keys_apart(width_) && v) launch_tiles("keys_dv", programs, p.Dv, 1, shape.threads(), shared);
     if (a_.part_dk || a_.part_dv) {
-      launch_common("sum_prefix", div_up(p.G * p.Hk * p.P * p.D, SUM_THREADS), 2, 1, SUM_THREADS);
+      launch_common("sum_prefix", div_up(p.G * p.Hk * p.P * widest(), SUM_THREADS), 2, 1, SUM_THREADS);
     }
     if (prefix && p.dbias)
       launch_common("sum_bias", div_up(p.P, SUM_THREADS), p.dbias_head ? p.H : 1, p.dbias_prefix ? p.G : 1,
@@ -287,12 +307,12 @@ class Planner {
     add(name, x, a_.call.p.Hk, 1, threads, 0);
   }
 
-  // A kernel that exists once per type, width and variant.
-  void launch_tiles(const char* kernel, int64_t x, int64_t z, int64_t threads, int64_t shared) {
+  // A kernel that exists once per type, width and variant, for results of so many columns.
+  void launch_tiles(const char* kernel, int64_t x, int64_t columns, int64_t z, int64_t threads, int64_t shared) {
     char name[48];
     std::snprintf(name, sizeof name, "ctk_%s_%s_%d_%s", kernel, name_of(a_.call.p.q.type), width_,
                   general() ? "general" : "plain");
-    add(name, x, a_.call.p.Hk, z, threads, shared);
+    add(name, x, a_.call.p.Hk * slices(columns), z, threads, shared);
   }
 
   Plan finish() {

@@ -28,7 +28,7 @@ __device__ __forceinline__ void pack_as(const Args& a) {
   const int64_t i = (int64_t(blockIdx.x) * PACK_THREADS + threadIdx.x) * COUNT;
   if (i >= job.elements) return;
   const int64_t token = i / job.stride;
-  const int d = int(i - token * job.stride), D = int(a.call.p.D);
+  const int d = int(i - token * job.stride), D = job.columns;
   const int64_t from = token / job.tokens / job.heads * job.from.batch +
                        token / job.tokens % job.heads * job.from.head + token % job.tokens * job.from.token + d;
   float x[COUNT];
@@ -84,7 +84,7 @@ __device__ __forceinline__ void delta(const Args& a) {
     state.q = uint32_t((q - static_cast<const char*>(p.q.data)) / 16);
     state.dout = uint32_t((dout - static_cast<const char*>(p.dout.data)) / 16);
     state.bytes = 16;
-    for (int chunk = part; chunk < a.chunks; chunk += 8) {
+    for (int chunk = part; chunk < a.value_chunks; chunk += 8) {
       const uint4 x = reinterpret_cast<const uint4*>(out)[chunk], y = reinterpret_cast<const uint4*>(dout)[chunk];
       const T *left = reinterpret_cast<const T*>(&x), *right = reinterpret_cast<const T*>(&y);
 #pragma unroll
@@ -115,10 +115,10 @@ __device__ __forceinline__ void merge_out(const Args& a) {
   const float base = top == -INFINITY ? 0.0f : top;
   for (int split = 0; split < a.key_splits; ++split)
     total = fmaf(a.part_sum[at(split)], exp2_fast(a.part_max[at(split)] - base), total);
-  for (int d = thread; d < p.D; d += 32) {
+  for (int d = thread; d < p.Dv; d += 32) {
     float sum = 0.0f;
     for (int split = 0; split < a.key_splits; ++split)
-      sum = fmaf(a.part[at(split) * p.D + d], exp2_fast(a.part_max[at(split)] - base), sum);
+      sum = fmaf(a.part[at(split) * p.Dv + d], exp2_fast(a.part_max[at(split)] - base), sum);
     to[d] = T(total == 0.0f ? 0.0f : sum / total);
   }
   if (thread == 0) store_lse(a, lane, kv, top, total);
@@ -145,7 +145,8 @@ __device__ __forceinline__ void sum_prefix(const Args& a) {
   const Params& p = a.call.p;
   const float* part = blockIdx.y ? a.part_dv : a.part_dk;
   const Tensor4& to = blockIdx.y ? p.dprefix_v : p.dprefix_k;
-  const int64_t size = p.G * p.Hk * p.P * p.D, i = int64_t(blockIdx.x) * SUM_THREADS + threadIdx.x;
+  const int64_t size = p.G * p.Hk * p.P * (blockIdx.y ? p.Dv : p.D),
+                i = int64_t(blockIdx.x) * SUM_THREADS + threadIdx.x;
   if (!part || i >= size) return;
   float sum = 0.0f;
   for (int split = 0; split < a.tile_splits; ++split) sum += part[split * size + i];

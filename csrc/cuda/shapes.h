@@ -9,7 +9,16 @@
 namespace ctk::cuda {
 
 // Padded head dimensions. Others use the next larger one, whose columns after D are zeros.
-constexpr int WIDTHS[] = {64, 80, 96, 128, 256};
+constexpr int WIDTHS[] = {64, 80, 96, 128, 256, 512};
+
+// The last one has kernels of its own (slices.cuh). There a program keeps whole tokens of one side; those of the other
+// side pass through two buffers in slices of so many bytes.
+constexpr int SLICED = 512, SLICE_BYTES = 512;
+static_assert(SLICED == MAX_HEAD_DIM);
+CTK_HOST_DEVICE constexpr int slice_width(int element_bytes) { return SLICE_BYTES / element_bytes; }
+CTK_HOST_DEVICE constexpr int slices_of(int64_t columns, int element_bytes) {
+  return int(div_up(columns, int64_t(slice_width(element_bytes))));
+}
 
 CTK_HOST_DEVICE constexpr int width_of(int64_t D) {
   for (int width : WIDTHS)
@@ -19,6 +28,16 @@ CTK_HOST_DEVICE constexpr int width_of(int64_t D) {
 
 // Bytes of shared memory in which a warp stages 16 rows of fp32 results.
 CTK_HOST_DEVICE constexpr int staging_bytes(int width) { return 16 * (width * 4 + 16); }
+
+CTK_HOST_DEVICE constexpr int at_least(int a, int b) { return a > b ? a : b; }
+
+// Bytes of the tiles of a program that keeps `kept` tokens and has room for `passing` more. In the end its results are
+// staged in the same memory.
+CTK_HOST_DEVICE constexpr int tile_bytes(int element_bytes, int width, int kept, int passing, int warps) {
+  const int tokens = (width == SLICED ? kept : kept + passing) * width * element_bytes;
+  const int staged = warps * staging_bytes(width == SLICED ? slice_width(element_bytes) : width);
+  return at_least(width == SLICED ? tokens + passing * SLICE_BYTES : tokens, staged);
+}
 
 // Per lane: what its threads look up for a block of keys that is not visible as a whole, and what the general kernels
 // add to its logits (LaneInfo and LaneTerms in walk.cuh).
@@ -47,12 +66,10 @@ CTK_HOST_DEVICE constexpr ForwardShape forward_shape(int element_bytes, int widt
   return width <= 128 ? ForwardShape{64, 4, 32} : ForwardShape{32, 2, 32};
 }
 
-CTK_HOST_DEVICE constexpr int at_least(int a, int b) { return a > b ? a : b; }
-
-// Bytes of the tiles of q, k, v. In the end the results are staged in the same memory.
+// Bytes of the tiles of q, k, v.
 CTK_HOST_DEVICE constexpr int forward_tiles(int element_bytes, int width, bool general) {
   const ForwardShape s = forward_shape(element_bytes, width, general);
-  return at_least((s.lanes + 2 * s.keys) * width * element_bytes, s.warps * staging_bytes(width));
+  return tile_bytes(element_bytes, width, s.lanes, 2 * s.keys, s.warps);
 }
 
 CTK_HOST_DEVICE constexpr int forward_shared(int element_bytes, int width, bool general) {
@@ -68,8 +85,10 @@ struct QueryShape {
 CTK_HOST_DEVICE constexpr QueryShape query_shape(int element_bytes, int width) {
   if (element_bytes == 2) {
     if (width <= 96) return {64, 4, 64, 2};
+    if (width == SLICED) return {32, 2, 32, 1};
     return width <= 128 ? QueryShape{64, 4, 64, 1} : QueryShape{64, 4, 32, 1};
   }
+  if (width == SLICED) return {16, 1, 32, 1};
   if (width <= 96) return {64, 4, 32, 1};
   return width <= 128 ? QueryShape{64, 4, 32, 1} : QueryShape{32, 2, 16, 1};
 }
@@ -77,7 +96,7 @@ CTK_HOST_DEVICE constexpr QueryShape query_shape(int element_bytes, int width) {
 // Bytes of the tiles of q, dout, k, v.
 CTK_HOST_DEVICE constexpr int query_tiles(int element_bytes, int width) {
   const QueryShape s = query_shape(element_bytes, width);
-  return at_least((2 * s.lanes + 2 * s.stages * s.keys) * width * element_bytes, s.warps * staging_bytes(width));
+  return tile_bytes(element_bytes, width, 2 * s.lanes, 2 * s.stages * s.keys, s.warps);
 }
 
 CTK_HOST_DEVICE constexpr int query_shared(int element_bytes, int width) {
@@ -94,13 +113,14 @@ struct KeyShape {
 CTK_HOST_DEVICE constexpr KeyShape key_shape(int element_bytes, int width) {
   if (element_bytes == 2) {
     if (width <= 64) return {64, 4, 64, 2};
+    if (width == SLICED) return {32, 2, 16, 1};
     return width <= 128 ? KeyShape{64, 4, 32, 2} : KeyShape{64, 4, 16, 1};
   }
   if (width <= 96) return {64, 4, 32, 1};
   return width <= 128 ? KeyShape{64, 4, 16, 1} : KeyShape{16, 1, 16, 1};
 }
 
-// At D = 256 dk and dv together would not fit the registers: two launches, one for each.
+// From D = 256 on dk and dv together would not fit the registers: two launches, one for each.
 constexpr bool keys_apart(int width) { return width > 128; }
 
 // Per lane: states and words of the mask of this step and the next two.
@@ -109,7 +129,7 @@ constexpr int LANE_STAGE_BYTES = 3 * (int(sizeof(LaneState)) + 8);
 // Bytes of the tiles of k, v, q, dout.
 CTK_HOST_DEVICE constexpr int key_tiles(int element_bytes, int width) {
   const KeyShape s = key_shape(element_bytes, width);
-  return at_least((2 * s.keys + 2 * s.stages * s.lanes) * width * element_bytes, s.warps * staging_bytes(width));
+  return tile_bytes(element_bytes, width, 2 * s.keys, 2 * s.stages * s.lanes, s.warps);
 }
 
 CTK_HOST_DEVICE constexpr int key_shared(int element_bytes, int width) {

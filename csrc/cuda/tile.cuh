@@ -112,7 +112,7 @@ __device__ __forceinline__ uint32_t lanes_of_row(const LaneInfo* lanes, int row)
   return mine;
 }
 
-// Address of a lane's D numbers in a tensor laid out as q; null: there is no such lane.
+// Address of a lane's numbers in a tensor laid out as q; null: there is no such lane.
 template <class T>
 __device__ __forceinline__ T* lane_token(const Args& a, const Tensor4& t, int lane, int kv) {
   const Slot slot = a.slot_table[lane / a.group];
@@ -128,13 +128,13 @@ __device__ __forceinline__ void store_lse(const Args& a, int lane, int kv, float
   if (float* to = lane_token<float>(a, a.call.p.lse, lane, kv)) *to = lse;
 }
 
-// Stores the first D of W columns of a warp's accumulators, 16 rows, through `stage` in shared memory. Row i goes to
-// row(i) (null: nowhere). wide: rows can be written 16 bytes at a time.
+// Stores the first `columns` of W columns of a warp's accumulators, 16 rows, through `stage` in shared memory. Row i
+// goes to row(i) (null: nowhere). wide: rows can be written 16 bytes at a time.
 template <class To, int W, class Row>
-__device__ __forceinline__ void store_rows(const Args& a, const float (&acc)[W / 8][4], uint32_t stage, bool wide,
+__device__ __forceinline__ void store_rows(const float (&acc)[W / 8][4], uint32_t stage, int columns, bool wide,
                                            const Row& row) {
   constexpr int PITCH = W * int(sizeof(To)) + 16, CHUNK = 16 / int(sizeof(To)), CHUNKS = W / CHUNK;
-  const int thread = threadIdx.x % 32, D = int(a.call.p.D);
+  const int thread = threadIdx.x % 32;
   __syncwarp();
 #pragma unroll
   for (int d = 0; d < W / 8; ++d)
@@ -153,7 +153,7 @@ __device__ __forceinline__ void store_rows(const Args& a, const float (&acc)[W /
   for (int at = thread; at < 16 * CHUNKS; at += 32) {
     const int i = at / CHUNKS, column = at % CHUNKS * CHUNK;
     To* to = row(i);
-    if (!to || column >= D) continue;
+    if (!to || column >= columns) continue;
     uint4 x;
     asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
                  : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
@@ -165,7 +165,7 @@ __device__ __forceinline__ void store_rows(const Args& a, const float (&acc)[W /
       const To* numbers = reinterpret_cast<const To*>(&x);
 #pragma unroll
       for (int e = 0; e < CHUNK; ++e)
-        if (column + e < D) to[column + e] = numbers[e];
+        if (column + e < columns) to[column + e] = numbers[e];
     }
   }
 }

@@ -31,11 +31,9 @@ def unavailable() -> str | None:
 
 
 def refusal(device: torch.device, dtype: torch.dtype, wide: int = 0) -> str | None:
-    """Why the kernels cannot take rows of `dtype` on `device`, or None."""
+    """Why the kernels cannot take rows of `dtype` on `device`, or None. All head dimensions (`wide`) are served."""
     if dtype == torch.float64:
         return "it computes in fp32, got fp64 tensors"
-    if wide:
-        return "it computes head dimensions D = Dv <= 256, got another Dv or a larger one"
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) < LEAST_CAPABILITY:
         return f"it needs compute capability 8.0 (Ampere) or newer, got {major}.{minor}"

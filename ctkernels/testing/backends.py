@@ -25,7 +25,7 @@ class Backend:
 
     @property
     def wide(self) -> bool:
-        """Whether every D and Dv up to 512 are served in every type: not by the CUDA C++ kernels, which say so."""
+        """Whether every D and Dv up to 512 are served in every type: not by Triton on small GPUs, where it says so."""
         return dispatch.refusal(self.name, torch.device(self.device), wide=512) is None
 
     @property

@@ -142,6 +142,14 @@ def test_every_option(bias):
     assert got["dprefix_bias"].shape == bias and got["dprefix_k"].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("D, Dv", [(24, 64), (64, 24), (264, 20)])
+def test_values_of_a_head_dimension_of_their_own(D, Dv):
+    """Results and gradients have the columns of their own tensors; an fp32 prefix under rows that are padded."""
+    call = make_call(B=2, H=4, Hk=2, S=9, P=70, D=D, Dv=Dv, types="bf16+fp32", seq_lens=torch.tensor([9, 4]))
+    got = check(call, "transposed")
+    assert got["out"].shape[-1] == got["dprefix_v"].shape[-1] == Dv and got["dq"].shape[-1] == D
+
+
 def test_padding():
     """Queries and keys behind the end of a row: zeros, and lse = -inf."""
     got = check(make_call(B=3, H=4, Hk=2, S=20, P=70, D=64, types="bf16", seq_lens=torch.tensor([20, 0, 7])))

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.needs_nvcc
 THOROUGH = os.environ.get("CTKERNELS_TEST_PROFILE") == "thorough"
 SCHEDULES = [("eager", 0), ("lazy", 2), ("eager", 1), *[("lazy", 0), ("lazy", 3)] * THOROUGH]
 TYPES = ["bf16", "fp16", "fp32"]
-WIDTHS = [64, 80, 96, 128, 256]
+WIDTHS = [64, 80, 96, 128, 256, 512]
 PLAIN = [(types, D) for types in ("bf16", "fp16") for D in (64, 128)]
 DEFAULT = [("bf16", 128)]  # beside D = 64, which most tests have
 
@@ -50,6 +50,10 @@ def execute(
 
 def names(launched: list[str]) -> set[str]:
     return {name.removeprefix("ctk_") for name in launched}
+
+
+HEADS = [("bf16", 80, 24), ("fp16", 24, 80), ("bf16+fp32", 192, 128), ("fp32", 60, 64)]  # up to 256, D and Dv apart
+SLICED = [("bf16", 512, 300), ("bf16+fp32", 40, 512), ("fp16", 257, 511), ("fp32", 130, 260), ("fp32", 512, 512)]
 
 
 def mixed_call(types: str, D: int, growth: float = 30.0, **more: object) -> Call:
@@ -96,6 +100,38 @@ def test_general_instances(types, D):
     assert f"forward_{types}_{D}_general" in names(launched)
 
 
+@pytest.mark.parametrize("types, D, Dv", HEADS if THOROUGH else HEADS[:2])
+def test_values_of_a_head_dimension_of_their_own(types, D, Dv):
+    """The instance of the wider one, for which the narrower ones are copied once, with zeros."""
+    _, launched = execute(mixed_call(types, D, Dv=Dv), SCHEDULES[:2], multiprocessors=40)
+    assert {"pack", f"delta_{types[:4]}"} < names(launched)
+    assert not [name for name in launched if "_512_" in name]
+
+
+@pytest.mark.parametrize("types, D, Dv", SLICED if THOROUGH else SLICED[:2])
+def test_head_dimensions_above_256(types, D, Dv):
+    """In slices, of which the last ones are not full: of D alone, of Dv alone, of both."""
+    call = make_call(
+        H=4, Hk=2, P=150, D=D, Dv=Dv, types=types, lens=[20, 40, 1], mask=dict(hidden=torch.tensor([[0, 130]] * 3))
+    )
+    _, launched = execute(call, SCHEDULES[:2])
+    kernels = {f"{name}_{types[:4]}_512_general" for name in ("forward", "query", "keys_dk", "keys_dv")}
+    assert kernels < names(launched)
+
+
+@pytest.mark.parametrize("types", TYPES if THOROUGH else ["bf16"])
+def test_head_dimensions_above_256_with_every_option(types):
+    call = options_call(D=264, Dv=72, types=types)
+    _, launched = execute(call, SCHEDULES[:2])
+    assert {f"keys_dk_{types}_512_general", "sum_bias"} <= names(launched)
+
+
+def test_head_dimensions_above_256_cut_into_ranges():
+    """Parts of keys and of rows, with as many columns as the results: D and Dv apart."""
+    _, launched = execute(split_call(D=72, Dv=264), SCHEDULES[:1], multiprocessors=80)
+    assert {"merge_out_bf16", "merge_dq_bf16", "sum_prefix", "query_bf16_512_general"} <= names(launched)
+
+
 def test_hidden_and_dropped_tokens_get_exactly_no_gradient():
     call = training_call("bf16+fp32")
     call.mask["hidden"] = torch.tensor([[10, 30]] * 5)
@@ -119,15 +155,22 @@ def test_property(check):
         check(BACKEND)
 
 
+@pytest.mark.parametrize("heads", [{}, dict(D=40, Dv=300, types="bf16")], ids=["16", "40 and 300"])
 @pytest.mark.parametrize("make", [test_properties.padded, test_properties.packed])
-def test_a_broken_row_breaks_no_other(make):
+def test_a_broken_row_breaks_no_other(make, heads):
     with running_on(Emulator()):
-        test_properties.test_a_broken_row_breaks_no_other(BACKEND, make)
+        test_properties.test_a_broken_row_breaks_no_other(BACKEND, lambda: make(**heads))
 
 
-def test_only_the_gradients_that_are_wanted():
+def test_wide_values_are_narrow_ones_side_by_side():
+    with running_on(Emulator()):
+        test_properties.test_wide_values_are_narrow_ones_side_by_side(BACKEND, test_properties.packed)
+
+
+@pytest.mark.parametrize("heads", [dict(D=64), dict(D=260, Dv=20, bias=(4, 270))], ids=["64", "260 and 20"])
+def test_only_the_gradients_that_are_wanted(heads):
     """Each alone has the bits that it has beside the others."""
-    call = mixed_call("bf16", 64)
+    call = mixed_call("bf16", **heads)
     cotangents = cotangents_for(call)
     with running_on(Emulator()):
         everything = run(call, BACKEND, cotangents)
@@ -136,6 +179,7 @@ def test_only_the_gradients_that_are_wanted():
             out, lse = test_properties.ct.prefix_attention_varlen(
                 *(leaves[n] for n in ("q", "k", "v")), call.cu_seqlens, leaves["prefix_k"], leaves["prefix_v"],
                 mask=test_properties.ct.ContextMask(**call.mask), return_lse=True, backend=BACKEND.name,
+                prefix_bias=leaves.get("prefix_bias"),
             )  # fmt: skip
             (alone,) = torch.autograd.grad((out, lse), [leaves[name]], cotangents)
             assert torch.equal(alone, everything[f"d{name}"]), name
@@ -163,11 +207,11 @@ DEFAULT_EDGES = {
     "rows of no tokens", "packed rows, some empty", "context reaching into own keys", "a prefix nobody reads",
     "ragged prefixes, packed rows", "ragged rows, one empty", "decoding with fewer keys, window and ALiBi",
     "window over packed rows", "bias shared by prefixes", "negative scale", "everything packed",
+    "values narrower than keys", "values of one number", "keys of one number", "wide values in rows that share tiles",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("types", EDGE_TYPES if THOROUGH else EDGE_TYPES[2:])
 @pytest.mark.parametrize("case", EDGES if THOROUGH else sorted(DEFAULT_EDGES))
 def test_edge(case, types):
-    edge = {name: value for name, value in EDGES[case].items() if name != "Dv"}  # D = Dv here
-    execute(make_call(types=types, **edge), [("lazy", len(case))])
+    execute(make_call(types=types, **EDGES[case]), [("lazy", len(case))])

@@ -26,7 +26,7 @@ THOROUGH = os.environ.get("CTKERNELS_TEST_PROFILE") == "thorough"
 @dataclass(frozen=True)
 class Mutation:
     """Replace `old`, which must be there, by `new`; `nth` of several places, else the only one. The kernels of a call
-    of `types` and `D` have that code; `growth` of the logits along the prefix is as in `mixed_call`."""
+    of `types`, `D` and `Dv` have that code; `growth` of the logits along the prefix is as in `mixed_call`."""
 
     file: str
     old: str
@@ -36,6 +36,7 @@ class Mutation:
     types: str = "bf16"
     D: int = 64
     growth: float = 30.0
+    Dv: int | None = None
 
 
 MUTATIONS = {
@@ -89,6 +90,23 @@ MUTATIONS = {
     "walk: causality one key late": Mutation(
         "walk.cuh", "any &= low_bits(lane.position + 1 - start);", "any &= low_bits(lane.position + 2 - start);"
     ),
+    "slices: a slice overwrites the one that is multiplied": Mutation(
+        "slices.cuh", "__syncthreads();  // this slice of k is here, and nobody reads the other buffer any more", "",
+        D=264, Dv=40,
+    ),
+    "slices: a wait that leaves one group out": Mutation(
+        "slices.cuh", "copy_wait<0>();", "copy_wait<1>();", 3, 8, D=264, Dv=40
+    ),
+    "slices: a slice of k left out": Mutation(
+        "slices.cuh", "count = value_slices + slices;", "count = value_slices + slices - 1;", D=264, Dv=40
+    ),
+    "slices: states of another step": Mutation(
+        "slices.cuh", "fetch(ring ^ 1, 0, buffer ^ 1)", "fetch(ring, 0, buffer ^ 1)", D=264, Dv=40
+    ),
+    "slices: results one slice off": Mutation("slices.cuh", "kv, mine * SLICE<T>);", "kv, 0);", D=40, Dv=264),
+    "reduce: a copy goes on behind narrower values": Mutation(
+        "reduce.cuh", "D = job.columns;", "D = job.stride;", D=64, Dv=40
+    ),
     "mask: a span one position too long": Mutation(
         "../mask.h", "~low_bits(row.hidden_end - first);", "~low_bits(row.hidden_end + 1 - first);"
     ),
@@ -100,6 +118,8 @@ DEFAULT = [
     "forward: v is read before it has arrived",
     "keys: words of another step",
     "walk: causality one key late",
+    "slices: a slice overwrites the one that is multiplied",
+    "slices: results one slice off",
 ]
 
 
@@ -118,7 +138,7 @@ def mutated(folder, mutation: Mutation) -> Build:
 def test_mistake_is_caught(name, tmp_path):
     mutation = MUTATIONS[name]
     build = mutated(tmp_path, mutation)
-    call = mixed_call(mutation.types, mutation.D, mutation.growth)
+    call = mixed_call(mutation.types, mutation.D, mutation.growth, Dv=mutation.Dv)
     cotangents = cotangents_for(call)
     with pytest.raises((ptxemu.KernelFault, AssertionError)):
         results = []

@@ -37,21 +37,22 @@ def training_call(types: str, **more: object) -> Call:
     return make_call(H=4, Hk=2, P=100, D=64, types=types, lens=[5, 17, 1, 0, 30], mask=mask, **more)
 
 
-def options_call() -> Call:
+def options_call(D: int = 40, types: str = "bf16", **more: object) -> Call:
     """Two prefixes, padded decoding rows, a window, softcap, ALiBi, a bias per head, an explicit pattern."""
     keep = torch.rand(4, 90, generator=torch.Generator().manual_seed(1)) < 0.7
     return make_call(
-        B=4, H=6, Hk=2, S=7, T=20, P=90, D=40, G=2, types="bf16", bias=(2, 6, 90), mask=dict(keep=keep),
+        B=4, H=6, Hk=2, S=7, T=20, P=90, D=D, G=2, types=types, bias=(2, 6, 90), mask=dict(keep=keep),
         prefix_index=torch.tensor([1, 0, 1, 1]), prefix_lens=torch.tensor([90, 61]),
         seq_lens=torch.tensor([20, 9, 7, 15]), window=60, softcap=15.0, alibi_slopes=torch.linspace(0.01, 0.3, 6),
+        **more,
     )  # fmt: skip
 
 
-def split_call() -> Call:
+def split_call(D: int = 64, **more: object) -> Call:
     """So long a prefix and so many queries that both are cut into ranges, whose results further kernels add up."""
     hidden = torch.arange(0, 8)[:, None] * 64 + torch.tensor([0, 64])
     lens = [40, 33, 29, 50, 21, 35, 42, 30]
-    return make_call(H=8, Hk=2, P=530, D=64, types="bf16+fp32", lens=lens, mask=dict(hidden=hidden))
+    return make_call(H=8, Hk=2, P=530, D=D, types="bf16+fp32", lens=lens, mask=dict(hidden=hidden), **more)
 
 
 def execute(call: Call, architecture: str, schedules: list[tuple[str, int]]) -> tuple[dict, list[str]]:

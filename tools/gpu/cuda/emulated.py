@@ -74,6 +74,8 @@ def group_source(kernel: str) -> str:
         group = f"CTK_DEFINE_SMALL({TYPES[kind]}, {kind})"
     elif width == "256":
         group = f"CTK_WIDTH_256({arguments})"
+    elif width == "512":
+        group = f"CTK_DEFINE_SLICES({TYPES[kind]}, {kind})"
     else:
         group = f"CTK_WIDTH({arguments}, {width}, {variant}, {'true' if variant == 'general' else 'false'})"
     return f'#include "instances.cuh"\nnamespace ctk::cuda {{\n{group}\n}}\n'

@@ -24,7 +24,7 @@ Call call_of(Type type, int64_t D, bool general, bool bias) {
   Call call;
   Params& p = call.p;
   p = Params{};
-  p.B = B, p.H = H, p.Hk = Hk, p.D = D, p.G = 1, p.P = P;
+  p.B = B, p.H = H, p.Hk = Hk, p.D = p.Dv = D, p.G = 1, p.P = P;
   p.scale = 1, p.causal = true, p.softcap = general ? 30 : 0;
   p.q = p.out = p.dout = p.dq = tensor(type, H, S);
   p.k = p.v = p.dk = p.dv = tensor(type, Hk, S);

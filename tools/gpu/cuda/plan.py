@@ -133,7 +133,7 @@ class Builder:
 
     def inputs(self, q, k, v, prefix_k, prefix_v, bias: Tensor | None, problem: Problem, tf32: bool) -> None:
         p, packed = self.call.p, problem.cu_seqlens is not None
-        p.B, p.H, p.Hk, p.D = row_count(q, problem), q.shape[1], k.shape[1], q.shape[3]
+        p.B, p.H, p.Hk, p.D, p.Dv = row_count(q, problem), q.shape[1], k.shape[1], q.shape[3], v.shape[3]
         p.G, p.P = prefix_k.shape[0], prefix_k.shape[2]
         self.call.S, self.call.T, self.call.packed, self.call.tf32 = q.shape[2], k.shape[2], packed, tf32
         p.rule = ContextRule(problem.context_length, math.floor(problem.drop_p * 2**32), problem.seed & 2**64 - 1)
@@ -179,8 +179,8 @@ def forward(
     multiprocessors: int, tf32: bool = False,
 ) -> tuple[tuple[Tensor, Tensor], Plan]:  # fmt: skip
     """out and lse, and what computes them; as `ops.py` asks of a backend."""
-    B, H, S, D = q.shape
-    out = torch.full((B, S, H, D), math.nan, dtype=q.dtype).transpose(1, 2)
+    B, H, S, _ = q.shape
+    out = torch.full((B, S, H, v.shape[3]), math.nan, dtype=q.dtype).transpose(1, 2)
     lse = torch.full((B, H, S), math.nan)
     if problem.seq_lens is not None:
         out.fill_(0), lse.fill_(-math.inf)

@@ -3,6 +3,7 @@
 
     python tools/gpu/triton/report.py                              write all; minutes, or seconds if nothing changed
     python tools/gpu/triton/report.py --architectures sm_90 --no-counters      a part of the first table
+    python tools/gpu/triton/report.py --kernels words_kernel                   after a change of this kernel alone
 
 triton_resources: registers, spills and shared memory of every kernel on every architecture, compiled ahead of time.
 triton_counters: what the kernels of one training step execute on sm_80 and sm_90, counted by the PTX emulator;
@@ -65,17 +66,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--architectures", nargs="+", choices=ARCHITECTURES, help="only these; the others stay as they are"
     )
+    parser.add_argument("--kernels", nargs="+", help="of the first table only these; the others stay as they are")
     parser.add_argument("--no-counters", action="store_true", help="leave the counters as they are")
     args = parser.parse_args(argv)
     names = args.architectures or list(ARCHITECTURES)
-    entries = [entry for entry in committed(args.out) if entry.architecture not in names]
+    before = committed(args.out)
+    table = {entry.key: entry for entry in before if args.kernels or entry.architecture not in names}
     for name in names:
         for sizes, dtype in resources.cases():
-            entries += resources.measure(sizes, dtype, ARCHITECTURES[name])
-        print(f"{name}: {sum(entry.architecture == name for entry in entries)} kernels", flush=True)
-    # the sums of dk and dv are one kernel
-    entries = list({entry.key: entry for entry in entries}.values())
-    entries.sort(key=lambda entry: list(ARCHITECTURES).index(entry.architecture))
+            measured = resources.measure(sizes, dtype, ARCHITECTURES[name], args.kernels)
+            table |= {entry.key: entry for entry in measured}  # the sums of dk and dv are one kernel
+        print(f"{name}: {sum(entry.architecture == name for entry in table.values())} kernels", flush=True)
+    entries = sorted(table.values(), key=lambda entry: list(ARCHITECTURES).index(entry.architecture))
     record = {"triton": triton.__version__, "entries": [asdict(entry) for entry in entries]}
     write(args.out, "triton_resources", record, resources.markdown(entries))
     broken = [line for entry in entries for line in resources.violations(entry)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,11 +64,15 @@ def cases() -> Iterator[tuple[Sizes, str]]:
                     yield replace(variant, D=D, dtype=dtype, prefix_dtype=prefix), name
 
 
-def measure(sizes: Sizes, dtype: str, architecture: Architecture) -> list[Entry]:
-    """Compile every kernel of a call, forward and (except decoding) backward."""
+def measure(
+    sizes: Sizes, dtype: str, architecture: Architecture, kernels: Collection[str] | None = None
+) -> list[Entry]:
+    """Compile every kernel of a call, or those of some names, forward and (except decoding) backward."""
     entries = []
     for phase, plan in plans.both(problems.make(sizes, "meta"), architecture, not sizes.past).items():
         for launch in plan.launches:
+            if kernels is not None and launch.name not in kernels:
+                continue
             needs = aot.resources(launch, architecture)
             tile = {k: v for k, v in launch.constexprs.items() if k in plans.TILE_SIZES}
             entries.append(
