@@ -45,7 +45,7 @@ def test_the_committed_table_covers_everything(table):
     """Every architecture, and on each every call and its largest kernels."""
     kernels = {"forward_kernel", "dq_kernel", "own_kernel", "prefix_kernel"}
     for name in ARCHITECTURES:
-        for sizes, dtype in resources.cases():
+        for sizes, dtype in resources.cases(name):
             found = {
                 entry.kernel
                 for entry in table[1].values()

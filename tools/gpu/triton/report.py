@@ -4,6 +4,7 @@
     python tools/gpu/triton/report.py                              write all; minutes, or seconds if nothing changed
     python tools/gpu/triton/report.py --architectures sm_90 --no-counters      a part of the first table
     python tools/gpu/triton/report.py --kernels words_kernel                   after a change of this kernel alone
+    python tools/gpu/triton/report.py --variants decoding                      of this call alone
 
 triton_resources: registers, spills and shared memory of every kernel on every architecture, compiled ahead of time.
 triton_counters: what the kernels of one training step execute on sm_80 and sm_90, counted by the PTX emulator;
@@ -67,13 +68,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--architectures", nargs="+", choices=ARCHITECTURES, help="only these; the others stay as they are"
     )
     parser.add_argument("--kernels", nargs="+", help="of the first table only these; the others stay as they are")
+    parser.add_argument(
+        "--variants", nargs="+", help="of the first table only these calls; the others stay as they are"
+    )
     parser.add_argument("--no-counters", action="store_true", help="leave the counters as they are")
     args = parser.parse_args(argv)
     names = args.architectures or list(ARCHITECTURES)
     before = committed(args.out)
-    table = {entry.key: entry for entry in before if args.kernels or entry.architecture not in names}
+    some = args.kernels or args.variants
+    table = {entry.key: entry for entry in before if some or entry.architecture not in names}
     for name in names:
-        for sizes, dtype in resources.cases():
+        for sizes, dtype in resources.cases(name):
+            if args.variants and sizes.name not in args.variants:
+                continue
             measured = resources.measure(sizes, dtype, ARCHITECTURES[name], args.kernels)
             table |= {entry.key: entry for entry in measured}  # the sums of dk and dv are one kernel
         print(f"{name}: {sum(entry.architecture == name for entry in table.values())} kernels", flush=True)

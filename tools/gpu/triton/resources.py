@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks import harness
+from ctkernels.backends.triton.backend import WIDE_FP32
 from tools.gpu import problems
 from tools.gpu.architectures import ARCHITECTURES, Architecture
 from tools.gpu.problems import Sizes
@@ -18,15 +19,21 @@ HEAD_DIMENSIONS = (64, 96, 128, 256)
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 UNSPILLED = 128  # up to this head dimension no kernel may spill on NVIDIA
 TRAINING = Sizes("training", (32,) * 16, H=8, Hk=2, P=1024, D=64, dtype=torch.bfloat16, segments=16, drop_p=0.05)
-# the first is compiled for every architecture, head dimension and type, the others for bf16 and some head dimensions
+LONG = replace(TRAINING, name="head dimension 512")
 VARIANTS = (
     TRAINING,
     replace(TRAINING, name="no dropout", drop_p=0.0),
     replace(TRAINING, name="few long rows", lens=(128,) * 4, segments=4),
     replace(TRAINING, name="every option", bias=True, alibi=True, softcap=30.0, window=900),
     replace(TRAINING, name="decoding", lens=(1,) * 16, past=31, P=16384, segments=0, drop_p=0.0),
+    replace(TRAINING, name="values of head dimension 128", Dv=128),
+    LONG,
 )
-FEW = {"no dropout": (64,), "few long rows": (64, 96, 128), "every option": (64, 128), "decoding": (64,)}
+WHOLE = (TRAINING.name, LONG.name)  # compiled for every type, the others for bf16
+FEW = {
+    "no dropout": (64,), "few long rows": (64, 96, 128), "every option": (64, 128), "decoding": (64,),
+    "values of head dimension 128": (192,), LONG.name: (512,),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,14 +61,13 @@ class Entry:
         return self.variant, self.phase, self.kernel, self.D, self.dtype, self.architecture
 
 
-def cases() -> Iterator[tuple[Sizes, str]]:
-    """Every call that the table covers, with the name of its type."""
+def cases(architecture: str) -> Iterator[tuple[Sizes, str]]:
+    """Every call that the table covers on an architecture, with the name of its type."""
     for variant in VARIANTS:
-        for D in HEAD_DIMENSIONS:
-            for name, dtype in TYPES.items():
-                if D in FEW.get(variant.name, (D,)) and (variant.name not in FEW or name == "bf16"):
-                    prefix = torch.float32  # master weights
-                    yield replace(variant, D=D, dtype=dtype, prefix_dtype=prefix), name
+        for D in FEW.get(variant.name, HEAD_DIMENSIONS):
+            for name, dtype in TYPES.items() if variant.name in WHOLE else [("bf16", torch.bfloat16)]:
+                if D <= 256 or dtype != torch.float32 or architecture in WIDE_FP32:
+                    yield replace(variant, D=D, dtype=dtype, prefix_dtype=torch.float32), name  # master weights
 
 
 def measure(
