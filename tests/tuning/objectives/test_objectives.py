@@ -18,7 +18,7 @@ from tests.tuning.methods import plain_methods
 from tests.tuning.objectives.plain_objectives import PlainChoice, likelihoods_of, row_loss
 
 EPOCHS, SEED, LR = 2, 5, 1e-2
-TOLERANCE = 1e-8  # losses of the first epoch agree within 1e-12; a step divides the gradient by its own size
+TOLERANCE = 1e-8  # a step of AdamW divides the gradient by its own size, and so rounding by a small one
 TOKENIZER = char_tokenizer()
 # options of other lengths, that begin alike ("ward"), that the output begins with ("w"), of one token; two right ones
 TASK = [
