@@ -451,7 +451,7 @@ TEXT_ARGUMENTS = {
 }
 HIDDEN_FROM_ATTENTION_ALONE = (
     "a mask hides prefix positions from attention alone, but {} has layers whose state contains all of them; use a "
-    'ContextMask without hidden and keep (for training: leave_one_out="none", drop_from=None)'
+    'ContextMask without hidden and keep (for training: leave_one_out="none", drop_from=0)'
 )
 NOT_ENTERED = (
     "prefix.attach(model) {}, so the model ran without the prefix; use `with prefix.attach(model):`, or "

@@ -131,6 +131,22 @@ def _dropout(attention: nn.Module) -> float:
     return 0.0
 
 
+def _with_cache(
+    core: Core,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: Cache | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, None]:
+    """Attention of q `[B, H, S, D]` to k and v `[B, Hk, S, D]` and those in the cache -> (`[B, S, H * D]`, None)."""
+    if cache is not None:
+        key, value = cache.update(key, value, module.layer_idx)
+    out, weights = core(query, key, value, mask)
+    return out.flatten(2), weights
+
+
 def _bloom(
     core: Core,
     module: nn.Module,
@@ -144,13 +160,10 @@ def _bloom(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """BloomAttention.forward: hidden_states, residual and the result are `[B, S, H * D]`."""
-    B, S, width = hidden_states.shape
-    fused = module.query_key_value(hidden_states).view(B, S, module.num_heads, 3, module.head_dim)
-    query, key, value = (x.transpose(1, 2) for x in fused.unbind(3))  # [B, H, S, D]
-    if layer_past is not None:
-        key, value = layer_past.update(key, value, module.layer_idx)
-    out, weights = core(query, key, value, attention_mask)
-    out = module.dense(out.reshape(B, S, width))
+    fused = module.query_key_value(hidden_states).unflatten(-1, (module.num_heads, 3, module.head_dim))
+    heads = (x.transpose(1, 2) for x in fused.unbind(3))
+    out, weights = _with_cache(core, module, *heads, layer_past, attention_mask)
+    out = module.dense(out)
     return residual + nn.functional.dropout(out, module.hidden_dropout, module.training), weights
 
 
@@ -164,15 +177,12 @@ def _mpt(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """MptAttention.forward: hidden_states and the result are `[B, S, H * D]`."""
-    B, S, width = hidden_states.shape
     fused = module.Wqkv(hidden_states)
     if module.clip_qkv:
         fused = fused.clamp(-module.clip_qkv, module.clip_qkv)
-    query, key, value = (x.transpose(1, 2) for x in fused.view(B, S, 3, module.n_heads, module.head_dim).unbind(2))
-    if past_key_values is not None:
-        key, value = past_key_values.update(key, value, module.layer_idx)
-    out, weights = core(query, key, value, attention_mask)
-    return module.out_proj(out.reshape(B, S, width)), weights
+    heads = (x.transpose(1, 2) for x in fused.unflatten(-1, (3, module.n_heads, module.head_dim)).unbind(2))
+    out, weights = _with_cache(core, module, *heads, past_key_values, attention_mask)
+    return module.out_proj(out), weights
 
 
 def _falcon(
@@ -189,14 +199,11 @@ def _falcon(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """FalconAttention.forward without ALiBi: hidden_states and the result are `[B, S, H * D]`."""
-    B, S, width = hidden_states.shape
     query, key, value = (x.transpose(1, 2) for x in module._split_heads(module.query_key_value(hidden_states)))
     turn = sys.modules[type(module).__module__].apply_rotary_pos_emb
     query, key = turn(query, key, *position_embeddings)
-    if layer_past is not None:
-        key, value = layer_past.update(key, value, module.layer_idx)
-    out, weights = core(query, key, value, attention_mask)
-    return module.dense(out.reshape(B, S, width)), weights
+    out, weights = _with_cache(core, module, query, key, value, layer_past, attention_mask)
+    return module.dense(out), weights
 
 
 def _xglm(
@@ -209,13 +216,10 @@ def _xglm(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """XGLMAttention.forward of a decoder alone: hidden_states and the result are `[B, S, H * D]`."""
-    B, S, width = hidden_states.shape
     projections = (module.q_proj, module.k_proj, module.v_proj)
-    query, key, value = (f(hidden_states).view(B, S, -1, module.head_dim).transpose(1, 2) for f in projections)
-    if past_key_values is not None:
-        key, value = past_key_values.update(key, value, module.layer_idx)
-    out, weights = core(query, key, value, attention_mask)
-    return module.out_proj(out.reshape(B, S, width)), weights
+    heads = (f(hidden_states).unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for f in projections)
+    out, weights = _with_cache(core, module, *heads, past_key_values, attention_mask)
+    return module.out_proj(out), weights
 
 
 def _bloom_slopes(base: nn.Module) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import pytest
 import torch
 
 from ctkernels import ContextMask
-from ctkernels.testing.classes import PUBLISHED, Case, build, model_types
+from ctkernels.testing.classes import PUBLISHED
 from ctkernels.testing.models import pad_rows, tokens
 from ctkernels.tuning.adapters.prefix import KVPrefix
 from ctkernels.tuning.hf import own, proof
@@ -16,6 +17,8 @@ from ctkernels.tuning.hf.discover import find_layout
 from ctkernels.tuning.hf.exact import full_precision
 from ctkernels.tuning.hf.models import find_decoder
 from ctkernels.tuning.hf.tiny import make_tiny, shrink
+from tests.tuning.hf import tiny_classes
+from tests.tuning.hf.tiny_classes import CONTEXT, SEGMENTS, check_checkpointing, class_of
 
 CLASSES = {
     "bloom": {},
@@ -31,19 +34,16 @@ CLASSES = {
 }
 OWN = [name for name in CLASSES if name != "diffllama"]
 DROPOUTS = ("attention_dropout", "attn_dropout", "attn_dropout_p", "dropout")
-CONTEXT, SEGMENTS = tokens(12, seed=2), torch.tensor([0, 5, 12])
 # the old name, which every transformers 5 knows
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
 
 def classes(name: str, **settings):
-    model_type = name.partition(",")[0]
-    return build(Case(model_type, "", model_types()[model_type], {**CLASSES[name], **settings}))
+    return class_of(name.partition(",")[0], **{**CLASSES[name], **settings})
 
 
 def tiny(name: str, **settings):
-    model_class, config = classes(name, **settings)
-    return make_tiny(model_class, shrink(config))
+    return tiny_classes.tiny(name.partition(",")[0], **{**CLASSES[name], **settings})
 
 
 def of_class(name: str) -> str:
@@ -78,21 +78,15 @@ def test_a_saved_prefix(name, tmp_path):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(name, reentrant):
     """Layers that run again find the mask of their own forward pass, although another pass has begun since."""
-    gradients = []
-    for checkpointing in (False, True):
-        model = tiny(name)
-        prefix = KVPrefix.from_tokens(model, CONTEXT, SEGMENTS)
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-            model.train()
-        mask = ContextMask(hidden=torch.tensor([[0, 5], [5, 12]]))
-        with prefix.attach(model, mask=mask) as attachment:
+
+    def run(model, prefix):
+        with prefix.attach(model, mask=ContextMask(hidden=torch.tensor([[0, 5], [5, 12]]))) as attachment:
             loss = model(tokens(2, 6), use_cache=False).logits.square().mean()
             attachment.mask = None
             model(tokens(2, 6), use_cache=False)
             loss.backward()
-        gradients.append([p.grad for p in prefix.parameters()])
-    torch.testing.assert_close(*gradients)
+
+    check_checkpointing(partial(tiny, name), reentrant, run)
 
 
 @pytest.mark.parametrize("name", ["bloom", "mpt"])

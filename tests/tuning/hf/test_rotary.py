@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ctkernels.testing.classes import Case, build, model_types
 from ctkernels.testing.models import make_model, tokens
 from ctkernels.tuning.adapters.compose import moved
 from ctkernels.tuning.adapters.prefix import KVPrefix
@@ -13,7 +12,7 @@ from ctkernels.tuning.hf import rotary
 from ctkernels.tuning.hf.encode import encode_tokens
 from ctkernels.tuning.hf.exact import full_precision
 from ctkernels.tuning.hf.models import find_decoder
-from ctkernels.tuning.hf.tiny import make_tiny, shrink
+from tests.tuning.hf.tiny_classes import tiny
 
 # model type -> layers that turn no keys
 CLASSES = {
@@ -30,11 +29,6 @@ CLASSES = {
     "falcon": [],
     "gpt_neox_japanese": [],
 }
-
-
-def tiny(model_type: str, **settings):
-    model_class, config = build(Case(model_type, "", model_types()[model_type], settings))
-    return make_tiny(model_class, shrink(config))
 
 
 @pytest.mark.parametrize("model_type", CLASSES)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from ctkernels import ContextMask
-from ctkernels.testing.classes import COMPLETE, PUBLISHED, Case, build, model_types
+from ctkernels.testing.classes import COMPLETE, PUBLISHED
 from ctkernels.testing.models import make_model, pad_rows, tokens
 from ctkernels.tuning.adapters.compose import concatenate, moved
 from ctkernels.tuning.adapters.peft_export import flat_cache
@@ -17,24 +19,22 @@ from ctkernels.tuning.hf.discover import find_layout
 from ctkernels.tuning.hf.encode import encode, encode_tokens
 from ctkernels.tuning.hf.exact import full_precision
 from ctkernels.tuning.hf.models import find_decoder
-from ctkernels.tuning.hf.tiny import make_tiny, shrink
+from tests.tuning.hf import tiny_classes
+from tests.tuning.hf.tiny_classes import CONTEXT, SEGMENTS, check_checkpointing, class_of
 
 # gated delta nets, convolutions alone, state spaces, state spaces beside the attention of every layer
 CLASSES = ["qwen3_next", "lfm2", "bamba", "falcon_h1"]
-CONTEXT, SEGMENTS = tokens(12, seed=2), torch.tensor([0, 5, 12])
 ROWS = [tokens(3), tokens(7, seed=4), tokens(1, seed=5)]
 # the old name, which every transformers 5 knows
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
 
-def classes(model_type: str):
-    settings = PUBLISHED.get((model_type, "LFM2"), COMPLETE.get(model_type, {}))
-    return build(Case(model_type, "", model_types()[model_type], settings))
+def settings_of(model_type: str):
+    return PUBLISHED.get((model_type, "LFM2"), COMPLETE.get(model_type, {}))
 
 
 def tiny(model_type: str):
-    model_class, config = classes(model_type)
-    return make_tiny(model_class, shrink(config))
+    return tiny_classes.tiny(model_type, **settings_of(model_type))
 
 
 @pytest.fixture(scope="module", params=CLASSES)
@@ -55,7 +55,7 @@ def stock(model, row, context=CONTEXT):
 
 @pytest.mark.parametrize("name", [*CLASSES, "zaya", "granitemoehybrid", "olmo_hybrid", "lfm3"])
 def test_proof(name):
-    model_class, config = classes(name)
+    model_class, config = class_of(name, **settings_of(name))
     verdict = proof.prove(model_class, config, find_layout(tiny(name)))
     assert verdict.reason is None and verdict.difference < 1e-12 and verdict.effect > 0.1
 
@@ -117,17 +117,11 @@ def test_gradients(model, prefix, side, use_cache):
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", CLASSES)
 def test_gradient_checkpointing(name, reentrant):
-    gradients = []
-    for checkpointing in (False, True):
-        model = tiny(name)
-        prefix = KVPrefix.from_tokens(model, CONTEXT, SEGMENTS)
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-            model.train()
+    def run(model, prefix):
         with prefix.attach(model):
             model(tokens(2, 6)).logits.square().mean().backward()
-        gradients.append([p.grad for p in prefix.parameters()])
-    torch.testing.assert_close(*gradients)
+
+    check_checkpointing(partial(tiny, name), reentrant, run)
 
 
 @torch.no_grad()
