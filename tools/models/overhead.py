@@ -2,7 +2,7 @@
 """What serving a class costs beside the model itself:  python -m tools.models.overhead
 
     attach    seconds to attach a prefix to SmolLM2-135M's architecture and detach it, after the first time
-    forward   host seconds of a forward pass of a tiny model with an empty prefix, and of the stock one
+    forward   host seconds of a forward pass of a tiny model with a prefix of one token, and of the stock one
     proof     seconds of the proof of a class, per class of PROVED
 
 Medians on one thread; writes tools/models/results/overhead.json, which docs/models.md quotes.
@@ -31,6 +31,7 @@ from tools.models.page import write_page
 
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
 REPEATS = 50
+ROUNDS = 11
 PROVED = ("llama", "gemma3_text", "qwen3_moe", "bloom", "gpt2")
 SMOLLM2_135M = {
     "hidden_size": 576,
@@ -72,11 +73,16 @@ def attach() -> float:
 
 @torch.no_grad()
 def forward() -> tuple[float, float]:
-    """Per forward pass: attached, stock."""
+    """Per forward pass: attached, stock; in turns, since the speed of a processor changes."""
     model, row = make_model("llama", torch.float32), tokens(2, 4)
-    stock = seconds(lambda: model(row, use_cache=False))
-    with prefix_of(model, 1).attach(model):
-        return seconds(lambda: model(row, use_cache=False)), stock
+    prefix = prefix_of(model, 1)
+    times = []
+    for _ in range(ROUNDS):
+        stock = seconds(lambda: model(row, use_cache=False))
+        with prefix.attach(model):
+            times.append((seconds(lambda: model(row, use_cache=False)), stock))
+    attached, stock = map(statistics.median, zip(*times, strict=True))
+    return attached, stock
 
 
 def proof(model_type: str) -> float:
