@@ -172,7 +172,7 @@ def alone(bench: Bench) -> float:
     """How much a cache changes what the stock model computes, without a prefix."""
     tokens, results = torch.cat((bench.context, bench.rows[1])), []
     cache = None
-    for piece in tokens.split(WINDOW):
+    for piece in (*tokens[:-2].split(WINDOW), *tokens[-2:].split(1)):
         found, output = bench.forward(input_ids=piece[None], past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         results.append(found[0][0])
@@ -294,7 +294,7 @@ def _unlike(model: PreTrainedModel, layout: Layout) -> str | None:
 
 
 def _wrong(check: str, by: float, layout: Layout, bench: Bench) -> str:
-    if check in ("cached steps", "generation") and alone(bench) > EQUAL:
+    if (check in ("cached steps", "generation") or layout.keepers) and alone(bench) > EQUAL:
         return f"{check}: the stock model itself gives other results with its cache than without"
     without = f"; some layers have no attention ({', '.join(sorted(set(layout.bare)))})" if layout.bare else ""
     kinds = ", ".join(dict.fromkeys(kind.__name__ for _, kind in layout.keepers))
