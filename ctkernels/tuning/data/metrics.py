@@ -1,4 +1,4 @@
-"""Scores of predictions, all within [0, 1].
+"""Scores of predictions, all within [0, 1], and the cross-entropy of choices.
 
 accuracy     share of items whose prediction is right: their output, or another one of several right options
 macro-F1     mean of 2 * precision * recall / (precision + recall) over the labels that occur as outputs, 0 for 0 / 0;
@@ -11,6 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Literal, get_args
+
+import torch
+from torch import Tensor
 
 from ctkernels.tuning.data.demonstrations import Demonstration
 
@@ -70,3 +73,8 @@ def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> flo
     # sacrebleu expects one list per reference number, with None for items that have fewer references
     streams = [[texts[n] if n < len(texts) else None for texts in references] for n in range(longest)]
     return sacrebleu.corpus_bleu(list(predictions), streams).score / 100
+
+
+def choice_losses(scores: Tensor, right: Tensor) -> Tensor:
+    """Cross-entropy of choices: -log of the right options' share of exp(score), `[C]` of `[C, O]` each."""
+    return scores.logsumexp(dim=1) - scores.masked_fill(~right, -torch.inf).logsumexp(dim=1)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ctkernels.tuning.data.demonstrations import ContentFree, DataError, Demonstration
 from ctkernels.tuning.data.formats import Score
+from ctkernels.tuning.data.metrics import choice_losses
 
 Calibrate = Literal["none", "batch", "dev", "content-free"]
 Losses = Mapping[str, float]  # of each option, in nats
@@ -87,7 +88,7 @@ def fitted_offsets(losses: Sequence[Losses], items: Sequence[Demonstration]) -> 
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = _choice_losses(b - table, right).sum() + 0.5 * (b - center).square().sum()
+        loss = choice_losses(b - table, right).sum() + 0.5 * (b - center).square().sum()
         loss.backward()
         return loss
 
@@ -116,7 +117,7 @@ def reliability(losses: Sequence[Losses], items: Sequence[Demonstration]) -> Rel
         shares = probabilities(of_item)
         scores = -torch.tensor(list(of_item.values()), dtype=torch.float64)
         right = torch.tensor([option in item.right for option in of_item])
-        nll += float(_choice_losses(scores[None], right[None]))
+        nll += float(choice_losses(scores[None], right[None]))
         choice = choose(of_item)
         found.append((shares[choice], choice in item.right))
     bins: dict[int, list[tuple[float, bool]]] = {}
@@ -140,8 +141,3 @@ def choose(losses: Losses) -> str:
 def shifted(losses: Losses, offsets: Mapping[str, float]) -> dict[str, float]:
     """The losses minus the offsets."""
     return {option: loss - offsets[option] for option, loss in losses.items()}
-
-
-def _choice_losses(scores: Tensor, right: Tensor) -> Tensor:
-    """-log of the share of the right options in exp(score), `[items]`, of scores and right `[items, options]`."""
-    return scores.logsumexp(dim=1) - scores.masked_fill(~right, -torch.inf).logsumexp(dim=1)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ctkernels.tuning.objectives.base import Forward, Objective, Weights
 from ctkernels.tuning.objectives.continuations import score_options
-from ctkernels.tuning.objectives.options import choice_losses
+from ctkernels.tuning.objectives.options import losses_of_rows
 
 
 def losses(forward: Forward, weights: Weights) -> Tensor:
@@ -14,7 +14,7 @@ def losses(forward: Forward, weights: Weights) -> Tensor:
     answers = weights.answers.to(answers.dtype) * answers
     rows = [
         (1 - weights.mixed) * answer + weights.mixed * choices.mean() if len(choices) else answer
-        for answer, choices in zip(answers, choice_losses(scored), strict=True)
+        for answer, choices in zip(answers, losses_of_rows(scored), strict=True)
     ]
     return torch.stack(rows)
 

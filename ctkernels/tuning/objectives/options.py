@@ -8,21 +8,20 @@ import torch
 from torch import Tensor
 
 from ctkernels.tuning.data.demonstrations import DataError
+from ctkernels.tuning.data.metrics import choice_losses
 from ctkernels.tuning.objectives.base import Forward, Objective, Weights
 from ctkernels.tuning.objectives.continuations import Scored, score_options
 
 
-def choice_losses(scored: Scored) -> list[Tensor]:
+def losses_of_rows(scored: Scored) -> list[Tensor]:
     """The loss of each choice of each row, `[number of choices]` per row."""
-    wrong = scored.scores.masked_fill(~scored.right, -torch.inf)
-    losses = scored.scores.logsumexp(dim=1) - wrong.logsumexp(dim=1)
-    return list(losses.split(scored.choices_of_rows))
+    return list(choice_losses(scored.scores, scored.right).split(scored.choices_of_rows))
 
 
 def losses(forward: Forward, weights: Weights) -> Tensor:
     if not all(forward.batch.choices):
         raise DataError("the objective options needs rows with options to choose from, and one has none")
-    return torch.stack([row.mean() for row in choice_losses(score_options(forward, weights.score))])
+    return torch.stack([row.mean() for row in losses_of_rows(score_options(forward, weights.score))])
 
 
 OPTIONS = Objective("options", "the cross-entropy of the choice among options", losses, choices="required")

@@ -62,8 +62,8 @@ def test_proof(name):
 
 @pytest.mark.parametrize("name", ["nemotron_h", "zamba2", "jamba"])
 def test_classes_that_do_not_agree_with_themselves(name):
-    """A step of one token bounds the time step of nemotron_h and zamba2 otherwise than a longer one; jamba's longer ones
-    begin with no state."""
+    """A step of one token bounds the time step otherwise than a longer one (nemotron_h, zamba2), and longer ones begin
+    with no state (jamba)."""
     model_class, config = class_of(name, **settings_of(name))
     verdict = proof.prove(model_class, config, find_layout(tiny(name)))
     assert verdict.reason.endswith("the stock model itself gives other results with its cache than without")

@@ -49,6 +49,24 @@ def test_what_is_trained(model):
         assert moved(tuned(model, **options), start)["states"]
 
 
+def test_averaged_states(model):
+    """After n steps: sum of ema^(n - i) * state_i / sum of ema^(n - i), as of keys and values."""
+    seen = []
+
+    def on_epoch(record, module):
+        seen.append({name: x.detach().clone() for name, x in module.named_parameters()})
+
+    settings = {"epochs": 3, "lr": 1e-2, "leave_one_out": "none"}
+    tune(model, TOKENIZER, DEMONSTRATIONS, "ct-kv", get_method("ct-kv").settings(**settings), on_epoch=on_epoch)
+    averaged = tuned(model, ema=0.5)
+    for name, x in averaged.prefix.named_parameters():
+        expected = (seen[0][name] / 4 + seen[1][name] / 2 + seen[2][name]) / 1.75
+        torch.testing.assert_close(x.detach(), expected, rtol=1e-9, atol=1e-12)
+    still = tuned(model, ema=0.5, train_states=False)
+    start = tune(model, TOKENIZER, DEMONSTRATIONS, "icl")
+    assert moved(still, start) == {"keys": True, "values": True, "states": False}
+
+
 def test_a_trained_adapter_is_read_again(model, tmp_path):
     result = tuned(model, epochs=1)
     result.adapter.save_pretrained(tmp_path)
