@@ -18,6 +18,7 @@ from ctkernels.tuning.hf.attach import check_fit
 from ctkernels.tuning.hf.limits import check_context_length
 from ctkernels.tuning.hf.models import ALIBI, LEARNED, find_decoder
 from ctkernels.tuning.hf.rotary import check_fixed_rotation, rotated, unrotated
+from ctkernels.tuning.hf.states import copies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,11 +48,8 @@ def moved(prefix: KVPrefix, model: PreTrainedModel, first_position: int) -> KVPr
         rotated(decoder, layer, unrotated(decoder, layer, key.detach(), here), here + steps)
         for layer, key in enumerate(prefix.keys)
     ]
-    values, states = (
-        [v.detach().clone() for v in prefix.values],
-        {n: x.detach().clone() for n, x in prefix.states.items()},
-    )
-    return KVPrefix(keys, values, prefix.segments, first_position, prefix.metadata, states)
+    values = [v.detach().clone() for v in prefix.values]
+    return KVPrefix(keys, values, prefix.segments, first_position, prefix.metadata, copies(prefix.states))
 
 
 def concatenate(
@@ -109,11 +107,8 @@ def concatenate(
         [torch.cat([layer.detach() for layer in layers], dim=1) for layers in zip(*kinds, strict=True)]
         for kinds in ([part.keys for part in parts], [part.values for part in parts])
     )
-    metadata, states = (
-        _joined_metadata(prefixes, positions),
-        {n: x.detach().clone() for n, x in parts[0].states.items()},
-    )
-    return KVPrefix(keys, values, _joined_segments(parts), first_position, metadata, states)
+    metadata = _joined_metadata(prefixes, positions)
+    return KVPrefix(keys, values, _joined_segments(parts), first_position, metadata, copies(parts[0].states))
 
 
 def _joined_segments(parts: Sequence[KVPrefix]) -> torch.Tensor:

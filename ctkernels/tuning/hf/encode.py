@@ -18,7 +18,7 @@ from ctkernels.tuning.hf.models import ALIBI, Decoder, find_decoder
 from ctkernels.tuning.hf.numbering import numbered
 from ctkernels.tuning.hf.parallel import all_heads, head_group
 from ctkernels.tuning.hf.protocols import PrefixLike
-from ctkernels.tuning.hf.states import States, cache_for, states_of
+from ctkernels.tuning.hf.states import States, cache_for, copies, states_of
 
 Layers = list[Tensor]  # [Hk, P, D] per layer
 
@@ -120,7 +120,7 @@ def _first_states(decoder: Decoder, behind: PrefixLike | None) -> States:
     if not decoder.keepers:
         return {}
     if behind is not None:
-        return {name: x.detach().clone() for name, x in behind.states.items()}
+        return copies(behind.states)
     token = torch.zeros(1, dtype=torch.int64)
     return {name: torch.zeros_like(x) for name, x in encode(decoder.model, token).states.items()}
 

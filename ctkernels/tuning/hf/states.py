@@ -77,6 +77,11 @@ def states_of(cache: Cache) -> States:
     return found
 
 
+def copies(states: Mapping[str, Tensor]) -> States:
+    """The states of a prefix without their history."""
+    return {name: x.detach().clone() for name, x in states.items()}
+
+
 def serve_states(decoder: Decoder, traces: Traces, current_state: Callable[[], ForwardState | None]) -> None:
     """Make the keepers of `decoder` begin with the prefix's states until `traces` are undone.
 

@@ -28,6 +28,7 @@ from ctkernels.tuning.hf.encode import Encoded, encode, encode_tokens
 from ctkernels.tuning.hf.limits import check_context_length
 from ctkernels.tuning.hf.models import ALIBI, Decoder, find_decoder
 from ctkernels.tuning.hf.rotary import check_fixed_rotation, rotated, unrotated
+from ctkernels.tuning.hf.states import copies
 from ctkernels.tuning.train.options import Options
 
 if TYPE_CHECKING:
@@ -153,8 +154,8 @@ def tokens_prefix(run: Run[PrefixStart]) -> KVPrefix:
         other = run.start_from.prefix
         run.check_rows(other.first_position, run.rows)
         keys, values = ([x.detach().clone() for x in layers] for layers in (other.keys, other.values))
-        states = {name: x.detach().clone() for name, x in other.states.items()}
-        return KVPrefix(keys, values, other.segments[:1] * 0, other.first_position, metadata(run), states)
+        segments = other.segments[:1] * 0
+        return KVPrefix(keys, values, segments, other.first_position, metadata(run), copies(other.states))
     ids = [*run.start_tokens, *_prompt_ids(run)]
     check_context_length(run.model, len(ids))
     run.check_rows(len(ids), run.rows)
