@@ -95,7 +95,7 @@ gpu-report: .venv/installed
 	.venv/bin/python tools/gpu/cuda/report.py --out tools/gpu/results --docs docs/cuda.md
 
 # Builds the whole CUDA extension against a CUDA build of torch (several GB, in a virtual environment of its own): compiles
-# it for every architecture, links it, imports it, and checks the registrations of its operators. Needs no GPU. Five
+# it for every architecture, links it, imports it, and checks the registrations of its operators. Needs no GPU. Seven
 # minutes after the download.
 cuda-bindings: .venv-cuda/installed
 	mkdir -p build/cuda-bindings
@@ -103,7 +103,7 @@ cuda-bindings: .venv-cuda/installed
 	cp -rp ctkernels csrc python_bindings tools setup.py pyproject.toml README.md build/cuda-bindings
 	rm -f build/cuda-bindings/ctkernels/*.so
 	cd build/cuda-bindings && CTKERNELS_CUDA=1 ../../.venv-cuda/bin/python setup.py --quiet build_ext --inplace
-	cd build/cuda-bindings && ../../.venv-cuda/bin/python tools/gpu/cuda/check_bindings.py
+	cd build/cuda-bindings && PYTHONPATH=tools/ptxemu/src ../../.venv-cuda/bin/python tools/gpu/cuda/check_bindings.py
 
 lint: .venv/installed
 	.venv/bin/ruff check .

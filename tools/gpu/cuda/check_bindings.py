@@ -83,16 +83,16 @@ def check_trace() -> None:
     problem, choice = Problem(**{**fields, "softcap": 0.0}), dispatch.Choice("cuda", "cuda")
 
     def step(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        out, lse = ops.prefix_attention(*inputs, None, *problem, *choice)
-        needs = [True] * len(inputs) + [False]
-        grads = ops.prefix_attention_backward(out * 2, lse, *inputs, None, out, lse, needs, *problem, *choice)
+        out, lse = ops.prefix_attention(*inputs, None, None, *problem, *choice)
+        needs = [True] * len(inputs) + [False, False]  # no bias and no sinks
+        grads = ops.prefix_attention_backward(out * 2, lse, *inputs, None, None, out, lse, needs, *problem, *choice)
         return out, lse, *grads
 
     with FakeTensorMode(), torch.no_grad():
         rows = [torch.empty(B, S, h, D, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for h in (H, Hk, Hk)]
         inputs = [*rows, *(torch.empty(1, Hk, P, D, device="cuda") for _ in range(2))]
-        out, lse, *grads, absent = step(*inputs)
-        assert all(x.device.type == "cuda" for x in (out, lse, *grads)) and absent.numel() == 0
+        out, lse, *grads, bias, sinks = step(*inputs)
+        assert all(x.device.type == "cuda" for x in (out, lse, *grads)) and bias.numel() == sinks.numel() == 0
         assert out.shape == (B, H, S, D) and out.dtype == torch.bfloat16 and lse.dtype == torch.float32
         assert [(g.shape, g.dtype, g.stride()) for g in grads] == [(x.shape, x.dtype, x.stride()) for x in inputs]
         graph = make_fx(step)(*inputs)
