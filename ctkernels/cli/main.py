@@ -75,12 +75,15 @@ def tune_command(argv: list[str]) -> None:
         raise UsageError("out is required: the folder of the results (--out)")
     settings = config.settings(config.method)
     demonstrations = config.load("train", config.train)
+
+    from ctkernels.cli import search
+
+    search.check(config)
     if (config.out / "checkpoint").exists() and not config.resume:
         raise UsageError(f"{config.out} already holds a run; add --resume to continue it, or choose another --out")
 
     from ctkernels.cli.progress import epoch_bar
     from ctkernels.tuning.adapters.adapter import Adapter
-    from ctkernels.tuning.methods.tune import tune
     from ctkernels.tuning.storage import atomic_write_bytes, atomic_write_json
     from ctkernels.tuning.train.distributed import launched, local_device
 
@@ -92,18 +95,26 @@ def tune_command(argv: list[str]) -> None:
         written = config.out / "config.yaml"
         with epoch_bar(settings, enabled=None if first else False) as show:
 
-            def on_epoch(record: EpochRecord, module: nn.Module) -> None:
-                if first and not written.exists():  # the run was accepted: it may be killed and resumed
+            def accepted() -> None:
+                if first and not written.exists():  # the run may be killed and resumed from now on
                     atomic_write_bytes(written, as_yaml(config).encode())
+
+            def on_epoch(record: EpochRecord, module: nn.Module) -> None:
+                accepted()
                 show(record, module)
 
-            result = tune(
+            def show_trial(line: str) -> None:
+                accepted()
+                if first:
+                    print(line, file=sys.stderr)
+
+            result = search.run(
+                config,
                 model,
                 tokenizer,
                 demonstrations,
-                config.method,
                 settings,
-                config.text_format(),
+                show_trial,
                 start_from=start_from,
                 checkpoint_dir=config.out / "checkpoint",
                 checkpoint_every=config.checkpoint_every,
@@ -120,6 +131,8 @@ def tune_command(argv: list[str]) -> None:
         first_epoch, last = result.history[0], result.history[-1]
         seconds = sum(record.seconds for record in result.history)
         print(f"loss {first_epoch.loss:.4f} -> {last.loss:.4f} in {len(result.history)} epochs, {seconds:.1f} s")
+        if curve := result.held_out:
+            print(f"held-out loss {curve[0]:.4f} -> {min(curve):.4f}, kept: epoch {curve.index(min(curve))}")
     extra = " and a LoRA update of the weights" if result.adapter.lora else ""
     print(f"saved {config.out / 'prefix'}: {result.prefix.length} tokens{extra}")
 

@@ -131,8 +131,8 @@ class TuneConfig(TrainOptions, DataOptions, ModelOptions):
     """Adapt a model to the demonstrations of a task and save the adapter.
 
     Writes OUT/prefix (the prefix, and what else the method made), OUT/history.json (loss, learning rate, gradient norm
-    and seconds per epoch), OUT/config.yaml (these settings) and OUT/checkpoint. `--config FILE` reads settings from a
-    YAML file; flags win.
+    and seconds per epoch), OUT/config.yaml (these settings) and OUT/checkpoint; with a search OUT/search.json (its
+    trials and their losses of held-out demonstrations). `--config FILE` reads settings from a YAML file; flags win.
     """
 
     out: Path | None = None
@@ -142,6 +142,19 @@ class TuneConfig(TrainOptions, DataOptions, ModelOptions):
     """Folder of another task's adapter (OUT/prefix of its run) to start from."""
     checkpoint_every: int = 5
     """Replace the checkpoint after so many epochs."""
+    holdout: Annotated[
+        int | Literal["auto"] | None,
+        arg(
+            help="Hold demonstrations out of training and keep the epoch with their lowest loss. A number: so many are "
+            "held out for good. auto: learning rate and epochs are searched for on parts of the demonstrations that "
+            "are held out in turn, and all of them are trained at the end."
+        ),
+    ] = None
+    budget: int | None = None
+    """Search within so many forward passes of a row (a trained row is three); default: 500 for each demonstration with
+    --holdout auto, no search with a number."""
+    patience: int | None = None
+    """With a number held out: end after so many epochs without a lower loss."""
     resume: bool = False
     """Continue from OUT/checkpoint, if there is one; the result has the same bits as an uninterrupted run."""
 

@@ -30,15 +30,16 @@ def epoch_bar(settings: Options, enabled: bool | None = None) -> Iterator[Callab
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]}"),
+        TextColumn("loss {task.fields[loss]}{task.fields[held_out]}"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("tuning", total=epochs, loss="-")
+        task = progress.add_task("tuning", total=epochs, loss="-", held_out="")
 
         def on_epoch(record: EpochRecord, module: nn.Module) -> None:
             # a stage before the last one has epochs of its own number
             shown = {"description": record.stage or "tuning", "total": None if record.stage else epochs}
+            shown["held_out"] = "" if record.held_out is None else f", held out {record.held_out:.4f}"
             progress.update(task, completed=record.epoch, loss=f"{record.loss:.4f}", **shown)
 
         yield on_epoch

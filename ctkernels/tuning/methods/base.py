@@ -38,7 +38,7 @@ class Run(Generic[S_co]):
 
     method: its name.  settings: what it reads.  start_from: another task's adapter to start from, or None.
     train: the loop; trains a learner in place. One of several loops of a run has a `stage`, its name, and may have
-        settings of its own.
+        settings of its own. `result` makes the adapter of what is trained as it is now, for held-out items.
     """
 
     model: PreTrainedModel

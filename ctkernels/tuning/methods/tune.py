@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,12 +13,13 @@ from ctkernels.tuning.adapters.prefix import KVPrefix
 from ctkernels.tuning.data.demonstrations import Demonstration
 from ctkernels.tuning.data.formats import TextFormat
 from ctkernels.tuning.methods.base import Run, require_demonstrations, require_transferable, require_weights
+from ctkernels.tuning.methods.held_out import held_out_loss, require_epochs
 from ctkernels.tuning.methods.table import get_method
 from ctkernels.tuning.train.checkpoint import fingerprint, model_fingerprint
 from ctkernels.tuning.train.distributed import Ranks, is_sharded
 from ctkernels.tuning.train.learners import Learner
 from ctkernels.tuning.train.options import LoopOptions, Options
-from ctkernels.tuning.train.trainer import EpochRecord, OnEpoch, RunControl, train_learner
+from ctkernels.tuning.train.trainer import EpochRecord, OnEpoch, RunControl, Watch, train_learner
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -37,6 +38,13 @@ class TuneResult:
         """The adapter's prefix. For methods that also change weights, use the adapter."""
         return self.adapter.prefix
 
+    @property
+    def held_out(self) -> list[float]:
+        """Loss of the held-out pairs before the first epoch of the last loop and after each; empty without any."""
+        last = [record for record in self.history if not record.stage]
+        curve = [last[0].held_out_start, *(record.held_out for record in last)] if last else []
+        return [loss for loss in curve if loss is not None]
+
 
 def tune(
     model: PreTrainedModel,
@@ -52,6 +60,8 @@ def tune(
     resume: bool = False,
     on_epoch: OnEpoch | None = None,
     group: ProcessGroup | None = None,
+    held_out: Sequence[Demonstration] = (),
+    patience: int | None = None,
 ) -> TuneResult:
     """Adapt a frozen model to a task: the adapter of `method` for these demonstrations, trained if the method trains.
 
@@ -71,11 +81,15 @@ def tune(
         group: a `torch.distributed` process group whose processes all make this call and share the rows of each step;
             all of them return the result of one process, the first one writes checkpoints, which all of them must be
             able to read. None: this process alone.
+        held_out: pairs that are not trained. The result is what had their lowest loss (`held_out_loss`), before the
+            first epoch or after one; records and checkpoints have the curve.
+        patience: end a loop after so many epochs without a lower loss of the held-out pairs; None runs all epochs.
 
     Raises:
         DataError: too few demonstrations, or more tokens than the model takes.
         ValueError: an unknown method; settings that it does not read; an adapter it cannot start from; an unknown or
-            unavailable backend; sharded or offloaded weights that the method needs in one piece.
+            unavailable backend; sharded or offloaded weights that the method needs in one piece; held-out pairs for a
+            method that trains nothing.
         TypeError: a model class that is not supported.
         CheckpointError: `resume` with other settings, data or model than the checkpoint's.
         TrainingError: the loss is not finite, or has no gradient.
@@ -88,6 +102,7 @@ def tune(
         require_demonstrations(how, len(demonstrations), own)
         require_transferable(how, start_from, model)
         require_weights(how, model)
+        require_epochs(how, held_out, patience)
         if own.backend is not None:
             dispatch.choose(own.backend, model.device)  # refuses an unusable one before the model runs
         folder = None if checkpoint_dir is None else Path(checkpoint_dir)
@@ -95,9 +110,22 @@ def tune(
         origin = None if start_from is None else adapter_fingerprint(start_from)
         history: list[EpochRecord] = []
 
-        def train(learner: Learner, of_stage: LoopOptions | None = None, stage: str = "") -> None:
+        def train(
+            learner: Learner,
+            of_stage: LoopOptions | None = None,
+            stage: str = "",
+            result: Callable[[], Adapter] | None = None,
+        ) -> None:
             identity = {"method": method, "stage": stage, "start_from": origin}
-            history.extend(train_learner(model, learner, of_stage or own, control, stage=stage, identity=identity))
+            watch = None
+            if held_out and result is not None:
+                identity["held_out"] = fingerprint(
+                    [*((d.input, d.output, d.options, d.references) for d in held_out), patience]
+                )
+                watch = Watch(lambda: held_out_loss(run, result(), held_out), patience)
+            history.extend(
+                train_learner(model, learner, of_stage or own, control, stage=stage, identity=identity, watch=watch)
+            )
 
         text_format = text_format or TextFormat()
         run = Run(model, tokenizer, tuple(demonstrations), method, own, text_format, start_from, train)

@@ -131,6 +131,10 @@ class Ranks:
                 parameter.grad = part.view_as(parameter)
         return total
 
+    def first(self, value: float) -> float:
+        """The first process's number, for all of them."""
+        return float(self.sum((), torch.tensor(value if self.rank == 0 else 0.0, dtype=torch.float64)))
+
     def _vote(self, error: Exception | None = None, total: Tensor | None = None) -> Tensor:
         """Tell each other who failed; returns the sum of `total`. Raises PeerError where another one did."""
         total = torch.zeros((), dtype=torch.float64) if total is None else total
