@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -38,6 +38,7 @@ class Sweep:
     """Every method on every task with every seed.
 
     folder: that of the suite's files, None if a package has them.  split: which items are scored.
+    specs: the methods, or those of each task by its name.
     limit: score only so many items of each task, the first ones.  preset: name of a benchmark's settings.
     common: settings of all methods; those of a `MethodSpec` replace them.
     calibrate: how the offsets of the calibrated scores are found, for tasks whose items share their options.
@@ -48,7 +49,7 @@ class Sweep:
     suite: Suite
     folder: Path | None
     tasks: Sequence[str]
-    specs: Sequence[MethodSpec]
+    specs: Sequence[MethodSpec] | Mapping[str, Sequence[MethodSpec]]
     seeds: Sequence[int]
     out: Path
     split: Split = "test"
@@ -62,7 +63,8 @@ class Sweep:
 
     def cells(self) -> list[Cell]:
         """All cells, ordered by seed first, so that early results cover all tasks and methods."""
-        return [Cell(task, spec, seed) for seed in self.seeds for task in self.tasks for spec in self.specs]
+        specs = self.specs if isinstance(self.specs, Mapping) else dict.fromkeys(self.tasks, self.specs)
+        return [Cell(task, spec, seed) for seed in self.seeds for task in self.tasks for spec in specs[task]]
 
     def load(self, task: str, seed: int) -> Task:
         """A task. The last ones are cached.
