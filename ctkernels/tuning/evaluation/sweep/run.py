@@ -23,10 +23,11 @@ from ctkernels.tuning.evaluation.sweep.cells import Cell, CellResult, SweepError
 from ctkernels.tuning.evaluation.sweep.spec import MethodSpec
 from ctkernels.tuning.evaluation.sweep.workers import Workers
 from ctkernels.tuning.hf.models import find_decoder
+from ctkernels.tuning.methods.auto import autotune
 from ctkernels.tuning.methods.settings import SETTINGS
 from ctkernels.tuning.methods.tune import adapter_fingerprint, tune
 from ctkernels.tuning.train.checkpoint import changes, model_fingerprint
-from ctkernels.tuning.train.options import RENAMED, Options
+from ctkernels.tuning.train.options import RENAMED, Options, layered
 from ctkernels.tuning.train.trainer import EpochRecord
 
 if TYPE_CHECKING:
@@ -97,10 +98,17 @@ class Sweep:
 
     def settings(self, cell: Cell, task: Task) -> Options:
         """The settings of a cell. If answers are generated, methods that train also learn where an answer ends."""
+        return cell.spec.settings(self.preset, **self._others(cell, task))
+
+    def given(self, cell: Cell, task: Task) -> dict[str, Any]:
+        """What of them is said, without the method's defaults and the preset."""
+        return layered(cell.spec.method.pick(self._others(cell, task)), cell.spec.overrides)
+
+    def _others(self, cell: Cell, task: Task) -> dict[str, Any]:
         others = {**self.common, "seed": cell.seed}
         if task.generates and cell.spec.method.trains != "nothing":
             others["learn_stop"] = True
-        return cell.spec.settings(self.preset, **others)
+        return others
 
 
 class Observer(Protocol):
@@ -211,7 +219,13 @@ def _fit_and_score(
     predictions: list[list[str | None]] = []
     for train, turned, undo in views:
         started, cpu_started = time.perf_counter(), time.process_time()
-        tuned = tune(model, tokenizer, train, cell.spec.name, settings, task.text_format, **origin)
+        if protocol.auto:
+            given = sweep.given(cell, task)
+            tuned = autotune(
+                model, tokenizer, train, cell.spec.name, given, task.text_format, preset=sweep.preset, **origin
+            )
+        else:
+            tuned = tune(model, tokenizer, train, cell.spec.name, settings, task.text_format, **origin)
         ready, cpu_ready = time.perf_counter(), time.process_time()
         scores.append(
             tuned.adapter.evaluate(
