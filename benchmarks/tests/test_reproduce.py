@@ -128,10 +128,17 @@ def test_every_method_gets_the_same_number_of_candidates():
         assert objectives == ["answers"] * 3 + ["options"] * 3
 
 
-def test_the_draws_that_choose_are_not_tested(capsys):
-    with pytest.raises(SystemExit):
-        reproduce.main(["--model", "/no/such", "--seeds", "13", "101"])
-    assert "choose tasks and settings and are not tested" in capsys.readouterr().err
+def test_wrong_usage_is_refused_before_anything_runs(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- reproduce other -->")
+    for words, message in (
+        (["--seeds", "13", "101"], "choose tasks and settings and are not tested"),
+        (["--budget", "0"], "--budget must be above 0, got 0"),
+        (["--docs", str(page)], "must hold the markers <!-- reproduce such-shipped -->"),
+    ):
+        with pytest.raises(SystemExit):
+            reproduce.main(["--model", "/no/such", *words])
+        assert message in capsys.readouterr().err
 
 
 def test_the_ablation_has_all_four_masks():
