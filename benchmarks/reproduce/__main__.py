@@ -53,15 +53,19 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"argument --seeds: the demonstrations of {DRAWS} choose tasks and settings and are not tested")
     if not args.budget > 0:
         parser.error(f"argument --budget must be above 0, got {args.budget:g}")
+    name = Path(args.model).name + ("" if args.data else "-shipped")
+    if args.docs and f"<!-- reproduce {name} -->" not in args.docs.read_text():
+        parser.error(f"argument --docs: {args.docs} must hold the markers <!-- reproduce {name} --> and its end")
 
     machine, workers = harness.describe_machine(args.device), Workers()
+    tasks = "tasks" if args.data else "tasks-shipped"
     if workers.rank == 0 and not args.report:
-        pool.make_pool(args.data, ROOT / "examples" / "tasks", args.out / "tasks")
+        pool.make_pool(args.data, ROOT / "examples" / "tasks", args.out / tasks)
     workers.wait()
     model, tokenizer = load_model(ModelOptions(args.model, args.dtype, local_device(args.device)))
     plan = replace(Plan(), seeds=tuple(args.seeds), budget=args.budget)
-    out = args.out / Path(args.model).name
-    setting = Setting(workers, model, tokenizer, args.out / "tasks", out, plan, args.report)
+    out = args.out / name
+    setting = Setting(workers, model, tokenizer, args.out / tasks, out, plan, args.report)
     found = run(setting, STAGES[: STAGES.index(args.until) + 1])
     workers.close()
     if workers.rank > 0:
@@ -70,6 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         "command": _command(args),
         "commit": _commit(),
         "machine": machine,
+        "name": name,
         "model": Path(args.model).name,
         "dtype": args.dtype,
         "plan": asdict(plan),

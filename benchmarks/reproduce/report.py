@@ -121,9 +121,9 @@ def compare(results: Sequence[CellResult], ours: str = OURS) -> list[Line]:
 
 
 def write(found: Found, about: dict[str, Any], results: Path, docs: Path | None) -> str:
-    """Write RESULTS/reproduce_MODEL.json, .md and figures, and the tables of the documentation; returns the page."""
+    """Write RESULTS/reproduce_NAME.json, .md and figures, and the tables of the documentation; returns the page."""
     lines, ablation = compare(found.test), compare(found.ablation, ours="both")
-    name = f"reproduce_{about['model']}"
+    name = f"reproduce_{about['name']}"
     parts = _summary(found, about, lines, ablation)
     if found.points:
         shots.plot(found.points, results / f"{name}_shots.png")
@@ -147,7 +147,7 @@ def write(found: Found, about: dict[str, Any], results: Path, docs: Path | None)
     atomic_write_json(results / f"{name}.json", record)
     atomic_write_bytes(results / f"{name}.md", text.encode())
     if docs:
-        marker = f"reproduce {about['model']}"
+        marker = f"reproduce {about['name']}"
         harness.replace_between_markers(docs, marker, "\n\n".join(_summary(found, about, lines, ablation)))
     return text
 

@@ -66,7 +66,7 @@ def screen(setting: Setting, names: Sequence[str]) -> list[Screened]:
         passed = accuracy - base >= plan.margin
         screened.append(Screened(name, tokens[name], accuracy, base, passed, "" if passed else "below the margin"))
     screened = limited(screened)
-    if setting.workers.rank == 0 and not setting.reading:
+    if not setting.reading and setting.workers.rank == 0:
         atomic_write_json(setting.out / "screen.json", [asdict(one) for one in screened])
     return screened
 

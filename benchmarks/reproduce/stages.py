@@ -65,7 +65,7 @@ def choose(setting: Setting, tasks: Sequence[str]) -> tuple[dict[str, str], list
         chosen[method] = min(mine, key=lambda one: one.nll).word
     answers = [one for one in tried if one.word.startswith("ct-kv:") and "objective=answers" in one.word]
     chosen[ANSWERS] = min(answers, key=lambda one: one.nll).word
-    if setting.workers.rank == 0 and not setting.reading:
+    if not setting.reading and setting.workers.rank == 0:
         atomic_write_json(
             setting.out / "chosen.json",
             {

@@ -128,10 +128,17 @@ def test_every_method_gets_the_same_number_of_candidates():
         assert objectives == ["answers"] * 3 + ["options"] * 3
 
 
-def test_the_draws_that_choose_are_not_tested(capsys):
-    with pytest.raises(SystemExit):
-        reproduce.main(["--model", "/no/such", "--seeds", "13", "101"])
-    assert "choose tasks and settings and are not tested" in capsys.readouterr().err
+def test_wrong_usage_is_refused_before_anything_runs(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- reproduce other -->")
+    for words, message in (
+        (["--seeds", "13", "101"], "choose tasks and settings and are not tested"),
+        (["--budget", "0"], "--budget must be above 0, got 0"),
+        (["--docs", str(page)], "must hold the markers <!-- reproduce such-shipped -->"),
+    ):
+        with pytest.raises(SystemExit):
+            reproduce.main(["--model", "/no/such", *words])
+        assert message in capsys.readouterr().err
 
 
 def test_the_ablation_has_all_four_masks():
@@ -268,7 +275,7 @@ def test_the_rule(data, tmp_path):
     pool.make_pool(data, reproduce.ROOT / "examples" / "tasks", tmp_path / "tasks")
     names = ["mmlu.maths", "nlp_lr.even"]
     setting = plan.Setting(
-        None, None, tokenizer_of_characters(), tmp_path / "tasks", tmp_path, replace(TINY, seeds=(13,)), True
+        None, None, tokenizer_of_characters(), tmp_path / "tasks", tmp_path, replace(TINY, margin=0.05), True
     )
     base = {name: screen.baseline(screen.load_whole(setting, name)) for name in names}
     validation = items_of(tmp_path / "tasks" / "nlp_lr.even")[1]
