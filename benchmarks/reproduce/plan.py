@@ -60,7 +60,7 @@ class Plan:
     most_epochs: int = 60
     least_steps: int = 4
     margin: float = 0.05
-    most_tokens: int = 1600
+    most_tokens: int = 1000
     shot_counts: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 256)
     shot_seeds: int = 3
     shot_tasks: int = 3

@@ -107,7 +107,7 @@ def test_tasks_are_taken_by_name_and_the_shipped_one_always():
     found = screen.limited([*passed, failed, shipped])
     assert [one.taken for one in found] == [True] * 8 + [False] * 3 + [True]
     assert "8 of the suite come before it" in found[9].reason
-    assert screen.unfit(Plan(), 15, 10) and screen.unfit(Plan(), 16, 1601) and not screen.unfit(Plan(), 16, 1600)
+    assert screen.unfit(Plan(), 15, 10) and screen.unfit(Plan(), 16, 1001) and not screen.unfit(Plan(), 16, 1000)
 
 
 def test_what_a_budget_buys():
