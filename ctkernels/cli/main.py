@@ -23,7 +23,9 @@ from ctkernels.cli.parse import CommandLine, FailedRun, UsageError, as_yaml
 if TYPE_CHECKING:
     from torch import nn
 
-    from ctkernels.cli.options import ExportConfig, ImportConfig
+    from ctkernels.cli.options import ExportConfig, ImportConfig, TuneConfig
+    from ctkernels.tuning.data.demonstrations import Demonstration
+    from ctkernels.tuning.train.options import Options
     from ctkernels.tuning.train.trainer import EpochRecord
 
 HELP = """usage: ctkernels COMMAND [OPTIONS]
@@ -75,9 +77,17 @@ def tune_command(argv: list[str]) -> None:
         raise UsageError("out is required: the folder of the results (--out)")
     settings = config.settings(config.method)
     demonstrations = config.load("train", config.train)
-    if (config.out / "checkpoint").exists() and not config.resume:
-        raise UsageError(f"{config.out} already holds a run; add --resume to continue it, or choose another --out")
 
+    from ctkernels.cli.outputs import check_run
+    from ctkernels.tuning.train.distributed import folder_of_run
+
+    with folder_of_run(config.out):
+        check_run(config.out, config.resume, config.overwrite)
+        _tune(config, settings, demonstrations)
+
+
+def _tune(config: TuneConfig, settings: Options, demonstrations: Sequence[Demonstration]) -> None:
+    from ctkernels.cli.outputs import remove_run
     from ctkernels.cli.progress import epoch_bar
     from ctkernels.tuning.adapters.adapter import Adapter
     from ctkernels.tuning.methods.tune import tune
@@ -90,6 +100,8 @@ def tune_command(argv: list[str]) -> None:
         model, tokenizer = load_model(replace(config, device=device))
         start_from = None if config.start_from is None else Adapter.from_pretrained(config.start_from, model, tokenizer)
         written = config.out / "config.yaml"
+        if first and config.overwrite:
+            remove_run(config.out)
         with epoch_bar(settings, enabled=None if first else False) as show:
 
             def on_epoch(record: EpochRecord, module: nn.Module) -> None:
@@ -132,6 +144,7 @@ def eval_command(argv: list[str]) -> None:
 
         return sweep_command(line)
     from ctkernels.cli.options import EvalConfig
+    from ctkernels.cli.outputs import check_scores
     from ctkernels.tuning.methods import METHODS
 
     config = line.parse(EvalConfig)
@@ -143,6 +156,8 @@ def eval_command(argv: list[str]) -> None:
         raise UsageError("keep_offsets stores what calibrate finds in folders of prefix; give both")
     settings, given = config.settings_of_each(config.methods), config.given()
     items = config.load("test", config.test)[: config.limit]
+    if config.out is not None:
+        check_scores(config.out)
     needs_train = any(METHODS[name].needs_demonstrations for name in config.methods)
     demonstrations = config.load("train", config.train) if needs_train else []
     validation = config.load("dev", config.dev) if config.calibrate == "dev" else []
@@ -225,6 +240,10 @@ def _folders(config: ExportConfig | ImportConfig) -> tuple[Path, Path]:
     if adapter is None or out is None:
         name = "adapter" if adapter is None else "out"
         raise UsageError(f"{name} is required: a folder (--{name})")
+
+    from ctkernels.tuning.storage import check_target
+
+    check_target(out, folder=True)
     return adapter, out
 
 

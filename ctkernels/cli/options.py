@@ -144,6 +144,8 @@ class TuneConfig(TrainOptions, DataOptions, ModelOptions):
     """Replace the checkpoint after so many epochs."""
     resume: bool = False
     """Continue from OUT/checkpoint, if there is one; the result has the same bits as an uninterrupted run."""
+    overwrite: bool = False
+    """Replace the run that lies in OUT; other files there stay."""
 
 
 @dataclass(frozen=True)

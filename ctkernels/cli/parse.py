@@ -30,6 +30,7 @@ class Unset(enum.Enum):
     DEFAULT = enum.auto()
 
 
+MARK = "# Settings of a run, written by ctkernels and replaced by the next run here"
 Config = TypeVar("Config")  # a dataclass of options
 
 
@@ -131,7 +132,7 @@ def as_yaml(config: Any) -> str:
         return str(value) if isinstance(value, Path) else value
 
     given = {name: plain(value) for name, value in asdict(config).items() if value is not Unset.DEFAULT}
-    return yaml.safe_dump(given, sort_keys=False)
+    return f"{MARK}\n{yaml.safe_dump(given, sort_keys=False)}"
 
 
 def _by_name(argv: Sequence[str]) -> dict[str, list[str]]:

@@ -98,7 +98,10 @@ def remove_folder(directory: Path) -> None:
         (directory / name).unlink(missing_ok=True)
     for other in directory.glob("*"):
         if WRITTEN.fullmatch(other.name):
-            shutil.rmtree(other) if other.is_dir() else other.unlink(missing_ok=True)
+            if other.is_dir():
+                shutil.rmtree(other, ignore_errors=True)  # another process may be at it
+            else:
+                other.unlink(missing_ok=True)
 
 
 def _adapter(described: Mapping[str, Any]) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def write_peft(
         described = (Path(folder) / CONFIG).read_bytes()
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_file(directory / WEIGHTS) as weights, atomic_file(directory / CONFIG) as configuration:
-        safetensors.torch.save_file(own, weights, {"format": "pt", **(header or {})})
+        weights.write_bytes(safetensors.torch.save(own, {"format": "pt", **(header or {})}))
         configuration.write_bytes(described)
 
 

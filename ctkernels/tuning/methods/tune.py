@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from ctkernels.tuning.data.demonstrations import Demonstration
 from ctkernels.tuning.data.formats import TextFormat
 from ctkernels.tuning.methods.base import Run, require_demonstrations, require_transferable, require_weights
 from ctkernels.tuning.methods.table import get_method
+from ctkernels.tuning.storage import locked
 from ctkernels.tuning.train.checkpoint import fingerprint, model_fingerprint
 from ctkernels.tuning.train.distributed import Ranks, is_sharded
 from ctkernels.tuning.train.learners import Learner
@@ -74,6 +76,7 @@ def tune(
 
     Raises:
         DataError: too few demonstrations, or more tokens than the model takes.
+        OutputError: another run holds `checkpoint_dir`.
         ValueError: an unknown method; settings that it does not read; an adapter it cannot start from; an unknown or
             unavailable backend; sharded or offloaded weights that the method needs in one piece.
         TypeError: a model class that is not supported.
@@ -82,7 +85,8 @@ def tune(
         PeerError: another process of the group failed.
     """
     ranks = Ranks(group, model.device, sharded=is_sharded(model))
-    with ranks.together():
+    folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+    with ranks.together(), locked(folder) if folder is not None and ranks.writes else nullcontext():
         how = get_method(method)
         own = how.settings() if settings is None else how.accept(settings)
         require_demonstrations(how, len(demonstrations), own)
@@ -90,7 +94,6 @@ def tune(
         require_weights(how, model)
         if own.backend is not None:
             dispatch.choose(own.backend, model.device)  # refuses an unusable one before the model runs
-        folder = None if checkpoint_dir is None else Path(checkpoint_dir)
         control = RunControl(folder, checkpoint_every, resume, on_epoch, ranks)
         origin = None if start_from is None else adapter_fingerprint(start_from)
         history: list[EpochRecord] = []
