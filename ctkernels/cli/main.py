@@ -1,7 +1,7 @@
 """The command `ctkernels`: `tune`, `eval`, `export`, `import`, `models` and `env`.
 
 Exit status: 0 done; 1 the run failed (a full disk, a loss that is not finite, cells of a sweep without a result);
-2 wrong usage or unusable data, said in one line; 130 interrupted.
+2 wrong usage or unusable data, said in one line; 130 interrupted (Ctrl-C); 143 ended by SIGTERM.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ctkernels.cli.model import load_model, print_scores
 from ctkernels.cli.models import models_command
 from ctkernels.cli.parse import CommandLine, FailedRun, UsageError, as_yaml
+from ctkernels.cli.signals import Terminated, ends_with_epoch, terminable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,15 +57,22 @@ def run(argv: list[str]) -> int:
     try:
         if name not in commands:
             raise UsageError(f"unknown command {name!r}; the commands are {', '.join(commands)}")
-        with _plain_warnings():
+        with _plain_warnings(), terminable():
             commands[name](rest)
-    except KeyboardInterrupt:
-        how = "`ctkernels tune --resume` continues from the last checkpoint"
-        return _complain(f"interrupted; {how if name == 'tune' else 'finished cells of a suite are kept'}", 130)
+    except KeyboardInterrupt as signal:
+        how = "continue with --resume, from the last checkpoint" if name == "tune" else "finished cells are kept"
+        return _complain(f"interrupted; {how}", 143 if isinstance(signal, Terminated) else 130)
     except (ValueError, TypeError) as error:
         return _complain(error, 2)
-    except (OSError, ArithmeticError, FailedRun, ImportError) as error:
+    except OSError as error:
+        how = "; what was saved before is whole: continue with --resume" if name == "tune" else ""
+        return _complain(f"{_without_number(error)}{how}", 1)
+    except (ArithmeticError, FailedRun, ImportError) as error:
         return _complain(error, 1)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _complain(f"out of memory: {str(error).splitlines()[0] if str(error) else 'no more can be had'}", 1)
     return 0
 
 
@@ -90,6 +98,7 @@ def _tune(config: TuneConfig, settings: Options, demonstrations: Sequence[Demons
     from ctkernels.cli.outputs import remove_run
     from ctkernels.cli.progress import epoch_bar
     from ctkernels.tuning.adapters.adapter import Adapter
+    from ctkernels.tuning.methods import get_method
     from ctkernels.tuning.methods.tune import tune
     from ctkernels.tuning.storage import atomic_write_bytes, atomic_write_json
     from ctkernels.tuning.train.distributed import launched, local_device
@@ -102,7 +111,11 @@ def _tune(config: TuneConfig, settings: Options, demonstrations: Sequence[Demons
         written = config.out / "config.yaml"
         if first and config.overwrite:
             remove_run(config.out)
-        with epoch_bar(settings, enabled=None if first else False) as show:
+        trains = get_method(config.method).trains != "nothing"
+        with (
+            epoch_bar(settings, enabled=None if first else False) as show,
+            ends_with_epoch() if trains else contextlib.nullcontext() as ends,
+        ):
 
             def on_epoch(record: EpochRecord, module: nn.Module) -> None:
                 if first and not written.exists():  # the run was accepted: it may be killed and resumed
@@ -122,6 +135,7 @@ def _tune(config: TuneConfig, settings: Options, demonstrations: Sequence[Demons
                 resume=config.resume,
                 on_epoch=on_epoch,
                 group=group,
+                ends=ends,
             )
     if not first:
         return
@@ -229,7 +243,7 @@ def import_command(argv: list[str]) -> None:
 
     from ctkernels.tuning.adapters.peft_import import import_peft
 
-    loaded = import_peft(adapter, model, tokenizer)
+    loaded = import_peft(adapter, model, tokenizer, config.allow_pickle)
     loaded.save_pretrained(out)
     extra = " and a LoRA update of the weights" if loaded.lora else ""
     print(f"saved {out}: {loaded.prefix.length} tokens{extra}")
@@ -284,6 +298,19 @@ def environment() -> dict[str, Any]:
             for name, reason in dispatch.availability().items()
         },
     }
+
+
+def _without_number(error: OSError) -> str:
+    """What went wrong, and with which file."""
+    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Also of torch, whose CPU allocator raises a RuntimeError."""
+    return isinstance(error, MemoryError) or any(
+        words in str(error)
+        for words in ("out of memory", "can't allocate memory", "bad_alloc", "Cannot allocate memory")
+    )
 
 
 def _complain(error: object, status: int) -> int:

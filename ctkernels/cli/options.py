@@ -202,3 +202,5 @@ class ImportConfig(ModelOptions):
     """Folder that peft wrote (required)."""
     out: Path | None = None
     """Folder of the adapter (required)."""
+    allow_pickle: bool = False
+    """Also read adapter_model.bin, a pickle, if you trust who made it."""

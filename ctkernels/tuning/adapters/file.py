@@ -66,10 +66,7 @@ def write_file(
     text = json.dumps(
         {"format": f"ctkernels-{kind}", "format_version": FORMAT_VERSION, "versions": versions, **description}
     )
-    try:
-        _check_finite(own)
-    except ValueError as error:
-        raise PrefixFileError(f"{path}: not written: {error}") from None
+    check_finite(own, path)
     # not `save_file`: it writes to a temporary file of its own, which a killed process leaves behind, makes files that
     # no other user can read, and its errors are not OSErrors
     header = {"format": "pt", HEADER: text, CHECKSUM: _checksum(text, own)}
@@ -120,7 +117,7 @@ def read_file(path: str | os.PathLike, kind: Kind, mapped: bool = False, verify:
         if verify and text is not None and header[CHECKSUM] != _checksum(text, tensors):
             raise ValueError("damaged: its tensors or their description are not those that were written (checksum)")
         if verify:
-            _check_finite(tensors)
+            require_finite(tensors)
     return Saved(path, description, tensors)
 
 
@@ -184,6 +181,30 @@ def faults(path: str | os.PathLike) -> Iterator[None]:
         raise PrefixFileError(f"{path}: damaged: {type(error).__name__}: {error}") from error
 
 
+def check_finite(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> None:
+    """Refuse to write values that are not finite to `path`.
+
+    Raises:
+        PrefixFileError: the tensor, named.
+    """
+    try:
+        require_finite(tensors)
+    except ValueError as error:
+        raise PrefixFileError(f"{path}: not written: {error}") from None
+
+
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of any safetensors file, all sizes compared with that of the file, all values finite.
+
+    Raises:
+        PrefixFileError: a missing or damaged file; a value that is not finite, its tensor named.
+    """
+    with faults(path):
+        header, tensors = _load(Path(path))
+        require_finite(tensors)
+        return header, tensors
+
+
 def _version(path: Path) -> tuple[int, int, int]:
     """Differs between a file and the one that replaced it."""
     status = path.stat()
@@ -197,7 +218,7 @@ def _read_old_folder(path: Path) -> Saved:
         if (path / FILE_NAME).exists():  # written anew meanwhile
             return read_file(path, "adapter")
         raise
-    _check_finite(tensors)
+    require_finite(tensors)
     return Saved(path, description, tensors)
 
 
@@ -239,7 +260,7 @@ def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
     return hashlib.sha256(f"{text}\0{combined(digests(tensors.items()))}".encode()).hexdigest()
 
 
-def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+def require_finite(tensors: Mapping[str, Tensor]) -> None:
     for name, x in tensors.items():
         if x.is_floating_point() and x.numel() and not torch.stack(x.aminmax()).isfinite().all():
             raise ValueError(f"tensor {name} holds values that are not finite")

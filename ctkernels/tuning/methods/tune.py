@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +54,7 @@ def tune(
     resume: bool = False,
     on_epoch: OnEpoch | None = None,
     group: ProcessGroup | None = None,
+    ends: Callable[[], bool] | None = None,
 ) -> TuneResult:
     """Adapt a frozen model to a task: the adapter of `method` for these demonstrations, trained if the method trains.
 
@@ -73,6 +74,8 @@ def tune(
         group: a `torch.distributed` process group whose processes all make this call and share the rows of each step;
             all of them return the result of one process, the first one writes checkpoints, which all of them must be
             able to read. None: this process alone.
+        ends: asked after every epoch, for instance whether a signal came; True (from any process) writes a checkpoint
+            and raises `train.trainer.Interrupted`, a KeyboardInterrupt, so that the run can be resumed.
 
     Raises:
         DataError: too few demonstrations, or more tokens than the model takes.
@@ -94,7 +97,7 @@ def tune(
         require_weights(how, model)
         if own.backend is not None:
             dispatch.choose(own.backend, model.device)  # refuses an unusable one before the model runs
-        control = RunControl(folder, checkpoint_every, resume, on_epoch, ranks)
+        control = RunControl(folder, checkpoint_every, resume, on_epoch, ranks, ends)
         origin = None if start_from is None else adapter_fingerprint(start_from)
         history: list[EpochRecord] = []
 
