@@ -132,7 +132,7 @@ class TuneConfig(TrainOptions, DataOptions, ModelOptions):
 
     Writes OUT/prefix (the prefix, and what else the method made), OUT/history.json (loss, learning rate, gradient norm
     and seconds per epoch), OUT/config.yaml (these settings) and OUT/checkpoint. `--config FILE` reads settings from a
-    YAML file; flags win.
+    YAML file; flags win. Ctrl-C and SIGTERM end the run with its epoch and a checkpoint, a second one at once.
     """
 
     out: Path | None = None
