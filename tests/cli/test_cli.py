@@ -54,7 +54,7 @@ def test_tune_writes_prefix_history_and_configuration(files, tmp_path, capsys):
 def test_resume(files, tmp_path, capsys):
     arguments = tune_arguments(files, tmp_path / "run", "--epochs", "3")
     assert cli.run(arguments) == 0
-    assert "already holds a run; add --resume" in complaint(capsys_clear(capsys), arguments)
+    assert "already holds a run (config.yaml, history.json" in complaint(capsys_clear(capsys), arguments)
     (tmp_path / "run" / "history.json").unlink()
     assert cli.run([*arguments, "--resume"]) == 0
     assert len(json.loads((tmp_path / "run" / "history.json").read_text())) == 3
