@@ -1,7 +1,7 @@
 """The command `ctkernels`: `tune`, `eval`, `export`, `import`, `models` and `env`.
 
 Exit status: 0 done; 1 the run failed (a full disk, a loss that is not finite, cells of a sweep without a result);
-2 wrong usage or unusable data, said in one line; 130 interrupted.
+2 wrong usage or unusable data, said in one line; 130 interrupted (Ctrl-C); 143 ended by SIGTERM.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from typing import TYPE_CHECKING, Any
 from ctkernels.cli.model import load_model, print_scores
 from ctkernels.cli.models import models_command
 from ctkernels.cli.parse import CommandLine, FailedRun, UsageError, as_yaml
+from ctkernels.cli.signals import Terminated, ends_with_epoch, terminable
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ctkernels.cli.options import ExportConfig, ImportConfig
+    from ctkernels.cli.options import ExportConfig, ImportConfig, TuneConfig
+    from ctkernels.tuning.data.demonstrations import Demonstration
+    from ctkernels.tuning.train.options import Options
     from ctkernels.tuning.train.trainer import EpochRecord
 
 HELP = """usage: ctkernels COMMAND [OPTIONS]
@@ -54,15 +57,22 @@ def run(argv: list[str]) -> int:
     try:
         if name not in commands:
             raise UsageError(f"unknown command {name!r}; the commands are {', '.join(commands)}")
-        with _plain_warnings():
+        with _plain_warnings(), terminable():
             commands[name](rest)
-    except KeyboardInterrupt:
-        how = "`ctkernels tune --resume` continues from the last checkpoint"
-        return _complain(f"interrupted; {how if name == 'tune' else 'finished cells of a suite are kept'}", 130)
+    except KeyboardInterrupt as signal:
+        how = "continue with --resume, from the last checkpoint" if name == "tune" else "finished cells are kept"
+        return _complain(f"interrupted; {how}", 143 if isinstance(signal, Terminated) else 130)
     except (ValueError, TypeError) as error:
         return _complain(error, 2)
-    except (OSError, ArithmeticError, FailedRun, ImportError) as error:
+    except OSError as error:
+        how = "; what was saved before is whole: continue with --resume" if name == "tune" else ""
+        return _complain(f"{_without_number(error)}{how}", 1)
+    except (ArithmeticError, FailedRun, ImportError) as error:
         return _complain(error, 1)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _complain(f"out of memory: {str(error).splitlines()[0] if str(error) else 'no more can be had'}", 1)
     return 0
 
 
@@ -77,13 +87,21 @@ def tune_command(argv: list[str]) -> None:
     demonstrations = config.load("train", config.train)
 
     from ctkernels.cli import search
+    from ctkernels.cli.outputs import check_run
+    from ctkernels.tuning.train.distributed import folder_of_run
 
     search.check(config)
-    if (config.out / "checkpoint").exists() and not config.resume:
-        raise UsageError(f"{config.out} already holds a run; add --resume to continue it, or choose another --out")
+    with folder_of_run(config.out):
+        check_run(config.out, config.resume, config.overwrite)
+        _tune(config, settings, demonstrations)
 
+
+def _tune(config: TuneConfig, settings: Options, demonstrations: Sequence[Demonstration]) -> None:
+    from ctkernels.cli import search
+    from ctkernels.cli.outputs import remove_run
     from ctkernels.cli.progress import epoch_bar
     from ctkernels.tuning.adapters.adapter import Adapter
+    from ctkernels.tuning.methods import get_method
     from ctkernels.tuning.storage import atomic_write_bytes, atomic_write_json
     from ctkernels.tuning.train.distributed import launched, local_device
 
@@ -93,7 +111,13 @@ def tune_command(argv: list[str]) -> None:
         model, tokenizer = load_model(replace(config, device=device))
         start_from = None if config.start_from is None else Adapter.from_pretrained(config.start_from, model, tokenizer)
         written = config.out / "config.yaml"
-        with epoch_bar(settings, enabled=None if first else False) as show:
+        if first and config.overwrite:
+            remove_run(config.out)
+        trains = get_method(config.method).trains != "nothing"
+        with (
+            epoch_bar(settings, enabled=None if first else False) as show,
+            ends_with_epoch() if trains else contextlib.nullcontext() as ends,
+        ):
 
             def accepted() -> None:
                 if first and not written.exists():  # the run may be killed and resumed from now on
@@ -121,6 +145,7 @@ def tune_command(argv: list[str]) -> None:
                 resume=config.resume,
                 on_epoch=on_epoch,
                 group=group,
+                ends=ends,
             )
     if not first:
         return
@@ -145,6 +170,7 @@ def eval_command(argv: list[str]) -> None:
 
         return sweep_command(line)
     from ctkernels.cli.options import EvalConfig
+    from ctkernels.cli.outputs import check_scores
     from ctkernels.tuning.methods import METHODS
 
     config = line.parse(EvalConfig)
@@ -156,6 +182,8 @@ def eval_command(argv: list[str]) -> None:
         raise UsageError("keep_offsets stores what calibrate finds in folders of prefix; give both")
     settings, given = config.settings_of_each(config.methods), config.given()
     items = config.load("test", config.test)[: config.limit]
+    if config.out is not None:
+        check_scores(config.out)
     needs_train = any(METHODS[name].needs_demonstrations for name in config.methods)
     demonstrations = config.load("train", config.train) if needs_train else []
     validation = config.load("dev", config.dev) if config.calibrate == "dev" else []
@@ -227,7 +255,7 @@ def import_command(argv: list[str]) -> None:
 
     from ctkernels.tuning.adapters.peft_import import import_peft
 
-    loaded = import_peft(adapter, model, tokenizer)
+    loaded = import_peft(adapter, model, tokenizer, config.allow_pickle)
     loaded.save_pretrained(out)
     extra = " and a LoRA update of the weights" if loaded.lora else ""
     print(f"saved {out}: {loaded.prefix.length} tokens{extra}")
@@ -238,6 +266,10 @@ def _folders(config: ExportConfig | ImportConfig) -> tuple[Path, Path]:
     if adapter is None or out is None:
         name = "adapter" if adapter is None else "out"
         raise UsageError(f"{name} is required: a folder (--{name})")
+
+    from ctkernels.tuning.storage import check_target
+
+    check_target(out, folder=True)
     return adapter, out
 
 
@@ -278,6 +310,19 @@ def environment() -> dict[str, Any]:
             for name, reason in dispatch.availability().items()
         },
     }
+
+
+def _without_number(error: OSError) -> str:
+    """What went wrong, and with which file."""
+    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Also of torch, whose CPU allocator raises a RuntimeError."""
+    return isinstance(error, MemoryError) or any(
+        words in str(error)
+        for words in ("out of memory", "can't allocate memory", "bad_alloc", "Cannot allocate memory")
+    )
 
 
 def _complain(error: object, status: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ctkernels.cli.options import ModelOptions
+
+
+THREADS_PER_CPU = 16  # more only wait for one another, and at some number the system gives none
 
 
 def load_model(options: ModelOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -28,8 +32,12 @@ def load_model(options: ModelOptions) -> tuple[PreTrainedModel, PreTrainedTokeni
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if options.threads is not None:
-        if options.threads < 1:
-            raise UsageError(f"threads must be at least 1, got {options.threads}")
+        most = THREADS_PER_CPU * (os.cpu_count() or 1)
+        if not 1 <= options.threads <= most:
+            raise UsageError(
+                f"threads must be at least 1 and at most {most}, {THREADS_PER_CPU} for each CPU of this machine, got "
+                f"{options.threads}"
+            )
         torch.set_num_threads(options.threads)
     try:
         device = torch.device(options.device)

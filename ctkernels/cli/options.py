@@ -133,6 +133,7 @@ class TuneConfig(TrainOptions, DataOptions, ModelOptions):
     Writes OUT/prefix (the prefix, and what else the method made), OUT/history.json (loss, learning rate, gradient norm
     and seconds per epoch), OUT/config.yaml (these settings) and OUT/checkpoint; with a search OUT/search.json (its
     trials and their losses of held-out demonstrations). `--config FILE` reads settings from a YAML file; flags win.
+    Ctrl-C and SIGTERM end the run with its epoch and a checkpoint, a second one at once.
     """
 
     out: Path | None = None
@@ -157,6 +158,8 @@ class TuneConfig(TrainOptions, DataOptions, ModelOptions):
     """With a number held out: end after so many epochs without a lower loss."""
     resume: bool = False
     """Continue from OUT/checkpoint, if there is one; the result has the same bits as an uninterrupted run."""
+    overwrite: bool = False
+    """Replace the run that lies in OUT; other files there stay."""
 
 
 @dataclass(frozen=True)
@@ -213,3 +216,5 @@ class ImportConfig(ModelOptions):
     """Folder that peft wrote (required)."""
     out: Path | None = None
     """Folder of the adapter (required)."""
+    allow_pickle: bool = False
+    """Also read adapter_model.bin, a pickle, if you trust who made it."""

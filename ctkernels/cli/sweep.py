@@ -84,11 +84,19 @@ def sweep_command(line: CommandLine) -> None:
         SweepError: OUT holds finished cells of another sweep.
         FailedRun: at the end, if cells have no result.
     """
-    from ctkernels.cli.model import load_model
-
     config = line.parse(SweepConfig)
     sweep = make_sweep(config)
 
+    from ctkernels.cli.outputs import check_sweep
+    from ctkernels.tuning.train.distributed import folder_of_run
+
+    with folder_of_run(sweep.out):
+        check_sweep(sweep.out)
+        _sweep(config, sweep)
+
+
+def _sweep(config: SweepConfig, sweep: Sweep) -> None:
+    from ctkernels.cli.model import load_model
     from ctkernels.cli.view import SweepView
     from ctkernels.tuning.adapters.adapter import Adapter
     from ctkernels.tuning.evaluation.sweep.figures import write_figures

@@ -54,7 +54,7 @@ def test_tune_writes_prefix_history_and_configuration(files, tmp_path, capsys):
 def test_resume(files, tmp_path, capsys):
     arguments = tune_arguments(files, tmp_path / "run", "--epochs", "3")
     assert cli.run(arguments) == 0
-    assert "already holds a run; add --resume" in complaint(capsys_clear(capsys), arguments)
+    assert "already holds a run (config.yaml, history.json" in complaint(capsys_clear(capsys), arguments)
     (tmp_path / "run" / "history.json").unlink()
     assert cli.run([*arguments, "--resume"]) == 0
     assert len(json.loads((tmp_path / "run" / "history.json").read_text())) == 3
@@ -184,7 +184,9 @@ def test_wrong_model_data_and_prefix(capsys, files, tmp_path):
     train = ["--train", f"{files}/train.jsonl"]
     assert "model is required" in complaint(capsys, ["tune", *out, *train])
     assert "cannot load the model" in complaint(capsys, ["tune", "--model", f"{tmp_path}/none", *out, *train])
-    assert "threads must be at least 1" in complaint(capsys, ["tune", *model, *out, *train, "--threads", "0"])
+    for number in ("0", "100000"):
+        message = complaint(capsys, ["tune", *model, *out, *train, "--threads", number])
+        assert "threads must be at least 1 and at most" in message
     backend = ["--backend", "abacus"]
     assert "backend must be one of auto" in complaint(capsys, ["tune", *model, *out, *train, *backend])
     assert "device must be a torch device" in complaint(capsys, ["tune", *model, *out, *train, "--device", "gpu"])

@@ -152,7 +152,7 @@ def autotune(
         known: trials of a run that was stopped, by their key; they are not run again.
         on_trial: called with the key and the outcome of each new trial.
         on_epoch: as in `tune`, of the last run alone.
-        others: further arguments of `tune`: `start_from`, `group`, and the checkpoint of the last run.
+        others: further arguments of `tune`: `start_from`, `group`, `ends`, and the checkpoint of the last run.
 
     Raises:
         DataError: fewer than three demonstrations, and as in `tune`.
@@ -169,7 +169,7 @@ def autotune(
     assert isinstance(settings, LoopOptions)  # of a method that trains
     split = folds(demonstrations, holdout, settings.seed)
     plan = _plan(how, settings, given, split, budget, len(demonstrations))
-    common = {"start_from": others.get("start_from"), "group": others.get("group")}
+    common = {name: others.get(name) for name in ("start_from", "group", "ends")}
     trials: list[Trial] = []
     data = [(pair.input, pair.output, pair.options, pair.references) for pair in demonstrations]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from ctkernels.tuning.data.formats import TextFormat
 from ctkernels.tuning.methods.base import Run, require_demonstrations, require_transferable, require_weights
 from ctkernels.tuning.methods.held_out import held_out_loss, require_epochs
 from ctkernels.tuning.methods.table import get_method
+from ctkernels.tuning.storage import locked
 from ctkernels.tuning.train.checkpoint import fingerprint, model_fingerprint
 from ctkernels.tuning.train.distributed import Ranks, is_sharded
 from ctkernels.tuning.train.learners import Learner
@@ -62,6 +64,7 @@ def tune(
     group: ProcessGroup | None = None,
     held_out: Sequence[Demonstration] = (),
     patience: int | None = None,
+    ends: Callable[[], bool] | None = None,
 ) -> TuneResult:
     """Adapt a frozen model to a task: the adapter of `method` for these demonstrations, trained if the method trains.
 
@@ -84,9 +87,12 @@ def tune(
         held_out: pairs that are not trained. The result is what had their lowest loss (`held_out_loss`), before the
             first epoch or after one; records and checkpoints have the curve.
         patience: end a loop after so many epochs without a lower loss of the held-out pairs; None runs all epochs.
+        ends: asked after every epoch, for instance whether a signal came; True (from any process) writes a checkpoint
+            and raises `train.trainer.Interrupted`, a KeyboardInterrupt, so that the run can be resumed.
 
     Raises:
         DataError: too few demonstrations, or more tokens than the model takes.
+        OutputError: another run holds `checkpoint_dir`.
         ValueError: an unknown method; settings that it does not read; an adapter it cannot start from; an unknown or
             unavailable backend; sharded or offloaded weights that the method needs in one piece; held-out pairs for a
             method that trains nothing.
@@ -96,7 +102,8 @@ def tune(
         PeerError: another process of the group failed.
     """
     ranks = Ranks(group, model.device, sharded=is_sharded(model))
-    with ranks.together():
+    folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+    with ranks.together(), locked(folder) if folder is not None and ranks.writes else nullcontext():
         how = get_method(method)
         own = how.settings() if settings is None else how.accept(settings)
         require_demonstrations(how, len(demonstrations), own)
@@ -105,8 +112,7 @@ def tune(
         require_epochs(how, held_out, patience)
         if own.backend is not None:
             dispatch.choose(own.backend, model.device)  # refuses an unusable one before the model runs
-        folder = None if checkpoint_dir is None else Path(checkpoint_dir)
-        control = RunControl(folder, checkpoint_every, resume, on_epoch, ranks)
+        control = RunControl(folder, checkpoint_every, resume, on_epoch, ranks, ends)
         origin = None if start_from is None else adapter_fingerprint(start_from)
         history: list[EpochRecord] = []
 

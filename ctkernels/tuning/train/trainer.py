@@ -44,6 +44,10 @@ class TrainingError(ArithmeticError):
     """Training that cannot go on: the loss or its gradient is not finite, or there is none."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A training that `RunControl.ends` ended behind an epoch, and behind its checkpoint."""
+
+
 @dataclass(frozen=True)
 class EpochRecord:
     """One epoch: its number from 1, the mean loss of its rows before their steps (without penalty), the learning rate
@@ -75,6 +79,8 @@ class RunControl:
     resume: continue from the checkpoint, if there is one.
     on_epoch: called after every epoch, before its checkpoint; True ends the loop.
     ranks: the processes that share the rows of a step; default: this one alone.
+    ends: asked after every epoch; True (in any process) writes a checkpoint and raises Interrupted, unless that epoch
+        is the last one.
 
     Raises:
         ValueError: `checkpoint_every` below 1.
@@ -85,6 +91,7 @@ class RunControl:
     resume: bool = False
     on_epoch: OnEpoch | None = None
     ranks: Ranks = field(default_factory=Ranks)
+    ends: Callable[[], bool] | None = None
 
     def __post_init__(self) -> None:
         if self.checkpoint_every < 1:
@@ -164,9 +171,13 @@ def train_learner(
                 stop |= len(curve) - 1 - curve.index(min(curve)) >= watch.patience
             stops = ranks.sum((), torch.tensor(float(stop), dtype=torch.float64))
             history.append(replace(record, stopped=bool(stops)))
-            due = record.epoch % run.checkpoint_every == 0 or record.epoch == loop.epochs or bool(stops)
+            ends = bool(ranks.sum((), torch.tensor(float(run.ends is not None and run.ends()), dtype=torch.float64)))
+            last = record.epoch == loop.epochs or bool(stops)
+            due = record.epoch % run.checkpoint_every == 0 or last or ends
             if store is not None and due and ranks.writes:
                 store.save(kept, optimizer, [asdict(r) for r in history])
+            if ends and not last:
+                raise Interrupted
     optimizer.zero_grad()
     _copy(best.values(), now.values() if best else ())
     return history

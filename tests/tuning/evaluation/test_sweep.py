@@ -175,7 +175,7 @@ def test_a_killed_sweep_gives_the_same_report_when_it_is_run_again(files, folder
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     finished = list((tmp_path / "out" / "cells").glob("*/*/*.json"))
     assert len(finished) == 3
-    leftover = finished[0].with_name(".13.json.0123.tmp")  # as if it had been killed while it wrote
+    leftover = finished[0].with_name(".13.json.0123456789abcdef.tmp")  # as if it had been killed while it wrote
     leftover.write_text("{")
     capsys.readouterr()
     assert cli.run(command(files, folder, tmp_path / "out")) == 0

@@ -26,6 +26,7 @@ from ctkernels.tuning.hf.models import find_decoder
 from ctkernels.tuning.methods.auto import autotune
 from ctkernels.tuning.methods.settings import SETTINGS
 from ctkernels.tuning.methods.tune import adapter_fingerprint, tune
+from ctkernels.tuning.storage import remove_leftovers
 from ctkernels.tuning.train.checkpoint import changes, model_fingerprint
 from ctkernels.tuning.train.options import RENAMED, Options, layered
 from ctkernels.tuning.train.trainer import EpochRecord
@@ -145,8 +146,8 @@ def run_sweep(
     model_id = {"model": model_fingerprint(model), "tokenizer": tokenizer_hash(tokenizer)}
     for cell in cells:
         _check_finished(sweep, cell, model_id)
-    for leftover in sweep.out.glob("cells/*/*/.*.tmp"):  # of a process that was killed while writing
-        leftover.unlink(missing_ok=True)
+    for folder in {cell.path(sweep.out).parent for cell in cells}:
+        remove_leftovers(folder)
     workers.wait()  # until every process has checked the finished cells, so that all agree on them
     accepted()
     for number in workers.numbers():
