@@ -190,4 +190,6 @@ class Adapter:
             offsets = Offsets(**description["offsets"]) if "offsets" in description else None
             if offsets is not None and not all(map(math.isfinite, offsets.values.values())):
                 raise ValueError(f"its offsets of the options must be finite, got {offsets.values}")
-        return cls(prefix, prompt, lora, demonstrations, offsets)
+            adapter = cls(prefix, prompt, lora, demonstrations, offsets)
+            _ = adapter.text_format  # raises what is wrong with it here, where the file is known
+        return adapter
