@@ -7,7 +7,10 @@ Exit status: 0 done; 1 the run failed (a full disk, a loss that is not finite, c
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import platform
+import signal
 import sys
 import time
 import warnings
@@ -38,7 +41,12 @@ HELP = """usage: ctkernels COMMAND [OPTIONS]
   models which model classes are served, and why others are not
   env    versions, CPU features, and which backends are available
 
-`ctkernels COMMAND --help` lists the options; `--config FILE` reads them from a YAML file."""
+`ctkernels COMMAND --help` lists the options; `--config FILE` reads them from a YAML file. `ctkernels --version` prints
+the version. `python -m ctkernels` is the same command."""
+ENV_HELP = """usage: ctkernels env
+
+Versions of this package and of those it works with, features of the CPU, and each backend with the reason if it is
+unavailable."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -48,6 +56,23 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(argv: list[str]) -> int:
     """Run the command line; returns the exit status."""
+    try:
+        status = _run(argv)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # who read the output has ended, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at exit
+        return 128 + signal.SIGPIPE
+
+
+def _run(argv: list[str]) -> int:
+    if argv == ["--version"]:
+        import ctkernels
+
+        print(f"ctkernels {ctkernels.__version__}")
+        return 0
+    if argv[:1] == ["help"]:  # `help tune` is `tune --help`
+        argv = [*argv[1:], "--help"]
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP)
         return 0 if argv else 2
@@ -59,11 +84,13 @@ def run(argv: list[str]) -> int:
             raise UsageError(f"unknown command {name!r}; the commands are {', '.join(commands)}")
         with _plain_warnings(), terminable():
             commands[name](rest)
-    except KeyboardInterrupt as signal:
+    except KeyboardInterrupt as interrupt:
         how = "continue with --resume, from the last checkpoint" if name == "tune" else "finished cells are kept"
-        return _complain(f"interrupted; {how}", 143 if isinstance(signal, Terminated) else 130)
+        return _complain(f"interrupted; {how}", 143 if isinstance(interrupt, Terminated) else 130)
     except (ValueError, TypeError) as error:
         return _complain(error, 2)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         how = "; what was saved before is whole: continue with --resume" if name == "tune" else ""
         return _complain(f"{_without_number(error)}{how}", 1)
@@ -99,7 +126,7 @@ def tune_command(argv: list[str]) -> None:
 def _tune(config: TuneConfig, settings: Options, demonstrations: Sequence[Demonstration]) -> None:
     from ctkernels.cli import search
     from ctkernels.cli.outputs import remove_run
-    from ctkernels.cli.progress import epoch_bar
+    from ctkernels.cli.progress import EpochLog, epoch_bar
     from ctkernels.tuning.adapters.adapter import Adapter
     from ctkernels.tuning.methods import get_method
     from ctkernels.tuning.storage import atomic_write_bytes, atomic_write_json
@@ -113,6 +140,7 @@ def _tune(config: TuneConfig, settings: Options, demonstrations: Sequence[Demons
         written = config.out / "config.yaml"
         if first and config.overwrite:
             remove_run(config.out)
+        log = EpochLog(config.out / "history.jsonl")
         trains = get_method(config.method).trains != "nothing"
         with (
             epoch_bar(settings, enabled=None if first else False) as show,
@@ -125,6 +153,8 @@ def _tune(config: TuneConfig, settings: Options, demonstrations: Sequence[Demons
 
             def on_epoch(record: EpochRecord, module: nn.Module) -> None:
                 accepted()
+                if first:
+                    log.add(record)
                 show(record, module)
 
             def show_trial(line: str) -> None:
@@ -171,7 +201,6 @@ def eval_command(argv: list[str]) -> None:
         return sweep_command(line)
     from ctkernels.cli.options import EvalConfig
     from ctkernels.cli.outputs import check_scores
-    from ctkernels.tuning.methods import METHODS
 
     config = line.parse(EvalConfig)
     if not config.methods and not config.prefix:
@@ -181,10 +210,11 @@ def eval_command(argv: list[str]) -> None:
     if config.keep_offsets and (config.calibrate in (None, "none") or not config.prefix):
         raise UsageError("keep_offsets stores what calibrate finds in folders of prefix; give both")
     settings, given = config.settings_of_each(config.methods), config.given()
+    labels: list[str | Path] = [*settings, *config.prefix]
     items = config.load("test", config.test)[: config.limit]
     if config.out is not None:
         check_scores(config.out)
-    needs_train = any(METHODS[name].needs_demonstrations for name in config.methods)
+    needs_train = any(spec.method.needs_demonstrations for spec, _ in settings.values())
     demonstrations = config.load("train", config.train) if needs_train else []
     validation = config.load("dev", config.dev) if config.calibrate == "dev" else []
     model, tokenizer = load_model(config)
@@ -195,15 +225,14 @@ def eval_command(argv: list[str]) -> None:
     from ctkernels.tuning.train.options import Options
 
     results = []
-    for name in [*config.methods, *config.prefix]:
+    for name in labels:
         started = time.perf_counter()
         if isinstance(name, Path):
             adapter = Adapter.from_pretrained(name, model, tokenizer)
         else:
-            with epoch_bar(settings[name]) as on_epoch:
-                tuned = tune(
-                    model, tokenizer, demonstrations, name, settings[name], config.text_format(), on_epoch=on_epoch
-                )
+            spec, own = settings[name]
+            with epoch_bar(own) as show:
+                tuned = tune(model, tokenizer, demonstrations, spec.name, own, config.text_format(), on_epoch=show)
             adapter = tuned.adapter
         ready = time.perf_counter()
         scores = adapter.evaluate(
@@ -275,6 +304,9 @@ def _folders(config: ExportConfig | ImportConfig) -> tuple[Path, Path]:
 
 def env_command(argv: list[str]) -> None:
     """`ctkernels env`: what this machine offers."""
+    if argv in (["-h"], ["--help"]):
+        print(ENV_HELP)
+        return
     if argv:
         raise UsageError(f"env takes no arguments, got {argv[0]!r}")
     for name, value in environment().items():
@@ -334,6 +366,7 @@ def _complain(error: object, status: int) -> int:
 @contextlib.contextmanager
 def _plain_warnings() -> Iterator[None]:
     """Show the package's warnings as one line each, without source code."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft loads it, and it misses what is not used here
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"ctkernels: warning: {message}", file=sys.stderr)
         yield

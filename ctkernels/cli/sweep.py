@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from ctkernels.cli.options import ModelOptions, PresetName
+from ctkernels.cli.options import ModelOptions, PresetName, unescaped
 from ctkernels.cli.parse import CommandLine, FailedRun, UsageError, as_yaml
 from ctkernels.tuning.data.formats import Score
 from ctkernels.tuning.data.suites import SUITES, SuiteOptions, get_suite
@@ -170,7 +170,7 @@ def make_sweep(config: SweepConfig) -> Sweep:
     folder = suite.folder(config.data_dir)
     text_format: dict[str, Any] = {"bos": config.bos}
     if config.delimiter is not None:
-        text_format["delimiter"] = config.delimiter
+        text_format["delimiter"] = unescaped(config.delimiter)
     return Sweep(
         suite=suite,
         folder=folder,
