@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
-from ctkernels.tuning.data.demonstrations import DataError, Demonstration
+from ctkernels.tuning.data.demonstrations import DataError, Demonstration, as_demonstrations
 from ctkernels.tuning.data.formats import PairEncoder, Score, TextFormat
 from ctkernels.tuning.data.metrics import Metric, default_metric, score_predictions
 from ctkernels.tuning.evaluation import calibration
@@ -117,6 +117,7 @@ def evaluate_prefix(
         ValueError: an unknown `by`, `score` or `calibrate`.
         ArithmeticError: the loss of an option is not a number: the weights or the prefix are not finite.
     """
+    items = as_demonstrations(items, "items")
     if not items:
         raise DataError("evaluation needs test items, got none")
     if by is None:

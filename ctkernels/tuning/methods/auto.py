@@ -3,7 +3,8 @@
     objective      options where all demonstrations have some, else answers
     rate, epochs   successive halving (Jamieson and Talwalkar, arXiv 1502.07943) over four rates around the method's
                    own; every rung trains all that are left, with twice the epochs of the rung before, and keeps the
-                   half with the lowest loss of the held-out demonstrations (`held_out_loss`, at its best epoch)
+                   half with the lowest loss of the held-out demonstrations (`held_out_loss`, at the best epoch of the
+                   smoothed curve)
     result         all demonstrations, trained with the best rate up to its best epoch; epoch 0, what a run starts from,
                    is one of them
 
@@ -20,12 +21,12 @@ from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from ctkernels.tuning.data.demonstrations import Demonstration
+from ctkernels.tuning.data.demonstrations import Demonstration, as_demonstrations
 from ctkernels.tuning.data.formats import TextFormat
-from ctkernels.tuning.methods.base import Method
+from ctkernels.tuning.methods.base import Method, require_loaded
 from ctkernels.tuning.methods.held_out import Fold, Holdout, folds
 from ctkernels.tuning.methods.table import get_method
-from ctkernels.tuning.methods.tune import TuneResult, tune
+from ctkernels.tuning.methods.tune import Pairs, TuneResult, tune
 from ctkernels.tuning.train.checkpoint import fingerprint
 from ctkernels.tuning.train.options import LoopOptions
 from ctkernels.tuning.train.trainer import EpochRecord, OnEpoch, TrainingError
@@ -53,14 +54,21 @@ class Trial:
     forwards: int
 
     @property
+    def smooth(self) -> tuple[float, ...]:
+        """The start, then the mean of each epoch and its neighbours: a rate that is too high has a jagged curve, whose
+        lowest point is luck."""
+        start, *epochs = self.curve
+        return start, *(fmean(epochs[max(0, i - 1) : i + 2]) for i in range(len(epochs)))
+
+    @property
     def best_epoch(self) -> int:
-        """The first epoch with the lowest loss; 0 is the start."""
-        return self.curve.index(self.loss)
+        """The first epoch with the lowest smoothed loss; 0 is the start."""
+        return self.smooth.index(self.loss)
 
     @property
     def loss(self) -> float:
-        """The lowest loss."""
-        return min(self.curve)
+        """The lowest smoothed loss."""
+        return min(self.smooth)
 
 
 @dataclass(frozen=True)
@@ -127,7 +135,7 @@ def make_plan(
 def autotune(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    demonstrations: Sequence[Demonstration],
+    demonstrations: Pairs,
     method: str = "ct-kv",
     given: Mapping[str, Any] | None = None,
     text_format: TextFormat | None = None,
@@ -159,6 +167,8 @@ def autotune(
         ValueError: a method that trains nothing; a budget that is too small; and as in `tune`.
         TrainingError: training failed with every learning rate.
     """
+    require_loaded(model, tokenizer)
+    demonstrations = as_demonstrations(demonstrations, "demonstrations")
     how = get_method(method)
     if how.trains == "nothing":
         raise ValueError(f"there is nothing to search for {method}, which trains nothing; use tune")

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ctkernels import dispatch
 from ctkernels.tuning.adapters.adapter import Adapter
 from ctkernels.tuning.adapters.prefix import KVPrefix
-from ctkernels.tuning.data.demonstrations import Demonstration
-from ctkernels.tuning.data.formats import TextFormat
-from ctkernels.tuning.methods.base import Run, require_demonstrations, require_transferable, require_weights
+from ctkernels.tuning.data.demonstrations import Demonstration, as_demonstrations
+from ctkernels.tuning.data.formats import PairEncoder, TextFormat
+from ctkernels.tuning.methods.base import (
+    Run,
+    require_demonstrations,
+    require_loaded,
+    require_transferable,
+    require_weights,
+)
 from ctkernels.tuning.methods.held_out import held_out_loss, require_epochs
 from ctkernels.tuning.methods.table import get_method
 from ctkernels.tuning.storage import locked
@@ -26,6 +33,9 @@ from ctkernels.tuning.train.trainer import EpochRecord, OnEpoch, RunControl, Wat
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+Pairs = Iterable[Demonstration | Mapping[str, Any]] | str | Path
 
 
 @dataclass(frozen=True)
@@ -51,9 +61,9 @@ class TuneResult:
 def tune(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    demonstrations: Sequence[Demonstration],
+    demonstrations: Pairs,
     method: str = "ct-kv",
-    settings: Options | None = None,
+    settings: Options | Mapping[str, Any] | None = None,
     text_format: TextFormat | None = None,
     *,
     start_from: Adapter | None = None,
@@ -62,7 +72,7 @@ def tune(
     resume: bool = False,
     on_epoch: OnEpoch | None = None,
     group: ProcessGroup | None = None,
-    held_out: Sequence[Demonstration] = (),
+    held_out: Pairs = (),
     patience: int | None = None,
     ends: Callable[[], bool] | None = None,
 ) -> TuneResult:
@@ -71,9 +81,11 @@ def tune(
     Args:
         model: a supported causal language model; its weights and its mode are left as they were.
         tokenizer: the model's.
-        demonstrations: the task's pairs.
+        demonstrations: the task's pairs; also mappings with their fields, such as the rows of a `datasets.Dataset`, or
+            the path of a JSONL file.
         method: a name of `methods.METHODS`.
-        settings: of the method (`METHODS[method].settings()`, the default), or `TrainSettings`.
+        settings: of the method (`METHODS[method].settings()`, the default), `TrainSettings`, or a mapping of those that
+            differ from the defaults.
         text_format: how pairs become tokens.
         start_from: another task's adapter of the same model to start from: methods that start from demonstrations
             put its prefix or prompt in front of them, others take it in place of their own; ttt takes its LoRA.
@@ -96,16 +108,21 @@ def tune(
         ValueError: an unknown method; settings that it does not read; an adapter it cannot start from; an unknown or
             unavailable backend; sharded or offloaded weights that the method needs in one piece; held-out pairs for a
             method that trains nothing.
-        TypeError: a model class that is not supported.
+        TypeError: a model class that is not supported; the name of a model or tokenizer instead of itself.
         CheckpointError: `resume` with other settings, data or model than the checkpoint's.
         TrainingError: the loss is not finite, or has no gradient.
         PeerError: another process of the group failed.
     """
+    require_loaded(model, tokenizer)
+    demonstrations, held_out = (
+        as_demonstrations(demonstrations, "demonstrations"),
+        as_demonstrations(held_out, "held_out"),
+    )
     ranks = Ranks(group, model.device, sharded=is_sharded(model))
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     with ranks.together(), locked(folder) if folder is not None and ranks.writes else nullcontext():
         how = get_method(method)
-        own = how.settings() if settings is None else how.accept(settings)
+        own = how.settings(**(settings or {})) if isinstance(settings, Mapping | None) else how.accept(settings)
         require_demonstrations(how, len(demonstrations), own)
         require_transferable(how, start_from, model)
         require_weights(how, model)
@@ -134,8 +151,25 @@ def tune(
             )
 
         text_format = text_format or TextFormat()
-        run = Run(model, tokenizer, tuple(demonstrations), method, own, text_format, start_from, train)
+        run = Run(model, tokenizer, demonstrations, method, own, text_format, start_from, train)
+        report_delimiters(tokenizer, demonstrations, text_format)
         return TuneResult(how.fit(run), history)
+
+
+def report_delimiters(
+    tokenizer: PreTrainedTokenizerBase, demonstrations: Sequence[Demonstration], text_format: TextFormat
+) -> None:
+    """Warn of outputs to generate that contain the delimiter, where generation would end."""
+    encoder = PairEncoder(tokenizer, text_format)
+    free = [pair for pair in demonstrations if not pair.options]
+    cut = [pair for pair in free if encoder.delimiter in encoder.answer(pair, pair.output)]
+    if cut:
+        first = cut[0].source or repr(cut[0].output[:40])
+        warnings.warn(
+            f"{len(cut)} of {len(demonstrations)} outputs contain the delimiter {text_format.delimiter!r}, at which "
+            f"generation stops, the first is {first}; choose another delimiter, such as '\\n'",
+            stacklevel=3,
+        )
 
 
 def adapter_fingerprint(adapter: Adapter) -> str:
