@@ -28,12 +28,12 @@ MASKS = {  # of CT-KV: what is hidden from a row, and how many of the other toke
 }
 # Learning rates to try: random tokens need larger steps than demonstrations, and weights smaller ones than both
 RATES = {
-    "prompt-tuning": ("lr=3e-3", "lr=1e-2", "lr=3e-2"),
-    "prefix-tuning": ("lr=3e-3", "lr=1e-2", "lr=3e-2"),
-    "ct-prompt": ("lr=1e-3", "lr=3e-3", "lr=1e-2"),
-    "ct-kv": ("lr=3e-3", "lr=1e-2", "lr=3e-2"),
-    "ttt": ("lr=3e-4", "lr=1e-3", "lr=3e-3"),
-    "ttt+ct-kv": ("ttt_lr=3e-4:lr=1e-2", "ttt_lr=1e-3:lr=1e-2", "ttt_lr=3e-3:lr=1e-2"),
+    "prompt-tuning": ("lr=3e-3", "lr=1e-2", "lr=3e-2", "lr=1e-1"),
+    "prefix-tuning": ("lr=1e-3", "lr=3e-3", "lr=1e-2", "lr=3e-2"),
+    "ct-prompt": ("lr=1e-3", "lr=3e-3", "lr=1e-2", "lr=3e-2"),
+    "ct-kv": ("lr=1e-3", "lr=3e-3", "lr=1e-2", "lr=3e-2"),
+    "ttt": ("lr=1e-4", "lr=3e-4", "lr=1e-3", "lr=3e-3"),
+    "ttt+ct-kv": tuple(f"ttt_lr={weights}:lr={prefix}" for weights in ("3e-4", "1e-3") for prefix in ("3e-3", "1e-2")),
 }
 UNTRAINED = ("zero-shot", "icl")
 MOST_TASKS = {"nlp_lr": 8, "bbh": 4, "mmlu": 4}  # of a suite; all shipped ones are taken

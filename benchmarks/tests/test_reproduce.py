@@ -122,10 +122,10 @@ def test_what_a_budget_buys():
 
 
 def test_every_method_gets_the_same_number_of_candidates():
-    assert {len(Plan.candidates(method)) for method in plan.RATES} == {6}
+    assert {len(Plan.candidates(method)) for method in plan.RATES} == {8}
     for method in plan.RATES:
         objectives = [MethodSpec.parse(word).settings().objective for word in Plan.candidates(method)]
-        assert objectives == ["answers"] * 3 + ["options"] * 3
+        assert objectives == ["answers"] * 4 + ["options"] * 4
 
 
 def test_wrong_usage_is_refused_before_anything_runs(tmp_path, capsys):
