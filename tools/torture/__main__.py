@@ -33,6 +33,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -46,7 +48,7 @@ import torch
 from ctkernels import cli
 from ctkernels.testing.models import make_model, tokens
 from ctkernels.testing.tasks import DEMONSTRATIONS, char_tokenizer, write_jsonl
-from ctkernels.tuning import Adapter, KVPrefix, PrefixStore, export_peft, import_peft
+from ctkernels.tuning import Adapter, KVPrefix, PrefixStore, export_peft, import_peft, storage
 from ctkernels.tuning.adapters.file import PrefixFileError, Saved, write_file, write_folder
 from ctkernels.tuning.evaluation.sweep.cells import CellResult, SweepError, read_cell
 from ctkernels.tuning.storage import TEMPORARY, OutputError, atomic_write_bytes, atomic_write_json
@@ -80,6 +82,10 @@ class Campaign:
             print(self.examples[-1], file=sys.stderr)
 
 
+class OtherValues(Exception):
+    """A file was read whose values were never saved together."""
+
+
 class Target:
     """A kind of file: how the version of a number is saved, and which number lies there.
 
@@ -100,8 +106,10 @@ def targets(prefix: KVPrefix, model: Any) -> list[Target]:
         return {name: torch.full_like(x, number) for name, x in tensors.items()}
 
     def of(adapter: KVPrefix) -> int:
-        (number,) = {float(x) for p in adapter.parameters() for x in (p.min(), p.max())}
-        return int(number)
+        numbers = {float(x) for p in adapter.parameters() for x in (p.min(), p.max())}
+        if len(numbers) > 1:
+            raise OtherValues(f"{len(numbers)} numbers in one prefix")
+        return int(numbers.pop())
 
     def save_adapter(folder: Path, number: int) -> None:
         write_folder(folder, description, filled(number), with_card=True)
@@ -143,12 +151,36 @@ def targets(prefix: KVPrefix, model: Any) -> list[Target]:
     ]
 
 
-@contextmanager
-def child(work: Callable[[], object]) -> Iterator[tuple[int, int]]:
-    """A process at work: its id, and a pipe from which what it says comes; it is killed at the end of the block.
+class Child:
+    """A process at work, and the pipe from which what it says comes."""
 
-    Its status is 0, 3 for an error of one sentence, 4 for any other exception.
-    """
+    def __init__(self, process: int, pipe: int) -> None:
+        self.process, self.pipe = process, pipe
+        self._status: int | None = None
+
+    def status(self) -> int:
+        """Waits for its end: 0, 3 for an error of one sentence, 4 for any other exception, or minus a signal."""
+        if self._status is None:
+            self._status = os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
+        return self._status
+
+    def stop(self, how: signal.Signals = signal.SIGKILL) -> None:
+        """Send it a signal, if it was not waited for."""
+        if self._status is None:
+            os.kill(self.process, how)
+
+    def saved(self) -> int:
+        """The last number that it said to be saved, when it is gone; 1 is what lay there before."""
+        data = b""
+        while part := os.read(self.pipe, 1 << 16):
+            data += part
+        data = data[: len(data) // 4 * 4]
+        return int.from_bytes(data[-4:], "little") if data else 1
+
+
+@contextmanager
+def child(work: Callable[[], object]) -> Iterator[Child]:
+    """A process at work, which is killed at the end of the block."""
     from_child, to_parent = os.pipe()
     process = os.fork()
     if process == 0:
@@ -156,39 +188,28 @@ def child(work: Callable[[], object]) -> Iterator[tuple[int, int]]:
         try:
             os.close(from_child)
             say.pipe = to_parent  # type: ignore[attr-defined]
+            storage._looked.clear()  # as a process of its own
             work()
             status = 0
         except (OSError, PrefixFileError, SweepError, OutputError) as error:
-            status = 3 if "\n" not in str(error) and "Error(" not in str(error) else 4
+            status = 4 if "\n" in str(error) or "Error(" in str(error) else 3
         except BaseException:
-            import traceback
-
             traceback.print_exc()
         finally:
             os._exit(status)
     os.close(to_parent)
+    found = Child(process, from_child)
     try:
-        yield process, from_child
+        yield found
     finally:
-        with suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
-        with suppress(ChildProcessError):
-            os.waitpid(process, 0)
+        found.stop()
+        found.status()
         os.close(from_child)
 
 
 def say(number: int) -> None:
     """To the parent: this number is saved."""
     os.write(say.pipe, number.to_bytes(4, "little"))  # type: ignore[attr-defined]
-
-
-def heard(pipe: int) -> int:
-    """The last number that a child said to be saved; it is gone. 1 is what lay there before."""
-    data = b""
-    while part := os.read(pipe, 1 << 16):
-        data += part
-    data = data[: len(data) // 4 * 4]
-    return int.from_bytes(data[-4:], "little") if data else 1
 
 
 def look(campaign: Campaign, family: str, target: Target, folder: Path, saved: int, what: str) -> None:
@@ -203,10 +224,9 @@ def look(campaign: Campaign, family: str, target: Target, folder: Path, saved: i
         return campaign.note(family, "traceback", f"{what}: {type(error).__name__}: {error}")
     if found < saved:
         return campaign.note(family, "lost", f"{what}: {found} lies there, {saved} was saved")
-    with child(lambda: target.save(folder, found + 1)) as (process, _):  # the next process
-        _, status = os.waitpid(process, 0)
-    if os.waitstatus_to_exitcode(status):
-        return campaign.note(family, "traceback", f"{what}: the next save ended with {status}")
+    with child(lambda: target.save(folder, found + 1)) as after:
+        if after.status():
+            return campaign.note(family, "traceback", f"{what}: the next save ended with {after.status()}")
     if any(TEMPORARY.fullmatch(path.name) for path in folder.rglob("*")):
         return campaign.note(family, "leftover", what)
     campaign.note(family, "as before" if found == saved else "as meant")
@@ -221,10 +241,10 @@ def kill(campaign: Campaign, target: Target, folder: Path) -> None:
             target.save(folder, number)
             say(number)
 
-    with child(work) as (process, pipe):
+    with child(work) as killed:
         time.sleep(campaign.random.uniform(0, 0.03))
-        os.kill(process, signal.SIGKILL)
-        saved = heard(pipe)
+        killed.stop()
+        saved = killed.saved()
     look(campaign, "kill", target, folder, saved, target.name)
 
 
@@ -240,9 +260,8 @@ def call(campaign: Campaign, target: Target, folder: Path, number: int, error: i
         campaign.faults.torture_fail(-1, 0)
         say(2 if enough > number else 0)
 
-    with child(work) as (process, pipe):
-        saved = heard(pipe)
-        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    with child(work) as failing:
+        saved, status = failing.saved(), failing.status()
     if saved == 0:
         return False
     if status == 4:
@@ -264,12 +283,9 @@ def writers(campaign: Campaign, target: Target, folder: Path, count: int) -> Non
         for _ in range(10):
             target.load(folder)
 
-    ids = []
+    works = [*(partial(work, 2 + 5 * index) for index in range(count)), read]
     with ExitStack() as stack:
-        for index in range(count):
-            ids.append(stack.enter_context(child(partial(work, 2 + 5 * index)))[0])
-        ids.append(stack.enter_context(child(read))[0])
-        statuses = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in ids]
+        statuses = [each.status() for each in [stack.enter_context(child(one)) for one in works]]
     family = "writers"
     if any(statuses):
         campaign.note(family, "unreadable" if statuses[-1] else "traceback", f"{target.name}: {count}: {statuses}")
@@ -277,10 +293,9 @@ def writers(campaign: Campaign, target: Target, folder: Path, count: int) -> Non
         look(campaign, family, target, folder, 2, f"{target.name}, {count} writers")
 
 
-def damage(campaign: Campaign, target: Target, folder: Path, places: int) -> int:
-    """Bytes of each file changed, and the file cut off; returns the number of events."""
+def damage(campaign: Campaign, target: Target, folder: Path, places: int) -> None:
+    """Bytes of each file changed, and the file cut off; peft's have no checksum."""
     target.save(folder, 7)
-    done = 0
     for path in sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json")):
         whole = path.read_bytes()
         step = max(1, min(1000, len(whole) // places))
@@ -288,25 +303,21 @@ def damage(campaign: Campaign, target: Target, folder: Path, places: int) -> int
             for content in (whole[:place], whole[:place] + bytes([whole[place] ^ 0xA5]) + whole[place + 1 :]):
                 path.unlink()
                 path.write_bytes(content)
-                done += 1
-                attempt(campaign, "damage", f"{target.name}: {path.name} at {place}", lambda: target.load(folder))
+                what = f"{target.name}: {path.name} at {place}"
+                attempt(campaign, "damage", what, lambda: target.load(folder), checked=target.name != "peft")
         path.write_bytes(whole)
-    return done
 
 
-def attempt(campaign: Campaign, family: str, what: str, work: Callable[[], object]) -> None:
-    """A read that may succeed, or fail in one sentence."""
-    import warnings
-
+def attempt(campaign: Campaign, family: str, what: str, work: Callable[[], object], checked: bool = True) -> None:
+    """A read that may succeed, or fail in one sentence; where there is a checksum, not with other values."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             work()
     except (PrefixFileError, SweepError, OutputError) as error:
         campaign.note(family, "traceback" if "\n" in str(error) else "refused in a sentence", f"{what}: {error}")
-    except ValueError as error:  # the torture's own: a prefix of several numbers
-        whole = "unpack" not in str(error)
-        campaign.note(family, "traceback" if whole else "read with other values", f"{what}: {error}")
+    except OtherValues as error:
+        campaign.note(family, "unreadable" if checked else "read with other values", f"{what}: {error}")
     except Exception as error:
         campaign.note(family, "traceback", f"{what}: {type(error).__name__}: {error}")
     else:
@@ -364,9 +375,8 @@ def full(campaign: Campaign, disk: Path, target: Target, room: int) -> None:
         target.save(folder, 2)
         say(2)
 
-    with child(work) as (process, pipe):
-        saved = heard(pipe)
-        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    with child(work) as failing:
+        saved, status = failing.saved(), failing.status()
     ballast.unlink()
     if status == 4:
         campaign.note("full", "traceback", target.name)
@@ -381,8 +391,8 @@ def read_only(campaign: Campaign, disk: Path, target: Target) -> None:
     target.save(folder, 1)
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     try:
-        with child(lambda: target.save(folder, 2)) as (process, _):
-            status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        with child(lambda: target.save(folder, 2)) as refused:
+            status = refused.status()
     finally:
         subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
     if status != 3:
@@ -399,15 +409,14 @@ def tune(campaign: Campaign, files: Path, folder: Path, whole: list[torch.Tensor
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         os._exit(cli.run([*arguments, *more]))
 
-    with child(partial(work, [])) as (process, _):
+    with child(partial(work, [])) as stopped:
         time.sleep(campaign.random.uniform(0, 0.5))
-        with suppress(ProcessLookupError):
-            os.kill(process, how)
-        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    if status not in (0, 143, -9):
+        stopped.stop(how)
+        status = stopped.status()
+    if status not in (0, 143, -how):
         return campaign.note("tune", "traceback", f"{how.name}: status {status}")
-    with child(partial(work, ["--resume"])) as (process, _):
-        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    with child(partial(work, ["--resume"])) as resumed:
+        status = resumed.status()
     if status:
         return campaign.note("tune", "unreadable", f"{how.name}: resumed with status {status}")
     found = list(KVPrefix.from_pretrained(folder / "prefix").parameters())
