@@ -28,8 +28,8 @@ SOURCES := setup.py $(filter csrc/% python_bindings/%,$(CXX_FILES))
 TORCH_BRINGS_TRITON := import importlib.metadata as m, sys; sys.exit(not any(r.startswith('triton') for r in m.requires('torch') or []))
 SANITIZE := -g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-.PHONY: demo test test-models test-gpu-full bench bench-full profile reproduce torture gpu-check gpu-report cuda-bindings mutations-cuda \
-  lint format sanitize wheel wheel-check test-bounds test-torch docs clean
+.PHONY: demo test test-models test-gpu-full bench bench-full profile reproduce gpu-check gpu-report cuda-bindings mutations-cuda lint \
+  format sanitize wheel wheel-check test-bounds test-torch docs clean
 
 demo: .venv/built
 	@if [ -z "$(MODEL)" ]; then .venv/bin/python examples/fetch_smollm2.py .models/smollm2-135m; fi
@@ -86,11 +86,6 @@ reproduce: .venv/built
 	  $(if $(DTYPE),--dtype $(DTYPE)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(BUDGET),--budget $(BUDGET)) \
 	  $(if $(UNTIL),--until $(UNTIL)) $(if $(REPORT),--report) $(if $(KEEP),--out $(KEEP)) \
 	  $(if $(OUT),--results $(OUT)) $(if $(DOCS),--docs $(DOCS))
-
-# Files under attack: kills, failing system calls, full disks, several writers, damaged and hostile files, at least EVENTS of
-# them; the counts go to tools/torture/results. As root on Linux, who may mount; some minutes.
-torture: .venv/built
-	OMP_NUM_THREADS=1 .venv/bin/python -m tools.torture --events $(or $(EVENTS),1000) --seed $(or $(SEED),0)
 
 # On a machine with a GPU: all tests on it, then the op against its peers. Writes runs/gpu-check/gpu_check.md and .json.
 gpu-check: .venv/built
