@@ -183,9 +183,7 @@ def test_too_little_memory_is_one_line(files, tmp_path):
         used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()  # noqa: SIM115
         resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), -1))
 
-    arguments = tune(
-        files, tmp_path / "run", "--method", "prefix-tuning", "--reparametrise", "mlp", "--mlp-width", 10**7
-    )
+    arguments = tune(files, tmp_path / "run", "--method", "prefix-tuning", "--mlp-width", 10**7)
     status, lines = ended(started(arguments, tmp_path / "log", little)), (tmp_path / "log").read_text().splitlines()
     assert status == 1, lines
     assert lines[-1].startswith("ctkernels: error: out of memory: ") and "Traceback" not in "".join(lines)
