@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ctkernels import ContextMask
+from ctkernels.cli.console import console as make_console
 from ctkernels.cli.progress import epoch_bar
 from ctkernels.testing import memory, plain_ctkv
 from ctkernels.tuning import (
@@ -49,7 +49,7 @@ PAPER, OPTIONS = "ct-kv", "ct-kv, options"  # the papers' loss and delimiter; th
 AGREEMENT = 1e-3  # largest relative difference of a loss to the plain implementation's, both in fp32
 
 Value = TypeVar("Value")
-console = Console()
+console = make_console()
 
 
 def measured(work: Callable[[], Value]) -> tuple[Value, float, float]:
