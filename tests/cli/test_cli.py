@@ -28,6 +28,11 @@ def tune_arguments(files, out, *more):
     return ["tune", "--model", f"{files}/model", "--train", f"{files}/train.jsonl", "--out", str(out), *more]
 
 
+def eval_arguments(files, *flags):
+    data = ["--train", f"{files}/train.jsonl", "--test", f"{files}/test.jsonl"]
+    return ["eval", "--model", f"{files}/model", *data, *flags]
+
+
 BESIDE = ("ctkernels: warning: ", "tuning epoch ")
 
 

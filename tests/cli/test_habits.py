@@ -15,7 +15,7 @@ from ctkernels import cli
 from ctkernels.cli.progress import EpochLog
 from ctkernels.tuning.methods.settings import SETTINGS
 from ctkernels.tuning.train.trainer import EpochRecord
-from tests.cli.test_cli import complaint, tune_arguments
+from tests.cli.test_cli import complaint, eval_arguments, tune_arguments
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,34 +46,21 @@ def test_help_says_each_methods_default(capsys):
     assert SETTINGS["epochs"].defaults == "25; 8 (ttt, ttt+ct-kv)" and SETTINGS["lora_targets"].defaults == "none"
 
 
-def evaluation(files, *words) -> list[str]:
-    return [
-        "eval",
-        "--model",
-        f"{files}/model",
-        "--train",
-        f"{files}/train.jsonl",
-        "--test",
-        f"{files}/test.jsonl",
-        *words,
-    ]
-
-
 def test_lists_and_settings_of_methods(files, tmp_path, capsys):
     out = tmp_path / "scores.json"
     words = ["--methods", "icl,ct-kv:epochs=1", "ct-kv:epochs=2:drop_p=0", "--out", str(out), "--lr", "1e-2"]
-    assert cli.run(evaluation(files, *words)) == 0
+    assert cli.run(eval_arguments(files, *words)) == 0
     names = [row["name"] for row in json.loads(out.read_text())["results"]]
     assert names == ["icl", "ct-kv:epochs=1", "ct-kv:epochs=2:drop_p=0.0"]
     capsys.readouterr()
     for word, why in (("ct-kv:noise=0.2", "noise is for the tasks of a suite"), ("ct-kv:lr=x", "lr must be a number")):
-        assert why in complaint(capsys, evaluation(files, "--methods", word))
+        assert why in complaint(capsys, eval_arguments(files, "--methods", word))
 
 
 def test_tables_are_not_cut_in_a_pipe(files, tmp_path):
     assert cli.run(tune_arguments(files, tmp_path / ("long" * 30), "--epochs", "1")) == 0
     name = str(tmp_path / ("long" * 30) / "prefix")
-    shown = command(*evaluation(files, "--prefix", name))
+    shown = command(*eval_arguments(files, "--prefix", name))
     assert shown.returncode == 0 and shown.stdout.count(name) == 2
 
 
