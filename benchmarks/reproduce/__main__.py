@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import subprocess
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from benchmarks.reproduce.plan import DRAWS, Plan, Setting
 from ctkernels.cli import load_model
 from ctkernels.cli.options import ModelOptions
 from ctkernels.tuning.evaluation.sweep.workers import Workers
-from ctkernels.tuning.train.distributed import local_device
+from ctkernels.tuning.train.distributed import folder_of_run, local_device
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STAGES = ("screen", "choose", "test", "ablation", "shots")
@@ -66,7 +67,8 @@ def main(argv: list[str] | None = None) -> None:
     plan = replace(Plan(), seeds=tuple(args.seeds), budget=args.budget)
     out = args.out / name
     setting = Setting(workers, model, tokenizer, args.out / tasks, out, plan, args.report)
-    found = run(setting, STAGES[: STAGES.index(args.until) + 1])
+    with nullcontext() if args.report else folder_of_run(out):
+        found = run(setting, STAGES[: STAGES.index(args.until) + 1])
     workers.close()
     if workers.rank > 0:
         return
