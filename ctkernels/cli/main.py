@@ -136,7 +136,11 @@ def _tune(config: TuneConfig, settings: Options, demonstrations: Sequence[Demons
     with launched(device) as group:
         first = group is None or group.rank() == 0
         model, tokenizer = load_model(replace(config, device=device))
-        start_from = None if config.start_from is None else Adapter.from_pretrained(config.start_from, model, tokenizer)
+        start_from = (
+            None
+            if config.start_from is None
+            else Adapter.from_pretrained(config.start_from, model, tokenizer, config.allow_other_weights)
+        )
         written = config.out / "config.yaml"
         if first and config.overwrite:
             remove_run(config.out)
@@ -228,7 +232,7 @@ def eval_command(argv: list[str]) -> None:
     for name in labels:
         started = time.perf_counter()
         if isinstance(name, Path):
-            adapter = Adapter.from_pretrained(name, model, tokenizer)
+            adapter = Adapter.from_pretrained(name, model, tokenizer, config.allow_other_weights)
         else:
             spec, own = settings[name]
             with epoch_bar(own) as show:
@@ -270,7 +274,9 @@ def export_command(argv: list[str]) -> None:
     from ctkernels.tuning.adapters.peft_export import export_peft
 
     model = load_model(config)[0] if config.model else None
-    export_peft(Adapter.from_pretrained(adapter, model), out, config.kind, model)
+    export_peft(
+        Adapter.from_pretrained(adapter, model, allow_other_weights=config.allow_other_weights), out, config.kind, model
+    )
     print(f"saved {out} for peft")
 
 
@@ -284,7 +290,7 @@ def import_command(argv: list[str]) -> None:
 
     from ctkernels.tuning.adapters.peft_import import import_peft
 
-    loaded = import_peft(adapter, model, tokenizer, config.allow_pickle)
+    loaded = import_peft(adapter, model, tokenizer, config.allow_pickle, config.allow_other_weights)
     loaded.save_pretrained(out)
     extra = " and a LoRA update of the weights" if loaded.lora else ""
     print(f"saved {out}: {loaded.prefix.length} tokens{extra}")

@@ -45,6 +45,8 @@ class ModelOptions:
     """Torch device, such as cpu or cuda:0."""
     threads: int | None = None
     """CPU threads; default: torch's choice."""
+    allow_other_weights: bool = False
+    """Take a prefix that was made for other weights, and a checkpoint that lacks weights or has others."""
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class PretendTensor(Tensor):
         made.inner = inner
         return made
 
-    def __repr__(self) -> str:
+    def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"PretendTensor({self.inner})"
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
@@ -119,7 +119,7 @@ def install() -> None:
     dispatch._unavailable.cache_clear()
     for name in NAMES:
         dispatch.BACKENDS[name] = (dispatch.BACKENDS[name][0], (DEVICE,))
-    dispatch.load = lambda name: pretended.get(name) or stock(name)  # type: ignore[assignment]
+    dispatch.load = lambda name: pretended.get(name) or stock(name)  # type: ignore[assignment,return-value]
     dispatch.architecture = lambda device: "sm_90"  # type: ignore[assignment]
     backends.device_of = lambda name: DEVICE if name in NAMES else "cpu"  # type: ignore[assignment]
     backend_registration._setup_privateuseone_for_python_backend(DEVICE)

@@ -81,6 +81,8 @@ class PrefixSet:
         Raises:
             TypeError, ValueError: as `KVPrefix.attach`; an index out of range.
         """
+        for prefix in self.prefixes:
+            prefix.compare_weights(model)
         return Attachment(
             self, model, mask=mask, cu_seqlens=cu_seqlens, backend=backend, prefix_index=torch.as_tensor(prefix_index)
         )

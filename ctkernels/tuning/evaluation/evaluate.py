@@ -114,7 +114,7 @@ def evaluate_prefix(
         DataError: there are no items, an item has no options or two options with the same tokens, an output contains
             the delimiter, or an item does not fit into the model's context; calibration of items that do not share
             their options, or without the validation items that it needs.
-        ValueError: an unknown `by`, `score` or `calibrate`.
+        ValueError: an unknown `by`, `score` or `calibrate`; a prefix that was made for other weights.
         ArithmeticError: the loss of an option is not a number: the weights or the prefix are not finite.
     """
     items = as_demonstrations(items, "items")
@@ -131,6 +131,8 @@ def evaluate_prefix(
     _check_choice("calibrate", calibrate or "none", Calibrate)
     if by == "generation" and calibrate not in (None, "none"):
         raise DataError(f"calibrate={calibrate!r} needs options to choose from, and answers are generated here")
+    if (compare := getattr(prefix, "compare_weights", None)) is not None:  # not of a prefix in training
+        compare(model)
     scorer = Scorer(model, encoder or PairEncoder(tokenizer, text_format), prefix, max_tokens, backend)
     metric = metric or default_metric(items, by)
     with torch.no_grad(), frozen(model):
