@@ -59,7 +59,7 @@ class PretendTensor(Tensor):
         made.inner = inner
         return made
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         return f"PretendTensor({self.inner})"
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
