@@ -85,7 +85,7 @@ class PrefixModel(nn.Module):
             self.add_adapter(name, each)
         self._frozen.enter_context(frozen(model))
         self._frozen.callback(self._attached.close)
-        weakref.finalize(self, self._frozen.close).atexit = False
+        weakref.finalize(self, self._frozen.close)
         self.set_adapter(self.active_adapter)
         self.train(self.training)
 

@@ -233,12 +233,12 @@ def test_generate_sees_the_whole_prefix():
     assert not torch.equal(plain, expected)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_compiled(name):
+@pytest.mark.parametrize(("name", "changes"), [("llama", {}), ("gpt2", {"loss_type": "ForCausalLM"})])
+def test_compiled(name, changes):
     """One graph without breaks: model, prefix, leave-one-out, token dropout, loss. Seeds do not recompile it."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    model = prefix_model(name, drop_p=0.3)
+    model = prefix_model(name, drop_p=0.3, **changes)
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for seed in (1, 2, 2**40 + 1):
         found = []
