@@ -162,10 +162,9 @@ def test_push_to_hub(monkeypatch, tmp_path, readme):
         Path(local_dir, name).write_text(readme)
 
     def upload(folder_path, **arguments) -> str:
-        folder = Path(folder_path)
-        uploaded.update(
-            arguments, files={path.relative_to(folder_path).as_posix(): path.read_bytes() for path in paths}
-        )
+        paths = list(Path(folder_path).rglob("*.*"))
+        files = {path.relative_to(folder_path).as_posix(): path.read_bytes() for path in paths}
+        uploaded.update(arguments, files=files)
         return "done"
 
     api = create_autospec(HfApi, instance=True)  # of the real one's signatures
