@@ -78,9 +78,8 @@ def test_links(page):
 
 def test_no_two_pages_or_examples_share_an_output_folder():
     """Whoever follows one after the other would replace results, or be refused."""
-    writes = re.compile(
-        r"""(?:--out|OUT=|save_pretrained\(|PrefixStore\(|TrainingArguments\(|_dir=)[\s"']*runs/([\w-]+)"""
-    )
+    ways = r"--out|OUT=|save_pretrained\(|PrefixStore\(|TrainingArguments\(|_dir="
+    writes = re.compile(rf"""(?:{ways})[\s"']*runs/([\w-]+)""")
     owners = {}
     for page in (*PAGES, *sorted((DOCS.parent / "examples").glob("*.py"))):
         for folder in set(writes.findall(page.read_text())):
