@@ -83,10 +83,10 @@ class PrefixModel(nn.Module):
         self._attached, self._frozen = ExitStack(), ExitStack()
         for name, each in prefixes.items():
             self.add_adapter(name, each)
-        self._frozen.enter_context(frozen(model))
-        self._frozen.callback(self._attached.close)
+        self._attach()
         weakref.finalize(self, self._frozen.close)
-        self.set_adapter(self.active_adapter)
+        self._frozen.callback(self._attached.close)
+        self._frozen.enter_context(frozen(model))
         self.train(self.training)
 
     # what it computes
@@ -375,8 +375,8 @@ class PrefixModel(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """What the prefixes belong to, as JSON in bytes: safetensors hold tensors alone."""
-        described = {name: prefix.parts()[0] for name, prefix in self.prefixes.items()}
-        return torch.tensor(list(json.dumps(described).encode()), dtype=torch.uint8)
+        descriptions = {name: prefix.parts()[0] for name, prefix in self.prefixes.items()}
+        return torch.tensor(list(json.dumps(descriptions).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Compare a state with the prefixes that are here. Raises ValueError if it is of others."""

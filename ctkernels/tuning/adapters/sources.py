@@ -9,9 +9,20 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import torch
+from safetensors import safe_open
 from torch import Tensor
 
-from ctkernels.tuning.adapters.file import FILE_NAME, PrefixFileError, Saved, faults, read_file, read_tensors
+from ctkernels.tuning.adapters.file import (
+    FILE_NAME,
+    LONGEST_HEADER,
+    PrefixFileError,
+    Saved,
+    faults,
+    read_file,
+    read_tensors,
+)
+from ctkernels.tuning.storage import open_regular
 
 STATE_FILE = "model.safetensors"  # into which Trainer and accelerate write the state of a module
 PATIENCE = 5  # seconds to reach the hub
@@ -66,10 +77,13 @@ def read_prefixes(path: Path, adapter_name: str) -> dict[str, Saved]:
                 "Adapter.from_pretrained, and make a PrefixModel within `with adapter.weights(model):`"
             )
         return {adapter_name: saved}
+    with faults(state):
+        open_regular(state).close()
+        with safe_open(state, "pt") as file:  # a model's own weights are not read for this
+            if EXTRA not in file.keys():  # noqa: SIM118
+                raise ValueError("not the state of a PrefixModel")
     _, tensors = read_tensors(state)
     with faults(state):
-        if EXTRA not in tensors:
-            raise ValueError("not the state of a PrefixModel")
         descriptions = described(tensors[EXTRA])
         own = {name: f"prefixes.{name}." for name in descriptions}
         return {
@@ -87,5 +101,10 @@ def read_prefixes(path: Path, adapter_name: str) -> dict[str, Saved]:
 
 
 def described(state: Tensor) -> dict[str, Any]:
-    """The descriptions of the prefixes of a state, by name, from what `PrefixModel.get_extra_state` returned."""
+    """The descriptions of the prefixes of a state, by name, from what `PrefixModel.get_extra_state` returned. Raises
+    ValueError for what is none."""
+    if state.dtype != torch.uint8 or state.dim() != 1 or state.numel() > LONGEST_HEADER:
+        raise ValueError(
+            f"the description of a state must be at most {LONGEST_HEADER} bytes, got {state.numel()} values"
+        )
     return json.loads(bytes(state.tolist()))

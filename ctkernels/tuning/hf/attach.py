@@ -154,7 +154,7 @@ class Attachment:
             for module in dict.fromkeys((model, base)):
                 traces.set(module, "__deepcopy__", partial(traces.plain_copy, self, module))
             for each in self._trainable:
-                watch(each, model)
+                watch(each, model, partial(_is_entered, weakref.ref(self)))
             ATTACHED_NOW.add(self._owner)
             traces.callback(ATTACHED_NOW.discard, self._owner)
             self._traces = traces.pop_all()
@@ -473,6 +473,11 @@ def _say_not_entered(attachment: weakref.ref[Attachment], base: nn.Module, args:
     made._notice.remove()
     if not any(hasattr(attention, ATTACHED) for attention in made._decoder.attentions):
         warnings.warn(NOT_ENTERED.format("was not entered"), stacklevel=2)
+
+
+def _is_entered(attachment: weakref.ref[Attachment]) -> bool:
+    made = attachment()
+    return made is not None and made._traces is not None
 
 
 def _layout(kwargs: dict[str, Any], tokens: Tensor, config: PreTrainedConfig) -> Tensor | None:

@@ -4,14 +4,17 @@
 `transformers.Trainer` is, never changes the prefix, although every backward pass computes its gradient. A hook before
 each step of every torch optimiser (one per process, registered with the first attachment) looks for that:
 
-    the prefix has got a gradient since it was attached; neither this optimiser nor another one has its parameters;
-    and it is attached now, or this optimiser has parameters of the model that it was attached to, or none at all
+    the prefix has got a gradient since it was attached, and neither this optimiser nor another one has its parameters:
+        it is attached now                                                                      an error
+        it was, and this optimiser has parameters of the model that it was attached to, or none     a warning
 """
 
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +22,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ctkernels.tuning.hf.attention import ATTACHED
-
 MESSAGE = (
-    "this optimiser ({}) has no parameter of the prefix that is attached to {}, nor has any other optimiser, so the "
-    "prefix would stay as it is: model.parameters() does not list it. Train PrefixModel(model, prefix), also with "
+    "this optimiser ({}) has no parameter of the prefix that {} attached to {}, nor has any other optimiser, so the "
+    "prefix stays as it is: model.parameters() does not list it. Train PrefixModel(model, prefix), also with "
     "transformers.Trainer, or give prefix.parameters() to the optimiser; if the prefix is not to be trained, call "
     "prefix.requires_grad_(False)"
 )
@@ -33,6 +34,7 @@ Stamps = dict[int, tuple[int, int]]  # of each parameter with a gradient: which 
 @dataclass(frozen=True)
 class _Watch:
     model: weakref.ref[nn.Module]
+    attached: Callable[[], bool]
     stamps: Stamps
 
 
@@ -40,11 +42,14 @@ _watched: weakref.WeakKeyDictionary[nn.Module, _Watch] = weakref.WeakKeyDictiona
 _hooks: list[Any] = []
 
 
-def watch(prefix: nn.Module, model: nn.Module) -> None:
-    """Have optimisers raise ValueError before a step that leaves out `prefix`, which is being attached to `model`."""
+def watch(prefix: nn.Module, model: nn.Module, attached: Callable[[], bool]) -> None:
+    """Have optimisers raise ValueError before a step that leaves out `prefix`, which is being attached to `model`.
+
+    attached: whether it still is.
+    """
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_before_step))
-    _watched[prefix] = _Watch(weakref.ref(model), _stamps(prefix))
+    _watched[prefix] = _Watch(weakref.ref(model), attached, _stamps(prefix))
 
 
 def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -56,21 +61,21 @@ def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> N
             model = watched.model()
             if model is None or not _stamps(prefix).items() - watched.stamps.items():
                 continue
-            if held and not _is_attached(model) and not held & {id(p) for p in model.parameters()}:
+            attached = watched.attached()
+            if held and not attached and not held & {id(p) for p in model.parameters()}:
                 continue  # a training of something else
             others = (other for other in gc.get_objects() if issubclass(type(other), Optimizer))
             if not any(own & _parameters(other) for other in others):
-                raise ValueError(MESSAGE.format(type(optimizer).__name__, type(model).__name__))
+                names = type(optimizer).__name__, "is" if attached else "was", type(model).__name__
+                if attached:
+                    raise ValueError(MESSAGE.format(*names))
+                warnings.warn(MESSAGE.format(*names), stacklevel=3)
         _watched.pop(prefix)  # until it is attached again
 
 
 def _stamps(prefix: nn.Module) -> Stamps:
     trained = (p for p in prefix.parameters() if p.requires_grad and p.numel() and p.grad is not None)
     return {id(p): (id(p.grad), p.grad._version) for p in trained}
-
-
-def _is_attached(model: nn.Module) -> bool:
-    return any(hasattr(module, ATTACHED) for module in model.modules())
 
 
 def _parameters(optimizer: Optimizer) -> set[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import create_autospec
@@ -98,11 +99,18 @@ def test_what_cannot_be_read(tmp_path):
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     save_file({"_extra_state": torch.tensor([123], dtype=torch.uint8)}, damaged / "model.safetensors")
+    other, pipe = tmp_path / "other", tmp_path / "pipe"
+    other.mkdir()
+    save_file({"_extra_state": torch.zeros(3)}, other / "model.safetensors")
+    pipe.mkdir()
+    os.mkfifo(pipe / "model.safetensors")
     for source, message in (
         (tmp_path / "nothing", "adapter.safetensors: no such file or folder|nothing: no such file or folder"),
         (tmp_path / "base", "base/model.safetensors: not the state of a PrefixModel"),
         (tmp_path / "ttt", "belongs to a LoRA update of the weights; read it with Adapter.from_pretrained"),
         (tmp_path / "gpt2", "made for GPT2LMHeadModel"),
+        (other, "the description of a state must be at most"),
+        (pipe, "pipe/model.safetensors: must be a regular file; it is a FIFO"),
         (damaged, "damaged/model.safetensors: damaged: its description is not valid JSON"),
     ):
         with pytest.raises(PrefixFileError, match=message):
