@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from ctkernels.cli.parse import UsageError
 
@@ -18,8 +16,6 @@ if TYPE_CHECKING:
     from ctkernels.cli.options import ModelOptions
 
 
-PATIENCE = 5  # seconds to reach the hub
-PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")  # behind one the hub has no address
 THREADS_PER_CPU = 16  # more only wait for one another, and at some number the system gives none
 
 
@@ -91,18 +87,13 @@ def offline_if_unreachable(model: str) -> None:
     each request would be tried again and again, for a minute."""
     from huggingface_hub import constants
 
-    if Path(model).exists() or constants.HF_HUB_OFFLINE or any(os.environ.get(name) for name in PROXIES):
-        return
-    hub = urlsplit(constants.ENDPOINT)
-    port = hub.port or (80 if hub.scheme == "http" else 443)
-    try:
-        socket.create_connection((hub.hostname or "", port), timeout=PATIENCE).close()
-    except OSError as error:
+    from ctkernels.tuning.adapters.sources import unreachable_hub
+
+    away = None if Path(model).exists() else unreachable_hub()
+    if away is not None:
         constants.HF_HUB_OFFLINE = True
         print(
-            f"ctkernels: warning: {constants.ENDPOINT} cannot be reached ({error}); --model {model} is looked for "
-            "among what was fetched before",
-            file=sys.stderr,
+            f"ctkernels: warning: {away}; --model {model} is looked for among what was fetched before", file=sys.stderr
         )
 
 

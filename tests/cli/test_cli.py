@@ -100,7 +100,7 @@ def test_eval_of_methods_and_saved_prefixes(files, tmp_path, capsys):
 
 def test_calibrated_scores_and_offsets_that_are_kept(files, tmp_path, capsys):
     assert cli.run(tune_arguments(files, tmp_path / "run", "--epochs", "1", "--objective", "options")) == 0
-    prefix, out = f"{tmp_path}/run/prefix", tmp_path / "scores.json"
+    prefix, out = f"{tmp_path}/run", tmp_path / "scores.json"  # the folder of the run
     arguments = ["eval", "--model", f"{files}/model", "--test", f"{files}/test.jsonl", "--out", str(out)]
     dev = ["--calibrate", "dev", "--dev", f"{files}/train.jsonl"]
     found = {}
@@ -123,6 +123,7 @@ def test_calibrated_scores_and_offsets_that_are_kept(files, tmp_path, capsys):
     )  # plain: the same
     capsys.readouterr()
     assert cli.run([*arguments, "--prefix", prefix]) == 0  # what was stored
+    assert {path.name for path in (tmp_path / "run").glob("adapter*")} == set()
     (stored,) = json.loads(out.read_text())["results"]
     assert stored["calibrated"] == found["dev"]["calibrated"]
     table = capsys.readouterr().out

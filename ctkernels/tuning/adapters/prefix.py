@@ -247,8 +247,10 @@ class KVPrefix(nn.Module):
         tokenizer: PreTrainedTokenizerBase,
         demonstrations: Sequence[Demonstration],
         text_format: TextFormat | None = None,
+        method: str = "icl",
     ) -> KVPrefix:
-        """The keys and values of the concatenated demonstrations, with the text format recorded in the metadata.
+        """The keys and values of the concatenated demonstrations, with the text format and the method recorded in the
+        metadata.
 
         One demonstration is enough for in-context learning; see `num_demonstrations` for what it means for tuning.
 
@@ -260,7 +262,7 @@ class KVPrefix(nn.Module):
         text_format = text_format or TextFormat()
         context = encode_context(tokenizer, demonstrations, text_format)
         settings = {"text_format": text_format.recorded}
-        return cls.from_tokens(model, context.input_ids, context.segments, tokenizer, settings=settings)
+        return cls.from_tokens(model, context.input_ids, context.segments, tokenizer, method, settings)
 
     def attach(
         self,

@@ -10,6 +10,7 @@
         caches.py                             caches remember their attachment
         parallel.py                           KV heads of models that are spread over processes
         traces.py                             what an attachment leaves on a model: undone later, never copied
+        untrained.py                          optimisers that leave the prefix out
 
 An attached model runs as usual (`forward`, loss, `generate`, gradient checkpointing) on a row's own tokens. Caches and
 2D padding masks cover only those. Every layer reads the prefix in place; it is never copied per row.
@@ -56,6 +57,7 @@ from ctkernels.tuning.hf.parallel import head_group
 from ctkernels.tuning.hf.protocols import PrefixLike, PrefixSetLike
 from ctkernels.tuning.hf.states import check_states, rows_of, serve_states
 from ctkernels.tuning.hf.traces import Traces
+from ctkernels.tuning.hf.untrained import watch
 
 
 class Attachment:
@@ -121,7 +123,9 @@ class Attachment:
         decoder = self._decoder
         self._notice.remove()
         if any(hasattr(attention, ATTACHED) for attention in decoder.attentions):
-            raise ValueError(f"this {self._name} already has a prefix attached; leave that block first")
+            raise ValueError(
+                f"this {self._name} already has a prefix attached; leave that block, or unload its PrefixModel, first"
+            )
         with Traces() as traces:
             for index, attention in enumerate(decoder.attentions):
                 traces.set(attention, ATTACHED, index)
@@ -149,6 +153,8 @@ class Attachment:
                 traces.set(model, "generate", self._watched(model.generate))
             for module in dict.fromkeys((model, base)):
                 traces.set(module, "__deepcopy__", partial(traces.plain_copy, self, module))
+            for each in self._trainable:
+                watch(each, model, partial(_is_entered, weakref.ref(self)))
             ATTACHED_NOW.add(self._owner)
             traces.callback(ATTACHED_NOW.discard, self._owner)
             self._traces = traces.pop_all()
@@ -467,6 +473,11 @@ def _say_not_entered(attachment: weakref.ref[Attachment], base: nn.Module, args:
     made._notice.remove()
     if not any(hasattr(attention, ATTACHED) for attention in made._decoder.attentions):
         warnings.warn(NOT_ENTERED.format("was not entered"), stacklevel=2)
+
+
+def _is_entered(attachment: weakref.ref[Attachment]) -> bool:
+    made = attachment()
+    return made is not None and made._traces is not None
 
 
 def _layout(kwargs: dict[str, Any], tokens: Tensor, config: PreTrainedConfig) -> Tensor | None:
