@@ -6,10 +6,6 @@ import pytest
 
 from ctkernels import dispatch
 from ctkernels.testing.backends import Backend, backends, builds
-from ctkernels.testing.interpreter import interpreting, repair
-
-if interpreting():
-    repair()
 
 
 def _select(backend: Backend) -> Iterator[Backend]:
