@@ -17,12 +17,12 @@ from torch import Tensor
 
 def pairs(a: Tensor, b: Tensor, visible: Tensor) -> Tensor:
     """`[..., M, N]` products of a `[..., M, D]` and b `[..., N, D]`; 0 where not `visible`, bool `[..., M, N]`."""
-    return _Pairs.apply(a, b, visible)
+    return (_Pairs if torch.compiler.is_compiling() else _PairsWithTangents).apply(a, b, visible)
 
 
 def sums(x: Tensor, b: Tensor, visible: Tensor) -> Tensor:
     """`[..., M, D]` sums of b `[..., N, D]` with weights x `[..., M, N]` over what is `visible`, bool `[..., M, N]`."""
-    return _Sums.apply(x, b, visible)
+    return (_Sums if torch.compiler.is_compiling() else _SumsWithTangents).apply(x, b, visible)
 
 
 class _Bilinear(torch.autograd.Function):
@@ -31,7 +31,6 @@ class _Bilinear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
 
 class _Pairs(_Bilinear):
@@ -45,11 +44,6 @@ class _Pairs(_Bilinear):
         da = sums(grad, b, visible) if ctx.needs_input_grad[0] else None
         db = sums(grad.mT, a, visible.mT) if ctx.needs_input_grad[1] else None
         return da, db, None
-
-    @staticmethod
-    def jvp(ctx, da, db, _):
-        a, b, visible = ctx.saved_tensors
-        return _added(None if da is None else pairs(da, b, visible), None if db is None else pairs(a, db, visible))
 
 
 class _Sums(_Bilinear):
@@ -68,6 +62,26 @@ class _Sums(_Bilinear):
         dx = pairs(grad, b, visible) if ctx.needs_input_grad[0] else None
         db = sums(x.mT, grad, visible.mT) if ctx.needs_input_grad[1] else None
         return dx, db, None
+
+
+class _PairsWithTangents(_Pairs):
+    """With the forward-mode derivative, which torch.compile cannot trace."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx, da, db, _):
+        a, b, visible = ctx.saved_tensors
+        return _added(None if da is None else pairs(da, b, visible), None if db is None else pairs(a, db, visible))
+
+
+class _SumsWithTangents(_Sums):
+    """The same for sums."""
+
+    setup_context = _PairsWithTangents.setup_context
 
     @staticmethod
     def jvp(ctx, dx, db, _):
