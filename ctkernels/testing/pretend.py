@@ -109,7 +109,8 @@ def _backend(name: str) -> SimpleNamespace:
     def refusal(device: torch.device, dtype: torch.dtype, wide: int = 0) -> str | None:
         return "it computes in fp32, got fp64 tensors" if dtype == torch.float64 else None
 
-    return SimpleNamespace(unavailable=lambda: None, refusal=refusal, forward=cpu.forward, backward=cpu.backward)
+    computing = {name: getattr(cpu, name) for name in ("forward", "backward", "USES_DS_SUM")}
+    return SimpleNamespace(unavailable=lambda: None, refusal=refusal, **computing)
 
 
 def install() -> None:

@@ -14,7 +14,6 @@ import json
 import os
 import re
 import tempfile
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -304,6 +303,7 @@ class PrefixModel(nn.Module):
         token: str | bool | None = None,
         drop_p: float = 0.0,
         backend: str | None = None,
+        allow_other_weights: bool = False,
     ) -> PrefixModel:
         """A model in eval mode with a saved prefix.
 
@@ -314,6 +314,7 @@ class PrefixModel(nn.Module):
             adapter_name: its name here. A checkpoint's prefixes keep theirs, and this one is active if it is there.
             subfolder, revision, token: where it is in that folder or repository, and the hub's own arguments.
             drop_p, backend: as for the class.
+            allow_other_weights: as in `KVPrefix.from_pretrained`.
 
         Raises:
             PrefixFileError: what cannot be found, read or used, named.
@@ -321,7 +322,9 @@ class PrefixModel(nn.Module):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a transformers model, got {type(model).__name__}; source comes second")
         saved = read_prefixes(located(source, subfolder, revision, token), adapter_name)
-        prefixes = {name: KVPrefix.from_parts(each, model, tokenizer) for name, each in saved.items()}
+        prefixes = {
+            name: KVPrefix.from_parts(each, model, tokenizer, allow_other_weights) for name, each in saved.items()
+        }
         if adapter_name in prefixes:
             prefixes = {adapter_name: prefixes.pop(adapter_name), **prefixes}
         return cls(model, prefixes, drop_p, backend).eval()
@@ -334,13 +337,14 @@ class PrefixModel(nn.Module):
         subfolder: str = "",
         revision: str | None = None,
         token: str | bool | None = None,
+        allow_other_weights: bool = False,
     ) -> None:
         """Add a saved prefix, as `add_adapter` does. Arguments and errors as in `from_pretrained`."""
         path = located(source, subfolder, revision, token)
         (saved, *others) = read_prefixes(path, adapter_name).values()
         if others:
             raise PrefixFileError(f"{path}: holds several prefixes; PrefixModel.from_pretrained reads them")
-        self.add_adapter(adapter_name, KVPrefix.from_parts(saved, self._model))
+        self.add_adapter(adapter_name, KVPrefix.from_parts(saved, self._model, None, allow_other_weights))
 
     def push_to_hub(
         self,
@@ -388,9 +392,7 @@ class PrefixModel(nn.Module):
         for name, prefix in self.prefixes.items():
             metadata = PrefixMetadata(**descriptions[name]["metadata"])
             metadata.check(self._model)
-            doubt = metadata.other_weights(self._model)
-            if doubt:
-                warnings.warn(f"the state's prefix {name!r} was {doubt}", stacklevel=2)
+            metadata.check_weights(self._model, f"the state's prefix {name!r}")
             first = descriptions[name]["first_position"]
             if first != prefix.first_position:
                 raise ValueError(
