@@ -27,7 +27,7 @@ from ctkernels import ContextMask
 from ctkernels.tuning.adapters.file import Saved, faults, read_file, write_folder
 from ctkernels.tuning.data.demonstrations import Demonstration
 from ctkernels.tuning.data.formats import TextFormat, encode_context
-from ctkernels.tuning.hf.attach import Attachment
+from ctkernels.tuning.hf.attach import Attachment, check_fit
 from ctkernels.tuning.hf.encode import encode
 from ctkernels.tuning.hf.fingerprint import base_weights
 from ctkernels.tuning.hf.limits import check_context_length
@@ -116,7 +116,8 @@ class PrefixMetadata:
             ValueError: their fingerprints differ.
         """
         model = find_decoder(model).model
-        own_id, own = model.name_or_path, base_weights(model, alone=True)
+        tuned = hasattr(model, "peft_config")  # adapters of peft stand between its weights
+        own_id, own = model.name_or_path, None if tuned else base_weights(model, alone=True)
         known = own is not None and self.weights is not None
         if own is None or self.weights is None:
             same, what = not self.model_id or not own_id or self.model_id == own_id, "perhaps with other weights"
@@ -286,6 +287,7 @@ class KVPrefix(nn.Module):
             ValueError: a prefix for another model, for other weights, on another device, or a model that already has
                 one attached.
         """
+        check_fit(self, find_decoder(model))  # says more than hashes do
         self.compare_weights(model, allow_other_weights=allow_other_weights)
         return Attachment(self, model, mask=mask, cu_seqlens=cu_seqlens, backend=backend)
 

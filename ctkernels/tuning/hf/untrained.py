@@ -42,11 +42,13 @@ _watched: weakref.WeakKeyDictionary[nn.Module, _Watch] = weakref.WeakKeyDictiona
 _hooks: list[Any] = []
 
 
-def watch(prefix: nn.Module, model: nn.Module, attached: Callable[[], bool]) -> None:
+def watch(prefix: object, model: nn.Module, attached: Callable[[], bool]) -> None:
     """Have optimisers raise ValueError before a step that leaves out `prefix`, which is being attached to `model`.
 
-    attached: whether it still is.
+    attached: whether it still is.  A prefix that is no module is not watched.
     """
+    if not isinstance(prefix, nn.Module):
+        return
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_before_step))
     _watched[prefix] = _Watch(weakref.ref(model), attached, _stamps(prefix))

@@ -20,7 +20,7 @@ from ctkernels.tuning.hf.fingerprint import base_held, base_weights, weights_fin
 def hashed(monkeypatch):
     """How often weights were read."""
     calls = []
-    original = fingerprint._fingerprint
+    original = fingerprint._read
     monkeypatch.setattr(fingerprint, "_read", lambda model: calls.append(model) or original(model))
     return calls
 
