@@ -27,7 +27,7 @@ from ctkernels import ContextMask
 from ctkernels.tuning.adapters.file import Saved, faults, read_file, write_folder
 from ctkernels.tuning.data.demonstrations import Demonstration
 from ctkernels.tuning.data.formats import TextFormat, encode_context
-from ctkernels.tuning.hf.attach import Attachment, check_fit
+from ctkernels.tuning.hf.attach import Attachment
 from ctkernels.tuning.hf.encode import encode
 from ctkernels.tuning.hf.fingerprint import base_weights
 from ctkernels.tuning.hf.limits import check_context_length
@@ -287,8 +287,8 @@ class KVPrefix(nn.Module):
             ValueError: a prefix for another model, for other weights, on another device, or a model that already has
                 one attached.
         """
-        check_fit(self, find_decoder(model))  # says more than hashes do
-        self.compare_weights(model, allow_other_weights=allow_other_weights)
+        if allow_other_weights:
+            self.compare_weights(model, allow_other_weights=True)
         return Attachment(self, model, mask=mask, cu_seqlens=cu_seqlens, backend=backend)
 
     def compare_weights(

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ctkernels import ContextMask
 from ctkernels.tuning.adapters.prefix import KVPrefix
-from ctkernels.tuning.hf.attach import Attachment, check_fit
-from ctkernels.tuning.hf.models import find_decoder, other_architecture
+from ctkernels.tuning.hf.attach import Attachment
+from ctkernels.tuning.hf.models import other_architecture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,9 +81,6 @@ class PrefixSet:
         Raises:
             TypeError, ValueError: as `KVPrefix.attach`; an index out of range.
         """
-        for prefix in self.prefixes:
-            check_fit(prefix, find_decoder(model))
-            prefix.compare_weights(model)
         return Attachment(
             self, model, mask=mask, cu_seqlens=cu_seqlens, backend=backend, prefix_index=torch.as_tensor(prefix_index)
         )

@@ -131,8 +131,6 @@ def evaluate_prefix(
     _check_choice("calibrate", calibrate or "none", Calibrate)
     if by == "generation" and calibrate not in (None, "none"):
         raise DataError(f"calibrate={calibrate!r} needs options to choose from, and answers are generated here")
-    if (compare := getattr(prefix, "compare_weights", None)) is not None:  # not of a prefix in training
-        compare(model)
     scorer = Scorer(model, encoder or PairEncoder(tokenizer, text_format), prefix, max_tokens, backend)
     metric = metric or default_metric(items, by)
     with torch.no_grad(), frozen(model):

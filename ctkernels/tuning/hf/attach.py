@@ -92,7 +92,9 @@ class Attachment:
         self._decoder = find_decoder(model)
         self._prefixes: tuple[PrefixLike, ...] = getattr(prefix, "prefixes", (prefix,))
         for each in self._prefixes:
-            check_fit(each, self._decoder)
+            check_fit(each, self._decoder)  # which says more than a comparison of hashes
+            if (compare_weights := getattr(each, "compare_weights", None)) is not None:
+                compare_weights(model)
         self._trainable = (prefix,) if self._prefixes == (prefix,) else ()  # a set of prefixes is a copy
         self._last_first = max(each.first_position for each in self._prefixes)
         config = self._decoder.config
