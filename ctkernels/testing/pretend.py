@@ -101,8 +101,8 @@ def _copy_from(source: Tensor, target: PretendTensor, non_blocking: bool = False
     return target
 
 
-def _backend(name: str) -> SimpleNamespace:
-    """What `dispatch.load` gives for a backend of a GPU."""
+def _backend() -> SimpleNamespace:
+    """What `dispatch.load` gives for the backends of a GPU."""
     cpu = dispatch.load("cpu")
     assert cpu.unavailable() is None, cpu.unavailable()
 
@@ -116,7 +116,7 @@ def _backend(name: str) -> SimpleNamespace:
 def install() -> None:
     """Pretend from now on, in this process."""
     stock = dispatch.load
-    pretended = {name: _backend(name) for name in NAMES}
+    pretended = dict.fromkeys(NAMES, _backend())
     dispatch._unavailable.cache_clear()
     for name in NAMES:
         dispatch.BACKENDS[name] = (dispatch.BACKENDS[name][0], (DEVICE,))

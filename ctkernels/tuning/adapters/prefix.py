@@ -116,14 +116,14 @@ class PrefixMetadata:
             ValueError: their fingerprints differ.
         """
         model = find_decoder(model).model
-        tuned = hasattr(model, "peft_config")  # adapters of peft stand between its weights
+        tuned = hasattr(model, "peft_config")  # then its weights have other names, and those of adapters beside them
         own_id, own = model.name_or_path, None if tuned else base_weights(model, alone=True)
         known = own is not None and self.weights is not None
         if own is None or self.weights is None:
             same, what = not self.model_id or not own_id or self.model_id == own_id, "perhaps with other weights"
         else:
-            same, what = self.weights == own.whole, f"with other weights ({own.whole}, not {self.weights})"
-            same = same or (self.body == own.body and self.vocabulary != own.vocabulary)  # tokens were added
+            resized = self.body == own.body and self.vocabulary != own.vocabulary
+            same, what = resized or self.weights == own.whole, f"with other weights ({own.whole}, not {self.weights})"
         if same:
             return
         message = (
