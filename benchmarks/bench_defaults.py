@@ -30,7 +30,8 @@ from ctkernels.tuning.evaluation.sweep.workers import Workers
 from ctkernels.tuning.storage import atomic_write_bytes, atomic_write_json
 
 ROOT = Path(__file__).resolve().parent.parent
-GRID = [f"ct-kv:objective={name}:lr={lr}" for name in ("options", "answers") for lr in ("1e-3", "3e-3", "1e-2", "3e-2")]
+OBJECTIVES = ("options", "mixed", "answers")
+GRID = [f"ct-kv:objective={name}:lr={lr}" for name in OBJECTIVES for lr in ("1e-3", "3e-3", "1e-2", "3e-2")]
 DEFAULT, AUTO = "ct-kv", "ct-kv:auto=true"
 UNCUT = 1 << 20  # more tokens than any item has
 POINTS = 0.02  # what the defaults may lose
@@ -60,7 +61,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--names", nargs="*", default=[], help="tasks (default: all)")
     parser.add_argument("--seeds", nargs="*", type=int, default=[13])
     parser.add_argument("--shots", type=int, default=8)
-    parser.add_argument("--limit", type=int, default=100, help="test items of each task")
+    parser.add_argument("--split", choices=("validation", "test"), default="test", help="the items that are scored")
+    parser.add_argument("--grid-alone", action="store_true", help="the grid alone, without the defaults and `auto`")
+    parser.add_argument("--limit", type=int, default=100, help="items of each task")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "defaults", help="folder of the cells")
     parser.add_argument("--results", type=Path, help="folder of the report (default: OUT)")
@@ -77,10 +80,11 @@ def main(argv: list[str] | None = None) -> None:
             suite=suite,
             folder=folder,
             tasks=suite.pick_tasks(folder, args.names),
-            specs=[MethodSpec.parse(word) for word in ("icl", *GRID, DEFAULT, AUTO)],
+            specs=[MethodSpec.parse(word) for word in ("icl", *GRID, *(() if args.grid_alone else (DEFAULT, AUTO)))],
             seeds=args.seeds,
             out=args.out / name,
             limit=args.limit,
+            split=args.split,
             options=SuiteOptions(args.shots),
             calibrate="batch",
             text_format={"delimiter": "\n", "max_pair_tokens": UNCUT},

@@ -89,7 +89,10 @@ def score_options(forward: Forward, score: Score) -> Scored:
         padding = batch.attention_mask.shape[1] - batch.attention_mask.sum(dim=1)
         logits = _run_rows(forward, cache, padding, labelled)
         found, places = [whole.of(logits)], [*whole.places]
-        for group in _groups(branches):
+        groups = list(_groups(branches))
+        # of passes that are asked for and not needed nothing is read: their gradient is zero
+        groups += [[_Branch(0, 1, (int(batch.input_ids[0, 0]),))]] * (forward.passes - 1 - len(groups))
+        for group in groups:
             reads = _Reads()
             length = max(len(branch.tokens) for branch in group)
             for number, branch in enumerate(group):
@@ -116,6 +119,11 @@ def score_options(forward: Forward, score: Score) -> Scored:
         right=right.to(scores.device),
         choices_of_rows=[len(row) for row in batch.choices],
     )
+
+
+def passes(batch: Batch) -> int:
+    """How often `score_options` has to run the model for a batch."""
+    return 1 + sum(1 for _ in _groups(_plan(batch)[1]))
 
 
 def _plan(batch: Batch) -> tuple[_Reads, list[_Branch], list[int], list[tuple[int, int]]]:

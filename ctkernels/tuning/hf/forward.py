@@ -24,12 +24,14 @@ class Forward:
 
     attachment: of what is trained, or of an empty prefix; its mask is that of the batch.
     prompt: embeddings `[batch.lead, E]` of a soft prompt at the start of each row, or None.
+    passes: how often the model runs, at least: processes that share its weights all run it equally often.
     """
 
     model: PreTrainedModel
     attachment: Attachment
     batch: Batch
     prompt: Tensor | None = None
+    passes: int = 1
 
 
 def row_losses(model: PreTrainedModel, attachment: Attachment, batch: Batch, prompt: Tensor | None = None) -> Tensor:

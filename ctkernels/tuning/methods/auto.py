@@ -1,6 +1,5 @@
-"""Tuning without knobs: objective, learning rate and number of epochs are found on the demonstrations themselves.
+"""Tuning without knobs: learning rate and number of epochs are found on the demonstrations themselves.
 
-    objective      options where all demonstrations have some, else answers
     rate, epochs   successive halving (Jamieson and Talwalkar, arXiv 1502.07943) over four rates around the method's
                    own; every rung trains all that are left, with twice the epochs of the rung before, and keeps the
                    half with the lowest loss of the held-out demonstrations (`held_out_loss`, at the best epoch of the
@@ -26,7 +25,7 @@ from ctkernels.tuning.data.formats import TextFormat
 from ctkernels.tuning.methods.base import Method, require_loaded
 from ctkernels.tuning.methods.held_out import Fold, Holdout, folds
 from ctkernels.tuning.methods.table import get_method
-from ctkernels.tuning.methods.tune import Pairs, TuneResult, tune
+from ctkernels.tuning.methods.tune import Pairs, TuneResult, tune, with_objective
 from ctkernels.tuning.train.checkpoint import fingerprint
 from ctkernels.tuning.train.options import LoopOptions
 from ctkernels.tuning.train.trainer import EpochRecord, OnEpoch, TrainingError
@@ -175,7 +174,7 @@ def autotune(
     given = {**_of_preset(how, preset), **(given or {})}
     if given.get("steps") is not None:
         raise ValueError(f"steps must be None, since the search counts epochs, got {given['steps']}")
-    settings = how.settings(preset, **{**_table(demonstrations), **given})
+    settings = with_objective(how.settings(preset, **given), demonstrations)
     assert isinstance(settings, LoopOptions)  # of a method that trains
     split = folds(demonstrations, holdout, settings.seed)
     plan = _plan(how, settings, given, split, budget, len(demonstrations))
@@ -210,11 +209,6 @@ def autotune(
     last = tune(model, tokenizer, demonstrations, method, settings, text_format, on_epoch=stop, **others)
     spent = sum(trial.forwards for trial in trials) + 3 * len(demonstrations) * len(last.history)
     return AutoResult(last.adapter, last.history, tuple(trials), settings, best.best_epoch, spent)
-
-
-def _table(demonstrations: Sequence[Demonstration]) -> dict[str, Any]:
-    """Settings that depend on the demonstrations, as the reproduction found them (docs/methods.md)."""
-    return {"objective": "options"} if all(pair.options for pair in demonstrations) else {}
 
 
 def _of_preset(method: Method, preset: str | None) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from ctkernels.tuning.data.formats import EncodedContext, PairEncoder, Row, Text
 from ctkernels.tuning.hf.limits import check_context_length, check_row_lengths
 from ctkernels.tuning.hf.models import find_decoder, other_architecture
 from ctkernels.tuning.methods.presets import PRESETS
-from ctkernels.tuning.objectives import OBJECTIVES
 from ctkernels.tuning.train.distributed import is_sharded
 from ctkernels.tuning.train.masks import LeaveOneOut
 from ctkernels.tuning.train.options import LoopOptions, Options, choices, layered, neutral, type_hints
@@ -79,7 +78,7 @@ class Run(Generic[S_co]):
             self.text_format,
             settings.learn_stop,
             encoder,
-            OBJECTIVES[settings.objective].choices,
+            settings.minimised.choices,
             settings.score,
         )
 

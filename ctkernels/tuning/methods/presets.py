@@ -31,7 +31,8 @@ def _preset(
         "ttt": {"lr": ttt[0], "steps": ttt[1], **dropout},
         "ttt+ct-kv": {**kv, "epochs": ct_kv_after_ttt, "ttt_lr": ttt[0], "ttt_steps": ttt[1], **dropout},
     }
-    return MappingProxyType({method: {**settings, "reduction": "tokens"} for method, settings in own.items()})
+    loss = {"objective": "answers", "reduction": "tokens"}
+    return MappingProxyType({method: {**settings, **loss} for method, settings in own.items()})
 
 
 PRESETS = MappingProxyType(

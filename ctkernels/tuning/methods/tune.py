@@ -5,9 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ctkernels import dispatch
 from ctkernels.tuning.adapters.adapter import Adapter
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+S = TypeVar("S", bound=Options)
 Pairs = Iterable[Demonstration | Mapping[str, Any]] | str | Path
 
 
@@ -123,6 +124,7 @@ def tune(
     with ranks.together(), locked(folder) if folder is not None and ranks.writes else nullcontext():
         how = get_method(method)
         own = how.settings(**(settings or {})) if isinstance(settings, Mapping | None) else how.accept(settings)
+        own = with_objective(own, demonstrations)
         require_demonstrations(how, len(demonstrations), own)
         require_transferable(how, start_from, model)
         require_weights(how, model)
@@ -154,6 +156,14 @@ def tune(
         run = Run(model, tokenizer, demonstrations, method, own, text_format, start_from, train)
         report_delimiters(tokenizer, demonstrations, text_format)
         return TuneResult(how.fit(run), history)
+
+
+def with_objective(settings: S, demonstrations: Sequence[Demonstration]) -> S:
+    """The settings with the objective that None takes for these demonstrations. On validation items every method chose
+    better when it was trained on the choice (docs/methods.md, the reproduction)."""
+    if not isinstance(settings, LoopOptions) or settings.objective is not None:
+        return settings
+    return replace(settings, objective="options" if all(pair.options for pair in demonstrations) else "answers")
 
 
 def report_delimiters(

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ctkernels.tuning.data.batches import Layout
 from ctkernels.tuning.data.formats import Score
-from ctkernels.tuning.objectives import ObjectiveName
+from ctkernels.tuning.objectives import OBJECTIVES, Objective, ObjectiveName
 
 MAX_SEED = 2**31 - 1  # the seed and the epoch share the 64-bit seed of token dropout
 ENTRY = re.compile(r"^    (\w+): (.+(?:\n {8}.+)*)", re.MULTILINE)  # of a docstring's `Args:`
@@ -116,7 +116,7 @@ class LoopOptions(Options):
             Objectives that read options are always padded.
         objective: what is minimised: "answers" (cross-entropy of the answers), "options" (of the choice among the
             options of each demonstration), or "mixed" (a weighted mean of both; demonstrations without options have the
-            first alone).
+            first alone). None takes "options" where all demonstrations have some, else "answers".
         mixed: weight of the options in the objective "mixed", in [0, 1].
         reduction: what the answers' loss is a mean over: "rows" (each row's mean over its tokens counts alike) or
             "tokens" (all tokens of a step count alike, as in the authors' code).
@@ -129,9 +129,15 @@ class LoopOptions(Options):
     clip_norm: float | None = 1.0
     learn_stop: bool = False
     layout: Layout = "packed"
-    objective: ObjectiveName = "answers"
+    objective: ObjectiveName | None = None
     mixed: float = 0.5
     reduction: Literal["rows", "tokens"] = "rows"
+
+    @property
+    def minimised(self) -> Objective:
+        """The objective. What None takes is decided by `methods.tune`, which sees the demonstrations; until then it is
+        that of the answers."""
+        return OBJECTIVES[self.objective or "answers"]
 
     def check(self) -> None:
         self.at_least(0, "epochs")

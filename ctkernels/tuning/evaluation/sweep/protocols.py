@@ -4,7 +4,7 @@
     ct-kv:order=3             the third of some random orders
     ct-kv:ensemble=4          four orders are tuned and evaluated, and their losses averaged
     ct-kv:transferred=true    behind the prefix of another task, that of the sweep's `start_from`
-    ct-kv:auto=true           learning rate, epochs and objective are found on the demonstrations (`methods/auto.py`)
+    ct-kv:auto=true           learning rate and epochs are found on the demonstrations (`methods/auto.py`)
 
 Each is part of a method's word, so that it is a row of the report and has cells of its own.
 """

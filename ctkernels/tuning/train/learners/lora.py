@@ -15,7 +15,7 @@ from ctkernels.tuning.data.batches import Batch
 from ctkernels.tuning.data.demonstrations import Demonstration
 from ctkernels.tuning.data.formats import PairEncoder, Row
 from ctkernels.tuning.hf.attach import Attachment
-from ctkernels.tuning.objectives import OBJECTIVES, Forward
+from ctkernels.tuning.objectives import Forward
 from ctkernels.tuning.train.checkpoint import fingerprint
 from ctkernels.tuning.train.learners.base import Learner
 from ctkernels.tuning.train.learners.prompt import empty_prefix
@@ -71,7 +71,7 @@ class LoraLearner(Learner):
         self._start, self._delimiter, self._leads = encoder.start, encoder.delimiter, encoder.leads
         self._sources = [d.source for d in demonstrations]
         self._pairs = []  # (tokens of `x _`, tokens of y, the choice among options if the objective reads it)
-        choices = OBJECTIVES[settings.objective].choices
+        choices = settings.minimised.choices
         for d in demonstrations:
             answer = encoder.answer(d, d.output)
             prompt = encoder.prompt(d, encoder.longest(d, answer, choices))
