@@ -9,9 +9,7 @@
             step  <- AdamW(betas 0.9/0.999, no decay) on the gradient of all of them (and of the learner's penalty),
                      its norm clipped
 
-Rows run packed back to back (or right-padded) in micro-batches of at most `max_tokens` tokens; each contributes
-`sum of its rows' losses / number of the step's rows`, so that loss and gradient do not depend on how they are split,
-nor on how many processes share the rows of a step (`distributed.py`).
+The gradient is that of `passes.py`. A `Training` is what happens around it, for one learner: `train_learner` runs one.
 """
 
 from __future__ import annotations
@@ -26,15 +24,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ctkernels.tuning.data.batches import Layout, make_batch, split_by_tokens
+from ctkernels.tuning.data.batches import make_batch
 from ctkernels.tuning.data.demonstrations import DataError
 from ctkernels.tuning.data.formats import Row
 from ctkernels.tuning.hf.forward import frozen
-from ctkernels.tuning.objectives import OBJECTIVES, Weights
+from ctkernels.tuning.objectives import OBJECTIVES
 from ctkernels.tuning.train.checkpoint import Checkpoint, fingerprint, model_fingerprint
 from ctkernels.tuning.train.distributed import Ranks, is_sharded
 from ctkernels.tuning.train.learners import Learner
 from ctkernels.tuning.train.options import LoopOptions
+from ctkernels.tuning.train.passes import Step, add_gradients
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -120,131 +119,225 @@ def train_learner(
     identity: Mapping[str, Any] | None = None,
     watch: Watch | None = None,
 ) -> list[EpochRecord]:
-    """Train `learner` in place; errors as in `methods.tune`.
-
-    stage: name of one of several loops of a run, whose checkpoint has a folder of its own.
-    identity: what the run depends on besides settings, rows and model, as JSON values by name.
-    watch: items that choose the epoch whose outcome is kept.
-    """
-    run = run or RunControl()
-    ranks = run.ranks
-    rows = learner.rows(0)
-    if not rows:
-        raise DataError("training needs demonstrations, got none")
-    loop = _Loop(model, learner, settings, ranks, len(rows))
-    parameters, optimizer = loop.parameters, loop.optimizer
-    now = {**parameters, **learner.state()}
-    best = {} if watch is None else {f"best.{name}": x.detach().clone() for name, x in now.items()}
-    kept = {**now, **best}
-    history: list[EpochRecord] = []
-    store, known = None, {}
-    if run.checkpoint_dir is not None or ranks.size > 1:
-        known = _identity(model, learner, rows, settings)
-    ranks.agree(**known)
-    ranks.share_start(parameters.values())
-    if run.checkpoint_dir is not None:
-        store = Checkpoint(run.checkpoint_dir / stage, {**(identity or {}), **known})
-        if store.exists() and not run.resume:
-            raise ValueError(f"checkpoint_dir already holds {store.path}; resume from it, or choose another folder")
-    with frozen(model, but=parameters.values()):
-        singly = (make_batch(rows, [i], settings.layout, learner.lead).to(model.device) for i in range(len(rows)))
-        with learner.attached(settings.backend):
-            learner.before_training(singly)  # before a checkpoint replaces the start
-        if store is not None and store.exists():
-            history = [EpochRecord(**record) for record in store.load(kept, optimizer)]
-        ranks.agree(checkpoint=f"checkpoint after {len(history)} epochs")
-        curve = [loss for r in history for loss in (r.held_out_start, r.held_out) if loss is not None]
-        if watch is not None and not curve:
-            curve = [ranks.first(watch.loss())]
-            _copy(now.values(), best.values())
-        while len(history) < loop.epochs and not (history and history[-1].stopped):
+    """Train `learner` in place; arguments as those of `Training`, errors as in `methods.tune`."""
+    training = Training(model, learner, settings, run, stage=stage, identity=identity, watch=watch)
+    with frozen(model, but=training.parameters.values()):
+        training.begin()
+        while not training.done:
             with learner.attached(settings.backend):
-                record = replace(loop.run_epoch(len(history)), stage=stage)
-            if watch is not None:
-                start = None if history else curve[0]
-                curve.append(ranks.first(watch.loss()))
-                record = replace(record, held_out=curve[-1], held_out_start=start)
-                if curve[-1] < min(curve[:-1]):
-                    _copy(now.values(), best.values())
-            stop = run.on_epoch is not None and bool(run.on_epoch(record, learner.module))
-            if watch is not None and watch.patience is not None:
-                stop |= len(curve) - 1 - curve.index(min(curve)) >= watch.patience
-            stops = ranks.sum((), torch.tensor(float(stop), dtype=torch.float64))
-            history.append(replace(record, stopped=bool(stops)))
-            ends = bool(ranks.sum((), torch.tensor(float(run.ends is not None and run.ends()), dtype=torch.float64)))
-            last = record.epoch == loop.epochs or bool(stops)
-            due = record.epoch % run.checkpoint_every == 0 or last or ends
-            if store is not None and due and ranks.writes:
-                store.save(kept, optimizer, [asdict(r) for r in history])
-            if ends and not last:
-                raise Interrupted
-    optimizer.zero_grad()
-    _copy(best.values(), now.values() if best else ())
-    return history
+                while not training.epoch_over:
+                    training.take(_losses(training))
+            training.end_epoch()
+    return training.end()
 
 
-@torch.no_grad()
-def _copy(source: Iterable[Tensor], target: Iterable[Tensor]) -> None:
-    for x, y in zip(source, target, strict=True):
-        y.copy_(x)
+def _losses(training: Training) -> Tensor:
+    """Run the passes of the next step, its learner attached; the sum of the losses of this process's rows."""
+    learner, step = training.learner, training.next_step()
+    device, ranks = training.model.device, training.run.ranks
+    return add_gradients(
+        [step], training.settings, lambda batch, _: learner.forward(batch, step.seed), ranks, device, learner.lead
+    )[0]
 
 
-class _Loop:
-    """The epochs of a training: what is trained, by which optimiser, and which rows each step takes."""
+@dataclass
+class _Epoch:
+    """An epoch that has begun: its rows, the rows of each step, and what its steps so far have left."""
+
+    rows: Sequence[Row]
+    steps: Sequence[list[int]]
+    total: Tensor
+    lrs: list[float] = field(default_factory=list)
+    norms: list[Tensor] = field(default_factory=list)
+    started: float = field(default_factory=time.perf_counter)
+
+
+class Training:
+    """One learner in training: its steps, epochs and checkpoints, but for the passes through the model.
+
+        begin, until done: (next_step, take) until epoch_over, end_epoch; end
+
+    The model is frozen from `begin` to the last `end_epoch`. Only between these calls, whoever makes them may have the
+    learner attached.
+
+    Args:
+        model, learner, settings: what is trained, and how.
+        run: how it is kept and watched.
+        stage: name of one of several loops of a run, whose checkpoint has a folder of its own.
+        identity: what the run depends on besides settings, rows and model, as JSON values by name.
+        watch: items that choose the epoch whose outcome is kept.
+
+    Attributes:
+        parameters: what is trained, by name.  history: the epochs so far.
+
+    Raises:
+        DataError: no rows.
+        ValueError: a checkpoint that the run does not resume; an objective that a sharded model cannot have.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, learner: Learner, settings: LoopOptions, ranks: Ranks, count: int
+        self,
+        model: PreTrainedModel,
+        learner: Learner,
+        settings: LoopOptions,
+        run: RunControl | None = None,
+        *,
+        stage: str = "",
+        identity: Mapping[str, Any] | None = None,
+        watch: Watch | None = None,
     ) -> None:
-        self.model, self.learner, self.settings, self.ranks = model, learner, settings, ranks
-        self.per_epoch = len(self._steps(count, 0))
+        self.model, self.learner, self.settings, self.watch = model, learner, settings, watch
+        self.run, self.stage = run or RunControl(), stage
+        ranks = self.run.ranks
+        rows = learner.rows(0)
+        if not rows:
+            raise DataError("training needs demonstrations, got none")
+        require_equal_passes(model, settings, ranks)
+        self.per_epoch = len(self._steps(len(rows), 0))
         self.total_steps = settings.epochs * self.per_epoch if settings.steps is None else settings.steps
         self.epochs = math.ceil(self.total_steps / self.per_epoch)
-        self.objective = OBJECTIVES[settings.objective]
-        reads_options = self.objective.choices != "none"
-        self.layout: Layout = "padded" if reads_options else settings.layout
-        if reads_options and ranks.size > 1 and is_sharded(model):
-            raise ValueError(
-                f"objective={settings.objective!r} runs a model as often as its options need, and processes that share "
-                "its weights must all run it equally often; take objective='answers', or a model in one piece"
-            )
         self.parameters = learner.parameters()
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=settings.lr, betas=(0.9, 0.999), weight_decay=0.0
         )
-
-    def run_epoch(self, epoch: int) -> EpochRecord:
-        """All steps of an epoch, counted from 0."""
-        started = time.perf_counter()
-        settings, learner, parameters = self.settings, self.learner, self.parameters
-        rows = learner.rows(epoch)
-        before = epoch * self.per_epoch
-        steps = self._steps(len(rows), epoch)[: self.total_steps - before]
-        seen = sum(map(len, steps))
-        first_lr, total, norms = 0.0, torch.zeros((), dtype=torch.float64, device=self.model.device), []
-        for number, step in enumerate(steps):
-            lr = 0.5 * settings.lr * (1 + math.cos(math.pi * (before + number) / self.total_steps))
-            first_lr = lr if number == 0 else first_lr
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.zero_grad()
-            losses = self._accumulate(rows, step, settings.dropout_seed(epoch))
-            penalty = learner.penalty() if self.ranks.rank == 0 else None
-            if penalty is not None:
-                penalty.backward()
-            self._require_gradients()
-            total += self.ranks.sum(parameters.values(), losses)
-            learner.before_step()
-            norms.append(torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip_norm or math.inf))
-            if not torch.isfinite(norms[-1]) or not torch.isfinite(total):
-                raise TrainingError(
-                    f"epoch {epoch + 1}: the loss is {total.item() / seen} and the gradient norm "
-                    f"{float(norms[-1])}; try a smaller lr than {settings.lr}, or a wider dtype than {self.model.dtype}"
+        self._now = {**self.parameters, **learner.state()}
+        self._best = {} if watch is None else {f"best.{name}": x.detach().clone() for name, x in self._now.items()}
+        self.history: list[EpochRecord] = []
+        self._curve: list[float] = []  # losses of the held-out items
+        self._epoch: _Epoch | None = None
+        known = {}
+        if self.run.checkpoint_dir is not None or ranks.size > 1:
+            known = _identity(model, learner, rows, settings)
+        ranks.agree(**known)
+        ranks.share_start(self.parameters.values())
+        self._store = None
+        if self.run.checkpoint_dir is not None:
+            self._store = Checkpoint(self.run.checkpoint_dir / stage, {**(identity or {}), **known})
+            if self._store.exists() and not self.run.resume:
+                raise ValueError(
+                    f"checkpoint_dir already holds {self._store.path}; resume from it, or choose another folder"
                 )
-            self.optimizer.step()
-            learner.after_step()
-        norm = float(torch.stack(norms).mean())
-        seconds = time.perf_counter() - started
-        return EpochRecord(epoch + 1, total.item() / seen, first_lr, norm, seconds, steps=len(steps))
+
+    @property
+    def done(self) -> bool:
+        """Whether all epochs have been run, or one has ended the run."""
+        return len(self.history) >= self.epochs or (bool(self.history) and self.history[-1].stopped)
+
+    @property
+    def epoch_over(self) -> bool:
+        """Whether the epoch that has begun has no steps left."""
+        return self._epoch is not None and len(self._epoch.norms) == len(self._epoch.steps)
+
+    def begin(self) -> None:
+        """Prepare the learner, go on from the checkpoint if there is one, and look at the held-out items.
+
+        Raises:
+            CheckpointError: a checkpoint of another run.
+        """
+        learner, layout, ranks = self.learner, self.settings.layout, self.run.ranks
+        rows = learner.rows(0)
+        singly = (make_batch(rows, [i], layout, learner.lead).to(self.model.device) for i in range(len(rows)))
+        with learner.attached(self.settings.backend):
+            learner.before_training(singly)  # before a checkpoint replaces the start
+        if self._store is not None and self._store.exists():
+            saved = self._store.load({**self._now, **self._best}, self.optimizer)
+            self.history = [EpochRecord(**record) for record in saved]
+        ranks.agree(checkpoint=f"checkpoint after {len(self.history)} epochs")
+        self._curve = [loss for r in self.history for loss in (r.held_out_start, r.held_out) if loss is not None]
+        if self.watch is not None and not self._curve:
+            self._curve = [ranks.first(self.watch.loss())]
+            _copy(self._now.values(), self._best.values())
+
+    def next_step(self) -> Step:
+        """The rows of the next step; gradients are zero then, and what is learned is what they have to be taken of.
+        Asking again without `take` gives the same step again."""
+        settings, number = self.settings, len(self.history)
+        before = number * self.per_epoch
+        if self._epoch is None:
+            rows = self.learner.rows(number)
+            steps = self._steps(len(rows), number)[: self.total_steps - before]
+            self._epoch = _Epoch(rows, steps, torch.zeros((), dtype=torch.float64, device=self.model.device))
+        taken = len(self._epoch.norms)
+        lr = 0.5 * settings.lr * (1 + math.cos(math.pi * (before + taken) / self.total_steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad()
+        return Step(self._epoch.rows, self._epoch.steps[taken], settings.dropout_seed(number))
+
+    def take(self, losses: Tensor) -> None:
+        """The optimiser's step on the gradients that are there now.
+
+        losses: sum of the losses of this process's rows of the step, fp64 `[]`.
+
+        Raises:
+            TrainingError: the loss or the gradient is not finite, or there is none; what is learned has not changed.
+        """
+        epoch, settings, parameters = self._epoch, self.settings, self.parameters
+        assert epoch is not None
+        penalty = self.learner.penalty() if self.run.ranks.rank == 0 else None
+        if penalty is not None:
+            penalty.backward()
+        self._require_gradients()
+        total = epoch.total + self.run.ranks.sum(parameters.values(), losses)
+        self.learner.before_step()
+        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip_norm or math.inf)
+        if not torch.isfinite(norm) or not torch.isfinite(total):
+            seen = sum(map(len, epoch.steps))
+            raise TrainingError(
+                f"epoch {len(self.history) + 1}: the loss is {total.item() / seen} and the gradient norm "
+                f"{float(norm)}; try a smaller lr than {settings.lr}, or a wider dtype than {self.model.dtype}"
+            )
+        epoch.total = total
+        epoch.norms.append(norm)
+        epoch.lrs.append(self.optimizer.param_groups[0]["lr"])
+        self.optimizer.step()
+        self.learner.after_step()
+
+    def end_epoch(self) -> None:
+        """Record the epoch, ask the held-out items and `on_epoch`, and write a checkpoint if one is due.
+
+        Raises:
+            Interrupted: `RunControl.ends` said so, and the run can be resumed.
+        """
+        epoch, run, curve = self._epoch, self.run, self._curve
+        assert epoch is not None
+        self._epoch = None
+        norm = float(torch.stack(epoch.norms).mean())
+        record = EpochRecord(
+            epoch=len(self.history) + 1,
+            loss=epoch.total.item() / sum(map(len, epoch.steps)),
+            lr=epoch.lrs[0],
+            grad_norm=norm,
+            seconds=time.perf_counter() - epoch.started,
+            stage=self.stage,
+            steps=len(epoch.steps),
+        )
+        if self.watch is not None:
+            start = None if self.history else curve[0]
+            curve.append(run.ranks.first(self.watch.loss()))
+            record = replace(record, held_out=curve[-1], held_out_start=start)
+            if curve[-1] < min(curve[:-1]):
+                _copy(self._now.values(), self._best.values())
+        stop = run.on_epoch is not None and bool(run.on_epoch(record, self.learner.module))
+        if self.watch is not None and self.watch.patience is not None:
+            stop |= len(curve) - 1 - curve.index(min(curve)) >= self.watch.patience
+        self.history.append(replace(record, stopped=self._any(stop)))
+        ends = self._any(run.ends is not None and run.ends())
+        due = record.epoch % run.checkpoint_every == 0 or self.done or ends
+        if self._store is not None and due and run.ranks.writes:
+            self._store.save({**self._now, **self._best}, self.optimizer, [asdict(r) for r in self.history])
+        if ends and not self.done:
+            raise Interrupted
+
+    def end(self) -> list[EpochRecord]:
+        """Leave the learner as its best epoch left it, without gradients. Returns the history."""
+        self.optimizer.zero_grad()
+        _copy(self._best.values(), self._now.values() if self._best else ())
+        return self.history
+
+    def _any(self, flag: bool) -> bool:
+        """Whether a flag is set in any process."""
+        return bool(self.run.ranks.sum((), torch.tensor(float(flag), dtype=torch.float64)))
 
     def _steps(self, count: int, epoch: int) -> list[list[int]]:
         """Indices of the rows of each optimiser step of an epoch."""
@@ -255,36 +348,6 @@ class _Loop:
         order = torch.randperm(count, generator=generator).tolist()
         return [order[i : i + size] for i in range(0, count, size)]
 
-    def _accumulate(self, rows: Sequence[Row], step: list[int], seed: int) -> Tensor:
-        """Add the gradient of this process's rows to that of the step's mean loss; returns the sum of their losses."""
-        total = torch.zeros((), dtype=torch.float64, device=self.model.device)
-        per_row = sum(len(rows[i].answers[0]) for i in step) / len(step)  # labels
-        for indices, weight in self._micro_batches(rows, step):
-            batch = make_batch(rows, indices, self.layout, self.learner.lead).to(self.model.device)
-            factors = torch.ones(len(indices), dtype=torch.float64, device=self.model.device)
-            if self.settings.reduction == "tokens":
-                factors = torch.tensor(batch.answer_sizes).to(factors) / per_row
-            weights = Weights(self.settings.score, self.settings.mixed, factors)
-            losses = self.objective.losses(self.learner.forward(batch, seed), weights)
-            (weight * losses.sum() / len(step)).backward()
-            total += weight * losses.detach().double().sum()
-        return total
-
-    def _micro_batches(self, rows: Sequence[Row], step: list[int]) -> list[tuple[list[int], float]]:
-        """Indices of the rows of this process's micro-batches, and the weight of their losses.
-
-        All processes run equally many, since a sharded model's forward pass is a collective call: one with fewer of its
-        own repeats a row with weight 0.
-        """
-        batches = []
-        for rank in range(self.ranks.size):
-            share = self.ranks.share(step, rank)
-            chosen = [rows[i] for i in share]
-            groups = split_by_tokens(chosen, self.settings.max_tokens, self.layout, self.learner.lead)
-            batches.append([[share[i] for i in group] for group in groups])
-        mine, most = batches[self.ranks.rank], max(map(len, batches))
-        return [(indices, 1.0) for indices in mine] + [([step[0]], 0.0)] * (most - len(mine))
-
     def _require_gradients(self) -> None:
         missing = [name for name, parameter in self.parameters.items() if parameter.grad is None]
         if missing:
@@ -293,6 +356,21 @@ class _Loop:
                 f"{type(self.model).__name__} has no derivative, such as quantised layers that were run in eval mode "
                 "before"
             )
+
+
+def require_equal_passes(model: PreTrainedModel, settings: LoopOptions, ranks: Ranks) -> None:
+    """Refuse an objective whose passes differ between processes that have to run them together. Raises ValueError."""
+    if OBJECTIVES[settings.objective].choices != "none" and ranks.size > 1 and is_sharded(model):
+        raise ValueError(
+            f"objective={settings.objective!r} runs a model as often as its options need, and processes that share "
+            "its weights must all run it equally often; take objective='answers', or a model in one piece"
+        )
+
+
+@torch.no_grad()
+def _copy(source: Iterable[Tensor], target: Iterable[Tensor]) -> None:
+    for x, y in zip(source, target, strict=True):
+        y.copy_(x)
 
 
 def _identity(model: PreTrainedModel, learner: Learner, rows: Sequence[Row], settings: LoopOptions) -> dict[str, Any]:

@@ -145,14 +145,10 @@ def test_an_objective_that_reads_options_needs_some():
 def test_processes_that_share_weights_and_rows_are_refused(monkeypatch):
     """They meet in every pass of the model, and would wait for one another where their options need other passes."""
     monkeypatch.setattr(trainer, "is_sharded", lambda model: True)
-    learner = SimpleNamespace(parameters=lambda: {"x": torch.nn.Parameter(torch.ones(1))})
-    for size in (1, 2):
-        ranks = SimpleNamespace(size=size)
-        trainer._Loop(None, learner, settings("ct-kv"), ranks, 5)
-        if size == 1:
-            trainer._Loop(None, learner, settings("ct-kv", objective="mixed"), ranks, 5)
+    for size, name in ((1, "answers"), (1, "mixed"), (2, "answers")):
+        trainer.require_equal_passes(None, settings("ct-kv", objective=name), SimpleNamespace(size=size))
     with pytest.raises(ValueError, match=r"^objective='options' runs a model as often as its options need, and"):
-        trainer._Loop(None, learner, settings("ct-kv", objective="options"), ranks, 5)
+        trainer.require_equal_passes(None, settings("ct-kv", objective="options"), SimpleNamespace(size=2))
 
 
 def test_options_that_the_first_token_does_not_tell_apart():

@@ -1,0 +1,101 @@
+"""The passes of a step: rows of one learner, or of several, through the model and back.
+
+    rows of step 0   a b c        micro-batch 0   a b c d      forward -> losses -> sum over rows of loss / rows of
+    rows of step 1   d e          micro-batch 1   e                       the row's own step -> backward
+
+Rows run packed back to back (or right-padded) in micro-batches of at most `max_tokens` tokens. A row's loss is divided
+by the number of rows of its step, so that loss and gradient do not depend on how rows are split, on the steps that run
+beside it, nor on how many processes share the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ctkernels.tuning.data.batches import Batch, Layout, make_batch, split_by_tokens
+from ctkernels.tuning.data.formats import Row
+from ctkernels.tuning.objectives import OBJECTIVES, Forward, Weights
+from ctkernels.tuning.train.distributed import Ranks
+from ctkernels.tuning.train.options import LoopOptions
+
+Place = tuple[int, int]  # a step, and one of its rows
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimiser step of a learner takes.
+
+    rows: of its epoch.  indices: those of this step.  seed: of what is drawn.
+    """
+
+    rows: Sequence[Row]
+    indices: Sequence[int]
+    seed: int
+
+    @property
+    def labels_per_row(self) -> float:
+        """Mean number of answer tokens."""
+        return sum(len(self.rows[i].answers[0]) for i in self.indices) / len(self.indices)
+
+
+def layout_of(settings: LoopOptions) -> Layout:
+    """How the rows of a batch lie: objectives that read options continue padded rows."""
+    return settings.layout if OBJECTIVES[settings.objective].choices == "none" else "padded"
+
+
+def add_gradients(
+    steps: Sequence[Step],
+    settings: LoopOptions,
+    forward: Callable[[Batch, list[int]], Forward],
+    ranks: Ranks,
+    device: torch.device,
+    lead: int = 0,
+) -> Tensor:
+    """Add the gradients of this process's rows to those of each step's mean loss.
+
+    settings: of the objective, and how rows are batched, for all steps alike.
+    forward: makes a batch ready to run, given the number of the step of each of its rows, which never decreases.
+    lead: soft prompt positions in front of each row.
+
+    Returns the sum of the losses of each step's rows of this process, fp64 `[len(steps)]`.
+    """
+    total = torch.zeros(len(steps), dtype=torch.float64, device=device)
+    layout, objective = layout_of(settings), OBJECTIVES[settings.objective]
+    for places, weight in _micro_batches(steps, settings, layout, lead, ranks):
+        owners, indices = (list(x) for x in zip(*places, strict=True))
+        batch = make_batch([steps[step].rows[i] for step, i in places], range(len(places)), layout, lead)
+        batch = replace(batch, row_ids=torch.tensor(indices)).to(device)
+        factors = torch.ones(len(places), dtype=torch.float64, device=device)
+        if settings.reduction == "tokens":
+            per_row = torch.tensor([steps[step].labels_per_row for step in owners], dtype=torch.float64)
+            factors = torch.tensor(batch.answer_sizes).to(factors) / per_row.to(factors)
+        weights = Weights(settings.score, settings.mixed, factors)
+        losses = objective.losses(forward(batch, owners), weights)
+        shares = torch.tensor([weight / len(steps[step].indices) for step in owners], dtype=torch.float64)
+        (losses * shares.to(losses)).sum().backward()
+        counts = [owners.count(step) for step in range(len(steps))]
+        total += weight * torch.stack([part.sum() for part in losses.detach().double().split(counts)])
+    return total
+
+
+def _micro_batches(
+    steps: Sequence[Step], settings: LoopOptions, layout: Layout, lead: int, ranks: Ranks
+) -> list[tuple[list[Place], float]]:
+    """The rows of this process's micro-batches, and the weight of their losses.
+
+    All processes run equally many, since a sharded model's forward pass is a collective call: one with fewer of its own
+    repeats a row with weight 0.
+    """
+    places = [(number, i) for number, step in enumerate(steps) for i in step.indices]
+    batches = []
+    for rank in range(ranks.size):
+        share = ranks.share(places, rank)
+        chosen = [steps[number].rows[i] for number, i in share]
+        groups = split_by_tokens(chosen, settings.max_tokens, layout, lead)
+        batches.append([[share[at] for at in group] for group in groups])
+    mine, most = batches[ranks.rank], max(map(len, batches))
+    return [(group, 1.0) for group in mine] + [([places[0]], 0.0)] * (most - len(mine))
