@@ -225,12 +225,11 @@ def main(argv: list[str] | None = None) -> None:
 
     paper, lines = TextFormat(), line_breaks(tokenizer)
     ct_kv = get_method("ct-kv")
-    options = all(pair.options for pair in train)
     planned = [
         ("zero-shot", get_method("zero-shot").settings(), paper, []),
         ("icl", get_method("icl").settings(), paper, []),
-        (PAPER, ct_kv.settings(epochs=args.epochs), paper, []),
-        (OPTIONS, ct_kv.settings(epochs=args.epochs, objective="options" if options else "answers"), lines, dev),
+        (PAPER, ct_kv.settings(epochs=args.epochs, objective="answers"), paper, []),
+        (OPTIONS, ct_kv.settings(epochs=args.epochs), lines, dev),
     ]
     results = []
     for label, settings, text_format, held_out in planned:

@@ -18,8 +18,17 @@ ITEMS = [Demonstration("warm rain", "warm", ("warm", "cold", "ok")), Demonstrati
 
 
 def settings(name: str, **options) -> Options:
-    """Three epochs at a high rate, a small update where there is one."""
-    small = {"lora_rank": 2, "ttt_epochs": 2, "ttt_lr": 1e-2, "prompt_tokens": 5, "epochs": 3, "lr": 1e-2, "seed": 2}
+    """The loss of the answers, three epochs at a high rate, a small update where there is one."""
+    small = {
+        "objective": "answers",
+        "lora_rank": 2,
+        "ttt_epochs": 2,
+        "ttt_lr": 1e-2,
+        "prompt_tokens": 5,
+        "epochs": 3,
+        "lr": 1e-2,
+        "seed": 2,
+    }
     method = get_method(name)
     return method.settings(**layered(method.pick(small), options))
 

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from ctkernels.tuning.data.demonstrations import Demonstration, as_demonstrations
+from ctkernels.tuning.data.demonstrations import as_demonstrations
 from ctkernels.tuning.data.formats import TextFormat
 from ctkernels.tuning.methods.base import Method, require_loaded
 from ctkernels.tuning.methods.held_out import Fold, Holdout, folds

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ctkernels.tuning.data.batches import Batch, Layout, make_batch, split_by_tokens
 from ctkernels.tuning.data.formats import Row
-from ctkernels.tuning.objectives import OBJECTIVES, Forward, Weights
+from ctkernels.tuning.hf.continuations import passes
+from ctkernels.tuning.objectives import Forward, Weights
 from ctkernels.tuning.train.distributed import Ranks
 from ctkernels.tuning.train.options import LoopOptions
 
@@ -44,7 +45,7 @@ class Step:
 
 def layout_of(settings: LoopOptions) -> Layout:
     """How the rows of a batch lie: objectives that read options continue padded rows."""
-    return settings.layout if OBJECTIVES[settings.objective].choices == "none" else "padded"
+    return settings.layout if settings.minimised.choices == "none" else "padded"
 
 
 def add_gradients(
@@ -54,27 +55,32 @@ def add_gradients(
     ranks: Ranks,
     device: torch.device,
     lead: int = 0,
+    together: bool = False,
 ) -> Tensor:
     """Add the gradients of this process's rows to those of each step's mean loss.
 
     settings: of the objective, and how rows are batched, for all steps alike.
     forward: makes a batch ready to run, given the number of the step of each of its rows, which never decreases.
     lead: soft prompt positions in front of each row.
+    together: whether the processes share the weights of the model, whose every pass all of them then have to make.
 
     Returns the sum of the losses of each step's rows of this process, fp64 `[len(steps)]`.
     """
     total = torch.zeros(len(steps), dtype=torch.float64, device=device)
-    layout, objective = layout_of(settings), OBJECTIVES[settings.objective]
-    for places, weight in _micro_batches(steps, settings, layout, lead, ranks):
+    layout, objective = layout_of(settings), settings.minimised
+    for at_once in zip(*_micro_batches(steps, settings, layout, lead, ranks), strict=True):
+        places, weight = at_once[ranks.rank]
         owners, indices = (list(x) for x in zip(*places, strict=True))
-        batch = make_batch([steps[step].rows[i] for step, i in places], range(len(places)), layout, lead)
-        batch = replace(batch, row_ids=torch.tensor(indices)).to(device)
+        batch = replace(_batch(steps, places, layout, lead), row_ids=torch.tensor(indices)).to(device)
+        count = 1
+        if together and objective.choices != "none":
+            count = max(passes(_batch(steps, of_rank, layout, lead)) for of_rank, _ in at_once)
         factors = torch.ones(len(places), dtype=torch.float64, device=device)
         if settings.reduction == "tokens":
             per_row = torch.tensor([steps[step].labels_per_row for step in owners], dtype=torch.float64)
             factors = torch.tensor(batch.answer_sizes).to(factors) / per_row.to(factors)
         weights = Weights(settings.score, settings.mixed, factors)
-        losses = objective.losses(forward(batch, owners), weights)
+        losses = objective.losses(replace(forward(batch, owners), passes=count), weights)
         shares = torch.tensor([weight / len(steps[step].indices) for step in owners], dtype=torch.float64)
         (losses * shares.to(losses)).sum().backward()
         counts = [owners.count(step) for step in range(len(steps))]
@@ -82,10 +88,14 @@ def add_gradients(
     return total
 
 
+def _batch(steps: Sequence[Step], places: Sequence[Place], layout: Layout, lead: int) -> Batch:
+    return make_batch([steps[step].rows[i] for step, i in places], range(len(places)), layout, lead)
+
+
 def _micro_batches(
     steps: Sequence[Step], settings: LoopOptions, layout: Layout, lead: int, ranks: Ranks
-) -> list[tuple[list[Place], float]]:
-    """The rows of this process's micro-batches, and the weight of their losses.
+) -> list[list[tuple[list[Place], float]]]:
+    """The rows of the micro-batches of each process, and the weight of their losses.
 
     All processes run equally many, since a sharded model's forward pass is a collective call: one with fewer of its own
     repeats a row with weight 0.
@@ -96,6 +106,6 @@ def _micro_batches(
         share = ranks.share(places, rank)
         chosen = [steps[number].rows[i] for number, i in share]
         groups = split_by_tokens(chosen, settings.max_tokens, layout, lead)
-        batches.append([[share[at] for at in group] for group in groups])
-    mine, most = batches[ranks.rank], max(map(len, batches))
-    return [(group, 1.0) for group in mine] + [([places[0]], 0.0)] * (most - len(mine))
+        batches.append([([share[at] for at in group], 1.0) for group in groups])
+    most = max(map(len, batches))
+    return [of_rank + [([places[0]], 0.0)] * (most - len(of_rank)) for of_rank in batches]

@@ -28,7 +28,6 @@ from ctkernels.tuning.data.batches import make_batch
 from ctkernels.tuning.data.demonstrations import DataError
 from ctkernels.tuning.data.formats import Row
 from ctkernels.tuning.hf.forward import frozen
-from ctkernels.tuning.objectives import OBJECTIVES
 from ctkernels.tuning.train.checkpoint import Checkpoint, fingerprint, model_fingerprint
 from ctkernels.tuning.train.distributed import Ranks, is_sharded
 from ctkernels.tuning.train.learners import Learner
@@ -136,7 +135,13 @@ def _losses(training: Training) -> Tensor:
     learner, step = training.learner, training.next_step()
     device, ranks = training.model.device, training.run.ranks
     return add_gradients(
-        [step], training.settings, lambda batch, _: learner.forward(batch, step.seed), ranks, device, learner.lead
+        [step],
+        training.settings,
+        lambda batch, _: learner.forward(batch, step.seed),
+        ranks,
+        device,
+        learner.lead,
+        together=ranks.size > 1 and is_sharded(training.model),
     )[0]
 
 
@@ -192,7 +197,6 @@ class Training:
         rows = learner.rows(0)
         if not rows:
             raise DataError("training needs demonstrations, got none")
-        require_equal_passes(model, settings, ranks)
         self.per_epoch = len(self._steps(len(rows), 0))
         self.total_steps = settings.epochs * self.per_epoch if settings.steps is None else settings.steps
         self.epochs = math.ceil(self.total_steps / self.per_epoch)
@@ -356,15 +360,6 @@ class Training:
                 f"{type(self.model).__name__} has no derivative, such as quantised layers that were run in eval mode "
                 "before"
             )
-
-
-def require_equal_passes(model: PreTrainedModel, settings: LoopOptions, ranks: Ranks) -> None:
-    """Refuse an objective whose passes differ between processes that have to run them together. Raises ValueError."""
-    if OBJECTIVES[settings.objective].choices != "none" and ranks.size > 1 and is_sharded(model):
-        raise ValueError(
-            f"objective={settings.objective!r} runs a model as often as its options need, and processes that share "
-            "its weights must all run it equally often; take objective='answers', or a model in one piece"
-        )
 
 
 @torch.no_grad()

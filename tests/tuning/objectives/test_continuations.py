@@ -1,7 +1,6 @@
 """Options behind an input that is run once: the same scores as run one by one, and no token more than needed."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +12,9 @@ from ctkernels.tuning.data import DataError, Demonstration, encode_rows
 from ctkernels.tuning.data.batches import make_batch
 from ctkernels.tuning.data.formats import PairEncoder, Row
 from ctkernels.tuning.evaluation.scoring import Scorer
-from ctkernels.tuning.hf.continuations import score_options
+from ctkernels.tuning.hf.continuations import passes, score_options
 from ctkernels.tuning.objectives import OBJECTIVES, Forward, Weights
-from ctkernels.tuning.train import trainer
-from tests.tuning.runs import TOKENIZER, TRAINING, assert_same_bits, run, settings
+from tests.tuning.runs import TOKENIZER, TRAINING, assert_same_bits, run
 
 TASK = [
     Demonstration("red brick", "warm", ("warm", "ward", "cold", "w")),
@@ -142,13 +140,25 @@ def test_an_objective_that_reads_options_needs_some():
     assert [r.loss for r in mixed.history] == pytest.approx([r.loss for r in answers.history], abs=1e-6)
 
 
-def test_processes_that_share_weights_and_rows_are_refused(monkeypatch):
-    """They meet in every pass of the model, and would wait for one another where their options need other passes."""
-    monkeypatch.setattr(trainer, "is_sharded", lambda model: True)
-    for size, name in ((1, "answers"), (1, "mixed"), (2, "answers")):
-        trainer.require_equal_passes(None, settings("ct-kv", objective=name), SimpleNamespace(size=size))
-    with pytest.raises(ValueError, match=r"^objective='options' runs a model as often as its options need, and"):
-        trainer.require_equal_passes(None, settings("ct-kv", objective="options"), SimpleNamespace(size=2))
+def test_passes_that_only_other_processes_need():
+    """They cost nothing but time: the same scores and the same gradients."""
+    model = make_model("llama")
+    rows = encode_rows(TOKENIZER, TASK, choices="required")
+    batch = make_batch(rows, range(3), "padded")
+    prefix = KVPrefix.from_demonstrations(model, TOKENIZER, DEMONSTRATIONS)
+    found = []
+    with prefix.attach(model) as attachment:
+        for more in (0, 2):
+            forward = Forward(model, attachment, batch, passes=passes(batch) + more)
+            losses = OBJECTIVES["options"].losses(forward, Weights("mean", 0.5, torch.ones(3)))
+            counts, _ = count_passes(
+                model,
+                lambda forward=forward: OBJECTIVES["options"].losses(forward, Weights("mean", 0.5, torch.ones(3))),
+            )
+            assert len(counts) == passes(batch) + more
+            found.append((losses, *torch.autograd.grad(losses.sum(), list(prefix.parameters()))))
+    for alone, among_others in zip(*found, strict=True):
+        assert torch.equal(alone, among_others)
 
 
 def test_options_that_the_first_token_does_not_tell_apart():

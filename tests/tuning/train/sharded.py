@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,13 @@ from ctkernels.tuning.hf.parallel import reshard
 from ctkernels.tuning.train.distributed import PeerError, is_sharded
 from tests.tuning.runs import TOKENIZER, run, tensors
 
-OPTIONS = {"drop_p": 0.3, "batch_rows": 3, "max_tokens": 12}  # 3 rows: 2 and 1, in as many micro-batches
+ANSWERS = {"drop_p": 0.3, "batch_rows": 3, "max_tokens": 12, "objective": "answers"}  # 3 rows: 2 and 1 micro-batches
+OPTIONS = {**ANSWERS, "objective": "options", "epochs": 1}
+# an option of one token needs no pass of its own, and a long one does: processes would make unequally many
+LONG = [
+    replace(pair, options=(pair.output, "k", *(["it is a warm day"] if i == 0 else [])))
+    for i, pair in enumerate(DEMONSTRATIONS)
+]
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
@@ -55,16 +62,18 @@ def check_same(sharded: PreTrainedModel, plain: PreTrainedModel, ids: Tensor, ow
     assert torch.equal(*generated)
     reshard(sharded)  # to see the gradients of all weights
     sharded.zero_grad()
-    expected = run("ct-kv", plain, options=OPTIONS)
-    actual = run("ct-kv", sharded, options=OPTIONS, group=group, checkpoint_dir=folder)
-    for x, y in zip(tensors(expected.adapter), tensors(actual.adapter), strict=True):
-        close(y, x)
+    chosen = [run("ct-kv", plain, LONG, OPTIONS), run("ct-kv", sharded, LONG, OPTIONS, group=group)]
+    expected = run("ct-kv", plain, options=ANSWERS)
+    actual = run("ct-kv", sharded, options=ANSWERS, group=group, checkpoint_dir=folder)
+    for one, other in ((expected, actual), chosen):
+        for x, y in zip(tensors(one.adapter), tensors(other.adapter), strict=True):
+            close(y, x)
     reshard(sharded)
     assert all(p.grad is None for p in sharded.parameters())  # a frozen model computes no gradient of its weights
     dist.barrier()
     # whoever wrote it, one process with the model in one piece can go on from it
     if dist.get_rank() == 0:  # a folder belongs to one run at a time
-        resumed = run("ct-kv", plain, options=OPTIONS, checkpoint_dir=folder, resume=True)
+        resumed = run("ct-kv", plain, options=ANSWERS, checkpoint_dir=folder, resume=True)
         close(tensors(resumed.adapter)[0], tensors(actual.adapter)[0])
     dist.barrier()
 
@@ -104,7 +113,7 @@ def fsdp(folder: Path) -> None:
             raise MemoryError("no space left")
 
     with pytest.raises(MemoryError if dist.get_rank() == 1 else PeerError) as caught:
-        run("ct-kv", model, options=OPTIONS, group=dist.group.WORLD, on_epoch=fail)
+        run("ct-kv", model, options=ANSWERS, group=dist.group.WORLD, on_epoch=fail)
     assert dist.get_rank() == 1 or "Connection closed by peer" in str(caught.value)
 
 
