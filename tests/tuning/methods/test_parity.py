@@ -68,7 +68,7 @@ def test_ct_prompt(model, tokenizer, batch, drop_p, layout):
     """Would catch: a demonstration hidden from the row's tokens alone, one step per epoch, positions of rows that do
     not start behind the prompt, a schedule that counts epochs."""
     settings = get_method("ct-prompt").settings(
-        epochs=EPOCHS, lr=1e-2, batch_rows=batch, drop_p=drop_p, seed=SEED, layout=layout
+        epochs=EPOCHS, lr=1e-2, batch_rows=batch, drop_p=drop_p, seed=SEED, layout=layout, objective="answers"
     )
     ours = tune(model, tokenizer, DEMONSTRATIONS, "ct-prompt", settings)
     context = encode_context(tokenizer, DEMONSTRATIONS)
@@ -95,7 +95,7 @@ def test_ct_prompt(model, tokenizer, batch, drop_p, layout):
 def test_prefix_tuning(model, tokenizer, drop_p):
     """Would catch: rows that hide a part of the prefix, or that do not start behind it."""
     settings = get_method("prefix-tuning").settings(
-        epochs=EPOCHS, lr=1e-2, prompt_tokens=7, start="first-ids", drop_p=drop_p, seed=SEED
+        epochs=EPOCHS, lr=1e-2, prompt_tokens=7, start="first-ids", drop_p=drop_p, seed=SEED, objective="answers"
     )
     ours = tune(model, tokenizer, DEMONSTRATIONS, "prefix-tuning", settings)
     tokens = torch.tensor([*start_of(tokenizer), *range(7)])
@@ -144,7 +144,14 @@ def test_ttt(model, tokenizer, answers, batch):
     """Would catch: labels at the wrong tokens, a loss over the answers' means instead of their tokens, orders that are
     not drawn anew, a scale other than alpha / rank, an update of other modules."""
     settings = get_method("ttt").settings(
-        epochs=EPOCHS, lr=1e-2, batch_rows=batch, seed=SEED, lora_rank=3, lora_alpha=6.0, answers=answers
+        epochs=EPOCHS,
+        lr=1e-2,
+        batch_rows=batch,
+        seed=SEED,
+        lora_rank=3,
+        lora_alpha=6.0,
+        answers=answers,
+        objective="answers",
     )
     lora = Lora(3, 6.0, lora_targets(model), SEED)
     with lora.injected(model) as wrapped:

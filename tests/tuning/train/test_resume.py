@@ -21,7 +21,7 @@ from ctkernels.tuning.train.checkpoint import FILE_NAME, Checkpoint, CheckpointE
 
 REPOSITORY = Path(__file__).parents[3]
 EPOCHS = 7
-SETTINGS = get_method("ct-kv").settings(epochs=EPOCHS, lr=1e-2, drop_p=0.3, seed=3, max_tokens=30)
+SETTINGS = get_method("ct-kv").settings(objective="answers", epochs=EPOCHS, lr=1e-2, drop_p=0.3, seed=3, max_tokens=30)
 
 
 def run(folder=None, demonstrations=DEMONSTRATIONS, settings=SETTINGS, model=None, **arguments) -> TuneResult:

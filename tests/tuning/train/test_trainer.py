@@ -48,7 +48,9 @@ def plain_rows(leave_one_out: str = "self") -> list[plain_ctkv.PlainRow]:
 
 
 def tuned(model, **overrides):
-    settings = CT_KV.settings(**{"epochs": EPOCHS, "lr": LR, "drop_p": 0.3, "seed": 5, **overrides})
+    settings = CT_KV.settings(
+        **{"objective": "answers", "epochs": EPOCHS, "lr": LR, "drop_p": 0.3, "seed": 5, **overrides}
+    )
     return tune(model, TOKENIZER, DEMONSTRATIONS, "ct-kv", settings)
 
 
