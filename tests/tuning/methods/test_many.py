@@ -22,6 +22,7 @@ from tests.tuning.runs import ITEMS, TOKENIZER, assert_same_bits, run, settings,
 
 EPOCHS = 3  # of `settings`
 BASE = {"drop_p": 0.3}
+pytestmark = pytest.mark.filterwarnings("error:.*could not run in one pass:UserWarning")
 
 
 @pytest.fixture(autouse=True, scope="module")
