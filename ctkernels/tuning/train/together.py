@@ -14,7 +14,6 @@ of its own, as does one whose loss or gradient is not finite in a common pass: s
 from __future__ import annotations
 
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -38,54 +37,59 @@ def train_together(
 ) -> Iterator[tuple[str, Training | Exception]]:
     """Train prefixes of one model, and yield each by its name when it is done, or the error with which it failed.
 
-    starts: make the trainings, whose learners are `PrefixLearner`s; each is called when its turn comes.
+    starts: make the trainings, whose learners are `PrefixLearner`s; each is called when its turn comes, the next one
+        while it waits for memory.
     memory_bytes: bound of `memory`, for what is in training at once; one training may exceed it, alone.
 
     Raises:
         Interrupted: trainings ended behind an epoch and a checkpoint, as `RunControl.ends` asked them to; those that
             were waiting have not begun.
     """
-    waiting = deque(starts.items())
-    ready: tuple[str, Training] | None = None  # the next one to join
+    begun, interrupted = _begun(starts), False
     active: dict[str, Training] = {}
-    interrupted = False
     with frozen(model):
-        while active or ready or waiting:
-            while ready or waiting:
-                if ready is None:
-                    name, start = waiting.popleft()
-                    try:
-                        training = start()
-                        training.begin()
-                    except Exception as error:
-                        yield name, error
-                        continue
-                    if training.done:  # by its checkpoint, or without epochs
-                        yield name, training
-                        continue
-                    ready = name, training
-                if active and memory([*active.values(), ready[1]]) > memory_bytes:
+        ready = next(begun, None)
+        while ready or active:
+            while ready:
+                name, training = ready
+                if isinstance(training, Exception) or training.done:  # by its checkpoint, or without epochs
+                    yield ready
+                elif active and memory([*active.values(), training]) > memory_bytes:
                     break
-                active[ready[0]], ready = ready[1], None
+                else:
+                    active[name] = training
+                ready = next(begun, None)
             for name, error in [failed for group in _alike(active) for failed in _step(model, group).items()]:
                 del active[name]
                 yield name, error
             for name, training in [entry for entry in active.items() if entry[1].epoch_over]:
+                outcome: Training | Exception = training
                 try:
                     training.end_epoch()
+                    if not training.done:
+                        continue
                 except Interrupted:
-                    interrupted, ready = True, None
-                    waiting.clear()
+                    interrupted, begun, ready = True, iter(()), None
                     del active[name]
+                    continue
                 except Exception as error:
-                    del active[name]
-                    yield name, error
-                else:
-                    if training.done:
-                        del active[name]
-                        yield name, training
+                    outcome = error
+                del active[name]
+                yield name, outcome
     if interrupted:
         raise Interrupted
+
+
+def _begun(starts: Mapping[str, Start]) -> Iterator[tuple[str, Training | Exception]]:
+    """The trainings, each begun when it is asked for, or the error of one that could not."""
+    for name, start in starts.items():
+        try:
+            training = start()
+            training.begin()
+        except Exception as error:
+            yield name, error
+        else:
+            yield name, training
 
 
 def memory(trainings: Sequence[Training]) -> int:

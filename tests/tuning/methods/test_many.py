@@ -117,6 +117,7 @@ def test_variants_of_training_and_objectives_side_by_side(model):
         {"ema": 0.5, "front_tokens": 2},
         {"start": "pooled", "leave_one_out": "suffix"},
         {"reduction": "tokens"},
+        {"reduction": "tokens", "seed": 4},
         {"layout": "padded"},
         {"layout": "padded", "batch_rows": 2},
         {"max_tokens": 30},
