@@ -29,7 +29,7 @@ SOURCES := setup.py $(filter csrc/% python_bindings/%,$(CXX_FILES))
 TORCH_BRINGS_TRITON := import importlib.metadata as m, sys; sys.exit(not any(r.startswith('triton') for r in m.requires('torch') or []))
 SANITIZE := -g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-.PHONY: demo test test-models test-gpu-full bench bench-full profile reproduce gpu-check gpu-report cuda-bindings mutations-cuda lint \
+.PHONY: demo test test-models test-gpu-full bench bench-full bench-many profile reproduce gpu-check gpu-report cuda-bindings mutations-cuda lint \
   format sanitize wheel wheel-check test-bounds test-torch docs clean
 
 demo: .venv/built
@@ -73,6 +73,11 @@ mutations-cuda: .venv/installed
 # The op over all head shapes, prefix lengths, row lengths and batches, beside torch.mm alone; about ten minutes
 bench-full: .venv/built
 	.venv/bin/python benchmarks/bench_attention.py --full --peers --seconds 0.3 --out $(RESULTS)/full
+
+# Seconds per task of 1, 4 and 16 tasks tuned at once, beside the same tasks one after the other; half an hour on two cores
+bench-many: .venv/built
+	@if [ -z "$(MODEL)" ]; then .venv/bin/python examples/fetch_smollm2.py .models/smollm2-135m; fi
+	.venv/bin/python benchmarks/bench_many.py --out $(RESULTS) --model $(or $(MODEL),.models/smollm2-135m)
 
 # Where the CPU kernels spend their time, on the cases that are slowest beside torch.mm; needs Linux's perf
 profile: .venv/built

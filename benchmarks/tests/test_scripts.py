@@ -10,6 +10,7 @@ import torch
 from benchmarks import (
     bench_attention,
     bench_dropin,
+    bench_many,
     bench_scaling,
     bench_serving,
     bench_tuning,
@@ -135,6 +136,18 @@ def tuning_arguments(tmp_path):
     write_jsonl(tmp_path / "test.jsonl", DEMONSTRATIONS[::-1])
     files = ["--model", f"{tmp_path}/model", "--task", str(tmp_path), "--out", f"{tmp_path}/bench_tuning"]
     return [*files, "--lengths", "10", "80", "--rounds", "1", "--items", "2"]
+
+
+def test_bench_many(tmp_path):
+    files = tuning_arguments(tmp_path)[:4]
+    out = tmp_path / "bench_many"
+    few = ["--counts", "1", "2", "--demonstrations", "3", "--epochs", "2", "--rounds", "1"]
+    bench_many.main([*files, *few, "--out", str(out)])
+    record, markdown = read(out)
+    one, two = record["results"]
+    assert (one["G"], two["G"]) == (1, 2) and one["rows"] == 3 and two["rows"] == 6
+    assert one["P"] == two["P"][:1] and one["difference"] == 0 and two["difference"] < 1e-4
+    assert "| G | P | rows (tokens) of a step | together, ms |" in markdown and markdown.count("x | ") == 2
 
 
 def test_bench_tuning(tmp_path):

@@ -33,6 +33,7 @@ _HOMES = {
     "adapters.prompt": ("SoftPrompt",),
     "adapters.store": ("PrefixStore",),
     "methods.auto": ("AutoResult", "autotune"),
+    "methods.many": ("ManyResult", "TuneTask", "tune_many"),
     "methods.settings": ("TrainSettings",),
     "methods.tune": ("TuneResult", "tune"),
     "train.trainer": ("EpochRecord", "TrainingError"),

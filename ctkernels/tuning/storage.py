@@ -23,12 +23,14 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import quote
 
 try:
     import fcntl
 except ImportError:  # Windows, where an open file cannot be removed
     fcntl = None  # type: ignore[assignment]
 
+LONGEST_NAME = 221  # bytes of a quoted name; file systems have 255 for a file's, a temporary one adds 34
 LOCK, HOLDER = ".ctkernels.lock", ".ctkernels.lock.json"  # who holds it: lock files of some platforms cannot be read
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 DAY = 24 * 3600.0
@@ -117,6 +119,20 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
     except BaseException:
         os.close(handle)
         raise
+
+
+def file_name(name: str) -> str:
+    """A name as that of a file or folder, never a path, a hidden or a temporary file; `urllib.parse.unquote` undoes it.
+
+    Raises:
+        TypeError: no string.  ValueError: it is empty or too long.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string, got {type(name).__name__}")
+    quoted = quote(name, safe=" ").replace(".", "%2E")
+    if not 0 < len(quoted) <= LONGEST_NAME:
+        raise ValueError(f"name must have 1 to {LONGEST_NAME} bytes when quoted, got {len(quoted)}: {name[:40]!r}")
+    return quoted
 
 
 def remove_leftovers(folder: str | os.PathLike) -> None:

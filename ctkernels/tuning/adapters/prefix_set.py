@@ -7,57 +7,76 @@ with tasks.attach(model, torch.tensor([0, 1, 1])):     # row 0 reads routing, ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ctkernels import ContextMask
-from ctkernels.tuning.adapters.prefix import KVPrefix
 from ctkernels.tuning.hf.attach import Attachment
 from ctkernels.tuning.hf.models import other_architecture
+from ctkernels.tuning.hf.protocols import PrefixLike
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 class PrefixSet:
-    """G prefixes side by side, the shorter ones padded: a copy, which takes no gradient.
+    """G prefixes side by side, the shorter ones padded.
 
     Args:
         prefixes: at least one, all of one model; lengths and first positions may differ.
+        trainable: keys, values and states are put together anew by every forward pass, and their gradients reach the
+            prefixes. Otherwise they are copies of what the prefixes are now, which take no gradient.
 
     Attributes:
-        prefixes: as given.  keys, values: per layer `[G, Hk, P, D]`, P the longest.  states: `[G, ...]` each, by name.
-        lengths, first_positions: int64 `[G]`.
+        prefixes, trainable: as given.  lengths, first_positions: int64 `[G]`.
 
     Raises:
         ValueError: none, or prefixes that do not belong to one model.
     """
 
-    def __init__(self, prefixes: Sequence[KVPrefix]) -> None:
-        self.prefixes = tuple(prefixes)
+    def __init__(self, prefixes: Sequence[PrefixLike], trainable: bool = False) -> None:
+        self.prefixes, self.trainable = tuple(prefixes), trainable
         if not self.prefixes:
             raise ValueError("prefixes must hold at least one KVPrefix, got none")
-        first = self.prefixes[0]
+        first, layers = self.prefixes[0], list(self.prefixes[0].keys)
         for index, prefix in enumerate(self.prefixes):
             other = other_architecture(first.metadata, prefix.metadata)
-            if other is None and len(prefix.keys) != len(first.keys):
-                other = f"{len(prefix.keys)} layers instead of {len(first.keys)}"
+            if other is None and (count := len(list(prefix.keys))) != len(layers):
+                other = f"{count} layers instead of {len(layers)}"
             if other is not None:
                 raise ValueError(
                     f"prefixes[{index}] was made for {prefix.metadata.model_class} {prefix.metadata.model_id!r}, "
                     f"prefixes[0] for {first.metadata.model_class} {first.metadata.model_id!r}: it has {other}"
                 )
-        device = first.keys[0].device
+        device = layers[0].device
         self.lengths = torch.tensor([prefix.length for prefix in self.prefixes], device=device)
         self.first_positions = torch.tensor([prefix.first_position for prefix in self.prefixes], device=device)
-        self.keys = [_stack(layers) for layers in zip(*(prefix.keys for prefix in self.prefixes), strict=True)]
-        self.values = [_stack(layers) for layers in zip(*(prefix.values for prefix in self.prefixes), strict=True)]
-        self.states = {
-            name: torch.stack([prefix.states[name].detach() for prefix in self.prefixes]) for name in first.states
-        }
+        self._copies: dict[str, Any] = {}
+        if not trainable:
+            with torch.no_grad():
+                self._copies = {"keys": self.keys, "values": self.values, "states": self.states}
+
+    @property
+    def keys(self) -> list[Tensor]:
+        """Per layer `[G, Hk, P, D]`, P the longest."""
+        return self._copies.get("keys") or _side_by_side([prefix.keys for prefix in self.prefixes])
+
+    @property
+    def values(self) -> list[Tensor]:
+        """Per layer `[G, Hk, P, D]`."""
+        return self._copies.get("values") or _side_by_side([prefix.values for prefix in self.prefixes])
+
+    @property
+    def states(self) -> Mapping[str, Tensor]:
+        """`[G, ...]` each, by name."""
+        if "states" in self._copies:
+            return self._copies["states"]
+        states = [dict(prefix.states) for prefix in self.prefixes]
+        return {name: torch.stack([each[name] for each in states]) for name in states[0]}
 
     def __len__(self) -> int:
         return len(self.prefixes)
@@ -86,14 +105,13 @@ class PrefixSet:
         )
 
 
-def _stack(layers: Sequence[Tensor]) -> Tensor:
-    """Tensors `[Hk, P_g, D]` as one `[G, Hk, P, D]`, zeros behind the shorter ones."""
-    heads, _, dimension = layers[0].shape
-    longest = max(layer.shape[1] for layer in layers)
-    out = layers[0].new_zeros(len(layers), heads, longest, dimension)
-    for place, layer in zip(out, layers, strict=True):
-        place[:, : layer.shape[1]] = layer.detach()
-    return out
+def _side_by_side(prefixes: Sequence[Iterable[Tensor]]) -> list[Tensor]:
+    """Layers `[Hk, P_g, D]` of each prefix, as one `[G, Hk, P, D]` per layer, zeros behind the shorter ones."""
+    stacked = []
+    for layers in zip(*prefixes, strict=True):
+        longest = max(layer.shape[1] for layer in layers)
+        stacked.append(torch.stack([pad(layer, (0, 0, 0, longest - layer.shape[1])) for layer in layers]))
+    return stacked
 
 
 def left_padded(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from concurrent.futures import Future
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import quote, unquote
+from urllib.parse import unquote
 
 import torch
 
@@ -29,7 +29,7 @@ from ctkernels.tuning.adapters.prefix import KVPrefix
 from ctkernels.tuning.adapters.prefix_set import PrefixSet
 from ctkernels.tuning.hf.attach import Attachment, check_fit
 from ctkernels.tuning.hf.models import find_decoder
-from ctkernels.tuning.storage import check_target
+from ctkernels.tuning.storage import check_target, file_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 SUFFIX = ".safetensors"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Version = tuple[str, int, int, int]  # name, inode, time of change in ns, size of the file
-LONGEST_NAME = 221  # bytes of a quoted name; file systems have 255 for a file's, a temporary one adds 34
 
 
 class PrefixStore:
@@ -179,12 +178,7 @@ class PrefixStore:
         return PrefixSet(prefixes).attach(self._decoder.model, index, backend=backend)
 
     def _path(self, name: str) -> Path:
-        if not isinstance(name, str):
-            raise TypeError(f"name must be a string, got {type(name).__name__}")
-        quoted = quote(name, safe=" ").replace(".", "%2E")  # no name is a path, a hidden or a temporary file
-        if not 0 < len(quoted) <= LONGEST_NAME:
-            raise ValueError(f"name must have 1 to {LONGEST_NAME} bytes when quoted, got {len(quoted)}: {name[:40]!r}")
-        return self.directory / f"{quoted}{SUFFIX}"
+        return self.directory / f"{file_name(name)}{SUFFIX}"
 
     def _unknown(self, name: str) -> PrefixFileError:
         near = get_close_matches(name, list(self), n=3)

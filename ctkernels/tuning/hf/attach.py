@@ -95,7 +95,7 @@ class Attachment:
             check_fit(each, self._decoder)  # which says more than a comparison of hashes
             if (compare_weights := getattr(each, "compare_weights", None)) is not None:
                 compare_weights(model)
-        self._trainable = (prefix,) if self._prefixes == (prefix,) else ()  # a set of prefixes is a copy
+        self._trainable = self._prefixes if getattr(prefix, "trainable", True) else ()  # else a set is a copy
         self._last_first = max(each.first_position for each in self._prefixes)
         config = self._decoder.config
         self._name = type(self._decoder.model).__name__

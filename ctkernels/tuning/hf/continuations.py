@@ -210,7 +210,10 @@ def _run_branches(forward: Forward, cache: DynamicCache, padding: Tensor, branch
     seen = starts[:, None] - longest + torch.arange(longest, device=device)  # [N, T]: the row's position at each key
     last = torch.tensor([len(b.tokens) - 1 for b in branches], device=device)
     own = torch.arange(L, device=device).minimum(last[:, None])  # padding stays within the model's positions
-    mask, forward.attachment.mask = forward.attachment.mask, _of_rows(forward.attachment.mask, rows)
+    attachment = forward.attachment
+    mask, index = attachment.mask, attachment.prefix_index
+    attachment.mask = _of_rows(mask, rows)
+    attachment.prefix_index = None if index is None else index[rows.to(index.device)]
     try:
         return forward.model(
             input_ids=input_ids,
@@ -220,7 +223,7 @@ def _run_branches(forward: Forward, cache: DynamicCache, padding: Tensor, branch
             use_cache=True,
         ).logits
     finally:
-        forward.attachment.mask = mask
+        attachment.mask, attachment.prefix_index = mask, index
 
 
 def _copies(cache: DynamicCache, rows: Tensor, columns: Tensor) -> DynamicCache:

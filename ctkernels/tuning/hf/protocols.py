@@ -67,11 +67,15 @@ class PrefixLike(Protocol):
 
 
 class PrefixSetLike(Protocol):
-    """G prefixes side by side, without gradients. Each row reads one of them."""
+    """G prefixes side by side. Each row reads one of them."""
 
     @property
     def prefixes(self) -> Sequence[PrefixLike]:
         """The G prefixes."""
+
+    @property
+    def trainable(self) -> bool:
+        """Whether gradients reach the prefixes."""
 
     @property
     def keys(self) -> Iterable[Tensor]:

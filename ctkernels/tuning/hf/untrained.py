@@ -16,6 +16,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -36,6 +37,7 @@ class _Watch:
     model: weakref.ref[nn.Module]
     attached: Callable[[], bool]
     stamps: Stamps
+    parameters: set[int]  # when it was attached: comparing with them alone is cheap, also where many are watched
 
 
 _watched: weakref.WeakKeyDictionary[nn.Module, _Watch] = weakref.WeakKeyDictionary()
@@ -51,28 +53,30 @@ def watch(prefix: object, model: nn.Module, attached: Callable[[], bool]) -> Non
         return
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_before_step))
-    _watched[prefix] = _Watch(weakref.ref(model), attached, _stamps(prefix))
+    _watched[prefix] = _Watch(weakref.ref(model), attached, _stamps(prefix), _ids(prefix))
 
 
 def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
     """Runs before each step of any optimiser."""
-    held = _parameters(optimizer) if _watched else set()
+    held, ids = _parameters(optimizer) if _watched else set(), cache(_ids)
     for prefix, watched in list(_watched.items()):
-        own = {id(p) for p in prefix.parameters()}
-        if not held & own:
-            model = watched.model()
-            if model is None or not _stamps(prefix).items() - watched.stamps.items():
-                continue
-            attached = watched.attached()
-            if held and not attached and not held & {id(p) for p in model.parameters()}:
+        if held.isdisjoint(watched.parameters):
+            model, attached = watched.model(), watched.attached()
+            if model is None or (held and not attached and held.isdisjoint(ids(model))):
                 continue  # a training of something else
-            others = (other for other in gc.get_objects() if issubclass(type(other), Optimizer))
-            if not any(own & _parameters(other) for other in others):
+            if not _stamps(prefix).items() - watched.stamps.items():
+                continue
+            own, others = ids(prefix), (other for other in gc.get_objects() if issubclass(type(other), Optimizer))
+            if held.isdisjoint(own) and not any(own & _parameters(other) for other in others):
                 names = type(optimizer).__name__, "is" if attached else "was", type(model).__name__
                 if attached:
                     raise ValueError(MESSAGE.format(*names))
                 warnings.warn(MESSAGE.format(*names), stacklevel=3)
         _watched.pop(prefix)  # until it is attached again
+
+
+def _ids(module: nn.Module) -> set[int]:
+    return {id(p) for p in module.parameters()}
 
 
 def _stamps(prefix: nn.Module) -> Stamps:

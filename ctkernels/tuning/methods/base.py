@@ -8,25 +8,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from torch.distributed.fsdp import FSDPModule
 
+from ctkernels.tuning.adapters.adapter import Adapter
 from ctkernels.tuning.data.demonstrations import DataError, Demonstration
 from ctkernels.tuning.data.formats import EncodedContext, PairEncoder, Row, TextFormat, encode_context, encode_rows
 from ctkernels.tuning.hf.limits import check_context_length, check_row_lengths
 from ctkernels.tuning.hf.models import find_decoder, other_architecture
 from ctkernels.tuning.methods.presets import PRESETS
 from ctkernels.tuning.train.distributed import is_sharded
+from ctkernels.tuning.train.learners import PrefixLearner
 from ctkernels.tuning.train.masks import LeaveOneOut
 from ctkernels.tuning.train.options import LoopOptions, Options, choices, layered, neutral, type_hints
+from ctkernels.tuning.train.trainer import EpochRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from ctkernels.tuning.adapters.adapter import Adapter
 
 S = TypeVar("S", bound=Options)
 S_co = TypeVar("S_co", bound=Options, covariant=True)
@@ -39,6 +40,7 @@ class Run(Generic[S_co]):
     method: its name.  settings: what it reads.  start_from: another task's adapter to start from, or None.
     train: the loop; trains a learner in place. One of several loops of a run has a `stage`, its name, and may have
         settings of its own. `result` makes the adapter of what is trained as it is now, for held-out items.
+    held_out, patience: as in `tune`.  history: of the loops so far.
     """
 
     model: PreTrainedModel
@@ -49,6 +51,9 @@ class Run(Generic[S_co]):
     text_format: TextFormat
     start_from: Adapter | None
     train: Callable[..., None]
+    held_out: tuple[Demonstration, ...] = ()
+    patience: int | None = None
+    history: list[EpochRecord] = field(default_factory=list)
 
     @cached_property
     def context(self) -> EncodedContext:
@@ -116,6 +121,8 @@ class Method(Generic[S]):
         trains: what that is.
         transfers: what it can start from of another task's adapter.
         needs_demonstrations: least number of demonstrations.
+        learner: makes the learner of a method that trains a prefix and nothing else, which is its result
+            (`trained_prefix`): `tune_many` trains several at once.
     """
 
     name: str
@@ -125,6 +132,7 @@ class Method(Generic[S]):
     trains: Literal["nothing", "prefix", "prompt", "lora", "lora and prefix"] = "nothing"
     transfers: Literal["nothing", "prefix", "prompt", "lora"] = "nothing"
     needs_demonstrations: int = 1
+    learner: Callable[[Run[S]], PrefixLearner] | None = None
 
     def settings(self, preset: str | None = None, **overrides: Any) -> S:
         """The method's default settings, those of a `preset` (see `presets.py`) above them, `overrides` on top. What an
@@ -182,6 +190,12 @@ class Method(Generic[S]):
             there = ", ".join(PRESETS[preset])
             raise ValueError(f"{self.name} has no preset {preset!r}; the methods with one are {there}")
         return PRESETS[preset].get(self.name, {})
+
+
+def trained_prefix(run: Run[S], learner: PrefixLearner) -> Adapter:
+    """The adapter of a prefix, trained."""
+    run.train(learner, result=lambda: Adapter(learner.current()))
+    return Adapter(learner.result())
 
 
 def require_transferable(method: Method, adapter: Adapter | None, model: PreTrainedModel) -> None:

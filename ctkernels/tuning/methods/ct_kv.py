@@ -7,12 +7,11 @@ reads the prefix minus its own segment (leave-one-out) and minus a random set of
 from dataclasses import dataclass
 
 from ctkernels.tuning.adapters.adapter import Adapter
-from ctkernels.tuning.adapters.prefix import KVPrefix
 from ctkernels.tuning.hf.both_ways import check_both_ways
 from ctkernels.tuning.hf.limits import check_context_length
 from ctkernels.tuning.hf.models import find_decoder
 from ctkernels.tuning.hf.rotary import check_fixed_rotation
-from ctkernels.tuning.methods.base import Method, Run
+from ctkernels.tuning.methods.base import Method, Run, trained_prefix
 from ctkernels.tuning.methods.starts import ContextStart, demonstrations_prefix
 from ctkernels.tuning.train.learners import PrefixLearner, PrefixOptions
 from ctkernels.tuning.train.masks import Dropout, Hide, LeaveOneOut
@@ -28,7 +27,7 @@ class CtKvOptions(PrefixOptions, ContextStart, LeaveOneOut, Dropout, LoopOptions
 
 
 def check(run: Run[CtKvOptions]) -> None:
-    """Refuse what `tuned_prefix` would (but for `frozen_tokens` of a compressed start) before the model runs."""
+    """Refuse what `learner` would (but for `frozen_tokens` of a compressed start) before the model runs."""
     length = len(run.context.input_ids) + run.settings.front_tokens
     PrefixLearner.check(run.model, run.settings, length)
     check_context_length(run.model, length)
@@ -39,17 +38,14 @@ def check(run: Run[CtKvOptions]) -> None:
         check_both_ways(run.model, length)
 
 
-def tuned_prefix(run: Run[CtKvOptions]) -> KVPrefix:
-    """The demonstrations' prefix, trained under the model's weights as they are now."""
+def learner(run: Run[CtKvOptions]) -> PrefixLearner:
+    """Of the demonstrations' prefix, under the model's weights as they are now."""
     PrefixLearner.check(run.model, run.settings)
-    prefix = demonstrations_prefix(run)
-    learner = PrefixLearner(run.model, prefix, run.rows, run.settings)
-    run.train(learner, result=lambda: Adapter(learner.current()))
-    return learner.result()
+    return PrefixLearner(run.model, demonstrations_prefix(run), run.rows, run.settings)
 
 
 def fit(run: Run[CtKvOptions]) -> Adapter:
-    return Adapter(tuned_prefix(run))
+    return trained_prefix(run, learner(run))
 
 
 CT_KV = Method(
@@ -59,4 +55,5 @@ CT_KV = Method(
     fit=fit,
     trains="prefix",
     transfers="prefix",
+    learner=learner,
 )

@@ -17,7 +17,7 @@ from ctkernels.tuning.data.demonstrations import DataError, Demonstration
 from ctkernels.tuning.data.formats import PairEncoder, Row
 from ctkernels.tuning.data.retrieval import Demonstrate, InWordsEncoder
 from ctkernels.tuning.hf.embeddings import mean_states
-from ctkernels.tuning.methods.base import Method, Run
+from ctkernels.tuning.methods.base import Method, Run, trained_prefix
 from ctkernels.tuning.methods.icl_words import InWords
 from ctkernels.tuning.methods.prefix_tuning import PrefixTuningOptions
 from ctkernels.tuning.methods.starts import tokens_prefix
@@ -110,7 +110,7 @@ def longest_rows(run: Run[MetaPrefixOptions], tasks: dict[str, list[Demonstratio
     return rows
 
 
-def fit(run: Run[MetaPrefixOptions]) -> Adapter:
+def learner(run: Run[MetaPrefixOptions]) -> PrefixLearner:
     PrefixLearner.check(run.model, run.settings)
     tasks = by_task(run.demonstrations)
     prefix = tokens_prefix(run)
@@ -118,9 +118,11 @@ def fit(run: Run[MetaPrefixOptions]) -> Adapter:
     run.check_rows(prefix.first_position, draw(0))
     if run.settings.demonstrate == "random":
         run.check_rows(prefix.first_position, longest_rows(run, tasks))
-    learner = TasksLearner(run.model, prefix, draw, run.settings)
-    run.train(learner, result=lambda: Adapter(learner.current()))
-    return Adapter(learner.result())
+    return TasksLearner(run.model, prefix, draw, run.settings)
+
+
+def fit(run: Run[MetaPrefixOptions]) -> Adapter:
+    return trained_prefix(run, learner(run))
 
 
 META_PREFIX = Method(
@@ -131,4 +133,5 @@ META_PREFIX = Method(
     trains="prefix",
     transfers="prefix",
     needs_demonstrations=2,
+    learner=learner,
 )

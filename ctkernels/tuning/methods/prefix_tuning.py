@@ -6,7 +6,7 @@ Li and Liang: "Prefix-Tuning: Optimizing Continuous Prompts for Generation", arX
 from dataclasses import dataclass
 
 from ctkernels.tuning.adapters.adapter import Adapter
-from ctkernels.tuning.methods.base import Method, Run
+from ctkernels.tuning.methods.base import Method, Run, trained_prefix
 from ctkernels.tuning.methods.starts import PrefixStart, tokens_prefix
 from ctkernels.tuning.train.learners import PrefixLearner, PrefixOptions
 from ctkernels.tuning.train.masks import Dropout
@@ -18,12 +18,13 @@ class PrefixTuningOptions(PrefixOptions, PrefixStart, Dropout, LoopOptions):
     """What prefix tuning reads."""
 
 
-def fit(run: Run[PrefixTuningOptions]) -> Adapter:
+def learner(run: Run[PrefixTuningOptions]) -> PrefixLearner:
     PrefixLearner.check(run.model, run.settings)
-    prefix = tokens_prefix(run)
-    learner = PrefixLearner(run.model, prefix, run.rows, run.settings)
-    run.train(learner, result=lambda: Adapter(learner.current()))
-    return Adapter(learner.result())
+    return PrefixLearner(run.model, tokens_prefix(run), run.rows, run.settings)
+
+
+def fit(run: Run[PrefixTuningOptions]) -> Adapter:
+    return trained_prefix(run, learner(run))
 
 
 PREFIX_TUNING = Method(
@@ -33,4 +34,5 @@ PREFIX_TUNING = Method(
     fit=fit,
     trains="prefix",
     transfers="prefix",
+    learner=learner,
 )

@@ -43,7 +43,7 @@ def fit(run: Run[TttCtKvOptions]) -> Adapter:
     ct_kv.check(second)
     lora = ttt.trained_lora(run, first, stage="ttt")
     with lora.merged(run.model):
-        return Adapter(ct_kv.tuned_prefix(second), lora=lora)
+        return replace(ct_kv.fit(second), lora=lora)
 
 
 TTT_CT_KV = Method(

@@ -15,6 +15,7 @@ from ctkernels.tuning.adapters.prefix import KVPrefix
 from ctkernels.tuning.data.demonstrations import Demonstration, as_demonstrations
 from ctkernels.tuning.data.formats import PairEncoder, TextFormat
 from ctkernels.tuning.methods.base import (
+    Method,
     Run,
     require_demonstrations,
     require_loaded,
@@ -28,7 +29,7 @@ from ctkernels.tuning.train.checkpoint import fingerprint, model_fingerprint
 from ctkernels.tuning.train.distributed import Ranks, is_sharded
 from ctkernels.tuning.train.learners import Learner
 from ctkernels.tuning.train.options import LoopOptions, Options
-from ctkernels.tuning.train.trainer import EpochRecord, OnEpoch, RunControl, Watch, train_learner
+from ctkernels.tuning.train.trainer import EpochRecord, OnEpoch, RunControl, Training, Watch, train_learner
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -123,39 +124,80 @@ def tune(
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     with ranks.together(), locked(folder) if folder is not None and ranks.writes else nullcontext():
         how = get_method(method)
-        own = how.settings(**(settings or {})) if isinstance(settings, Mapping | None) else how.accept(settings)
-        own = with_objective(own, demonstrations)
-        require_demonstrations(how, len(demonstrations), own)
-        require_transferable(how, start_from, model)
-        require_weights(how, model)
-        require_epochs(how, held_out, patience)
-        if own.backend is not None:
-            dispatch.choose(own.backend, model.device)  # refuses an unusable one before the model runs
+        own = settings_of(how, settings)
         control = RunControl(folder, checkpoint_every, resume, on_epoch, ranks, ends)
-        origin = None if start_from is None else adapter_fingerprint(start_from)
-        history: list[EpochRecord] = []
+        run = make_run(model, tokenizer, demonstrations, how, own, text_format, control, start_from, held_out, patience)
+        return TuneResult(how.fit(run), run.history)
 
-        def train(
-            learner: Learner,
-            of_stage: LoopOptions | None = None,
-            stage: str = "",
-            result: Callable[[], Adapter] | None = None,
-        ) -> None:
-            identity = {"method": method, "stage": stage, "start_from": origin}
-            watch = None
-            if held_out and result is not None:
-                identity["held_out"] = fingerprint(
-                    [*((d.input, d.output, d.options, d.references) for d in held_out), patience]
-                )
-                watch = Watch(lambda: held_out_loss(run, result(), held_out), patience)
-            history.extend(
-                train_learner(model, learner, of_stage or own, control, stage=stage, identity=identity, watch=watch)
-            )
 
-        text_format = text_format or TextFormat()
-        run = Run(model, tokenizer, demonstrations, method, own, text_format, start_from, train)
-        report_delimiters(tokenizer, demonstrations, text_format)
-        return TuneResult(how.fit(run), history)
+def make_run(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    demonstrations: Sequence[Demonstration],
+    method: Method,
+    settings: Options,
+    text_format: TextFormat | None,
+    control: RunControl,
+    start_from: Adapter | None,
+    held_out: Sequence[Demonstration],
+    patience: int | None,
+) -> Run[Any]:
+    """A run, after what can be refused before the model runs. Arguments and errors as those of `tune`."""
+
+    def train(
+        learner: Learner,
+        of_stage: LoopOptions | None = None,
+        stage: str = "",
+        result: Callable[[], Adapter] | None = None,
+    ) -> None:
+        run.history.extend(train_learner(training_of(run, control, learner, of_stage, stage, result)))
+
+    text_format = text_format or TextFormat()
+    settings = with_objective(settings, demonstrations)
+    run = Run(
+        model,
+        tokenizer,
+        tuple(demonstrations),
+        method.name,
+        settings,
+        text_format,
+        start_from,
+        train,
+        tuple(held_out),
+        patience,
+    )
+    require_demonstrations(method, len(demonstrations), settings)
+    require_transferable(method, start_from, model)
+    require_weights(method, model)
+    require_epochs(method, held_out, patience)
+    if settings.backend is not None:
+        dispatch.choose(settings.backend, model.device)  # refuses an unusable one
+    report_delimiters(tokenizer, demonstrations, text_format)
+    return run
+
+
+def settings_of(method: Method, settings: Options | Mapping[str, Any] | None) -> Options:
+    """What `tune` takes for settings, as the method's own. Raises ValueError, TypeError."""
+    return method.settings(**(settings or {})) if isinstance(settings, Mapping | None) else method.accept(settings)
+
+
+def training_of(
+    run: Run[Any],
+    control: RunControl,
+    learner: Learner,
+    settings: LoopOptions | None = None,
+    stage: str = "",
+    result: Callable[[], Adapter] | None = None,
+) -> Training:
+    """The training of a learner of a run; the last three arguments are those of `run.train`."""
+    origin = None if run.start_from is None else adapter_fingerprint(run.start_from)
+    identity = {"method": run.method, "stage": stage, "start_from": origin}
+    watch = None
+    if run.held_out and result is not None:
+        pairs = [(d.input, d.output, d.options, d.references) for d in run.held_out]
+        identity["held_out"] = fingerprint([*pairs, run.patience])
+        watch = Watch(lambda: held_out_loss(run, result(), run.held_out), run.patience)
+    return Training(run.model, learner, settings or run.settings, control, stage=stage, identity=identity, watch=watch)
 
 
 def with_objective(settings: S, demonstrations: Sequence[Demonstration]) -> S:
@@ -178,7 +220,7 @@ def report_delimiters(
         warnings.warn(
             f"{len(cut)} of {len(demonstrations)} outputs contain the delimiter {text_format.delimiter!r}, at which "
             f"generation stops, the first is {first}; choose another delimiter, such as '\\n'",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

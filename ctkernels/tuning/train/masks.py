@@ -9,11 +9,13 @@ row of demo 1
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ctkernels.mask import ContextMask, dropped_positions
 from ctkernels.tuning.data.batches import Batch
@@ -21,6 +23,13 @@ from ctkernels.tuning.train.options import Options
 
 Hide = Literal["none", "self", "suffix", "power"]
 SUBSETS = 1 << 63  # tells the random stream of subsets from that of token dropout, whose seeds are below 2^63
+
+
+class Rows(NamedTuple):
+    """What a mask asks of the rows of a batch: their indices and what each holds out, int64 `[B]` both."""
+
+    row_ids: Tensor
+    held_out: Tensor
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,7 @@ class LeaveOneOut(Options):
 
 
 def context_mask(
-    settings: Dropout, segments: Tensor, batch: Batch, seed: int, length: int, in_row: bool = False
+    settings: Dropout, segments: Tensor, batch: Batch | Rows, seed: int, length: int, in_row: bool = False
 ) -> ContextMask:
     """The mask of a batch of training rows.
 
@@ -85,6 +94,32 @@ def context_mask(
     dropped = dropped_positions(batch.row_ids, length, settings.drop_p, seed)
     dropped[:, : settings.drop_from] = False
     return ContextMask(hidden=hidden, keep=~dropped if keep is None else keep & ~dropped, **common)
+
+
+def side_by_side(masks: Sequence[ContextMask], counts: Sequence[int], length: int) -> ContextMask:
+    """The mask of a batch whose first `counts[0]` rows are those of `masks[0]`, and so on, over prefixes of at most
+    `length` tokens. A mask has one seed: rows that draw from several get their dropped tokens in `keep`."""
+    draws = {(mask.drop_p, mask.seed) for mask in masks}
+    drop_p, seed = draws.pop() if len(draws) == 1 else (0.0, 0)
+    keeps = [_kept(mask, length, not drop_p) for mask in masks]
+    spans = [mask.hidden for mask in masks]
+    like = torch.cat([mask.row_ids for mask in masks])
+    keep = hidden = None
+    if any(x is not None for x in keeps):
+        all_of_it = [like.new_ones(count, length, dtype=torch.bool) for count in counts]
+        keep = torch.cat([y if x is None else x for x, y in zip(keeps, all_of_it, strict=True)])
+    if any(x is not None for x in spans):
+        hidden = torch.cat([like.new_zeros(n, 2) if x is None else x for x, n in zip(spans, counts, strict=True)])
+    return ContextMask(hidden=hidden, drop_p=drop_p, seed=seed, row_ids=like, keep=keep)
+
+
+def _kept(mask: ContextMask, length: int, dropped: bool) -> Tensor | None:
+    """`mask.keep`, perhaps without what the mask drops, bool `[B, length]`; None if that is everything."""
+    keep = None if mask.keep is None else pad(mask.keep, (0, length - mask.keep.shape[1]), value=True)
+    if not dropped or mask.drop_p == 0:
+        return keep
+    shown = ~dropped_positions(mask.row_ids, length, mask.drop_p, mask.seed)
+    return shown if keep is None else keep & shown
 
 
 def _hidden(segments: Tensor, held_out: Tensor, to_end: bool) -> Tensor:

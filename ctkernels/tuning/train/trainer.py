@@ -9,7 +9,8 @@
             step  <- AdamW(betas 0.9/0.999, no decay) on the gradient of all of them (and of the learner's penalty),
                      its norm clipped
 
-The gradient is that of `passes.py`. A `Training` is what happens around it, for one learner: `train_learner` runs one.
+The gradient is that of `passes.py`. A `Training` is what happens around it, for one learner: `train_learner` runs one,
+`together.py` several side by side.
 """
 
 from __future__ import annotations
@@ -108,30 +109,20 @@ class Watch:
     patience: int | None = None
 
 
-def train_learner(
-    model: PreTrainedModel,
-    learner: Learner,
-    settings: LoopOptions,
-    run: RunControl | None = None,
-    *,
-    stage: str = "",
-    identity: Mapping[str, Any] | None = None,
-    watch: Watch | None = None,
-) -> list[EpochRecord]:
-    """Train `learner` in place; arguments as those of `Training`, errors as in `methods.tune`."""
-    training = Training(model, learner, settings, run, stage=stage, identity=identity, watch=watch)
-    with frozen(model, but=training.parameters.values()):
+def train_learner(training: Training) -> list[EpochRecord]:
+    """Run a training that has not begun. Returns the history; errors as in `methods.tune`."""
+    with frozen(training.model, but=training.parameters.values()):
         training.begin()
         while not training.done:
-            with learner.attached(settings.backend):
+            with training.learner.attached(training.settings.backend):
                 while not training.epoch_over:
-                    training.take(_losses(training))
+                    training.take(losses_of(training))
             training.end_epoch()
     return training.end()
 
 
-def _losses(training: Training) -> Tensor:
-    """Run the passes of the next step, its learner attached; the sum of the losses of this process's rows."""
+def losses_of(training: Training) -> Tensor:
+    """Run the passes of the next step, with the learner attached; the sum of the losses of this process's rows."""
     learner, step = training.learner, training.next_step()
     device, ranks = training.model.device, training.run.ranks
     return add_gradients(
@@ -194,7 +185,7 @@ class Training:
         self.model, self.learner, self.settings, self.watch = model, learner, settings, watch
         self.run, self.stage = run or RunControl(), stage
         ranks = self.run.ranks
-        rows = learner.rows(0)
+        self._first_rows = rows = learner.rows(0)
         if not rows:
             raise DataError("training needs demonstrations, got none")
         self.per_epoch = len(self._steps(len(rows), 0))
@@ -223,6 +214,13 @@ class Training:
                 )
 
     @property
+    def bytes(self) -> int:
+        """Of what is trained with its gradient and the optimiser's two moments, and of what a checkpoint keeps beside
+        it."""
+        kept = sum(x.nbytes for x in (*self._now.values(), *self._best.values()))
+        return kept + 3 * sum(x.nbytes for x in self.parameters.values())
+
+    @property
     def done(self) -> bool:
         """Whether all epochs have been run, or one has ended the run."""
         return len(self.history) >= self.epochs or (bool(self.history) and self.history[-1].stopped)
@@ -238,8 +236,7 @@ class Training:
         Raises:
             CheckpointError: a checkpoint of another run.
         """
-        learner, layout, ranks = self.learner, self.settings.layout, self.run.ranks
-        rows = learner.rows(0)
+        learner, layout, ranks, rows = self.learner, self.settings.layout, self.run.ranks, self._first_rows
         singly = (make_batch(rows, [i], layout, learner.lead).to(self.model.device) for i in range(len(rows)))
         with learner.attached(self.settings.backend):
             learner.before_training(singly)  # before a checkpoint replaces the start

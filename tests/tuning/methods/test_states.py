@@ -8,8 +8,10 @@ import torch
 from ctkernels.testing.classes import PUBLISHED, Case, build
 from ctkernels.testing.tasks import DEMONSTRATIONS, char_tokenizer
 from ctkernels.tuning.adapters.adapter import Adapter
+from ctkernels.tuning.hf.exact import full_precision
 from ctkernels.tuning.hf.tiny import make_tiny, shrink
 from ctkernels.tuning.methods import get_method
+from ctkernels.tuning.methods.many import tune_many
 from ctkernels.tuning.methods.tune import TuneResult, tune
 
 TOKENIZER = char_tokenizer(adds_bos=True)
@@ -83,3 +85,15 @@ def test_methods_that_put_contexts_together_are_refused(model):
     for method, options in (("ct-kv", {"start": "separate"}), ("ct-kv", {"start": "pooled"})):
         with pytest.raises(ValueError, match="belongs to one context as a whole"):
             tuned(model, method, **options)
+
+
+def test_tasks_together(model):
+    """Every row begins with the states of its own task's prefix, and only those get its gradient."""
+    options = {"epochs": 2, "lr": 1e-2, "leave_one_out": "none", "drop_p": 0.3}
+    tasks = {"a": DEMONSTRATIONS, "b": DEMONSTRATIONS[1:]}
+    with full_precision():
+        many = tune_many(model, TOKENIZER, tasks, "ct-kv", options)
+        for name, pairs in tasks.items():
+            one = tune(model, TOKENIZER, pairs, "ct-kv", options)
+            for x, y in zip(many[name].prefix.parameters(), one.prefix.parameters(), strict=True):
+                torch.testing.assert_close(x, y, rtol=0, atol=1e-12)

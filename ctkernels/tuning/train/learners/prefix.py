@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from ctkernels import ContextMask
 from ctkernels.tuning.adapters.prefix import KVPrefix
 from ctkernels.tuning.data.batches import Batch
 from ctkernels.tuning.data.formats import Row
@@ -19,7 +20,7 @@ from ctkernels.tuning.hf.forward import row_losses
 from ctkernels.tuning.hf.models import find_decoder
 from ctkernels.tuning.objectives import Forward
 from ctkernels.tuning.train.learners.base import Learner
-from ctkernels.tuning.train.masks import Dropout, LeaveOneOut, context_mask
+from ctkernels.tuning.train.masks import Dropout, LeaveOneOut, Rows, context_mask
 from ctkernels.tuning.train.reparametrise import LowRankPrefix, NetworkOptions, NetworkPrefix, TrainedPrefix
 
 if TYPE_CHECKING:
@@ -126,8 +127,12 @@ class PrefixLearner(Learner):
             yield
 
     def forward(self, batch: Batch, seed: int) -> Forward:
-        self._attachment.mask = context_mask(self.settings, self.prefix.segments, batch, seed, self.prefix.length)
+        self._attachment.mask = self.mask(batch, seed)
         return Forward(self.model, self._attachment, batch)
+
+    def mask(self, batch: Batch | Rows, seed: int) -> ContextMask:
+        """What of the prefix rows see."""
+        return context_mask(self.settings, self.prefix.segments, batch, seed, self.prefix.length)
 
     def identity(self) -> object:
         return self.prefix.segments.tolist(), self.prefix.first_position
