@@ -14,6 +14,7 @@ from torch import nn
 from ctkernels.tuning.adapters.adapter import Adapter
 from ctkernels.tuning.data.demonstrations import as_demonstrations
 from ctkernels.tuning.data.formats import TextFormat
+from ctkernels.tuning.hf.models import find_decoder
 from ctkernels.tuning.methods.base import Run, require_loaded
 from ctkernels.tuning.methods.table import get_method
 from ctkernels.tuning.methods.tune import Pairs, TuneResult, make_run, settings_of, training_of
@@ -102,9 +103,8 @@ def tune_many(
         ends: as in `tune`; every task that has begun goes on to the end of its epoch, then `Interrupted` is raised.
 
     Raises:
-        TypeError, ValueError, OutputError: arguments that are wrong for all tasks; what `tune` raises for a task alone
-            is in `errors`.
-        ValueError: a checkpoint that is not resumed; a model that is spread over processes.
+        TypeError, ValueError, OutputError: arguments that are wrong for all tasks, such as a checkpoint that is not
+            resumed, or a model that is spread over processes. What `tune` raises for one task alone is in `errors`.
     """
     require_loaded(model, tokenizer)
     how = get_method(method)
@@ -120,20 +120,29 @@ def tune_many(
             f"tune_many needs a model in one piece, and the weights of this {type(model).__name__} are spread over "
             "processes; tune its tasks one after the other, with tune"
         )
+    find_decoder(model)  # an unsupported class would fail with every task
     root = None if checkpoint_dir is None else Path(checkpoint_dir)
-    folders = {name: None if root is None else root / file_name(name) for name in tasks}
     stop = None if ends is None else _latched(ends)
+    controls = {
+        name: RunControl(
+            checkpoint_dir=None if root is None else root / file_name(name),
+            checkpoint_every=checkpoint_every,
+            resume=resume,
+            on_epoch=None if on_epoch is None else partial(on_epoch, name),
+            ends=stop,
+        )
+        for name in tasks
+    }
     done: dict[str, TuneResult | Exception] = {}
 
-    def run_of(name: str) -> tuple[Run[Any], RunControl]:
-        task, told = tasks[name], None if on_epoch is None else partial(on_epoch, name)
+    def run_of(name: str) -> Run[Any]:
+        task = tasks[name]
         task = task if isinstance(task, TuneTask) else TuneTask(task)
         own = common
         if isinstance(task.settings, Mapping):
             own = how.settings(**layered(asdict(common), task.settings))
         elif task.settings is not None:
             own = how.accept(task.settings)
-        control = RunControl(folders[name], checkpoint_every, resume, told, ends=stop)
         return make_run(
             model,
             tokenizer,
@@ -141,25 +150,25 @@ def tune_many(
             how,
             own,
             task.text_format or text_format,
-            control,
+            controls[name],
             task.start_from,
             as_demonstrations(task.held_out, "held_out"),
             task.patience,
-        ), control
+        )
 
     def start(name: str, make: Callable[[Run[Any]], PrefixLearner]) -> Training:
-        run, control = run_of(name)
+        run = run_of(name)
         learner = make(run)
-        return training_of(run, control, learner, result=lambda: Adapter(learner.current()))
+        return training_of(run, controls[name], learner, result=lambda: Adapter(learner.current()))
 
     with nullcontext() if root is None else locked(root):
-        for folder in () if resume else folders.values():
+        for folder in () if resume else (control.checkpoint_dir for control in controls.values()):
             if folder is not None and any(folder.rglob(FILE_NAME)):
                 raise ValueError(f"checkpoint_dir already holds {folder}; resume from it, or choose another folder")
         if how.learner is None:
             for name in tasks:
                 try:
-                    run, _ = run_of(name)
+                    run = run_of(name)
                     done[name] = TuneResult(how.fit(run), run.history)
                 except Exception as error:
                     done[name] = error

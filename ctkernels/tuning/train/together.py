@@ -61,7 +61,7 @@ def train_together(
                 ready = next(begun, None)
             for name, error in [failed for group in _alike(active) for failed in _step(model, group).items()]:
                 del active[name]
-                yield name, error
+                yield name, error.with_traceback(None)  # whose frames hold all trainings of the group
             for name, training in [entry for entry in active.items() if entry[1].epoch_over]:
                 outcome: Training | Exception = training
                 try:

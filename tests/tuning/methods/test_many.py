@@ -321,6 +321,10 @@ def test_arguments(model):
         tune_many(model, TOKENIZER, {"a": DEMONSTRATIONS}, memory_bytes=-1)
     with pytest.raises(ValueError, match=r"does not read 'lr_'"):
         tune_many(model, TOKENIZER, {"a": DEMONSTRATIONS}, settings={"lr_": 1})
+    with pytest.raises(ValueError, match="checkpoint_every must be at least 1, got 0"):
+        tune_many(model, TOKENIZER, {"a": DEMONSTRATIONS}, checkpoint_every=0)
+    with pytest.raises(TypeError, match="Linear"):
+        tune_many(torch.nn.Linear(2, 2), TOKENIZER, {"a": DEMONSTRATIONS})
     with pytest.raises(ValueError, match="name must have 1 to"):
         tune_many(model, TOKENIZER, {"": DEMONSTRATIONS}, checkpoint_dir="runs")
     with pytest.raises(TypeError, match="model must be loaded"):
