@@ -161,7 +161,7 @@ def tensor_core_sum(c, products, fraction_bits, terms):
 @pytest.mark.parametrize("name", ["bf16", "f16", "f16_k8", "tf32", "tf32_k4", "e4m3", "e5m2"])
 def test_mma_truncates_as_tensor_cores_do(module, name, guard_bits):
     """Bit for bit, with terms of very different sizes and signs."""
-    kind, acc, k, per = MMA[name]
+    kind, _, k, per = MMA[name]
     torch.manual_seed(2)
     a, b, c = values((16, k), kind), values((8, k), kind), 3 * torch.randn(16, 8)
     a, c = (a.float() * 2.0 ** torch.randint(-3, 4, a.shape)).to(a.dtype), c * 2.0 ** torch.randint(-6, 3, c.shape)
