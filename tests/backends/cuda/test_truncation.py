@@ -10,6 +10,8 @@ import pytest
 from tests.op import test_accuracy
 from tools.gpu.cuda.emulated import BACKEND, Emulator, running_on
 
+from .test_mutations import Mutation, mutated
+
 pytestmark = pytest.mark.needs_nvcc
 
 THOROUGH = os.environ.get("CTKERNELS_TEST_PROFILE") == "thorough"
@@ -22,6 +24,10 @@ LONG = {
     "many lanes": dict(lens=[64] * 4, P=64, H=8, Hk=1, D=64),
 }
 PROBLEMS = test_accuracy.ORDINARY | test_accuracy.WIDE
+LONG_CHAINS = Mutation(
+    "mma.cuh", "float sum0[4] = {}, sum1[4] = {};",
+    "float(&sum0)[4] = d0, (&sum1)[4] = d1;\n      const auto add = [](auto&, auto&) {};",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("problem", LONG if THOROUGH else ["P=16384"])
@@ -35,3 +41,10 @@ def test_fp32_over_a_long_prefix(problem):
 def test_at_most_twice_the_error_of_eager_pytorch(problem, types):
     with running_on(Emulator(guard_bits=0)):
         test_accuracy.check(BACKEND, dict(types=types, **PROBLEMS[problem]), gradients=True, draws=2)
+
+
+def test_sums_that_stay_in_the_tensor_cores_break_the_rule(tmp_path):
+    """Even with the guard bits of an H100."""
+    problem, build = PROBLEMS["leave-one-out rows"], mutated(tmp_path, LONG_CHAINS)
+    with running_on(Emulator(guard_bits=2, build=build)), pytest.raises(AssertionError, match="out, "):
+        test_accuracy.check(BACKEND, dict(types="fp32", **problem), gradients=False, draws=1)
