@@ -54,7 +54,10 @@ class Requests:
         self.model, self.owner, self.rows = model, [str(task) for task in owner], rows
         self.contexts = [contexts[task] for task in owner]
         self.ids, self.mask = _left_padded(rows)
-        self.kept, self.mapped = PrefixStore(directory, model), PrefixStore(directory, model, memory_bytes=0)
+        self.kept, self.mapped = (
+            PrefixStore(directory, model),
+            PrefixStore(directory, model, memory_bytes=0, mapped=True),
+        )
         self.ways: dict[str, Callable[[int], Any]] = {
             IN_MEMORY: lambda count: self._attached(self.kept, count),
             ON_DISK: lambda count: self._attached(self.mapped, count),
@@ -130,7 +133,7 @@ def measure(requests: Requests, new_tokens: int, rounds: int) -> dict[str, Any]:
 def measure_store(model: PreTrainedModel, directory: Path, contexts: list[Tensor], rounds: int) -> dict[str, Any]:
     """Seconds of what a store does with one prefix, and the size of its file."""
     prefix = KVPrefix.from_tokens(model, contexts[0], torch.tensor([len(contexts[0])]))
-    mapped, kept = PrefixStore(directory, model, memory_bytes=0), PrefixStore(directory, model)
+    mapped, kept = PrefixStore(directory, model, memory_bytes=0, mapped=True), PrefixStore(directory, model)
     prefixes = [kept.get(str(task)) for task in range(len(contexts))]
 
     def attach() -> None:

@@ -18,6 +18,8 @@ from ctkernels.problem import Problem, check_values
 
 MAX_HEAD_DIM = 512
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# asked once: torch 2.11 cannot compile the question
+_AUTOCAST = tuple(device for device in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(device))
 
 
 def prefix_attention(
@@ -307,7 +309,7 @@ def _rows(q: Tensor, k: Tensor, v: Tensor, q_shape: str, k_shape: str) -> tuple[
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast as autocast casts the inputs of scaled_dot_product_attention. The prefix keeps its own type."""
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device not in _AUTOCAST or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)

@@ -12,14 +12,13 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from ctkernels.tuning.data.suites import SUITES  # noqa: E402
 from ctkernels.tuning.methods import METHODS, PRESETS  # noqa: E402
-from ctkernels.tuning.methods.settings import SETTINGS, Setting  # noqa: E402
+from ctkernels.tuning.methods.settings import SETTINGS, written  # noqa: E402
 from ctkernels.tuning.objectives import OBJECTIVES  # noqa: E402
 
 PAGE = ROOT / "docs" / "methods.md"
@@ -58,21 +57,8 @@ def settings() -> str:
     rows = []
     for name, setting in SETTINGS.items():
         readers = "all" if len(setting.methods) == len(METHODS) else setting.readers or "all that train"
-        rows.append([f"`{name}`", _defaults(setting), readers, setting.meaning])
+        rows.append([f"`{name}`", setting.defaults, readers, setting.meaning])
     return table(["setting", "default", "read by", "meaning"], rows)
-
-
-def _defaults(setting: Setting) -> str:
-    """The commonest default, and the methods that have another one."""
-    by_value: dict[Any, list[str]] = {}
-    for name in setting.methods:
-        by_value.setdefault(getattr(METHODS[name].settings(), setting.name), []).append(name)
-    (common, _), *others = sorted(by_value.items(), key=lambda item: -len(item[1]))
-    return "; ".join([_show(common), *(f"{_show(value)} ({', '.join(names)})" for value, names in others)])
-
-
-def _show(value: Any) -> str:
-    return "none" if value == () else str(value)
 
 
 def presets() -> str:
@@ -82,7 +68,7 @@ def presets() -> str:
         if any(name in preset for preset in PRESETS.values()):
             values = [preset.get(name, {}) for preset in PRESETS.values()]
             rows.append(
-                [f"`{name}`", *(", ".join(f"{key} {_show(v)}" for key, v in value.items()) for value in values)]
+                [f"`{name}`", *(", ".join(f"{key} {written(v)}" for key, v in value.items()) for value in values)]
             )
     return table(["method", *(f"`{name}`" for name in PRESETS)], rows)
 

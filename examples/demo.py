@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Context Tuning of a real model in a few minutes: zero-shot, ICL and CT-KV on a small task, beside the plain loop.
+"""Context Tuning of a real model in two minutes: zero-shot, ICL and CT-KV on a small task, beside the plain loop.
 
     python examples/demo.py --model .models/smollm2-135m --out runs/demo
 
 Writes OUT/prefix (the tuned prefix), OUT/results.json and OUT/demo.png. `--model` takes any directory or hub id of a
-supported causal language model, `--task` any folder with train.jsonl and test.jsonl.
+supported causal language model, `--task` any folder with train.jsonl, dev.jsonl and test.jsonl. CT-KV runs twice: as
+the papers have it, and with the loss of the choice among options, where dev.jsonl is held out and chooses the epoch.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
 import sys
 import time
@@ -20,36 +20,36 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ctkernels import ContextMask
+from ctkernels.cli.console import console as make_console
 from ctkernels.cli.progress import epoch_bar
 from ctkernels.testing import memory, plain_ctkv
 from ctkernels.tuning import (
     Demonstration,
-    EvalResult,
     KVPrefix,
+    TextFormat,
     encode_context,
     encode_rows,
-    evaluate_prefix,
     get_method,
     load_jsonl,
     tune,
 )
+from ctkernels.tuning.data.formats import PairEncoder
+from ctkernels.tuning.evaluation.calibration import share_options
 from ctkernels.tuning.methods.ct_kv import CtKvOptions
 from ctkernels.tuning.storage import atomic_write_json
 from ctkernels.tuning.train.options import Options
 
 ROOT = Path(__file__).resolve().parent.parent
-METHODS = ("zero-shot", "icl", "ct-kv")
-SNAPSHOT_EVERY = 5  # epochs between points of the accuracy curve
+PAPER, OPTIONS = "ct-kv", "ct-kv, options"  # the papers' loss and delimiter; the loss of the choice, and line breaks
 AGREEMENT = 1e-3  # largest relative difference of a loss to the plain implementation's, both in fp32
 
 Value = TypeVar("Value")
-console = Console()
+console = make_console()
 
 
 def measured(work: Callable[[], Value]) -> tuple[Value, float, float]:
@@ -61,34 +61,34 @@ def measured(work: Callable[[], Value]) -> tuple[Value, float, float]:
 
 
 def run_method(
-    name: str,
+    label: str,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     train: list[Demonstration],
     test: list[Demonstration],
     settings: Options,
-) -> tuple[dict[str, Any], KVPrefix, dict[int, KVPrefix]]:
-    """Tune and evaluate one method; returns its row of the table, its prefix, and snapshots of it by epoch."""
-    snapshots: dict[int, KVPrefix] = {}
+    text_format: TextFormat,
+    held_out: list[Demonstration],
+) -> tuple[dict[str, Any], KVPrefix]:
+    """Tune and evaluate one method; returns its row of the table, and its prefix."""
+    name = label.partition(",")[0]
     with epoch_bar(settings) as move_bar:
-
-        def on_epoch(record, prefix: KVPrefix) -> None:
-            move_bar(record, prefix)
-            if record.epoch % SNAPSHOT_EVERY == 0 and record.epoch < getattr(settings, "epochs", 0):
-                snapshots[record.epoch] = copy.deepcopy(prefix)
-
-        result, seconds, peak = measured(lambda: tune(model, tokenizer, train, name, settings, on_epoch=on_epoch))
-    scores, eval_seconds, eval_peak = measured(lambda: evaluate_prefix(model, tokenizer, test, result.prefix))
+        arguments = {"settings": settings, "text_format": text_format, "held_out": held_out, "on_epoch": move_bar}
+        result, seconds, peak = measured(lambda: tune(model, tokenizer, train, name, **arguments))
+    scores, eval_seconds, eval_peak = measured(
+        lambda: result.adapter.evaluate(model, tokenizer, test, calibrate="batch" if share_options(test) else "none")
+    )
     row = {
-        "method": name,
+        "method": label,
         **asdict(scores),
         "seconds": seconds,
         "eval_seconds": eval_seconds,
         "peak_gb": max(peak, eval_peak),
         "history": [asdict(record) for record in result.history],
+        "held_out": result.held_out,
     }
-    console.print(f"{name:9}  accuracy {scores.accuracy:.2f}   gold loss {scores.gold_loss:.3f}")
-    return row, result.prefix, snapshots
+    console.print(f"{label:14}  accuracy {scores.accuracy:.2f}   gold loss {scores.gold_loss:.3f}")
+    return row, result.prefix
 
 
 def run_plain(
@@ -124,35 +124,52 @@ def run_plain(
     return result, peak
 
 
-def plot(path: Path, results: list[dict[str, Any]], curve: dict[int, EvalResult]) -> None:
-    """Training loss and test accuracy over the epochs, with the baselines as lines."""
+def line_breaks(tokenizer: PreTrainedTokenizerBase) -> TextFormat:
+    """A line break between the parts of a text, where the tokenizer has one token for it; else a space."""
+    try:
+        PairEncoder(tokenizer, TextFormat("\n"))
+    except ValueError:
+        return TextFormat()
+    return TextFormat("\n")
+
+
+def plot(path: Path, results: list[dict[str, Any]]) -> None:
+    """Loss of the trained and of the held-out demonstrations over the epochs, and test accuracies."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    by_name = {row["method"]: row for row in results}
-    history = by_name["ct-kv"]["history"]
+    row = next(row for row in results if row["method"] == OPTIONS)
+    history, held_out = row["history"], row["held_out"]
+    best = held_out.index(min(held_out))
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    left.plot([r["epoch"] for r in history], [r["loss"] for r in history], label="training (own demonstration hidden)")
-    left.plot(list(curve), [scores.gold_loss for scores in curve.values()], "o-", label="test, correct option")
-    left.set(xlabel="epoch", ylabel="loss (nats per answer token)", title="CT-KV: loss", ylim=(0, None))
+    before = [record["epoch"] - 1 for record in history]  # a training loss is that before the epoch's step
+    left.plot(before, [record["loss"] for record in history], label="trained (own demonstration hidden)")
+    left.plot(range(len(held_out)), held_out, label="held out")
+    left.plot(best, held_out[best], "o", color="C1", label=f"kept: epoch {best}")
+    left.set(xlabel="epochs", ylabel="-log p(right option), nats", title="CT-KV: loss of the choice", ylim=(0, None))
     left.legend()
-    right.plot(list(curve), [scores.accuracy for scores in curve.values()], "o-", color="C1", label="CT-KV")
-    right.axhline(by_name["icl"]["accuracy"], color="C2", linestyle="--", label="ICL")
-    right.axhline(by_name["zero-shot"]["accuracy"], color="C3", linestyle=":", label="zero-shot")
-    right.set(xlabel="epoch", ylabel="test accuracy", title="CT-KV: accuracy", ylim=(0, 1))
+    labels = [row["method"] for row in results]
+    places = range(len(labels))
+    right.bar([x - 0.2 for x in places], [row["accuracy"] for row in results], 0.4, label="plain")
+    calibrated = [(row["calibrated"] or row)["accuracy"] for row in results]
+    right.bar([x + 0.2 for x in places], calibrated, 0.4, label="calibrated")
+    right.set(ylabel="test accuracy", title="Test items", ylim=(0, 1))
+    right.set_xticks(places, labels)
     right.legend()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
 
 def print_tables(results: list[dict[str, Any]], comparison: dict[str, Any] | None) -> None:
-    table = Table("method", "accuracy", "macro-F1", "gold loss", "seconds", "eval seconds", "peak GB", title="Results")
+    columns = ("method", "accuracy", "calibrated", "NLL", "gold loss", "seconds", "eval seconds", "peak GB")
+    table = Table(*columns, title="Results")
     for row in results:
-        f1 = f"{row['score']:.3f}" if row["metric"] == "macro_f1" else "-"
-        numbers = (f"{row['gold_loss']:.3f}", f"{row['seconds']:.1f}", f"{row['eval_seconds']:.1f}")
-        table.add_row(row["method"], f"{row['accuracy']:.3f}", f1, *numbers, f"{row['peak_gb']:.2f}")
+        calibrated = "-" if row["calibrated"] is None else f"{row['calibrated']['accuracy']:.3f}"
+        nll = "-" if row["nll"] is None else f"{row['nll']:.3f}"
+        times = (f"{row['seconds']:.1f}", f"{row['eval_seconds']:.1f}", f"{row['peak_gb']:.2f}")
+        table.add_row(row["method"], f"{row['accuracy']:.3f}", calibrated, nll, f"{row['gold_loss']:.3f}", *times)
     console.print(table)
     if comparison is None:
         return
@@ -199,36 +216,34 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     logging.disable_progress_bar()
     started = time.perf_counter()
-    train, test = load_jsonl(args.task / "train.jsonl"), load_jsonl(args.task / "test.jsonl")
+    train, dev, test = (load_jsonl(args.task / f"{split}.jsonl") for split in ("train", "dev", "test"))
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     console.print(
         f"{args.model}: {len(train)} demonstrations, {len(test)} test items, {torch.get_num_threads()} threads"
     )
 
-    results, curve = [], {}
-    for name in METHODS:
-        method = get_method(name)
-        settings = method.settings(**method.pick({"epochs": args.epochs}))
-        row, prefix, snapshots = run_method(name, model, tokenizer, train, test, settings)
+    paper, lines = TextFormat(), line_breaks(tokenizer)
+    ct_kv = get_method("ct-kv")
+    options = all(pair.options for pair in train)
+    planned = [
+        ("zero-shot", get_method("zero-shot").settings(), paper, []),
+        ("icl", get_method("icl").settings(), paper, []),
+        (PAPER, ct_kv.settings(epochs=args.epochs), paper, []),
+        (OPTIONS, ct_kv.settings(epochs=args.epochs, objective="options" if options else "answers"), lines, dev),
+    ]
+    results = []
+    for label, settings, text_format, held_out in planned:
+        row, prefix = run_method(label, model, tokenizer, train, test, settings, text_format, held_out)
         results.append(row)
-        for epoch, snapshot in snapshots.items():
-            curve[epoch] = evaluate_prefix(model, tokenizer, test, snapshot)
-        if name != "zero-shot":  # ICL is where CT-KV starts
-            fields = {key: row[key] for key in EvalResult.__dataclass_fields__}
-            curve[0 if name == "icl" else args.epochs] = EvalResult(**fields)
-    curve = dict(sorted(curve.items()))
     prefix.save_pretrained(args.out / "prefix")
 
     comparison = None
     if args.plain_epochs > 0:
         console.print(f"plain PyTorch for {args.plain_epochs} epochs ...")
-        comparison = compare(results[-1], *run_plain(model, tokenizer, train, settings, args.plain_epochs))
-    plot(args.out / "demo.png", results, curve)
-    accuracy = {epoch: scores.accuracy for epoch, scores in curve.items()}
-    atomic_write_json(
-        args.out / "results.json", {"results": results, "accuracy_by_epoch": accuracy, "comparison": comparison}
-    )
+        comparison = compare(results[2], *run_plain(model, tokenizer, train, planned[2][1], args.plain_epochs))
+    plot(args.out / "demo.png", results)
+    atomic_write_json(args.out / "results.json", {"results": results, "comparison": comparison})
     print_tables(results, comparison)
     console.print(f"wrote {args.out}/prefix, results.json and demo.png in {time.perf_counter() - started:.0f} s")
     if comparison is not None and comparison["difference"] > AGREEMENT:

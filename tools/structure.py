@@ -42,7 +42,7 @@ ORDER = (
     ("ctkernels.tuning.methods",),
     ("ctkernels.tuning.evaluation",),
     ("ctkernels.tuning", "ctkernels.tuning.lm_eval"),
-    ("ctkernels.cli",),
+    ("ctkernels.cli", "ctkernels.__main__"),
     ("ctkernels.testing",),
 )
 FOLDERS = ("ctkernels", "tools", "benchmarks", "examples", "docs", "tests")  # whose files may import each other's

@@ -1,13 +1,16 @@
 """The command `ctkernels`: `tune`, `eval`, `export`, `import`, `models` and `env`.
 
 Exit status: 0 done; 1 the run failed (a full disk, a loss that is not finite, cells of a sweep without a result);
-2 wrong usage or unusable data, said in one line; 130 interrupted.
+2 wrong usage or unusable data, said in one line; 130 interrupted (Ctrl-C); 143 ended by SIGTERM.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import platform
+import signal
 import sys
 import time
 import warnings
@@ -19,11 +22,14 @@ from typing import TYPE_CHECKING, Any
 from ctkernels.cli.model import load_model, print_scores
 from ctkernels.cli.models import models_command
 from ctkernels.cli.parse import CommandLine, FailedRun, UsageError, as_yaml
+from ctkernels.cli.signals import Terminated, ends_with_epoch, terminable
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ctkernels.cli.options import ExportConfig, ImportConfig
+    from ctkernels.cli.options import ExportConfig, ImportConfig, TuneConfig
+    from ctkernels.tuning.data.demonstrations import Demonstration
+    from ctkernels.tuning.train.options import Options
     from ctkernels.tuning.train.trainer import EpochRecord
 
 HELP = """usage: ctkernels COMMAND [OPTIONS]
@@ -35,7 +41,12 @@ HELP = """usage: ctkernels COMMAND [OPTIONS]
   models which model classes are served, and why others are not
   env    versions, CPU features, and which backends are available
 
-`ctkernels COMMAND --help` lists the options; `--config FILE` reads them from a YAML file."""
+`ctkernels COMMAND --help` lists the options; `--config FILE` reads them from a YAML file. `ctkernels --version` prints
+the version. `python -m ctkernels` is the same command."""
+ENV_HELP = """usage: ctkernels env
+
+Versions of this package and of those it works with, features of the CPU, and each backend with the reason if it is
+unavailable."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -45,6 +56,23 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(argv: list[str]) -> int:
     """Run the command line; returns the exit status."""
+    try:
+        status = _run(argv)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # who read the output has ended, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at exit
+        return 128 + signal.SIGPIPE
+
+
+def _run(argv: list[str]) -> int:
+    if argv == ["--version"]:
+        import ctkernels
+
+        print(f"ctkernels {ctkernels.__version__}")
+        return 0
+    if argv[:1] == ["help"]:  # `help tune` is `tune --help`
+        argv = [*argv[1:], "--help"]
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP)
         return 0 if argv else 2
@@ -54,15 +82,24 @@ def run(argv: list[str]) -> int:
     try:
         if name not in commands:
             raise UsageError(f"unknown command {name!r}; the commands are {', '.join(commands)}")
-        with _plain_warnings():
+        with _plain_warnings(), terminable():
             commands[name](rest)
-    except KeyboardInterrupt:
-        how = "`ctkernels tune --resume` continues from the last checkpoint"
-        return _complain(f"interrupted; {how if name == 'tune' else 'finished cells of a suite are kept'}", 130)
+    except KeyboardInterrupt as interrupt:
+        how = "continue with --resume, from the last checkpoint" if name == "tune" else "finished cells are kept"
+        return _complain(f"interrupted; {how}", 143 if isinstance(interrupt, Terminated) else 130)
     except (ValueError, TypeError) as error:
         return _complain(error, 2)
-    except (OSError, ArithmeticError, FailedRun, ImportError) as error:
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        how = "; what was saved before is whole: continue with --resume" if name == "tune" else ""
+        return _complain(f"{_without_number(error)}{how}", 1)
+    except (ArithmeticError, FailedRun, ImportError) as error:
         return _complain(error, 1)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _complain(f"out of memory: {str(error).splitlines()[0] if str(error) else 'no more can be had'}", 1)
     return 0
 
 
@@ -75,12 +112,23 @@ def tune_command(argv: list[str]) -> None:
         raise UsageError("out is required: the folder of the results (--out)")
     settings = config.settings(config.method)
     demonstrations = config.load("train", config.train)
-    if (config.out / "checkpoint").exists() and not config.resume:
-        raise UsageError(f"{config.out} already holds a run; add --resume to continue it, or choose another --out")
 
-    from ctkernels.cli.progress import epoch_bar
+    from ctkernels.cli import search
+    from ctkernels.cli.outputs import check_run
+    from ctkernels.tuning.train.distributed import folder_of_run
+
+    search.check(config)
+    with folder_of_run(config.out):
+        check_run(config.out, config.resume, config.overwrite)
+        _tune(config, settings, demonstrations)
+
+
+def _tune(config: TuneConfig, settings: Options, demonstrations: Sequence[Demonstration]) -> None:
+    from ctkernels.cli import search
+    from ctkernels.cli.outputs import remove_run
+    from ctkernels.cli.progress import EpochLog, epoch_bar
     from ctkernels.tuning.adapters.adapter import Adapter
-    from ctkernels.tuning.methods.tune import tune
+    from ctkernels.tuning.methods import get_method
     from ctkernels.tuning.storage import atomic_write_bytes, atomic_write_json
     from ctkernels.tuning.train.distributed import launched, local_device
 
@@ -90,26 +138,44 @@ def tune_command(argv: list[str]) -> None:
         model, tokenizer = load_model(replace(config, device=device))
         start_from = None if config.start_from is None else Adapter.from_pretrained(config.start_from, model, tokenizer)
         written = config.out / "config.yaml"
-        with epoch_bar(settings, enabled=None if first else False) as show:
+        if first and config.overwrite:
+            remove_run(config.out)
+        log = EpochLog(config.out / "history.jsonl")
+        trains = get_method(config.method).trains != "nothing"
+        with (
+            epoch_bar(settings, enabled=None if first else False) as show,
+            ends_with_epoch() if trains else contextlib.nullcontext() as ends,
+        ):
+
+            def accepted() -> None:
+                if first and not written.exists():  # the run may be killed and resumed from now on
+                    atomic_write_bytes(written, as_yaml(config).encode())
 
             def on_epoch(record: EpochRecord, module: nn.Module) -> None:
-                if first and not written.exists():  # the run was accepted: it may be killed and resumed
-                    atomic_write_bytes(written, as_yaml(config).encode())
+                accepted()
+                if first:
+                    log.add(record)
                 show(record, module)
 
-            result = tune(
+            def show_trial(line: str) -> None:
+                accepted()
+                if first:
+                    print(line, file=sys.stderr)
+
+            result = search.run(
+                config,
                 model,
                 tokenizer,
                 demonstrations,
-                config.method,
                 settings,
-                config.text_format(),
+                show_trial,
                 start_from=start_from,
                 checkpoint_dir=config.out / "checkpoint",
                 checkpoint_every=config.checkpoint_every,
                 resume=config.resume,
                 on_epoch=on_epoch,
                 group=group,
+                ends=ends,
             )
     if not first:
         return
@@ -120,6 +186,8 @@ def tune_command(argv: list[str]) -> None:
         first_epoch, last = result.history[0], result.history[-1]
         seconds = sum(record.seconds for record in result.history)
         print(f"loss {first_epoch.loss:.4f} -> {last.loss:.4f} in {len(result.history)} epochs, {seconds:.1f} s")
+        if curve := result.held_out:
+            print(f"held-out loss {curve[0]:.4f} -> {min(curve):.4f}, kept: epoch {curve.index(min(curve))}")
     extra = " and a LoRA update of the weights" if result.adapter.lora else ""
     print(f"saved {config.out / 'prefix'}: {result.prefix.length} tokens{extra}")
 
@@ -132,7 +200,7 @@ def eval_command(argv: list[str]) -> None:
 
         return sweep_command(line)
     from ctkernels.cli.options import EvalConfig
-    from ctkernels.tuning.methods import METHODS
+    from ctkernels.cli.outputs import check_scores
 
     config = line.parse(EvalConfig)
     if not config.methods and not config.prefix:
@@ -142,8 +210,11 @@ def eval_command(argv: list[str]) -> None:
     if config.keep_offsets and (config.calibrate in (None, "none") or not config.prefix):
         raise UsageError("keep_offsets stores what calibrate finds in folders of prefix; give both")
     settings, given = config.settings_of_each(config.methods), config.given()
+    labels: list[str | Path] = [*settings, *config.prefix]
     items = config.load("test", config.test)[: config.limit]
-    needs_train = any(METHODS[name].needs_demonstrations for name in config.methods)
+    if config.out is not None:
+        check_scores(config.out)
+    needs_train = any(spec.method.needs_demonstrations for spec, _ in settings.values())
     demonstrations = config.load("train", config.train) if needs_train else []
     validation = config.load("dev", config.dev) if config.calibrate == "dev" else []
     model, tokenizer = load_model(config)
@@ -154,15 +225,14 @@ def eval_command(argv: list[str]) -> None:
     from ctkernels.tuning.train.options import Options
 
     results = []
-    for name in [*config.methods, *config.prefix]:
+    for name in labels:
         started = time.perf_counter()
         if isinstance(name, Path):
             adapter = Adapter.from_pretrained(name, model, tokenizer)
         else:
-            with epoch_bar(settings[name]) as on_epoch:
-                tuned = tune(
-                    model, tokenizer, demonstrations, name, settings[name], config.text_format(), on_epoch=on_epoch
-                )
+            spec, own = settings[name]
+            with epoch_bar(own) as show:
+                tuned = tune(model, tokenizer, demonstrations, spec.name, own, config.text_format(), on_epoch=show)
             adapter = tuned.adapter
         ready = time.perf_counter()
         scores = adapter.evaluate(
@@ -214,7 +284,7 @@ def import_command(argv: list[str]) -> None:
 
     from ctkernels.tuning.adapters.peft_import import import_peft
 
-    loaded = import_peft(adapter, model, tokenizer)
+    loaded = import_peft(adapter, model, tokenizer, config.allow_pickle)
     loaded.save_pretrained(out)
     extra = " and a LoRA update of the weights" if loaded.lora else ""
     print(f"saved {out}: {loaded.prefix.length} tokens{extra}")
@@ -225,11 +295,18 @@ def _folders(config: ExportConfig | ImportConfig) -> tuple[Path, Path]:
     if adapter is None or out is None:
         name = "adapter" if adapter is None else "out"
         raise UsageError(f"{name} is required: a folder (--{name})")
+
+    from ctkernels.tuning.storage import check_target
+
+    check_target(out, folder=True)
     return adapter, out
 
 
 def env_command(argv: list[str]) -> None:
     """`ctkernels env`: what this machine offers."""
+    if argv in (["-h"], ["--help"]):
+        print(ENV_HELP)
+        return
     if argv:
         raise UsageError(f"env takes no arguments, got {argv[0]!r}")
     for name, value in environment().items():
@@ -267,6 +344,19 @@ def environment() -> dict[str, Any]:
     }
 
 
+def _without_number(error: OSError) -> str:
+    """What went wrong, and with which file."""
+    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Also of torch, whose CPU allocator raises a RuntimeError."""
+    return isinstance(error, MemoryError) or any(
+        words in str(error)
+        for words in ("out of memory", "can't allocate memory", "bad_alloc", "Cannot allocate memory")
+    )
+
+
 def _complain(error: object, status: int) -> int:
     """One line on stderr."""
     print(f"ctkernels: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -276,6 +366,7 @@ def _complain(error: object, status: int) -> int:
 @contextlib.contextmanager
 def _plain_warnings() -> Iterator[None]:
     """Show the package's warnings as one line each, without source code."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft loads it, and it misses what is not used here
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"ctkernels: warning: {message}", file=sys.stderr)
         yield

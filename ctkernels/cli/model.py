@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from ctkernels.cli.parse import UsageError
 
@@ -11,6 +16,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ctkernels.cli.options import ModelOptions
+
+
+PATIENCE = 5  # seconds to reach the hub
+PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")  # behind one the hub has no address
+THREADS_PER_CPU = 16  # more only wait for one another, and at some number the system gives none
 
 
 def load_model(options: ModelOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -28,8 +38,12 @@ def load_model(options: ModelOptions) -> tuple[PreTrainedModel, PreTrainedTokeni
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if options.threads is not None:
-        if options.threads < 1:
-            raise UsageError(f"threads must be at least 1, got {options.threads}")
+        most = THREADS_PER_CPU * (os.cpu_count() or 1)
+        if not 1 <= options.threads <= most:
+            raise UsageError(
+                f"threads must be at least 1 and at most {most}, {THREADS_PER_CPU} for each CPU of this machine, got "
+                f"{options.threads}"
+            )
         torch.set_num_threads(options.threads)
     try:
         device = torch.device(options.device)
@@ -42,6 +56,7 @@ def load_model(options: ModelOptions) -> tuple[PreTrainedModel, PreTrainedTokeni
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # Triton launches on the current device
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    offline_if_unreachable(options.model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
@@ -50,10 +65,31 @@ def load_model(options: ModelOptions) -> tuple[PreTrainedModel, PreTrainedTokeni
     return model.to(device).eval(), tokenizer
 
 
+def offline_if_unreachable(model: str) -> None:
+    """Where the hub cannot be reached, look for a hub id among the files that were fetched before, and nowhere else:
+    each request would be tried again and again, for a minute."""
+    from huggingface_hub import constants
+
+    if Path(model).exists() or constants.HF_HUB_OFFLINE or any(os.environ.get(name) for name in PROXIES):
+        return
+    hub = urlsplit(constants.ENDPOINT)
+    port = hub.port or (80 if hub.scheme == "http" else 443)
+    try:
+        socket.create_connection((hub.hostname or "", port), timeout=PATIENCE).close()
+    except OSError as error:
+        constants.HF_HUB_OFFLINE = True
+        print(
+            f"ctkernels: warning: {constants.ENDPOINT} cannot be reached ({error}); --model {model} is looked for "
+            "among what was fetched before",
+            file=sys.stderr,
+        )
+
+
 def print_scores(results: Sequence[dict[str, Any]]) -> None:
     """Tables of evaluation results on stdout: the scores, and for items with options plain and calibrated numbers."""
-    from rich.console import Console
     from rich.table import Table
+
+    from ctkernels.cli.console import console
 
     table = Table(*("", "metric", "score", "accuracy", "gold loss", "items", "start s", "eval s"))
     for r in results:
@@ -63,8 +99,8 @@ def print_scores(results: Sequence[dict[str, Any]]) -> None:
     if always is not None:
         name, numbers = f"always {always['option']!r}", (f"{always['score']:.3f}", f"{always['accuracy']:.3f}")
         table.add_row(name, results[0]["metric"], *numbers)
-    console = Console()
-    console.print(table)
+    screen = console()
+    screen.print(table)
     if all(r["nll"] is None for r in results):
         return
 
@@ -78,4 +114,4 @@ def print_scores(results: Sequence[dict[str, Any]]) -> None:
     for r in results:
         how = "-" if r["calibrated"] is None else r["calibrated"]["offsets"]["calibrate"]
         table.add_row(r["name"], how, *(both(r, name) for name in ("score", "accuracy", "nll", "ece")))
-    console.print(table)
+    screen.print(table)

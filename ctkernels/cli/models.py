@@ -59,9 +59,10 @@ def _row(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _print(rows: Sequence[Mapping[str, Any]], versions: Mapping[str, str]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from ctkernels.cli.console import console
 
     table = Table("model type", "class", "prefix", "why")
     for row in rows:
@@ -70,12 +71,12 @@ def _print(rows: Sequence[Mapping[str, Any]], versions: Mapping[str, str]) -> No
         verdict = "refused" if row["reason"] else "in part" if reasons else "served"
         name = "(this machine)" if here else row["model_type"]
         table.add_row(name, row["class"].rpartition(".")[2], verdict, Text("; ".join(reasons)))
-    console = Console()
-    console.print(table)
+    screen = console()
+    screen.print(table)
     shipped = [row for row in rows if not row.get("here")]
     served = sum(row["reason"] is None for row in shipped)
-    console.print(f"{served} of {len(shipped)} model types are served, with transformers {versions['shipped_for']}")
+    screen.print(f"{served} of {len(shipped)} model types are served, with transformers {versions['shipped_for']}")
     if versions["shipped_for"] != versions["installed"]:
-        console.print(
+        screen.print(
             f"transformers {versions['installed']} is installed: each class is proved when a prefix is first attached"
         )

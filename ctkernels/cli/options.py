@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from tyro.conf import arg
 
@@ -14,9 +15,10 @@ from ctkernels.tuning.adapters.peft_export import Kind
 from ctkernels.tuning.data.demonstrations import Demonstration, load_jsonl, load_metaicl
 from ctkernels.tuning.data.formats import TextFormat
 from ctkernels.tuning.evaluation.calibration import Calibrate
+from ctkernels.tuning.evaluation.sweep.spec import MethodSpec, split_words
 from ctkernels.tuning.methods import METHODS, PRESETS, get_method
 from ctkernels.tuning.methods.settings import SETTINGS, Setting
-from ctkernels.tuning.train.options import Options, either
+from ctkernels.tuning.train.options import Options, choices, either
 
 _NAMES = either(tuple(METHODS))
 _FREE = f"No --train for {either([name for name, m in METHODS.items() if not m.needs_demonstrations])} alone."
@@ -24,6 +26,11 @@ PresetName = Annotated[
     str | None,
     arg(help=f"The paper's settings for {either(tuple(PRESETS))}; the suite bbh also takes its text format."),
 ]
+
+
+def unescaped(text: str) -> str:
+    """A text from a shell, where `\\n` is a line break and `\\t` a tab."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ class DataOptions:
     shots: int = 16
     """Shots in the MetaICL file names."""
     delimiter: str = " "
-    """Text between input and output and between demonstrations; must be exactly one token."""
+    """Text between input and output and between demonstrations; must be exactly one token. \\n is a line break."""
     max_pair_tokens: int = 256
     """Most tokens of one input/output pair; a longer input loses its end."""
     bos: bool | None = None
@@ -67,7 +74,8 @@ class DataOptions:
 
     def text_format(self) -> TextFormat:
         """How pairs become tokens."""
-        return TextFormat(self.delimiter, self.max_pair_tokens, self.bos, self.instruction, self.template)
+        delimiter, instruction, template = map(unescaped, (self.delimiter, self.instruction, self.template))
+        return TextFormat(delimiter, self.max_pair_tokens, self.bos, instruction, template)
 
     def load(self, split: Literal["train", "dev", "test"], file: Path | None) -> list[Demonstration]:
         """The pairs of a split, from `file` or the MetaICL folder."""
@@ -90,22 +98,40 @@ class Preset:
         """The settings of `method`, those of the preset and the given ones in their place. Raises ValueError."""
         return get_method(method).settings(self.preset, **self.given())
 
-    def settings_of_each(self, methods: Sequence[str]) -> dict[str, Options]:
-        """The settings of several methods, each with the given ones that it reads.
+    def settings_of_each(self, methods: Sequence[str]) -> dict[str, tuple[MethodSpec, Options]]:
+        """The methods of some words, apart or joined by commas, perhaps with settings of their own, and the settings of
+        each: its own ones above the given ones that it reads.
 
         Raises:
-            ValueError: a given setting that none of them reads.
+            ValueError: an unknown method; a given setting that none of them reads; what is for sweeps alone.
         """
-        given, table = self.given(), {name: get_method(name) for name in methods}
-        unread = [name for name in given if table and not any(name in method.reads for method in table.values())]
+        given = self.given()
+        specs = [MethodSpec.parse(word) for word in split_words(tuple(methods))]
+        unread = [name for name in given if specs and not any(name in spec.method.reads for spec in specs)]
         if unread:
-            raise UsageError(f"none of {', '.join(table)} reads {', '.join(unread)}")
-        return {name: method.settings(self.preset, **method.pick(given)) for name, method in table.items()}
+            raise UsageError(f"none of {', '.join(spec.name for spec in specs)} reads {', '.join(unread)}")
+        for spec in specs:
+            if names := ", ".join(spec.protocol.changed()):
+                raise UsageError(f"{spec}: {names} is for the tasks of a suite; add --suite")
+        return {str(spec): (spec, spec.settings(self.preset, **given)) for spec in specs}
 
     def given(self) -> dict[str, Any]:
         """The settings that were given, by name."""
         values = {name: getattr(self, name) for name in SETTINGS}
         return {name: value for name, value in values.items() if value is not Unset.DEFAULT}
+
+
+def _values(kind: Any) -> str:
+    """What a flag of a type takes, for its help text."""
+    if choices(kind):
+        return "{" + ",".join("none" if value is None else str(value) for value in choices(kind)) + "}"
+    if kind is bool:
+        return "{True,False}"
+    if get_origin(kind) is tuple:
+        return "NAME [NAME ...]"
+    if get_origin(kind) in (Union, UnionType):
+        return "|".join("none" if part is NoneType else _values(part) for part in get_args(kind))
+    return {"str": "NAME"}.get(kind.__name__, kind.__name__.upper())
 
 
 def _meaning(setting: Setting) -> str:
@@ -118,7 +144,14 @@ def _meaning(setting: Setting) -> str:
 TrainOptions = make_dataclass(
     "TrainOptions",
     [
-        (s.name, Annotated[s.kind | Unset, arg(help=_meaning(s))], field(default=Unset.DEFAULT))
+        (
+            s.name,
+            Annotated[
+                s.kind | Unset,
+                arg(help=_meaning(s), metavar=_values(s.kind), help_behavior_hint=f"(default: {s.defaults})"),
+            ],
+            field(default=Unset.DEFAULT),
+        )
         for s in SETTINGS.values()
     ],
     bases=(Preset,),
@@ -130,9 +163,11 @@ TrainOptions = make_dataclass(
 class TuneConfig(TrainOptions, DataOptions, ModelOptions):
     """Adapt a model to the demonstrations of a task and save the adapter.
 
-    Writes OUT/prefix (the prefix, and what else the method made), OUT/history.json (loss, learning rate, gradient norm
-    and seconds per epoch), OUT/config.yaml (these settings) and OUT/checkpoint. `--config FILE` reads settings from a
-    YAML file; flags win.
+    Writes OUT/prefix (the prefix, and what else the method made), OUT/history.jsonl (a line after each epoch: loss,
+    learning rate, gradient norm, seconds), OUT/history.json (the same at the end), OUT/config.yaml (these settings) and
+    OUT/checkpoint; with a search OUT/search.json (its trials and their losses of held-out demonstrations). `--config
+    FILE` reads settings from a YAML file; flags win. Ctrl-C and SIGTERM end the run with its epoch and a checkpoint, a
+    second one at once.
     """
 
     out: Path | None = None
@@ -142,8 +177,23 @@ class TuneConfig(TrainOptions, DataOptions, ModelOptions):
     """Folder of another task's adapter (OUT/prefix of its run) to start from."""
     checkpoint_every: int = 5
     """Replace the checkpoint after so many epochs."""
+    holdout: Annotated[
+        int | Literal["auto"] | None,
+        arg(
+            help="Hold demonstrations out of training and keep the epoch with their lowest loss. A number: so many are "
+            "held out for good. auto: learning rate and epochs are searched for on parts of the demonstrations that "
+            "are held out in turn, and all of them are trained at the end."
+        ),
+    ] = None
+    budget: int | None = None
+    """Search within so many forward passes of a row (a trained row is three); default: 500 for each demonstration with
+    --holdout auto, no search with a number."""
+    patience: int | None = None
+    """With a number held out: end after so many epochs without a lower loss."""
     resume: bool = False
     """Continue from OUT/checkpoint, if there is one; the result has the same bits as an uninterrupted run."""
+    overwrite: bool = False
+    """Replace the run that lies in OUT; other files there stay."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +207,13 @@ class EvalConfig(TrainOptions, DataOptions, ModelOptions):
 
     test: Path | None = None
     """JSONL of the test items."""
-    methods: Annotated[tuple[str, ...], arg(help=f"Methods to run and evaluate: {_NAMES}. {_FREE}")] = ()
+    methods: Annotated[
+        tuple[str, ...],
+        arg(
+            help=f"Methods to run and evaluate, apart or joined by commas: {_NAMES}; with settings: ct-kv:lr=1e-3. "
+            f"{_FREE}"
+        ),
+    ] = ()
     prefix: tuple[Path, ...] = ()
     """Folders of saved prefixes to evaluate, with the text format they were tuned with."""
     by: Literal["options", "generation"] | None = None
@@ -200,3 +256,5 @@ class ImportConfig(ModelOptions):
     """Folder that peft wrote (required)."""
     out: Path | None = None
     """Folder of the adapter (required)."""
+    allow_pickle: bool = False
+    """Also read adapter_model.bin, a pickle, if you trust who made it."""

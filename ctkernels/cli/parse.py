@@ -30,6 +30,8 @@ class Unset(enum.Enum):
     DEFAULT = enum.auto()
 
 
+LONGEST_FILE = 1 << 20  # bytes of a configuration
+MARK = "# Settings of a run, written by ctkernels and replaced by the next run here"
 Config = TypeVar("Config")  # a dataclass of options
 
 
@@ -96,26 +98,56 @@ class CommandLine:
             if types[key] is bool and isinstance(value, bool):
                 arguments[key] = [f"--{key}" if value else f"--no_{key}"]
             elif isinstance(value, list):
-                arguments[key] = [f"--{key}", *map(str, value)]
+                arguments[key] = [f"--{key}", *(self._entry(key, entry) for entry in value)]
             else:
                 arguments[key] = [f"--{key}={value}"]
         return arguments
+
+    def _entry(self, key: str, value: Any) -> str:
+        """An entry of a list of the file, which is never taken for an option."""
+        if not isinstance(value, (str, int, float)):
+            raise UsageError(f"{self._file}: {key} must be a list of plain values, got a {type(value).__name__} in it")
+        word = str(value)
+        if isinstance(value, str) and word.startswith("-"):
+            raise UsageError(f"{self._file}: no entry of {key} may begin with a dash, got {word[:40]!r}")
+        return word
 
 
 def read_yaml(path: str) -> dict[Any, Any]:
     """The names and values of a YAML file.
 
     Raises:
-        UsageError: a file that cannot be read, or that is no mapping.
+        UsageError: a file that cannot be read, is too long or nested too deeply, or is no mapping; a name given twice.
     """
     import yaml
 
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            data = file.read(LONGEST_FILE + 1)  # a device may have no end
+        if len(data) > LONGEST_FILE:
+            raise UsageError(f"{path} has more than the {LONGEST_FILE} bytes that are read of a configuration")
+        loader = yaml.SafeLoader(data.decode("utf-8"))
+        try:
+            root = loader.get_single_node()
+            names = [name for name, _ in root.value] if isinstance(root, yaml.MappingNode) else []
+            seen: set[str] = set()
+            for name in filter(lambda node: isinstance(node, yaml.ScalarNode), names):
+                if name.value in seen:
+                    raise UsageError(f"{path}:{name.start_mark.line + 1}: {name.value} is given twice")
+                seen.add(name.value)
+            values = None if root is None else loader.construct_document(root)
+        finally:
+            loader.dispose()
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UsageError(f"{path} is nested too deeply for a configuration") from None
+    except UsageError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place, why = ("", error) if mark is None else (f":{mark.line + 1}", error.problem)
+        raise UsageError(f"{path}{place} is not YAML: {' '.join(str(why).split())}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path} must map names to values, got {type(values).__name__}")
     return values
@@ -131,7 +163,7 @@ def as_yaml(config: Any) -> str:
         return str(value) if isinstance(value, Path) else value
 
     given = {name: plain(value) for name, value in asdict(config).items() if value is not Unset.DEFAULT}
-    return yaml.safe_dump(given, sort_keys=False)
+    return f"{MARK}\n{yaml.safe_dump(given, sort_keys=False)}"
 
 
 def _by_name(argv: Sequence[str]) -> dict[str, list[str]]:

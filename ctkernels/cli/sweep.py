@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from ctkernels.cli.options import ModelOptions, PresetName
+from ctkernels.cli.options import ModelOptions, PresetName, unescaped
 from ctkernels.cli.parse import CommandLine, FailedRun, UsageError, as_yaml
 from ctkernels.tuning.data.formats import Score
 from ctkernels.tuning.data.suites import SUITES, SuiteOptions, get_suite
@@ -84,11 +84,19 @@ def sweep_command(line: CommandLine) -> None:
         SweepError: OUT holds finished cells of another sweep.
         FailedRun: at the end, if cells have no result.
     """
-    from ctkernels.cli.model import load_model
-
     config = line.parse(SweepConfig)
     sweep = make_sweep(config)
 
+    from ctkernels.cli.outputs import check_sweep
+    from ctkernels.tuning.train.distributed import folder_of_run
+
+    with folder_of_run(sweep.out):
+        check_sweep(sweep.out)
+        _sweep(config, sweep)
+
+
+def _sweep(config: SweepConfig, sweep: Sweep) -> None:
+    from ctkernels.cli.model import load_model
     from ctkernels.cli.view import SweepView
     from ctkernels.tuning.adapters.adapter import Adapter
     from ctkernels.tuning.evaluation.sweep.figures import write_figures
@@ -162,7 +170,7 @@ def make_sweep(config: SweepConfig) -> Sweep:
     folder = suite.folder(config.data_dir)
     text_format: dict[str, Any] = {"bos": config.bos}
     if config.delimiter is not None:
-        text_format["delimiter"] = config.delimiter
+        text_format["delimiter"] = unescaped(config.delimiter)
     return Sweep(
         suite=suite,
         folder=folder,

@@ -62,7 +62,7 @@ class SweepView:
         """A row per method: cells with a result and without, means so far."""
         caption = f"{len(self.done)} of {len(self.cells)} cells" + (f"; now {self.now}" if self.now else "")
         table = Table("method", "cells", "failed", "score", "gold loss", "s per cell", caption=caption)
-        for spec in self.sweep.specs:
+        for spec in dict.fromkeys(cell.spec for cell in self.cells):
             mine = [cell for cell in self.cells if cell.spec == spec]
             results = [self.done[cell] for cell in mine if cell in self.done]
             good = [r for r in results if r.error is None]

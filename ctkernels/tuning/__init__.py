@@ -31,6 +31,7 @@ _HOMES = {
     "adapters.prefix_set": ("PrefixSet", "left_padded"),
     "adapters.prompt": ("SoftPrompt",),
     "adapters.store": ("PrefixStore",),
+    "methods.auto": ("AutoResult", "autotune"),
     "methods.settings": ("TrainSettings",),
     "methods.tune": ("TuneResult", "tune"),
     "train.trainer": ("EpochRecord", "TrainingError"),

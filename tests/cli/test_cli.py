@@ -28,10 +28,19 @@ def tune_arguments(files, out, *more):
     return ["tune", "--model", f"{files}/model", "--train", f"{files}/train.jsonl", "--out", str(out), *more]
 
 
+def eval_arguments(files, *flags):
+    data = ["--train", f"{files}/train.jsonl", "--test", f"{files}/test.jsonl"]
+    return ["eval", "--model", f"{files}/model", *data, *flags]
+
+
+BESIDE = ("ctkernels: warning: ", "tuning epoch ")
+
+
 def complaint(capsys, argv, status=2) -> str:
-    """The one line on stderr of a command that fails."""
+    """The one line on stderr of a command that fails, but for warnings and progress."""
+    capsys.readouterr()
     assert cli.run([str(a) for a in argv]) == status
-    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("ctkernels: warning: ")]
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(BESIDE)]
     assert len(lines) == 1 and lines[0].startswith("ctkernels: error: ")
     return lines[0]
 
@@ -54,7 +63,7 @@ def test_tune_writes_prefix_history_and_configuration(files, tmp_path, capsys):
 def test_resume(files, tmp_path, capsys):
     arguments = tune_arguments(files, tmp_path / "run", "--epochs", "3")
     assert cli.run(arguments) == 0
-    assert "already holds a run; add --resume" in complaint(capsys_clear(capsys), arguments)
+    assert "already holds a run (config.yaml, history.json" in complaint(capsys_clear(capsys), arguments)
     (tmp_path / "run" / "history.json").unlink()
     assert cli.run([*arguments, "--resume"]) == 0
     assert len(json.loads((tmp_path / "run" / "history.json").read_text())) == 3
@@ -184,7 +193,9 @@ def test_wrong_model_data_and_prefix(capsys, files, tmp_path):
     train = ["--train", f"{files}/train.jsonl"]
     assert "model is required" in complaint(capsys, ["tune", *out, *train])
     assert "cannot load the model" in complaint(capsys, ["tune", "--model", f"{tmp_path}/none", *out, *train])
-    assert "threads must be at least 1" in complaint(capsys, ["tune", *model, *out, *train, "--threads", "0"])
+    for number in ("0", "100000"):
+        message = complaint(capsys, ["tune", *model, *out, *train, "--threads", number])
+        assert "threads must be at least 1 and at most" in message
     backend = ["--backend", "abacus"]
     assert "backend must be one of auto" in complaint(capsys, ["tune", *model, *out, *train, *backend])
     assert "device must be a torch device" in complaint(capsys, ["tune", *model, *out, *train, "--device", "gpu"])

@@ -12,7 +12,7 @@ from ctkernels.tuning.data.suites import SUITES
 from ctkernels.tuning.methods import METHODS, PRESETS
 from ctkernels.tuning.methods.settings import SETTINGS
 from ctkernels.tuning.train.options import either
-from tests.cli.test_cli import complaint, tune_arguments
+from tests.cli.test_cli import complaint, eval_arguments, tune_arguments
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -23,20 +23,8 @@ def test_every_method_from_the_command_line(files, tmp_path, capsys, method):
     saved = capsys.readouterr().out
     assert ("LoRA" in saved) == method.startswith("ttt") and ("loss" in saved) == (METHODS[method].trains != "nothing")
     out = tmp_path / "scores.json"
-    arguments = [
-        "eval",
-        "--model",
-        f"{files}/model",
-        "--train",
-        f"{files}/train.jsonl",
-        "--test",
-        f"{files}/test.jsonl",
-    ]
-    common = [f"--{name.replace('_', '-')}={value}" for name, value in small.items() if name in METHODS[method].reads]
-    assert (
-        cli.run([*arguments, "--methods", method, *common, "--prefix", f"{tmp_path}/run/prefix", "--out", str(out)])
-        == 0
-    )
+    words = ["--methods", method, *flags, "--prefix", f"{tmp_path}/run/prefix", "--out", str(out)]
+    assert cli.run(eval_arguments(files, *words)) == 0
     fresh, loaded = json.loads(out.read_text())["results"]
     assert fresh["gold_loss"] == pytest.approx(loaded["gold_loss"], rel=1e-5)
 

@@ -19,14 +19,16 @@ def test_demo_writes_its_results_and_agrees_with_the_plain_loop(tmp_path, capsys
     make_model("llama", torch.float32).save_pretrained(tmp_path / "model")
     char_tokenizer().save_pretrained(tmp_path / "model")
     write_jsonl(tmp_path / "train.jsonl", DEMONSTRATIONS)
+    write_jsonl(tmp_path / "dev.jsonl", DEMONSTRATIONS[:3])
     write_jsonl(tmp_path / "test.jsonl", DEMONSTRATIONS[::-1])
     out = tmp_path / "out"
     arguments = ["--model", f"{tmp_path}/model", "--out", str(out), "--task", str(tmp_path)]
     demo.main([*arguments, "--epochs", "7", "--plain-epochs", "2"])
 
     results = json.loads((out / "results.json").read_text())
-    assert [row["method"] for row in results["results"]] == ["zero-shot", "icl", "ct-kv"]
-    assert list(results["accuracy_by_epoch"]) == ["0", "5", "7"]
+    assert [row["method"] for row in results["results"]] == ["zero-shot", "icl", "ct-kv", "ct-kv, options"]
+    assert [len(row["held_out"]) for row in results["results"]] == [0, 0, 0, 8]
+    assert all(row["calibrated"]["accuracy"] >= 0 for row in results["results"])
     assert results["comparison"]["difference"] < 1e-5
     assert len(results["comparison"]["plain"]["losses"]) == 2
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
@@ -39,6 +41,7 @@ def test_a_loop_that_disagrees_fails_the_demo(monkeypatch, tmp_path):
     make_model("llama", torch.float32).save_pretrained(tmp_path / "model")
     char_tokenizer().save_pretrained(tmp_path / "model")
     write_jsonl(tmp_path / "train.jsonl", DEMONSTRATIONS)
+    write_jsonl(tmp_path / "dev.jsonl", DEMONSTRATIONS[:3])
     write_jsonl(tmp_path / "test.jsonl", DEMONSTRATIONS)
     plain = demo.plain_ctkv.row_losses
     monkeypatch.setattr(demo.plain_ctkv, "row_losses", lambda *args: 1.01 * plain(*args))

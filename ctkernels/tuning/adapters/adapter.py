@@ -6,6 +6,7 @@ and demonstrations in words come along where the method has them.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -184,6 +185,11 @@ class Adapter:
                 update = description["lora"]
                 own = {name.removeprefix(LORA): x.to(device) for name, x in tensors.items() if name.startswith(LORA)}
                 lora = Lora(update["rank"], update["alpha"], tuple(update["targets"]), tensors=own)
+                lora.check(model)
             demonstrations = tuple(Demonstration(**pair) for pair in description.get("demonstrations", ()))
             offsets = Offsets(**description["offsets"]) if "offsets" in description else None
-        return cls(prefix, prompt, lora, demonstrations, offsets)
+            if offsets is not None and not all(map(math.isfinite, offsets.values.values())):
+                raise ValueError(f"its offsets of the options must be finite, got {offsets.values}")
+            adapter = cls(prefix, prompt, lora, demonstrations, offsets)
+            _ = adapter.text_format  # raises what is wrong with it here, where the file is known
+        return adapter

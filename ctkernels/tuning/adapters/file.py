@@ -19,7 +19,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import safetensors.torch
 import torch
@@ -30,11 +30,12 @@ from torch import Tensor
 import ctkernels
 from ctkernels.tuning.adapters import card, legacy
 from ctkernels.tuning.digest import combined, digests
-from ctkernels.tuning.storage import atomic_write_bytes
+from ctkernels.tuning.storage import atomic_write_bytes, check_target, open_regular
 
 FORMAT_VERSION = 2  # 1: what `legacy.py` reads
 FILE_NAME = "adapter.safetensors"
 HEADER, CHECKSUM = "ctkernels", "checksum"
+LONGEST_HEADER = 1 << 25  # bytes; what describes a thousand demonstrations takes some hundred thousand
 Kind = Literal["adapter", "checkpoint"]
 
 
@@ -65,10 +66,7 @@ def write_file(
     text = json.dumps(
         {"format": f"ctkernels-{kind}", "format_version": FORMAT_VERSION, "versions": versions, **description}
     )
-    try:
-        _check_finite(own)
-    except ValueError as error:
-        raise PrefixFileError(f"{path}: not written: {error}") from None
+    check_finite(own, path)
     # not `save_file`: it writes to a temporary file of its own, which a killed process leaves behind, makes files that
     # no other user can read, and its errors are not OSErrors
     header = {"format": "pt", HEADER: text, CHECKSUM: _checksum(text, own)}
@@ -80,12 +78,20 @@ def write_folder(
 ) -> None:
     """Write an adapter into `directory`, and perhaps a model card. A card that is there is kept up to date.
 
-    What an earlier version saved there is removed afterwards. Raises as `write_file`.
+    What an earlier version saved there is removed afterwards. Raises as `write_file`, and:
+        OutputError: `directory` is not a folder, or something in it in the place of a file is none.
     """
     directory = Path(directory)
-    write_file(directory / FILE_NAME, "adapter", description, tensors)
+    check_target(directory, folder=True)
+    path = directory / FILE_NAME
+    write_file(path, "adapter", description, tensors)
     legacy.remove_folder(directory)
-    card.write(directory, description, FILE_NAME, ctkernels.__version__, with_card)
+    before = None
+    while (with_card or (directory / card.FILE_NAME).is_file()) and before != (now := _version(path)):
+        # once more if another process saved meanwhile: the card that stays must be of the adapter that stays
+        before = now
+        saved = read_file(path, "adapter", mapped=True, verify=False).description
+        card.write(directory, saved, FILE_NAME, ctkernels.__version__, with_card)
 
 
 def read_file(path: str | os.PathLike, kind: Kind, mapped: bool = False, verify: bool = True) -> Saved:
@@ -107,13 +113,44 @@ def read_file(path: str | os.PathLike, kind: Kind, mapped: bool = False, verify:
             path = path / FILE_NAME
     with faults(path):
         header, tensors = _map(path) if mapped else _load(path)
-        text = header.get(HEADER)
-        description = _of_format(kind, legacy.description(header) if text is None else json.loads(text))
+        description, text = _of_format(kind, _description(header)), header.get(HEADER)
         if verify and text is not None and header[CHECKSUM] != _checksum(text, tensors):
             raise ValueError("damaged: its tensors or their description are not those that were written (checksum)")
         if verify:
-            _check_finite(tensors)
+            require_finite(tensors)
     return Saved(path, description, tensors)
+
+
+def read_header(path: str | os.PathLike) -> dict[str, Any]:
+    """The description in a file, of any kind, without its tensors; it is not compared with the checksum.
+
+    Raises:
+        PrefixFileError: a missing or damaged file, or one that ctkernels did not write.
+    """
+    with faults(path), open_regular(path) as file:
+        description = _description(metadata(file))
+        if not isinstance(description, dict):
+            raise ValueError("not saved by ctkernels")
+        return description
+
+
+def metadata(file: BinaryIO) -> dict[str, str]:
+    """The metadata in the header of a safetensors file, which is read up to its tensors.
+
+    Raises:
+        ValueError: a header that is longer than the file, or than `LONGEST_HEADER`, or that is no JSON object.
+    """
+    start, size = file.read(8), os.fstat(file.fileno()).st_size
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > size - 8:
+        raise ValueError("damaged or cut off: it ends before its header does")
+    if length > LONGEST_HEADER:
+        raise ValueError(f"its header has {length} bytes; more than {LONGEST_HEADER} are not read")
+    header = json.loads(file.read(length))
+    found = header.get("__metadata__") or {} if isinstance(header, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise ValueError("damaged: its header is not that of a safetensors file")
+    return found
 
 
 @contextmanager
@@ -130,14 +167,48 @@ def faults(path: str | os.PathLike) -> Iterator[None]:
         raise PrefixFileError(f"{path}: cannot be read: {error.strerror or error}") from error
     except SafetensorError as error:
         raise PrefixFileError(f"{path}: damaged or cut off: {error}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except RecursionError as error:
+        raise PrefixFileError(f"{path}: damaged: its description is not valid JSON: it is nested too deeply") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise PrefixFileError(f"{path}: damaged: its description is not valid JSON: {error}") from error
     except ValueError as error:
         raise PrefixFileError(f"{path}: {error}") from error
     except KeyError as error:
         raise PrefixFileError(f"{path}: damaged: {error} is missing") from error
-    except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
+    except MemoryError as error:
+        raise PrefixFileError(f"{path}: larger than the memory that is left") from error
+    except (TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError) as error:
         raise PrefixFileError(f"{path}: damaged: {type(error).__name__}: {error}") from error
+
+
+def check_finite(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> None:
+    """Refuse to write values that are not finite to `path`.
+
+    Raises:
+        PrefixFileError: the tensor, named.
+    """
+    try:
+        require_finite(tensors)
+    except ValueError as error:
+        raise PrefixFileError(f"{path}: not written: {error}") from None
+
+
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of any safetensors file, all sizes compared with that of the file, all values finite.
+
+    Raises:
+        PrefixFileError: a missing or damaged file; a value that is not finite, its tensor named.
+    """
+    with faults(path):
+        header, tensors = _load(Path(path))
+        require_finite(tensors)
+        return header, tensors
+
+
+def _version(path: Path) -> tuple[int, int, int]:
+    """Differs between a file and the one that replaced it."""
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def _read_old_folder(path: Path) -> Saved:
@@ -147,20 +218,29 @@ def _read_old_folder(path: Path) -> Saved:
         if (path / FILE_NAME).exists():  # written anew meanwhile
             return read_file(path, "adapter")
         raise
-    _check_finite(tensors)
+    require_finite(tensors)
     return Saved(path, description, tensors)
 
 
 def _load(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    data = path.read_bytes()  # a mapping would follow whoever writes into the file, or cuts it off
-    tensors = safetensors.torch.load(data)
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return header.get("__metadata__", {}), tensors
+    with open_regular(path) as file:
+        header = metadata(file)
+        file.seek(0)
+        data = file.read()  # a mapping would follow whoever writes into the file, or cuts it off
+    return header, safetensors.torch.load(data)  # which compares all sizes with that of the file
 
 
 def _map(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    with open_regular(path) as opened:
+        metadata(opened)
     with safe_open(path, "pt") as file:
         return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _description(header: Mapping[str, str]) -> Any:
+    """What a header says of the file; None of a foreign file."""
+    text = header.get(HEADER)
+    return legacy.description(header) if text is None else json.loads(text)
 
 
 def _of_format(kind: Kind, description: Any) -> dict[str, Any]:
@@ -180,7 +260,7 @@ def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
     return hashlib.sha256(f"{text}\0{combined(digests(tensors.items()))}".encode()).hexdigest()
 
 
-def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+def require_finite(tensors: Mapping[str, Tensor]) -> None:
     for name, x in tensors.items():
         if x.is_floating_point() and x.numel() and not torch.stack(x.aminmax()).isfinite().all():
             raise ValueError(f"tensor {name} holds values that are not finite")

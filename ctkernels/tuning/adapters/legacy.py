@@ -22,6 +22,8 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ctkernels.tuning.storage import open_regular
+
 VERSION = 1
 DESCRIPTION, OLDER = "prefix.json", "adapter.json"
 FOLDER, STORED, CHECKPOINT = "ctkernels-kv-prefix", "ctkernels-stored-prefix", "ctkernels-checkpoint-1"
@@ -36,7 +38,8 @@ def is_folder(directory: Path) -> bool:
 
 def read_folder(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Description and tensors of the adapter in a folder."""
-    described = json.loads((directory / DESCRIPTION).read_bytes())
+    with open_regular(directory / DESCRIPTION) as file:
+        described = json.load(file)
     if described.get("format") != FOLDER:
         raise ValueError(f'{DESCRIPTION} was not saved by ctkernels (no "format": "{FOLDER}")')
     if described.get("format_version") != VERSION:
@@ -98,7 +101,10 @@ def remove_folder(directory: Path) -> None:
         (directory / name).unlink(missing_ok=True)
     for other in directory.glob("*"):
         if WRITTEN.fullmatch(other.name):
-            shutil.rmtree(other) if other.is_dir() else other.unlink(missing_ok=True)
+            if other.is_dir():
+                shutil.rmtree(other, ignore_errors=True)  # another process may be at it
+            else:
+                other.unlink(missing_ok=True)
 
 
 def _adapter(described: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,6 +130,7 @@ def _own(name: str) -> str:
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        return safetensors.torch.load(path.read_bytes())
+        with open_regular(path) as file:
+            return safetensors.torch.load(file.read())
     except SafetensorError as error:
         raise ValueError(f"{path.name} is damaged or cut off: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 GROUPED = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SIZES = (("in_features", "nx"), ("out_features", "nf"))  # of a linear layer, or of the Conv1D of GPT-2
 ADAPTER = "default"  # peft's name of a model's only adapter
 FUSED = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 # class with the language model head -> the modules that test-time training updates
@@ -58,6 +60,44 @@ class Lora:
             task_type="CAUSAL_LM",
         )
 
+    def check(self, model: nn.Module | None = None) -> None:
+        """Refuse tensors that are not A and B of this rank, for the modules of `model` that are updated; None is any
+        model. Nothing of their size is made.
+
+        Raises:
+            ValueError: what does not fit, named.
+        """
+        numbers = isinstance(self.rank, int) and self.rank >= 1 and isinstance(self.alpha, (int, float))
+        if not numbers or isinstance(self.rank, bool) or not math.isfinite(self.alpha):
+            raise ValueError(f"a LoRA rank must be an integer >= 1 and alpha finite, got {self.rank!r}, {self.alpha!r}")
+        expected: dict[str, tuple[int, int]] = {}
+        if model is None:
+            halves = [name.rpartition(".lora_")[0] for name in self.tensors]
+            names = {f"{module}.lora_{half}.weight" for module in halves for half in "AB"}
+        else:
+            expected = self._shapes(model)
+            names = set(expected)
+        for name in sorted(names | self.tensors.keys()):
+            found = tuple(self.tensors[name].shape) if name in self.tensors else None
+            if name not in names or found is None or (name in expected and found != expected[name]):
+                raise ValueError(f"{name} must have shape {expected.get(name)}, got {found}")
+            if len(found) != 2 or found[name.endswith(".lora_B.weight")] != self.rank:
+                raise ValueError(f"{name} must have the rank {self.rank}, got shape {found}")
+            if not self.tensors[name].is_floating_point():
+                raise ValueError(f"{name} must be floating, got {self.tensors[name].dtype}")
+
+    def _shapes(self, model: nn.Module) -> dict[str, tuple[int, int]]:
+        """Shapes of A and B of every module that is updated."""
+        shapes = {}
+        for path, module in model.named_modules():
+            if any(path == target or path.endswith(f".{target}") for target in self.targets):
+                width, out = (getattr(module, a, getattr(module, b, None)) for a, b in SIZES)
+                if width is None or out is None:
+                    raise ValueError(f"lora_targets: {path} is a {type(module).__name__}, not a linear layer")
+                shapes[f"base_model.model.{path}.lora_A.weight"] = (self.rank, width)
+                shapes[f"base_model.model.{path}.lora_B.weight"] = (out, self.rank)
+        return shapes
+
     @contextmanager
     def injected(self, model: PreTrainedModel, dropout: float = 0.0) -> Iterator[LoraModel]:
         """Within the block the model computes with the update, whose A and B can be trained; then it is as it was.
@@ -66,10 +106,13 @@ class Lora:
             mode.
 
         Raises:
-            ValueError: targets that the model does not have; a model that carries a peft adapter already.
+            ValueError: targets that the model does not have; tensors of other modules or shapes; a model that carries a
+                peft adapter already.
             ModuleNotFoundError: peft is not installed.
         """
         peft = _import_peft()
+        if self.tensors:
+            self.check(model)
         if hasattr(model, "get_base_model") or hasattr(model, "peft_config"):
             raise ValueError("the model carries a peft adapter already; test-time training needs the model without it")
         flags = [(p, p.requires_grad) for p in model.parameters()]

@@ -27,8 +27,9 @@ from torch import Tensor
 
 from ctkernels.tuning.adapters.adapter import Adapter
 from ctkernels.tuning.adapters.compose import moved
+from ctkernels.tuning.adapters.file import check_finite
 from ctkernels.tuning.adapters.prefix import KVPrefix, PrefixMetadata
-from ctkernels.tuning.storage import atomic_file
+from ctkernels.tuning.storage import atomic_file, check_target
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -38,6 +39,7 @@ Kind = Literal["cartridge", "prefix-tuning", "prompt-tuning", "lora"]
 KINDS: tuple[Kind, ...] = ("cartridge", "prefix-tuning", "prompt-tuning", "lora")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # names that peft looks for
 HEADER = "ctkernels"  # key of our part of the safetensors header
+EXPORTED = "ctkernels-config"  # of the configuration as it was exported
 EMBEDDINGS = "prompt_embeddings"  # peft's name of the one tensor of prompt learning
 
 
@@ -61,6 +63,7 @@ def export_peft(
     Raises:
         ValueError: an unknown kind, or one of which the adapter has nothing; layers of different shapes, an empty
             prefix, positions that peft cannot give. Nothing has been written then.
+        PrefixFileError: a value that is not finite.
         OSError: the disk; what was there before is unharmed.
     """
     adapter = Adapter(adapter) if isinstance(adapter, KVPrefix) else adapter
@@ -120,8 +123,12 @@ def write_peft(
         config.save_pretrained(folder)
         described = (Path(folder) / CONFIG).read_bytes()
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    check_finite(own, directory)
+    if header:  # so that the weights alone say all, should the two files ever be of two exports
+        header = {**header, EXPORTED: described.decode()}
+    check_target(directory, folder=True)
     with atomic_file(directory / WEIGHTS) as weights, atomic_file(directory / CONFIG) as configuration:
-        safetensors.torch.save_file(own, weights, {"format": "pt", **(header or {})})
+        weights.write_bytes(safetensors.torch.save(own, {"format": "pt", **(header or {})}))
         configuration.write_bytes(described)
 
 

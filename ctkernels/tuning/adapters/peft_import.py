@@ -10,28 +10,31 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import time
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ctkernels.tuning.adapters.adapter import Adapter
-from ctkernels.tuning.adapters.file import PrefixFileError, faults
-from ctkernels.tuning.adapters.lora import Lora, lora_parameters
-from ctkernels.tuning.adapters.peft_export import CONFIG, EMBEDDINGS, HEADER, WEIGHTS
+from ctkernels.tuning.adapters.file import PrefixFileError, faults, read_tensors, require_finite
+from ctkernels.tuning.adapters.lora import Lora
+from ctkernels.tuning.adapters.peft_export import CONFIG, EMBEDDINGS, EXPORTED, HEADER, WEIGHTS
 from ctkernels.tuning.adapters.prefix import KVPrefix, PrefixMetadata
 from ctkernels.tuning.adapters.prompt import SoftPrompt
 from ctkernels.tuning.data.formats import TextFormat, start_tokens
 from ctkernels.tuning.hf.encode import encode_tokens
 from ctkernels.tuning.hf.models import Decoder, find_decoder
+from ctkernels.tuning.storage import open_regular
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+LONGEST_CONFIG = 1 << 20  # bytes
 OLD_WEIGHTS = "adapter_model.bin"  # what peft wrote before safetensors
 # fields of a LoRA configuration that do not change what its A and B compute; the modules are read off the tensors
 LORA_FREE = {
@@ -89,29 +92,33 @@ class Source:
 
 
 def import_peft(
-    directory: str | os.PathLike, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+    directory: str | os.PathLike,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    allow_pickle: bool = False,
 ) -> Adapter:
     """Read a CARTRIDGE, PREFIX_TUNING, PROMPT_TUNING or LORA adapter from a local folder, on the model's device.
 
     What `export_peft` wrote comes back with its demonstrations and settings; in what peft wrote, no token belongs to a
     demonstration. `tokenizer` is recorded in the metadata of what peft wrote, and says whether a LoRA update's
-    sequences start with BOS (without one they do not).
+    sequences start with BOS (without one they do not). `allow_pickle` also reads adapter_model.bin, of a peft before
+    safetensors: a pickle, of which torch reads tensors alone.
 
     Raises:
-        PrefixFileError: missing or damaged files, another type of adapter, shapes of another model, LoRA with options
-            that change more than A and B (rank patterns, DoRA, trained biases ...), named.
+        PrefixFileError: missing or damaged files, values that are not finite, a pickle that was not allowed, another
+            type of adapter, shapes of another model, LoRA with options that change more than A and B (rank patterns,
+            DoRA, trained biases ...), named.
     """
     directory, decoder = Path(directory), find_decoder(model)
     path = directory / CONFIG
-    config = _read_config(path)
-    tensors, header = _read_weights(directory)
+    config, tensors, header = _read_pair(directory, allow_pickle)
     kind = config.get("peft_type")
     read = {
         "CARTRIDGE": _read_prefix,
         "PREFIX_TUNING": _read_prefix,
         "PROMPT_TUNING": _read_prompt,
         "LORA": _read_lora,
-    }.get(kind)
+    }.get(str(kind))
     if read is None:
         raise PrefixFileError(
             f"{path}: an adapter of type {kind} cannot be imported; known are CARTRIDGE, PREFIX_TUNING, PROMPT_TUNING "
@@ -128,32 +135,65 @@ def import_peft(
         return read(decoder, Source(config, tensors, segments, metadata, tokenizer))
 
 
+def _read_pair(directory: Path, allow_pickle: bool) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+    """Configuration, tensors, and our part of the header, all of one export: the weights say what they were exported
+    with, should a process have been killed between the two files, or another one replace them now."""
+    for attempt in (1, 2):
+        config = _read_config(directory / CONFIG)
+        metadata, tensors = _read_weights(directory, allow_pickle)
+        with faults(directory / WEIGHTS):
+            exported = json.loads(metadata.get(EXPORTED, "null"))
+            header = json.loads(metadata.get(HEADER, "{}"))
+            if not isinstance(header, dict) or not isinstance(exported, dict | None):
+                raise ValueError("damaged: its description is not what ctkernels writes")
+        if exported in (None, config):
+            return config, tensors, header
+        if attempt == 1:
+            time.sleep(0.05)
+    warnings.warn(
+        f"{directory / CONFIG} is not the configuration that {WEIGHTS} was exported with; that one is used",
+        stacklevel=3,
+    )
+    return exported, tensors, header
+
+
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise PrefixFileError(f"{path}: no such file; a peft adapter is a local folder with {CONFIG}") from None
-    except (OSError, ValueError) as error:
-        raise PrefixFileError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise PrefixFileError(f"{path}: not the configuration of a peft adapter")
-    return config
+    with faults(path):
+        if not path.exists():
+            raise PrefixFileError(f"{path}: no such file; a peft adapter is a local folder with {CONFIG}")
+        with open_regular(path) as file:
+            data = file.read(LONGEST_CONFIG + 1)
+        if len(data) > LONGEST_CONFIG:
+            raise ValueError(f"more than the {LONGEST_CONFIG} bytes that are read of a configuration")
+        config = json.loads(data)
+        if not isinstance(config, dict):
+            raise ValueError("not the configuration of a peft adapter")
+        return config
 
 
-def _read_weights(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and our part of the header."""
+def _read_weights(directory: Path, allow_pickle: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The metadata of the header, and the tensors."""
     path, old = directory / WEIGHTS, directory / OLD_WEIGHTS
-    try:
-        if not path.is_file() and old.is_file():
-            path = old
-            return torch.load(old, map_location="cpu", weights_only=True), {}
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
-    except FileNotFoundError:
-        raise PrefixFileError(f"{path}: no such file") from None
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise PrefixFileError(f"{path}: cannot be read: {error}") from error
+    if path.exists() or not old.exists():
+        return read_tensors(path)
+    if not allow_pickle:
+        raise PrefixFileError(
+            f"{old}: a pickle, which can be made to harm who reads it; allow_pickle=True (--allow-pickle) reads one "
+            f"that is trusted, and a newer peft saves it as {WEIGHTS}"
+        )
+    with faults(old):
+        with open_regular(old) as file:
+            try:
+                tensors = torch.load(file, map_location="cpu", weights_only=True)
+            except (pickle.UnpicklingError, EOFError):  # whose message says how to run what is in it
+                raise ValueError("damaged, or it holds more than tensors") from None
+        if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
+            raise ValueError("must hold tensors by name")
+        for name, x in tensors.items():
+            if x.layout != torch.strided or x.numel() * x.element_size() > x.untyped_storage().nbytes():
+                raise ValueError(f"tensor {name} of shape {tuple(x.shape)} is larger than what the file holds of it")
+        require_finite(tensors)
+        return {}, tensors
 
 
 def _described(
@@ -216,15 +256,9 @@ def _read_lora(decoder: Decoder, source: Source) -> Adapter:
         raise ValueError(f"LoRA tensors must be lora_A.weight and lora_B.weight of linear modules, got {other[:3]}")
     targets = tuple(sorted({module.removeprefix("base_model.model.") for _, module in parts}))
     scale = config["r"] ** 0.5 if config.get("use_rslora") else 1.0  # alpha / sqrt(r) instead of alpha / r
-    lora = Lora(config["r"], config["lora_alpha"] * scale, targets)
-    with lora.injected(decoder.model) as wrapped:
-        expected = {name: tuple(p.shape) for name, p in lora_parameters(wrapped).items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise ValueError(f"{name} must have shape {expected.get(name)}, got {found.get(name)}")
-    dtype = decoder.prefix_dtype
-    lora.tensors = {name: tensor.to(decoder.device, dtype) for name, tensor in tensors.items()}
+    lora = Lora(config["r"], config["lora_alpha"] * scale, targets, tensors=tensors)
+    lora.check(decoder.model)  # before anything of this rank is made
+    lora.tensors = {name: tensor.to(decoder.device, decoder.prefix_dtype) for name, tensor in tensors.items()}
     text_format = TextFormat(**source.metadata.settings.get("text_format", {}))
     start = () if source.tokenizer is None else start_tokens(source.tokenizer, text_format)
     with lora.merged(decoder.model):

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+MOST_POSITION = (1 << 31) - 1  # kernels count positions in int32
+
+
 @dataclass(frozen=True)
 class PrefixMetadata:
     """Which model and tokenizer a prefix belongs to, and how it was made.
@@ -158,6 +161,8 @@ class KVPrefix(nn.Module):
         _check_segments(segments, length)
         if isinstance(first_position, bool) or not isinstance(first_position, int) or first_position < 0:
             raise ValueError(f"first_position must be an integer >= 0, got {first_position!r}")
+        if first_position > MOST_POSITION:
+            raise ValueError(f"first_position must be at most {MOST_POSITION}, got {first_position}")
         with torch.inference_mode(False):  # tensors made in inference mode could not be trained
             self.keys = nn.ParameterList(nn.Parameter(_trainable(x)) for x in keys)
             self.values = nn.ParameterList(nn.Parameter(_trainable(x)) for x in values)

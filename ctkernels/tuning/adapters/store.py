@@ -6,8 +6,8 @@
         model.generate(**rows)
 
 One file per prefix, `QUOTED NAME.safetensors` (see `file.py`): a name is there with all that belongs to it, or not at
-all. Files are mapped, so that a prefix costs memory as its keys are used, and processes that serve the same one share
-it. The first time that a store gets a prefix it reads all of the file, to compare the checksum.
+all. With `mapped=True` processes that serve the same prefix share its memory. The first time that a store gets a prefix
+it compares the checksum.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from ctkernels.tuning.adapters.prefix import KVPrefix
 from ctkernels.tuning.adapters.prefix_set import PrefixSet
 from ctkernels.tuning.hf.attach import Attachment, check_fit
 from ctkernels.tuning.hf.models import find_decoder
+from ctkernels.tuning.storage import check_target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,6 +50,9 @@ class PrefixStore:
         memory_bytes: how much the prefixes kept in memory may take together, the least recently used leaving first. A
             larger prefix is read anew each time. What a batch uses stays until the batch is done with it.
         dtype: how prefixes are written; None keeps their own type. bfloat16 halves fp32, and equals it in a bf16 model.
+        mapped: prefixes are views of their files, read as their keys are used and shared with other processes. Then no
+            other program may cut a file off while it is in use, which would end this process (SIGBUS); a store never
+            does. Otherwise a prefix has memory of its own.
         verify: compare the checksum of each file, and look for values that are not finite, when it is first read.
 
     Raises:
@@ -63,12 +67,14 @@ class PrefixStore:
         memory_bytes: int = 1 << 30,
         dtype: torch.dtype | None = None,
         verify: bool = True,
+        mapped: bool = False,
     ) -> None:
         if dtype is not None and dtype not in DTYPES:
             raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))} or None, got {dtype}")
         if memory_bytes < 0:
             raise ValueError(f"memory_bytes must be >= 0, got {memory_bytes}")
         self.directory, self.memory_bytes, self.dtype, self.verify = Path(directory), memory_bytes, dtype, verify
+        self.mapped = mapped
         self._decoder = find_decoder(model)
         self._lock = threading.Lock()
         self._kept: OrderedDict[Version, KVPrefix] = OrderedDict()  # least recently used first
@@ -97,9 +103,11 @@ class PrefixStore:
 
         Raises:
             ValueError: a prefix for another model; a value that is not finite; a name that is empty or too long.
+            OutputError: the store's directory is no folder, or something else than a file has the name.
             OSError: the disk; the old prefix is unharmed.
         """
         check_fit(prefix, self._decoder)
+        check_target(self.directory, folder=True)
         path, dtype = self._path(name), self.dtype or prefix.keys[0].dtype
         description, tensors = prefix.parts()
         write_file(path, "adapter", description, {key: x.detach().to("cpu", dtype) for key, x in tensors.items()})
@@ -186,7 +194,7 @@ class PrefixStore:
         path, decoder = self._path(name), self._decoder
         first = self._seen.get(name) != version
         try:
-            saved = read_file(path, "adapter", mapped=True, verify=first and self.verify)
+            saved = read_file(path, "adapter", mapped=self.mapped, verify=first and self.verify)
         except PrefixFileError as error:
             raise (self._unknown(name) if isinstance(error.__cause__, FileNotFoundError) else error) from None
         with faults(path):

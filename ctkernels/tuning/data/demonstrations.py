@@ -9,6 +9,7 @@ Two layouts are read. Both have one JSON object per line, with `input`, `output`
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -124,6 +125,36 @@ def parse_demonstration(record: Any, source: str) -> Demonstration:
         return Demonstration(record["input"], record["output"], options, source, references, task)
     except (TypeError, ValueError) as error:
         raise DataError(f"{source}: {error}") from None
+
+
+def as_demonstrations(pairs: Any, name: str) -> tuple[Demonstration, ...]:
+    """Pairs as people have them: demonstrations, mappings with their fields (a list of dicts, a `datasets.Dataset`), or
+    the path of a JSONL file.
+
+    name: of the argument, for messages.
+
+    Raises:
+        TypeError: no such thing.
+        DataError: a pair that is unusable.
+    """
+    if isinstance(pairs, (str, Path)):
+        return tuple(load_jsonl(pairs))
+    if (
+        isinstance(pairs, Mapping)
+        and all(isinstance(key, str) for key in pairs)
+        and not {"input", "output"} <= {*pairs}
+    ):
+        raise TypeError(
+            f"{name} must be a list of pairs, got a mapping with {', '.join(pairs)}; give one of its values"
+        )
+    if isinstance(pairs, (Mapping, Demonstration)) or not isinstance(pairs, Iterable):
+        raise TypeError(f"{name} must be a list of pairs, got {_show(pairs)}")
+    return tuple(
+        pair
+        if isinstance(pair, Demonstration)
+        else parse_demonstration(dict(pair) if isinstance(pair, Mapping) else pair, f"{name}[{index}]")
+        for index, pair in enumerate(pairs)
+    )
 
 
 def load_jsonl(path: str | Path) -> list[Demonstration]:

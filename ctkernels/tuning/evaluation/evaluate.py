@@ -10,6 +10,7 @@ As in MetaICL (scores: see `metrics.py`):
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
-from ctkernels.tuning.data.demonstrations import DataError, Demonstration
+from ctkernels.tuning.data.demonstrations import DataError, Demonstration, as_demonstrations
 from ctkernels.tuning.data.formats import PairEncoder, Score, TextFormat
 from ctkernels.tuning.data.metrics import Metric, default_metric, score_predictions
 from ctkernels.tuning.evaluation import calibration
@@ -114,7 +115,9 @@ def evaluate_prefix(
             the delimiter, or an item does not fit into the model's context; calibration of items that do not share
             their options, or without the validation items that it needs.
         ValueError: an unknown `by`, `score` or `calibrate`.
+        ArithmeticError: the loss of an option is not a number: the weights or the prefix are not finite.
     """
+    items = as_demonstrations(items, "items")
     if not items:
         raise DataError("evaluation needs test items, got none")
     if by is None:
@@ -137,6 +140,7 @@ def evaluate_prefix(
         else:
             scored = scorer.option_losses(items, score)
             gold, losses = [of_item.output for of_item in scored], [of_item.options for of_item in scored]
+            _require_numbers(items, losses)
             predictions = [calibration.choose(of_item) for of_item in losses]
             found = _find_offsets(scorer, items, losses, score, calibrate, validation, offsets)
         scorer.encoder.report_cuts()
@@ -248,6 +252,16 @@ def _calibrated(
     scores = score_predictions(metric, predictions, items), score_predictions("accuracy", predictions, items)
     worth = calibration.reliability(shifted, items)
     return Calibrated(offsets, *scores, worth.nll, worth.ece, predictions)
+
+
+def _require_numbers(items: Sequence[Demonstration], losses: Sequence[Losses]) -> None:
+    for index, (item, of_item) in enumerate(zip(items, losses, strict=True)):
+        for option, loss in of_item.items():
+            if math.isnan(loss):
+                raise ArithmeticError(
+                    f"{item.source or f'item {index}'}: the loss of option {option!r} is not a number; the model's "
+                    "weights or the prefix hold values that are not finite"
+                )
 
 
 def _check_choice(name: str, value: object, allowed: Any) -> None:

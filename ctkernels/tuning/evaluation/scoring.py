@@ -1,7 +1,8 @@
 """Scoring items behind a prefix: the loss of each option, the loss of the output, or a greedy answer.
 
-All rows read the one attached prefix. They are packed into batches by a token budget. Options that differ only in their
-last token (one-token labels, for instance) share one row.
+All rows read the one attached prefix, in batches by a token budget. An item's prompt is run once: options that differ
+only in their last token (one-token labels, for instance) are read off one packed row, others continue the row of the
+output (`hf/continuations.py`).
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 from transformers import GenerationConfig
 
 from ctkernels.tuning.data.batches import make_batch, split_by_tokens
 from ctkernels.tuning.data.demonstrations import DataError, Demonstration
-from ctkernels.tuning.data.formats import PairEncoder, Row, Score, Tokens
+from ctkernels.tuning.data.formats import Choice, PairEncoder, Row, Score, Tokens
 from ctkernels.tuning.hf.attach import Attachment
-from ctkernels.tuning.hf.forward import row_losses
+from ctkernels.tuning.hf.continuations import score_options
+from ctkernels.tuning.hf.forward import Forward, row_losses
 from ctkernels.tuning.hf.limits import check_row_lengths
 from ctkernels.tuning.hf.protocols import PrefixLike
 
@@ -61,29 +62,30 @@ class Scorer:
         Raises:
             DataError: an item without options, or with two options that are the same tokens (as far as they are read).
         """
-        rows: list[Row] = []
-        owners: list[tuple[int, str | None]] = []  # (item, option) of each answer of the rows; None: the output
-        sizes: list[int] = []  # what its mean loss is multiplied by
+        found, alone, continued = [], [], []  # the items that one run each scores, and those with branches
         for index, item in enumerate(items):
             if not item.options:
                 raise DataError(f"{item.source or f'item {index}'}: no options to choose from; evaluate by generation")
             output = self.encoder.answer(item, item.output)
-            prompt = self._prompt(item, self.encoder.longest(item, output, "required"))
-            answers: dict[str | None, Tokens] = dict(self.encoder.options(item, score).items())
-            answers[None] = output
-            shared: dict[Tokens, list[str | None]] = defaultdict(list)
-            for option, answer in answers.items():
-                shared[answer[:-1]].append(option)
-            for start, options in shared.items():
-                rows.append(Row(prompt + start, tuple(answers[o] for o in options), source=item.source))
-                owners += [(index, option) for option in options]
-                sizes += [len(answers[o]) if score == "sum" else 1 for o in options]
-        found = [ItemLosses(dict.fromkeys(item.options or (), float("nan"))) for item in items]
-        for (index, option), size, loss in zip(owners, sizes, self._losses(rows).tolist(), strict=True):
-            if option is not None:
-                found[index].options[option] = size * loss
+            tokens = self._prompt(item, self.encoder.longest(item, output, "required")) + output[:-1]
+            options = self.encoder.options(item, score)
+            answers = (*options.values(), output)
+            found.append(ItemLosses(dict.fromkeys(options, float("nan"))))
+            if all(answer[:-1] == output[:-1] for answer in answers):
+                alone.append((index, Row(tokens, answers, source=item.source)))
             else:
-                found[index].output = loss
+                choice = Choice(0, answers[:-1], output, right=())
+                continued.append((index, Row(tokens, (output,), source=item.source, choices=(choice,))))
+        losses = iter(self._losses([row for _, row in alone]))
+        for index, row in alone:
+            size = len(row.answers[0]) if score == "sum" else 1
+            for option in found[index].options:
+                found[index].options[option] = size * next(losses)
+            found[index].output = next(losses)
+        for (index, _), (output_loss, of_options) in zip(
+            continued, self._continued([row for _, row in continued], score), strict=True
+        ):
+            found[index] = ItemLosses(dict(zip(found[index].options, of_options, strict=True)), output_loss)
         return found
 
     def output_losses(self, items: Sequence[Demonstration]) -> list[float]:
@@ -101,7 +103,7 @@ class Scorer:
                     f"{self.encoder.format.delimiter!r}, at which generation stops; choose another delimiter"
                 )
             rows.append(Row(self._prompt(item, len(answer)) + answer[:-1], (answer,), source=item.source))
-        return self._losses(rows).tolist()
+        return self._losses(rows)
 
     def generate(self, items: Sequence[Demonstration], max_new_tokens: int) -> list[str]:
         """Greedy answers. Each ends before EOS or the delimiter, or after `max_new_tokens` tokens.
@@ -132,15 +134,30 @@ class Scorer:
         has_context = self.prefix.length > len(self.encoder.bos)
         return ((self.encoder.delimiter,) if has_context else ()) + self.encoder.prompt(item, longest_answer)
 
-    def _losses(self, rows: Sequence[Row]) -> Tensor:
+    def _losses(self, rows: Sequence[Row]) -> list[float]:
         """Mean loss of every answer of every row, in order."""
         check_row_lengths(self.model, self.prefix.first_position, rows)
-        losses = []
+        losses: list[float] = []
         with self._attached() as attachment:
             for group in split_by_tokens(rows, self.max_tokens):
                 batch = make_batch(rows, group).to(self.model.device)
-                losses.append(row_losses(self.model, attachment, batch).cpu())
-        return torch.cat(losses)
+                losses += row_losses(self.model, attachment, batch).tolist()
+        return losses
+
+    def _continued(self, rows: Sequence[Row], score: Score) -> list[tuple[float, list[float]]]:
+        """Of every row, in order: the mean loss of its output, and those of the options that continue its prompt."""
+        check_row_lengths(self.model, self.prefix.first_position, rows)
+        losses: dict[int, tuple[float, list[float]]] = {}
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))  # little padding
+        with self._attached() as attachment:
+            for group in split_by_tokens([rows[i] for i in order], self.max_tokens, "padded"):
+                picked = [order[i] for i in group]
+                batch = make_batch(rows, picked, "padded").to(self.model.device)
+                scored = score_options(Forward(self.model, attachment, batch), score)
+                outputs = [labels.mean() for labels in scored.labels.split(batch.answer_sizes)]
+                for i, output, scores in zip(picked, outputs, (-scored.scores).tolist(), strict=True):
+                    losses[i] = float(output), scores[: len(rows[i].choices[0].options)]
+        return [losses[i] for i in range(len(rows))]
 
     def _attached(self) -> Attachment:
         return Attachment(self.prefix, self.model, backend=self.backend)

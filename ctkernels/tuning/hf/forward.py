@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -15,6 +16,20 @@ from ctkernels.tuning.hf.parallel import reshard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A batch of rows, and how the model runs on them.
+
+    attachment: of what is trained, or of an empty prefix; its mask is that of the batch.
+    prompt: embeddings `[batch.lead, E]` of a soft prompt at the start of each row, or None.
+    """
+
+    model: PreTrainedModel
+    attachment: Attachment
+    batch: Batch
+    prompt: Tensor | None = None
 
 
 def row_losses(model: PreTrainedModel, attachment: Attachment, batch: Batch, prompt: Tensor | None = None) -> Tensor:

@@ -29,7 +29,7 @@ import ctkernels
 from ctkernels.tuning.hf.discover import Layout, unsupported
 from ctkernels.tuning.hf.kinds import class_name, written_class
 from ctkernels.tuning.hf.tiny import kind_of
-from ctkernels.tuning.storage import atomic_write_json
+from ctkernels.tuning.storage import OutputError, atomic_write_json
 
 TABLE = Path(__file__).with_name("served.json")
 
@@ -151,7 +151,7 @@ def in_a_line(error: Exception) -> str:
 def _proved(key: str, model_class: type[PreTrainedModel], config: PreTrainedConfig, layout: Layout) -> Verdict:
     verdict = _provers[0](model_class, config, layout)
     about = {"class": class_name(model_class), "transformers": transformers.__version__}
-    with contextlib.suppress(OSError):  # a verdict that cannot be kept is found again
+    with contextlib.suppress(OSError, OutputError):  # a verdict that cannot be kept is found again
         atomic_write_json(_file(key), {**about, **asdict(verdict)})
     return verdict
 

@@ -6,6 +6,7 @@ Method   a row of the method table
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
@@ -38,7 +39,7 @@ class Run(Generic[S_co]):
 
     method: its name.  settings: what it reads.  start_from: another task's adapter to start from, or None.
     train: the loop; trains a learner in place. One of several loops of a run has a `stage`, its name, and may have
-        settings of its own.
+        settings of its own. `result` makes the adapter of what is trained as it is now, for held-out items.
     """
 
     model: PreTrainedModel
@@ -204,6 +205,16 @@ def require_transferable(method: Method, adapter: Adapter | None, model: PreTrai
         )
     if getattr(adapter, method.transfers) is None:
         raise ValueError(f"start_from was made by {adapter.method} and has no {method.transfers} for {method.name}")
+
+
+def require_loaded(model: object, tokenizer: object) -> None:
+    """Refuse the name of a model or tokenizer. Raises TypeError."""
+    for name, value, loader in (("model", model, "AutoModelForCausalLM"), ("tokenizer", tokenizer, "AutoTokenizer")):
+        if isinstance(value, (str, os.PathLike)):
+            raise TypeError(
+                f"{name} must be loaded, got its name {str(value)!r}; load it with "
+                f"{loader}.from_pretrained({str(value)!r})"
+            )
 
 
 def require_weights(method: Method, model: PreTrainedModel) -> None:

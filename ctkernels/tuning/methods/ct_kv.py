@@ -44,7 +44,7 @@ def tuned_prefix(run: Run[CtKvOptions]) -> KVPrefix:
     PrefixLearner.check(run.model, run.settings)
     prefix = demonstrations_prefix(run)
     learner = PrefixLearner(run.model, prefix, run.rows, run.settings)
-    run.train(learner)
+    run.train(learner, result=lambda: Adapter(learner.current()))
     return learner.result()
 
 

@@ -49,9 +49,13 @@ def tuned(run: Run[Dropout], prompt: SoftPrompt, radii: torch.Tensor | None = No
     check_context_length(run.model, prompt.length)
     run.check_rows(prompt.length, run.rows)
     learner = PromptLearner(run.model, prompt, run.rows, run.settings, radii)
-    run.train(learner)
-    prompt = learner.result()
-    return Adapter(prompt.to_prefix(run.model, metadata(run)), prompt)
+
+    def result() -> Adapter:
+        prompt = learner.result()
+        return Adapter(prompt.to_prefix(run.model, metadata(run)), prompt)
+
+    run.train(learner, result=result)
+    return result()
 
 
 def fit(run: Run[CtPromptOptions]) -> Adapter:

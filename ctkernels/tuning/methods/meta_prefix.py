@@ -119,7 +119,7 @@ def fit(run: Run[MetaPrefixOptions]) -> Adapter:
     if run.settings.demonstrate == "random":
         run.check_rows(prefix.first_position, longest_rows(run, tasks))
     learner = TasksLearner(run.model, prefix, draw, run.settings)
-    run.train(learner)
+    run.train(learner, result=lambda: Adapter(learner.current()))
     return Adapter(learner.result())
 
 

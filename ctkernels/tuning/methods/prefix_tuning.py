@@ -22,7 +22,7 @@ def fit(run: Run[PrefixTuningOptions]) -> Adapter:
     PrefixLearner.check(run.model, run.settings)
     prefix = tokens_prefix(run)
     learner = PrefixLearner(run.model, prefix, run.rows, run.settings)
-    run.train(learner)
+    run.train(learner, result=lambda: Adapter(learner.current()))
     return Adapter(learner.result())
 
 

@@ -4,7 +4,8 @@ nlp-lr: GPT-2 Large, 16 demonstrations.  mmlu: Llama-3.2-1B-Instruct, 16.  bbh: 
 tuned on re-arc, about 3. Other models want other learning rates: tune them on held-out rows.
 
 What the paper calls an iteration is one step of the optimiser. ct-kv and prefix tuning take it on all rows, so that it
-is an epoch; ct-prompt and ttt take it on 4 rows, so that `steps` counts it.
+is an epoch; ct-prompt and ttt take it on 4 rows, so that `steps` counts it. Its loss is the mean over the tokens of a
+step.
 """
 
 from __future__ import annotations
@@ -23,15 +24,14 @@ def _preset(
     """(lr, optimiser steps, token dropout) of each method, and the steps of ct-kv after ttt."""
     kv = {"lr": ct_kv[0], "drop_p": ct_kv[2]}
     dropout = {"lora_dropout": 0.05}
-    return MappingProxyType(
-        {
-            "ct-kv": {**kv, "epochs": ct_kv[1]},
-            "ct-prompt": {"lr": ct_prompt[0], "steps": ct_prompt[1], "drop_p": ct_prompt[2]},
-            "prefix-tuning": {"lr": prefix[0], "epochs": prefix[1], "prompt_tokens": 32},
-            "ttt": {"lr": ttt[0], "steps": ttt[1], **dropout},
-            "ttt+ct-kv": {**kv, "epochs": ct_kv_after_ttt, "ttt_lr": ttt[0], "ttt_steps": ttt[1], **dropout},
-        }
-    )
+    own = {
+        "ct-kv": {**kv, "epochs": ct_kv[1]},
+        "ct-prompt": {"lr": ct_prompt[0], "steps": ct_prompt[1], "drop_p": ct_prompt[2]},
+        "prefix-tuning": {"lr": prefix[0], "epochs": prefix[1], "prompt_tokens": 32},
+        "ttt": {"lr": ttt[0], "steps": ttt[1], **dropout},
+        "ttt+ct-kv": {**kv, "epochs": ct_kv_after_ttt, "ttt_lr": ttt[0], "ttt_steps": ttt[1], **dropout},
+    }
+    return MappingProxyType({method: {**settings, "reduction": "tokens"} for method, settings in own.items()})
 
 
 PRESETS = MappingProxyType(

@@ -35,9 +35,13 @@ def fit_prompt(run: Run[PromptTuningOptions], rows: Sequence[Row], in_words: tup
     run.check_rows(len(embeddings), rows)
     prompt = SoftPrompt(embeddings, torch.tensor([len(embeddings)]))
     learner = PromptLearner(run.model, prompt, rows, run.settings)
-    run.train(learner)
-    prompt = learner.result()
-    return Adapter(prompt.to_prefix(run.model, metadata(run)), prompt, demonstrations=in_words)
+
+    def result() -> Adapter:
+        prompt = learner.result()
+        return Adapter(prompt.to_prefix(run.model, metadata(run)), prompt, demonstrations=in_words)
+
+    run.train(learner, result=result)
+    return result()
 
 
 def fit(run: Run[PromptTuningOptions]) -> Adapter:

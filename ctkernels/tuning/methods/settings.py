@@ -37,6 +37,21 @@ class Setting:
             return ""
         return ", ".join(self.methods) if len(self.methods) <= len(others) else f"not {', '.join(others)}"
 
+    @property
+    def defaults(self) -> str:
+        """The commonest default, and the methods that have another one: `25; 8 (ttt, ttt+ct-kv)`."""
+        by_value: dict[Any, list[str]] = {}
+        for method in TABLE:
+            if method.name in self.methods:
+                by_value.setdefault(getattr(method.options(), self.name), []).append(method.name)
+        (common, _), *others = sorted(by_value.items(), key=lambda item: -len(item[1]))
+        return "; ".join([written(common), *(f"{written(value)} ({', '.join(names)})" for value, names in others)])
+
+
+def written(value: Any) -> str:
+    """The value of a setting, for people."""
+    return "none" if value == () else str(value)
+
 
 def _settings() -> dict[str, Setting]:
     """Every setting of the table's methods, those of most methods first.

@@ -36,7 +36,7 @@ def trained_lora(run: Run[LoraOptions], settings: LoraOptions, stage: str = "") 
     with lora.injected(run.model, settings.lora_dropout) as wrapped:
         learner = LoraLearner(run.model, wrapped, encoder, run.demonstrations, settings)
         run.check_rows(0, learner.rows(0))
-        run.train(learner, settings, stage)
+        run.train(learner, settings, stage, lambda: Adapter(context_prefix(run)))
         lora.capture(wrapped)
     return lora
 

@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ctkernels import dispatch
 from ctkernels.tuning.adapters.adapter import Adapter
 from ctkernels.tuning.adapters.prefix import KVPrefix
-from ctkernels.tuning.data.demonstrations import Demonstration
-from ctkernels.tuning.data.formats import TextFormat
-from ctkernels.tuning.methods.base import Run, require_demonstrations, require_transferable, require_weights
+from ctkernels.tuning.data.demonstrations import Demonstration, as_demonstrations
+from ctkernels.tuning.data.formats import PairEncoder, TextFormat
+from ctkernels.tuning.methods.base import (
+    Run,
+    require_demonstrations,
+    require_loaded,
+    require_transferable,
+    require_weights,
+)
+from ctkernels.tuning.methods.held_out import held_out_loss, require_epochs
 from ctkernels.tuning.methods.table import get_method
+from ctkernels.tuning.storage import locked
 from ctkernels.tuning.train.checkpoint import fingerprint, model_fingerprint
 from ctkernels.tuning.train.distributed import Ranks, is_sharded
 from ctkernels.tuning.train.learners import Learner
 from ctkernels.tuning.train.options import LoopOptions, Options
-from ctkernels.tuning.train.trainer import EpochRecord, OnEpoch, RunControl, train_learner
+from ctkernels.tuning.train.trainer import EpochRecord, OnEpoch, RunControl, Watch, train_learner
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+Pairs = Iterable[Demonstration | Mapping[str, Any]] | str | Path
 
 
 @dataclass(frozen=True)
@@ -37,13 +50,20 @@ class TuneResult:
         """The adapter's prefix. For methods that also change weights, use the adapter."""
         return self.adapter.prefix
 
+    @property
+    def held_out(self) -> list[float]:
+        """Loss of the held-out pairs before the first epoch of the last loop and after each; empty without any."""
+        last = [record for record in self.history if not record.stage]
+        curve = [last[0].held_out_start, *(record.held_out for record in last)] if last else []
+        return [loss for loss in curve if loss is not None]
+
 
 def tune(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    demonstrations: Sequence[Demonstration],
+    demonstrations: Pairs,
     method: str = "ct-kv",
-    settings: Options | None = None,
+    settings: Options | Mapping[str, Any] | None = None,
     text_format: TextFormat | None = None,
     *,
     start_from: Adapter | None = None,
@@ -52,15 +72,20 @@ def tune(
     resume: bool = False,
     on_epoch: OnEpoch | None = None,
     group: ProcessGroup | None = None,
+    held_out: Pairs = (),
+    patience: int | None = None,
+    ends: Callable[[], bool] | None = None,
 ) -> TuneResult:
     """Adapt a frozen model to a task: the adapter of `method` for these demonstrations, trained if the method trains.
 
     Args:
         model: a supported causal language model; its weights and its mode are left as they were.
         tokenizer: the model's.
-        demonstrations: the task's pairs.
+        demonstrations: the task's pairs; also mappings with their fields, such as the rows of a `datasets.Dataset`, or
+            the path of a JSONL file.
         method: a name of `methods.METHODS`.
-        settings: of the method (`METHODS[method].settings()`, the default), or `TrainSettings`.
+        settings: of the method (`METHODS[method].settings()`, the default), `TrainSettings`, or a mapping of those that
+            differ from the defaults.
         text_format: how pairs become tokens.
         start_from: another task's adapter of the same model to start from: methods that start from demonstrations
             put its prefix or prompt in front of them, others take it in place of their own; ttt takes its LoRA.
@@ -71,37 +96,80 @@ def tune(
         group: a `torch.distributed` process group whose processes all make this call and share the rows of each step;
             all of them return the result of one process, the first one writes checkpoints, which all of them must be
             able to read. None: this process alone.
+        held_out: pairs that are not trained. The result is what had their lowest loss (`held_out_loss`), before the
+            first epoch or after one; records and checkpoints have the curve.
+        patience: end a loop after so many epochs without a lower loss of the held-out pairs; None runs all epochs.
+        ends: asked after every epoch, for instance whether a signal came; True (from any process) writes a checkpoint
+            and raises `train.trainer.Interrupted`, a KeyboardInterrupt, so that the run can be resumed.
 
     Raises:
         DataError: too few demonstrations, or more tokens than the model takes.
+        OutputError: another run holds `checkpoint_dir`.
         ValueError: an unknown method; settings that it does not read; an adapter it cannot start from; an unknown or
-            unavailable backend; sharded or offloaded weights that the method needs in one piece.
-        TypeError: a model class that is not supported.
+            unavailable backend; sharded or offloaded weights that the method needs in one piece; held-out pairs for a
+            method that trains nothing.
+        TypeError: a model class that is not supported; the name of a model or tokenizer instead of itself.
         CheckpointError: `resume` with other settings, data or model than the checkpoint's.
         TrainingError: the loss is not finite, or has no gradient.
         PeerError: another process of the group failed.
     """
+    require_loaded(model, tokenizer)
+    demonstrations, held_out = (
+        as_demonstrations(demonstrations, "demonstrations"),
+        as_demonstrations(held_out, "held_out"),
+    )
     ranks = Ranks(group, model.device, sharded=is_sharded(model))
-    with ranks.together():
+    folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+    with ranks.together(), locked(folder) if folder is not None and ranks.writes else nullcontext():
         how = get_method(method)
-        own = how.settings() if settings is None else how.accept(settings)
+        own = how.settings(**(settings or {})) if isinstance(settings, Mapping | None) else how.accept(settings)
         require_demonstrations(how, len(demonstrations), own)
         require_transferable(how, start_from, model)
         require_weights(how, model)
+        require_epochs(how, held_out, patience)
         if own.backend is not None:
             dispatch.choose(own.backend, model.device)  # refuses an unusable one before the model runs
-        folder = None if checkpoint_dir is None else Path(checkpoint_dir)
-        control = RunControl(folder, checkpoint_every, resume, on_epoch, ranks)
+        control = RunControl(folder, checkpoint_every, resume, on_epoch, ranks, ends)
         origin = None if start_from is None else adapter_fingerprint(start_from)
         history: list[EpochRecord] = []
 
-        def train(learner: Learner, of_stage: LoopOptions | None = None, stage: str = "") -> None:
+        def train(
+            learner: Learner,
+            of_stage: LoopOptions | None = None,
+            stage: str = "",
+            result: Callable[[], Adapter] | None = None,
+        ) -> None:
             identity = {"method": method, "stage": stage, "start_from": origin}
-            history.extend(train_learner(model, learner, of_stage or own, control, stage=stage, identity=identity))
+            watch = None
+            if held_out and result is not None:
+                identity["held_out"] = fingerprint(
+                    [*((d.input, d.output, d.options, d.references) for d in held_out), patience]
+                )
+                watch = Watch(lambda: held_out_loss(run, result(), held_out), patience)
+            history.extend(
+                train_learner(model, learner, of_stage or own, control, stage=stage, identity=identity, watch=watch)
+            )
 
         text_format = text_format or TextFormat()
-        run = Run(model, tokenizer, tuple(demonstrations), method, own, text_format, start_from, train)
+        run = Run(model, tokenizer, demonstrations, method, own, text_format, start_from, train)
+        report_delimiters(tokenizer, demonstrations, text_format)
         return TuneResult(how.fit(run), history)
+
+
+def report_delimiters(
+    tokenizer: PreTrainedTokenizerBase, demonstrations: Sequence[Demonstration], text_format: TextFormat
+) -> None:
+    """Warn of outputs to generate that contain the delimiter, where generation would end."""
+    encoder = PairEncoder(tokenizer, text_format)
+    free = [pair for pair in demonstrations if not pair.options]
+    cut = [pair for pair in free if encoder.delimiter in encoder.answer(pair, pair.output)]
+    if cut:
+        first = cut[0].source or repr(cut[0].output[:40])
+        warnings.warn(
+            f"{len(cut)} of {len(demonstrations)} outputs contain the delimiter {text_format.delimiter!r}, at which "
+            f"generation stops, the first is {first}; choose another delimiter, such as '\\n'",
+            stacklevel=3,
+        )
 
 
 def adapter_fingerprint(adapter: Adapter) -> str:

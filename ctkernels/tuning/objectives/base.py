@@ -1,6 +1,6 @@
 """What an objective is: a name, and a function from a batch of rows to the loss of each of them.
 
-Forward     a batch of training rows with all that is trained attached to the model, ready to run
+Forward     a batch of training rows with all that is trained attached to the model, ready to run (`hf/forward.py`)
 Objective   a row of the objective table
 """
 
@@ -8,30 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ctkernels.tuning.data.batches import Batch
 from ctkernels.tuning.data.formats import Choices, Score
-from ctkernels.tuning.hf.attach import Attachment
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-
-@dataclass(frozen=True)
-class Forward:
-    """A batch of rows, and how the model runs on them.
-
-    attachment: of what is trained, or of an empty prefix; its mask is that of the batch.
-    prompt: embeddings `[batch.lead, E]` of a soft prompt at the start of each row, or None.
-    """
-
-    model: PreTrainedModel
-    attachment: Attachment
-    batch: Batch
-    prompt: Tensor | None = None
+from ctkernels.tuning.hf.forward import Forward
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from ctkernels.tuning.hf.continuations import score_options
 from ctkernels.tuning.objectives.base import Forward, Objective, Weights
-from ctkernels.tuning.objectives.continuations import score_options
 from ctkernels.tuning.objectives.options import losses_of_rows
 
 

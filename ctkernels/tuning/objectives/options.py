@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ctkernels.tuning.data.demonstrations import DataError
 from ctkernels.tuning.data.metrics import choice_losses
+from ctkernels.tuning.hf.continuations import Scored, score_options
 from ctkernels.tuning.objectives.base import Forward, Objective, Weights
-from ctkernels.tuning.objectives.continuations import Scored, score_options
 
 
 def losses_of_rows(scored: Scored) -> list[Tensor]:

@@ -57,7 +57,6 @@ class Checkpoint:
         tensors = {f"parameter/{name}": p.detach() for name, p in parameters.items()}
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{index}/{key}": value for key, value in state.items()}
-        self._remove_leftovers()
         try:
             write_file(self.path, "checkpoint", {"run": self.run, "history": history}, tensors)
         except PrefixFileError as error:
@@ -98,11 +97,6 @@ class Checkpoint:
                     parameter.copy_(saved[name])
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         return history
-
-    def _remove_leftovers(self) -> None:
-        """Remove temporary files of a run that was killed while it wrote."""
-        for leftover in self.path.parent.glob(f".{FILE_NAME}.*.tmp"):
-            leftover.unlink(missing_ok=True)
 
 
 @contextmanager

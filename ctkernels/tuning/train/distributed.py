@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from ctkernels.tuning.storage import locked
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -131,6 +133,10 @@ class Ranks:
                 parameter.grad = part.view_as(parameter)
         return total
 
+    def first(self, value: float) -> float:
+        """The first process's number, for all of them."""
+        return float(self.sum((), torch.tensor(value if self.rank == 0 else 0.0, dtype=torch.float64)))
+
     def _vote(self, error: Exception | None = None, total: Tensor | None = None) -> Tensor:
         """Tell each other who failed; returns the sum of `total`. Raises PeerError where another one did."""
         total = torch.zeros((), dtype=torch.float64) if total is None else total
@@ -167,6 +173,14 @@ def is_sharded(model: nn.Module) -> bool:
 def local_device(name: str) -> str:
     """The device of this process among those of its machine: `cuda` becomes the GPU of its local rank."""
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" and torch.cuda.is_available() else name
+
+
+@contextmanager
+def folder_of_run(folder: str | os.PathLike) -> Iterator[None]:
+    """A block in which a run alone writes into its folder: the first of its processes holds the lock (see `locked`)."""
+    first = int(os.environ.get("WORLD_SIZE", 1)) == 1 or int(os.environ.get("RANK", 0)) == 0
+    with locked(folder) if first else nullcontext():
+        yield
 
 
 @contextmanager

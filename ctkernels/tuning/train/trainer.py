@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,12 +44,17 @@ class TrainingError(ArithmeticError):
     """Training that cannot go on: the loss or its gradient is not finite, or there is none."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A training that `RunControl.ends` ended behind an epoch, and behind its checkpoint."""
+
+
 @dataclass(frozen=True)
 class EpochRecord:
     """One epoch: its number from 1, the mean loss of its rows before their steps (without penalty), the learning rate
     of its first step, the gradient norm before clipping (mean over steps), and the time in seconds. `stage` names one
-    of several loops of a run, "" the last. `stopped`: it was the last one, since `on_epoch` said so. `steps`: optimiser
-    steps it took, 0 if an earlier version did not record them."""
+    of several loops of a run, "" the last. `stopped`: it was the last one, since `on_epoch` or the held-out items said
+    so. `steps`: optimiser steps it took, 0 if an earlier version did not record them. `held_out`: loss of the held-out
+    items after the epoch, None without any; `held_out_start`: before the first one, in its record."""
 
     epoch: int
     loss: float
@@ -59,6 +64,8 @@ class EpochRecord:
     stage: str = ""
     stopped: bool = False
     steps: int = 0
+    held_out: float | None = None
+    held_out_start: float | None = None
 
 
 OnEpoch = Callable[[EpochRecord, nn.Module], bool | None]
@@ -72,6 +79,8 @@ class RunControl:
     resume: continue from the checkpoint, if there is one.
     on_epoch: called after every epoch, before its checkpoint; True ends the loop.
     ranks: the processes that share the rows of a step; default: this one alone.
+    ends: asked after every epoch; True (in any process) writes a checkpoint and raises Interrupted, unless that epoch
+        is the last one.
 
     Raises:
         ValueError: `checkpoint_every` below 1.
@@ -82,10 +91,23 @@ class RunControl:
     resume: bool = False
     on_epoch: OnEpoch | None = None
     ranks: Ranks = field(default_factory=Ranks)
+    ends: Callable[[], bool] | None = None
 
     def __post_init__(self) -> None:
         if self.checkpoint_every < 1:
             raise ValueError(f"checkpoint_every must be at least 1, got {self.checkpoint_every}")
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Held-out items, looked at before the first epoch and after each. What had their lowest loss is what is returned.
+
+    loss: theirs, in nats, under what is trained as it is now; nothing is attached when it is called.
+    patience: so many epochs without a lower loss end the loop; None: all epochs run.
+    """
+
+    loss: Callable[[], float]
+    patience: int | None = None
 
 
 def train_learner(
@@ -96,11 +118,13 @@ def train_learner(
     *,
     stage: str = "",
     identity: Mapping[str, Any] | None = None,
+    watch: Watch | None = None,
 ) -> list[EpochRecord]:
     """Train `learner` in place; errors as in `methods.tune`.
 
     stage: name of one of several loops of a run, whose checkpoint has a folder of its own.
     identity: what the run depends on besides settings, rows and model, as JSON values by name.
+    watch: items that choose the epoch whose outcome is kept.
     """
     run = run or RunControl()
     ranks = run.ranks
@@ -109,7 +133,9 @@ def train_learner(
         raise DataError("training needs demonstrations, got none")
     loop = _Loop(model, learner, settings, ranks, len(rows))
     parameters, optimizer = loop.parameters, loop.optimizer
-    kept = {**parameters, **learner.state()}
+    now = {**parameters, **learner.state()}
+    best = {} if watch is None else {f"best.{name}": x.detach().clone() for name, x in now.items()}
+    kept = {**now, **best}
     history: list[EpochRecord] = []
     store, known = None, {}
     if run.checkpoint_dir is not None or ranks.size > 1:
@@ -127,17 +153,40 @@ def train_learner(
         if store is not None and store.exists():
             history = [EpochRecord(**record) for record in store.load(kept, optimizer)]
         ranks.agree(checkpoint=f"checkpoint after {len(history)} epochs")
+        curve = [loss for r in history for loss in (r.held_out_start, r.held_out) if loss is not None]
+        if watch is not None and not curve:
+            curve = [ranks.first(watch.loss())]
+            _copy(now.values(), best.values())
         while len(history) < loop.epochs and not (history and history[-1].stopped):
             with learner.attached(settings.backend):
                 record = replace(loop.run_epoch(len(history)), stage=stage)
+            if watch is not None:
+                start = None if history else curve[0]
+                curve.append(ranks.first(watch.loss()))
+                record = replace(record, held_out=curve[-1], held_out_start=start)
+                if curve[-1] < min(curve[:-1]):
+                    _copy(now.values(), best.values())
             stop = run.on_epoch is not None and bool(run.on_epoch(record, learner.module))
+            if watch is not None and watch.patience is not None:
+                stop |= len(curve) - 1 - curve.index(min(curve)) >= watch.patience
             stops = ranks.sum((), torch.tensor(float(stop), dtype=torch.float64))
             history.append(replace(record, stopped=bool(stops)))
-            due = record.epoch % run.checkpoint_every == 0 or record.epoch == loop.epochs or bool(stops)
+            ends = bool(ranks.sum((), torch.tensor(float(run.ends is not None and run.ends()), dtype=torch.float64)))
+            last = record.epoch == loop.epochs or bool(stops)
+            due = record.epoch % run.checkpoint_every == 0 or last or ends
             if store is not None and due and ranks.writes:
                 store.save(kept, optimizer, [asdict(r) for r in history])
+            if ends and not last:
+                raise Interrupted
     optimizer.zero_grad()
+    _copy(best.values(), now.values() if best else ())
     return history
+
+
+@torch.no_grad()
+def _copy(source: Iterable[Tensor], target: Iterable[Tensor]) -> None:
+    for x, y in zip(source, target, strict=True):
+        y.copy_(x)
 
 
 class _Loop:

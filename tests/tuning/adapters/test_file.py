@@ -110,7 +110,7 @@ def test_values_that_are_not_finite(path, monkeypatch, name, value):
         write_file(path, "adapter", DESCRIPTION, tensors)
     assert path.read_bytes() == before and len(os.listdir(path.parent)) == 1
     with monkeypatch.context() as patch:
-        patch.setattr(file, "_check_finite", lambda tensors: None)
+        patch.setattr(file, "require_finite", lambda tensors: None)
         write_file(path, "adapter", DESCRIPTION, tensors)
     for mapped in (False, True):
         refuses(path, rf"adapter\.safetensors: tensor {name} holds values that are not finite", mapped=mapped)

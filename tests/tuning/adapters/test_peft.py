@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from peft import CartridgeConfig, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from ctkernels import cli
 from ctkernels.testing.models import (
@@ -177,7 +178,9 @@ def test_an_older_file_of_peft(tmp_path):
     theirs = get_peft_model(model, CONFIGS["prefix-tuning"])
     theirs.save_pretrained(tmp_path, safe_serialization=False)
     assert [path.name for path in tmp_path.glob("adapter_model*")] == ["adapter_model.bin"]
-    loaded = import_peft(tmp_path, make_model("llama")).prefix
+    with pytest.raises(PrefixFileError, match=r"adapter_model\.bin: a pickle, which can be made to harm who reads it"):
+        import_peft(tmp_path, make_model("llama"))
+    loaded = import_peft(tmp_path, make_model("llama"), allow_pickle=True).prefix
     assert torch.equal(loaded.values[0][0, :, 0].float(), theirs.get_prompt_embedding_to_save("default")[:, 16])
 
 
@@ -272,17 +275,13 @@ def test_exports_that_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_full_disk_leaves_the_old_adapter(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_old_adapter(tmp_path, full_disk):
     model = make_model("llama")
     prefix = tuned(model)
     export_peft(prefix, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def full(*_args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("ctkernels.tuning.adapters.peft_export.safetensors.torch.save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    with full_disk(1000), pytest.raises(OSError, match="File too large"):
         export_peft(shorter(prefix), tmp_path, "prefix-tuning", model)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -305,15 +304,17 @@ def test_imports_that_are_refused(tmp_path):
         "this LlamaForCausalLM .* has head_dim 16 instead of 8, num_attention_heads 2 instead of 4",
         of=make_model("llama", num_attention_heads=2),
     )
+    weights = tmp_path / "a" / "adapter_model.safetensors"
+    save_file(load_file(weights), weights)  # as peft writes it, without what it was exported with
     refused("num_layers is 4, LlamaForCausalLM needs 3", num_layers=4)
     refused(r"prompt_embeddings must be floating \[7, columns\]", num_layers=3, num_virtual_tokens=7)
     refused("type IA3 cannot be imported; known are CARTRIDGE", peft_type="IA3")
-    (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"half")
-    refused(r"adapter_model\.safetensors: cannot be read", peft_type="CARTRIDGE")
-    (tmp_path / "a" / "adapter_model.safetensors").unlink()
+    weights.write_bytes(b"half")
+    refused(r"adapter_model\.safetensors: damaged or cut off", peft_type="CARTRIDGE")
+    weights.unlink()
     refused(r"adapter_model\.safetensors: no such file")
     (tmp_path / "a" / "adapter_config.json").write_text("[")
-    with pytest.raises(PrefixFileError, match=r"adapter_config\.json: cannot be read"):
+    with pytest.raises(PrefixFileError, match=r"adapter_config\.json: damaged: its description is not"):
         import_peft(tmp_path / "a", model)
     with pytest.raises(PrefixFileError, match=r"adapter_config\.json: no such file; a peft adapter is a local folder"):
         import_peft(tmp_path, model)

@@ -97,7 +97,7 @@ def test_files_are_mapped(store):
     def mapped() -> bool:
         return any(Path(entry.path).name == store._path(NAMES[1]).name for entry in psutil.Process().memory_maps())
 
-    store.memory_bytes = 0
+    store.memory_bytes, store.mapped = 0, True
     prefix = store.get(NAMES[1])
     addresses = sorted(p.data_ptr() for p in prefix.parameters())
     assert {b - a for a, b in pairwise(addresses)} == {prefix.keys[0].nbytes}
@@ -124,6 +124,18 @@ def test_half_the_bytes(tmp_path, prefixes):
     full = PrefixStore(store.directory, make_model("llama", torch.float32)).get("x")
     assert full.keys[0].dtype == torch.float32
     torch.testing.assert_close(full.keys[0], prefix.keys[0], rtol=2**-8, atol=0)
+
+
+@torch.no_grad()
+def test_a_file_that_is_cut_off_while_it_is_in_use(store, model, prefixes):
+    """By another program, which writes in place: the batch goes on with what it has, the next one gets an error."""
+    with prefixes[0].attach(model):
+        expected = model(ROWS).logits
+    with store.attach([NAMES[0]] * 3):
+        os.truncate(store._path(NAMES[0]), 200)
+        assert torch.equal(model(ROWS).logits, expected)
+    with pytest.raises(PrefixFileError, match=r"routing\.safetensors: damaged or cut off"):
+        store.attach([NAMES[0]] * 3)
 
 
 def test_replaced_and_removed(store, model, prefixes):

@@ -20,6 +20,7 @@ from ctkernels.tuning.evaluation.sweep.report import make_report
 from ctkernels.tuning.evaluation.sweep.run import Sweep, run_sweep
 from ctkernels.tuning.evaluation.sweep.spec import MethodSpec
 from ctkernels.tuning.evaluation.sweep.workers import Workers
+from ctkernels.tuning.methods.auto import autotune
 from ctkernels.tuning.methods.tune import tune
 from tests.tuning.evaluation.test_sweep import Quiet
 
@@ -191,6 +192,17 @@ def test_transferred_methods_start_from_the_sweeps_adapter(model, folder, tmp_pa
     assert "transferred=true needs start_from, another task's adapter, got none" in failed.error
     with pytest.raises(ValueError, match="icl starts from nothing but its own task, so that"):
         MethodSpec.parse("icl:transferred=true")
+
+
+def test_methods_without_settings_are_searched_for_in_a_sweep(model, folder, tmp_path):
+    word = "ct-kv:drop_p=0:epochs=3:auto=true"
+    (cell,) = run_sweep(model, TOKENIZER, sweep_of(folder, tmp_path, word), Workers(), Quiet())
+    given = {"drop_p": 0.0, "epochs": 3, "seed": 13}
+    by_hand = autotune(model, TOKENIZER, DEMONSTRATIONS, "ct-kv", given)
+    assert cell.error is None and cell.run["auto"] is True and cell.steps == by_hand.epochs
+    assert cell.gold_loss == by_hand.adapter.evaluate(model, TOKENIZER, DEMONSTRATIONS).gold_loss
+    with pytest.raises(ValueError, match="icl trains nothing, so that there is nothing to search for"):
+        MethodSpec.parse("icl:auto=true")
 
 
 def test_the_tables_of_the_report():

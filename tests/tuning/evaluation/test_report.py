@@ -1,12 +1,13 @@
 """Tables, significance and figures against cases worked out by hand."""
 
 import pytest
+import torch
 
 from ctkernels.tuning.evaluation.sweep import significance
 from ctkernels.tuning.evaluation.sweep.cells import CellResult
 from ctkernels.tuning.evaluation.sweep.figures import write_figures
 from ctkernels.tuning.evaluation.sweep.report import make_report
-from ctkernels.tuning.evaluation.sweep.significance import holm, sign_flip_test
+from ctkernels.tuning.evaluation.sweep.significance import hierarchical_bootstrap, holm, sign_flip_test
 from ctkernels.tuning.evaluation.sweep.spec import MethodSpec, split_words
 
 
@@ -44,6 +45,31 @@ def test_bad_differences():
         sign_flip_test([])
     with pytest.raises(ValueError, match="must be finite"):
         sign_flip_test([1.0, float("nan")])
+
+
+def test_bootstrap_by_hand():
+    """Two tasks with two seeds: 2.5% of the draws lie below b, b with the seeds 0.2 and 0.3 (1/64 of them have 0.2
+    twice in both)."""
+    found = hierarchical_bootstrap({"a": [0.5, 0.6], "b": [0.3, 0.2]})
+    assert (found.mean, found.low, found.high) == (pytest.approx(0.4), pytest.approx(0.225), pytest.approx(0.575))
+    assert hierarchical_bootstrap({"a": [0.5, 0.6], "b": [0.3, 0.2]}) == found  # the seed is fixed
+    one = hierarchical_bootstrap({"a": [0.5], "b": [0.5]})
+    assert (one.mean, one.low, one.high) == (0.5, 0.5, 0.5)
+    uneven = hierarchical_bootstrap({"a": [0.0] * 5, "b": [1.0]})  # tasks count alike
+    assert (uneven.mean, uneven.low, uneven.high) == (0.5, 0.0, 1.0)
+    for bad in ({}, {"a": []}):
+        with pytest.raises(ValueError, match="at least one number of each task"):
+            hierarchical_bootstrap(bad)
+
+
+def test_the_width_of_the_bootstrap_is_that_of_both_variances():
+    """Many tasks: nearly normal, with the variance over tasks plus the mean variance over seeds / number of seeds."""
+    draw = torch.Generator().manual_seed(5)
+    level = torch.randn(60, 1, generator=draw, dtype=torch.float64)
+    table = level + 2 * torch.randn(60, 4, generator=draw, dtype=torch.float64)
+    found = hierarchical_bootstrap({str(n): row.tolist() for n, row in enumerate(table)})
+    variance = table.mean(dim=1).var(correction=0) + table.var(dim=1, correction=0).mean() / 4
+    assert found.high - found.low == pytest.approx(2 * 1.96 * float(variance / 60) ** 0.5, rel=0.03)
 
 
 def test_holm():
@@ -87,10 +113,10 @@ def test_report_by_hand():
     assert pair.p == pytest.approx(2 / 8) and pair.p_holm == pair.p  # three differences, all of one sign
     assert pair.p_tasks == pytest.approx(2 / 4)
     text = report.markdown()
-    assert "| icl | 40.0 ± 0.0 | - | 40.0 | - | - | - | - | 1.400 | 15.0 | 12.0 | 6/6 |" in text
-    assert "| ct-kv | 55.0 ± 14.1 | - | 55.0 | - | - | - | - | 1.550 | 15.0 | 12.0 | 5/6 |" in text
+    assert "| icl | 40.0 ± 0.0 | 22.5 to 57.5 | - | 40.0 | - | - | - | - | 1.400 | 15.0 | 12.0 | 6/6 |" in text
+    assert "| ct-kv | 55.0 ± 14.1 | 35.0 to 75.0 | - | 55.0 | - | - | - | - | 1.550 | 15.0 | 12.0 | 5/6 |" in text
     assert "majority class |" not in text and "Calibrated" not in text
-    assert "| icl | ct-kv | -15.0 | 0 / 3 of 4 | 0.2500 | 0.2500 | 0.5000 |" in text
+    assert "| icl | ct-kv | -15.0 | -25.0 to -5.0 | 0 / 3 of 4 | 0.2500 | 0.2500 | 0.5000 |" in text
     assert "Left out, since a method lacks a result: c." in text
     assert "| c | 90.0 | 10.0 |" in text  # the table by task has what there is
     assert "- ct-kv on c, seed 2: c.jsonl:3: no" in text
@@ -109,17 +135,17 @@ def test_plain_and_calibrated_side_by_side():
     assert (icl.calibrated_nll, icl.calibrated_ece) == (pytest.approx((0.5 + 1.5) / 2), pytest.approx((0.1 + 0.3) / 2))
     assert (report.calibrate, report.uncalibrated, report.majority) == ("batch", ["b"], None)
     text = report.markdown()
-    assert "| icl | 40.0 ± 0.0 | 60.0 | 40.0 | 1.500 | 1.000 | 30.0 | 20.0 |" in text
+    assert "| icl | 40.0 ± 0.0 | 30.0 to 50.0 | 60.0 | 40.0 | 1.500 | 1.000 | 30.0 | 20.0 |" in text
     assert "Calibrated (batch): an offset is subtracted from the loss of each option. Not calibrated: b." in text
     assert "| task | icl | majority class |" in text and "| a | 50.0 | 15.0 |" in text and "| b | 30.0 |  |" in text
     whole = make_report("x", a, planned=2)
     assert (whole.majority.score, whole.majority.accuracy) == (pytest.approx(0.15), pytest.approx(0.4))
-    assert "| majority class | 15.0 | - | 40.0 | - |" in whole.markdown()
+    assert "| majority class | 15.0 | - | - | 40.0 | - |" in whole.markdown()
 
 
 def test_report_of_one_seed_and_of_nothing():
     one = make_report("x", [cell("icl", "a", 1, 0.5)], planned=1)
-    assert one.summaries[0].spread is None and "| icl | 50.0 | - | 50.0 |" in one.markdown()
+    assert one.summaries[0].spread is None and "| icl | 50.0 | 50.0 to 50.0 | - | 50.0 |" in one.markdown()
     assert "Paired" not in one.markdown()
     none = make_report("x", [cell("icl", "a", 1, 0.0, error="no")], planned=1)
     assert (none.summaries, none.comparisons, none.left_out) == ([], [], ["a"])

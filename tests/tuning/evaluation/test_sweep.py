@@ -97,6 +97,18 @@ def test_all_cells_are_run_and_reported(model, folder, tmp_path):
     assert by_hand.evaluate(model, TOKENIZER, DEMONSTRATIONS[::-1]).gold_loss == results[10].gold_loss
 
 
+def test_tasks_may_have_methods_of_their_own(model, folder, tmp_path):
+    longer = [MethodSpec.parse(word) for word in ("icl", "ct-kv:steps=2:lr=0.05")]
+    specs = {"taste": longer[:1], "warmth": longer}
+    sweep = replace(sweep_of(folder, tmp_path / "out", seeds=[13]), specs=specs)
+    results = run_sweep(model, TOKENIZER, sweep, Workers(), Quiet())
+    assert [(r.task, r.method, r.steps) for r in results] == [
+        ("taste", "icl", 0),
+        ("warmth", "icl", 0),
+        ("warmth", "ct-kv:steps=2:lr=0.05", 2),
+    ]
+
+
 def test_limit_and_split_choose_the_items(model, folder, tmp_path):
     sweep = sweep_of(folder, tmp_path / "a", ["icl"], limit=3, tasks=["warmth"], seeds=[13])
     (limited,) = run_sweep(model, TOKENIZER, sweep, Workers(), Quiet())
@@ -163,7 +175,7 @@ def test_a_killed_sweep_gives_the_same_report_when_it_is_run_again(files, folder
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     finished = list((tmp_path / "out" / "cells").glob("*/*/*.json"))
     assert len(finished) == 3
-    leftover = finished[0].with_name(".13.json.0123.tmp")  # as if it had been killed while it wrote
+    leftover = finished[0].with_name(".13.json.0123456789abcdef.tmp")  # as if it had been killed while it wrote
     leftover.write_text("{")
     capsys.readouterr()
     assert cli.run(command(files, folder, tmp_path / "out")) == 0

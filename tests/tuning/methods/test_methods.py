@@ -174,6 +174,7 @@ def test_presets_are_the_papers_table():
     for preset, of_methods in PRESETS.items():
         for name, values in of_methods.items():  # every value of a preset is one that its method reads
             assert values.items() <= asdict(get_method(name).settings(preset)).items()
+            assert values["reduction"] == "tokens"  # the authors' loss
     with pytest.raises(ValueError, match="preset must be one of nlp-lr, mmlu, bbh, arc, got 'mml'"):
         ct_kv.settings("mml")
 

@@ -1,5 +1,6 @@
 """Options behind an input that is run once: the same scores as run one by one, and no token more than needed."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,10 +11,10 @@ from ctkernels.testing.tasks import DEMONSTRATIONS
 from ctkernels.tuning.adapters.prefix import KVPrefix
 from ctkernels.tuning.data import DataError, Demonstration, encode_rows
 from ctkernels.tuning.data.batches import make_batch
-from ctkernels.tuning.data.formats import PairEncoder
+from ctkernels.tuning.data.formats import PairEncoder, Row
 from ctkernels.tuning.evaluation.scoring import Scorer
+from ctkernels.tuning.hf.continuations import score_options
 from ctkernels.tuning.objectives import OBJECTIVES, Forward, Weights
-from ctkernels.tuning.objectives.continuations import score_options
 from ctkernels.tuning.train import trainer
 from tests.tuning.runs import TOKENIZER, TRAINING, assert_same_bits, run, settings
 
@@ -24,25 +25,37 @@ TASK = [
 ]
 
 
+def losses_one_by_one(scorer: Scorer, item: Demonstration, score: str) -> list[float]:
+    """The loss of each option, then of the output, in nats: every answer in a row of its own."""
+    output = scorer.encoder.answer(item, item.output)
+    prompt = scorer._prompt(item, scorer.encoder.longest(item, output, "required"))
+    answers = [*scorer.encoder.options(item, score).values(), output]
+    sizes = [len(answer) if score == "sum" else 1 for answer in answers[:-1]] + [1]
+    losses = scorer._losses([Row(prompt + answer[:-1], (answer,)) for answer in answers])
+    return [size * loss for size, loss in zip(sizes, losses, strict=True)]
+
+
 @pytest.mark.parametrize(
     ("name", "score"), [*((name, "mean") for name in MODELS), ("llama", "sum"), ("gpt2", "first-token")]
 )
-def test_scores_are_those_of_the_scorer(name, score):
-    """For every family: what a window, ALiBi, learned positions and shared heads make of a continued row."""
+def test_scores_are_those_of_rows_of_their_own(name, score):
+    """For every family: what a window, ALiBi, learned positions and shared heads make of a continued row, in training
+    and in evaluation, in one batch and in several."""
     task = TASK if score != "first-token" else [*DEMONSTRATIONS[:2], TASK[2]]
     model = make_model(name)
     prefix = KVPrefix.from_demonstrations(model, TOKENIZER, DEMONSTRATIONS)
-    encoder = PairEncoder(TOKENIZER)
-    expected = Scorer(model, encoder, prefix, 4096).option_losses(task, score)
+    scorer = Scorer(model, PairEncoder(TOKENIZER), prefix, 4096)
+    expected = [losses_one_by_one(scorer, item, score) for item in task]
     rows = encode_rows(TOKENIZER, task, choices="required", score=score)
     with prefix.attach(model) as attachment:
         scored = score_options(Forward(model, attachment, make_batch(rows, range(3), "padded")), score)
     assert scored.choices_of_rows == [1, 1, 1]
     for scores, losses in zip(scored.scores, expected, strict=True):
-        found = scores[scores.isfinite()]
-        torch.testing.assert_close(
-            -found, torch.tensor(list(losses.options.values()), dtype=found.dtype), rtol=0, atol=1e-6
-        )
+        assert (-scores[scores.isfinite()]).tolist() == pytest.approx(losses[:-1], abs=1e-6)
+    for max_tokens in (4096, 16):
+        found = replace(scorer, max_tokens=max_tokens).option_losses(task, score)
+        for item, losses in zip(found, expected, strict=True):
+            assert [*item.options.values(), item.output] == pytest.approx(losses, abs=1e-6)
 
 
 def count_passes(model, work) -> tuple[list[int], list[int]]:

@@ -16,6 +16,7 @@ from ctkernels.tuning.adapters.file import read_file, write_file
 from ctkernels.tuning.evaluation.evaluate import evaluate_prefix
 from ctkernels.tuning.methods import get_method
 from ctkernels.tuning.methods.tune import TuneResult, tune
+from ctkernels.tuning.storage import LOCK
 from ctkernels.tuning.train.checkpoint import FILE_NAME, Checkpoint, CheckpointError
 
 REPOSITORY = Path(__file__).parents[3]
@@ -33,6 +34,10 @@ def run(folder=None, demonstrations=DEMONSTRATIONS, settings=SETTINGS, model=Non
 @pytest.fixture(scope="module")
 def uninterrupted() -> TuneResult:
     return run()
+
+
+def files(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name != LOCK]
 
 
 def assert_same_run(actual: TuneResult, expected: TuneResult) -> None:
@@ -113,7 +118,7 @@ def test_a_killed_process_resumes_to_the_same_bits(tmp_path):
         assert_same_run(run(tmp_path, resume=True), run())
     finally:
         torch.set_num_threads(threads)
-    assert [p.name for p in tmp_path.iterdir()] == [FILE_NAME]
+    assert files(tmp_path) == [FILE_NAME]
 
 
 def test_a_run_that_was_told_to_stop_stays_stopped(tmp_path, uninterrupted):
@@ -200,16 +205,16 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, full_disk, uninterru
     before = (tmp_path / FILE_NAME).read_bytes()
     with full_disk(len(before) // 2), pytest.raises(OSError, match="File too large"):
         run(tmp_path, resume=True)
-    assert [p.name for p in tmp_path.iterdir()] == [FILE_NAME]
+    assert files(tmp_path) == [FILE_NAME]
     assert (tmp_path / FILE_NAME).read_bytes() == before
     assert_same_run(run(tmp_path, resume=True), uninterrupted)
 
 
 def test_temporary_files_of_a_killed_writer_are_removed(tmp_path):
-    leftover = tmp_path / f".{FILE_NAME}.abc.tmp"
+    leftover = tmp_path / f".{FILE_NAME}.0123456789abcdef.tmp"
     leftover.write_bytes(b"half a file")
     run(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == [FILE_NAME]
+    assert files(tmp_path) == [FILE_NAME]
 
 
 def test_checkpoint_every_must_be_positive(tmp_path):

@@ -7,13 +7,17 @@ A file is either complete or missing. So a sweep can be killed at any time; late
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ctkernels.tuning.evaluation.sweep.spec import MethodSpec
 from ctkernels.tuning.storage import atomic_write_json
+
+LONGEST_NAME = 200  # bytes; file systems take 255
 
 
 class SweepError(ValueError):
@@ -32,8 +36,9 @@ class Cell:
         return f"{self.spec} on {self.task}, seed {self.seed}"
 
     def path(self, out: Path) -> Path:
-        """The file of the result. (`@` for `:`, since Windows allows no colon in file names.)"""
-        return out / "cells" / self.task / str(self.spec).replace(":", "@") / f"{self.seed}.json"
+        """The file of the result, in `out` whatever the names are. (`@` for `:`, which Windows does not allow.)"""
+        method = folder_name(str(self.spec).replace(":", "@"))
+        return out / "cells" / folder_name(self.task) / method / f"{self.seed}.json"
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,14 @@ class CellResult:
     def write(self, path: Path) -> None:
         """Replace the cell's file."""
         atomic_write_json(path, asdict(self))
+
+
+def folder_name(text: str) -> str:
+    """A text as the name of one folder: what could be a path, or is not allowed everywhere, is written as %XX."""
+    name = re.sub(r'^\.|[. ]$|[\x00-\x1f\x7f/\\:*?"<>|%]', lambda found: f"%{ord(found[0]):02X}", text)
+    if len(name.encode()) <= LONGEST_NAME:
+        return name or "%"
+    return f"{name.encode()[:150].decode(errors='ignore')}%{hashlib.sha256(text.encode()).hexdigest()[:32]}"
 
 
 def read_cell(path: Path) -> CellResult | None:

@@ -4,6 +4,7 @@
     ct-kv:order=3             the third of some random orders
     ct-kv:ensemble=4          four orders are tuned and evaluated, and their losses averaged
     ct-kv:transferred=true    behind the prefix of another task, that of the sweep's `start_from`
+    ct-kv:auto=true           learning rate, epochs and objective are found on the demonstrations (`methods/auto.py`)
 
 Each is part of a method's word, so that it is a row of the report and has cells of its own.
 """
@@ -28,6 +29,7 @@ class Protocol:
         order: number of a random order of the demonstrations; 0 is the task's own.
         ensemble: orders that are tuned and evaluated; the option losses are averaged, generated answers vote.
         transferred: start from the sweep's adapter of another task.
+        auto: settings that the method's word does not give are searched for.
 
     Raises:
         ValueError: a value out of its range; an order for an ensemble, which has several.
@@ -37,6 +39,7 @@ class Protocol:
     order: int = 0
     ensemble: int = 1
     transferred: bool = False
+    auto: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.noise <= 1:

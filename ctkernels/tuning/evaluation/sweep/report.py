@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 from ctkernels.tuning.evaluation.sweep import protocols
 from ctkernels.tuning.evaluation.sweep.cells import CellResult
 from ctkernels.tuning.evaluation.sweep.protocols import OrderSpread
-from ctkernels.tuning.evaluation.sweep.significance import holm, sign_flip_test
+from ctkernels.tuning.evaluation.sweep.significance import Interval, hierarchical_bootstrap, holm, sign_flip_test
 from ctkernels.tuning.storage import atomic_write_bytes, atomic_write_json
 
 
@@ -22,7 +22,8 @@ class Summary:
 
     score, accuracy, gold_loss: means over tasks and seeds.  spread: standard deviation over seeds of the mean score
     over tasks; None with a single seed.  seconds: mean time of tuning.  cpu_seconds: mean CPU time of tuning, of all
-    threads. finished: number of all cells with a result, also of other tasks.
+    threads. finished: number of all cells with a result, also of other tasks.  interval: of the score, over tasks and
+    seeds.
     nll, ece: means, None where a cell has none (generated answers, cells of an earlier version).
     calibrated, calibrated_accuracy, calibrated_nll, calibrated_ece: the same after calibration, with the plain numbers
         of tasks that have no calibration; None if no task has one.
@@ -36,6 +37,7 @@ class Summary:
     seconds: float
     cpu_seconds: float
     finished: int
+    interval: Interval
     nll: float | None = None
     ece: float | None = None
     calibrated: float | None = None
@@ -59,6 +61,7 @@ class Comparison:
     difference: mean difference of the scores.  better, worse: number of pairs where a is above or below b.
     p: p value of the sign-flip test over the pairs.  p_holm: corrected for the number of comparisons.
     p_tasks: p value of the same test over the means of the tasks. (Seeds of a task share its test items.)
+    interval: of the difference, over tasks and seeds.
     """
 
     a: str
@@ -70,6 +73,7 @@ class Comparison:
     p: float
     p_holm: float
     p_tasks: float
+    interval: Interval
 
 
 @dataclass(frozen=True)
@@ -119,22 +123,24 @@ class Report:
     def overview(self) -> str:
         """The table of the methods, and what its columns mean."""
         lines = [
-            "| method | score | calibrated | accuracy | NLL | calibrated | ECE | calibrated | gold loss "
+            "| method | score | 95% interval | calibrated | accuracy | NLL | calibrated | ECE | calibrated | gold loss "
             "| tuning, s per task | CPU s | cells |",
-            "|" + " --- |" * 12,
+            "|" + " --- |" * 13,
         ]
         for s in self.summaries:
             spread = "" if s.spread is None else f" ± {100 * s.spread:.1f}"
-            scores = f"{100 * s.score:.1f}{spread} | {_percent(s.calibrated)} | {100 * s.accuracy:.1f}"
+            bounds = f"{100 * s.interval.low:.1f} to {100 * s.interval.high:.1f}"
+            scores = f"{100 * s.score:.1f}{spread} | {bounds} | {_percent(s.calibrated)} | {100 * s.accuracy:.1f}"
             worth = f"{_nats(s.nll)} | {_nats(s.calibrated_nll)} | {_percent(s.ece)} | {_percent(s.calibrated_ece)}"
             times = f"{s.gold_loss:.3f} | {s.seconds:.1f} | {s.cpu_seconds:.1f}"
             lines.append(f"| {s.method} | {scores} | {worth} | {times} | {s.finished}/{self.planned} |")
         if self.majority is not None:
-            numbers = f"{100 * self.majority.score:.1f} | - | {100 * self.majority.accuracy:.1f}"
+            numbers = f"{100 * self.majority.score:.1f} | - | - | {100 * self.majority.accuracy:.1f}"
             lines.append(f"| majority class | {numbers} |" + " - |" * 8)
         seeds = ", ".join(map(str, self.seeds))
         notes = [
-            f"Means over tasks ({len(self.tasks)}) and seeds ({seeds}), ± the standard deviation over seeds. Score in "
+            f"Means over tasks ({len(self.tasks)}) and seeds ({seeds}), ± the standard deviation over seeds. "
+            "Interval: of the mean score, by a bootstrap over tasks and the seeds of each. Score in "
             "percent: macro-F1 for classification, BLEU or exact match for generation, accuracy otherwise. NLL: "
             "-log of the right options' probability, normalised over options, nats. ECE: expected calibration error of "
             "the choices, percent, ten bins. Gold loss: cross-entropy of the correct answer, nats per token. CPU s: of "
@@ -150,17 +156,19 @@ class Report:
     def pairs(self) -> str:
         """The table of paired differences."""
         lines = [
-            "| a | b | a - b | a above / below b | p | p, Holm | p over tasks |",
-            "| --- | --- | --- | --- | --- | --- | --- |",
+            "| a | b | a - b | 95% interval | a above / below b | p | p, Holm | p over tasks |",
+            "|" + " --- |" * 8,
         ]
         for c in self.comparisons:
             counts = f"{c.better} / {c.worse} of {c.pairs}"
             p_values = f"{c.p:.4f} | {c.p_holm:.4f} | {c.p_tasks:.4f}"
-            lines.append(f"| {c.a} | {c.b} | {100 * c.difference:+.1f} | {counts} | {p_values} |")
+            bounds = f"{100 * c.interval.low:+.1f} to {100 * c.interval.high:+.1f}"
+            lines.append(f"| {c.a} | {c.b} | {100 * c.difference:+.1f} | {bounds} | {counts} | {p_values} |")
         note = (
             "Two-sided sign-flip permutation test on the differences of the scores, paired over tasks and seeds; Holm "
             f"corrects for the number of comparisons ({len(self.comparisons)}). The last column tests the means of the "
-            f"tasks ({len(self.tasks)}) instead, since seeds of a task share its test items."
+            f"tasks ({len(self.tasks)}) instead, since seeds of a task share its test items. Interval: of the mean "
+            "difference, by a bootstrap over tasks and the seeds of each."
         )
         return "\n\n".join(["## Paired differences", "\n".join(lines), note])
 
@@ -249,6 +257,7 @@ def _summary(method: str, results: dict[tuple[str, int], CellResult], seeds: Seq
         mean("gold_loss"),
         *times,
         finished,
+        hierarchical_bootstrap(by_task({key: r.score for key, r in results.items()})),
         *(mean_of_all(getattr(r, name) for r in results.values()) for name in ("nll", "ece")),
         *(calibrated(name) for name in ("score", "accuracy", "nll", "ece")),
     )
@@ -269,9 +278,18 @@ def _compare(
     for a, b in combinations(by_method, 2):
         differences = {key: r.score - by_method[b][key].score for key, r in by_method[a].items()}
         values = list(differences.values())
-        by_task = [statistics.mean(differences[t, s] for s in seeds) for t in tasks]
+        means = [statistics.mean(differences[t, s] for s in seeds) for t in tasks]
         better, worse = sum(d > 0 for d in values), sum(d < 0 for d in values)
-        p, p_tasks = sign_flip_test(values), sign_flip_test(by_task)
-        found.append((a, b, statistics.mean(values), better, worse, len(values), p, p_tasks))
+        p, p_tasks = sign_flip_test(values), sign_flip_test(means)
+        interval = hierarchical_bootstrap(by_task(differences))
+        found.append((a, b, statistics.mean(values), better, worse, len(values), p, p_tasks, interval))
     corrected = holm([entry[6] for entry in found])
-    return [Comparison(*entry[:7], adjusted, entry[7]) for entry, adjusted in zip(found, corrected, strict=True)]
+    return [Comparison(*entry[:7], adjusted, *entry[7:]) for entry, adjusted in zip(found, corrected, strict=True)]
+
+
+def by_task(values: Mapping[tuple[str, int], float]) -> dict[str, list[float]]:
+    """(task, seed) -> value, as task -> values."""
+    found: dict[str, list[float]] = {}
+    for (task, _), value in values.items():
+        found.setdefault(task, []).append(value)
+    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -23,10 +23,12 @@ from ctkernels.tuning.evaluation.sweep.cells import Cell, CellResult, SweepError
 from ctkernels.tuning.evaluation.sweep.spec import MethodSpec
 from ctkernels.tuning.evaluation.sweep.workers import Workers
 from ctkernels.tuning.hf.models import find_decoder
+from ctkernels.tuning.methods.auto import autotune
 from ctkernels.tuning.methods.settings import SETTINGS
 from ctkernels.tuning.methods.tune import adapter_fingerprint, tune
+from ctkernels.tuning.storage import remove_leftovers
 from ctkernels.tuning.train.checkpoint import changes, model_fingerprint
-from ctkernels.tuning.train.options import RENAMED, Options
+from ctkernels.tuning.train.options import RENAMED, Options, layered
 from ctkernels.tuning.train.trainer import EpochRecord
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ class Sweep:
     """Every method on every task with every seed.
 
     folder: that of the suite's files, None if a package has them.  split: which items are scored.
+    specs: the methods, or those of each task by its name.
     limit: score only so many items of each task, the first ones.  preset: name of a benchmark's settings.
     common: settings of all methods; those of a `MethodSpec` replace them.
     calibrate: how the offsets of the calibrated scores are found, for tasks whose items share their options.
@@ -48,7 +51,7 @@ class Sweep:
     suite: Suite
     folder: Path | None
     tasks: Sequence[str]
-    specs: Sequence[MethodSpec]
+    specs: Sequence[MethodSpec] | Mapping[str, Sequence[MethodSpec]]
     seeds: Sequence[int]
     out: Path
     split: Split = "test"
@@ -62,7 +65,8 @@ class Sweep:
 
     def cells(self) -> list[Cell]:
         """All cells, ordered by seed first, so that early results cover all tasks and methods."""
-        return [Cell(task, spec, seed) for seed in self.seeds for task in self.tasks for spec in self.specs]
+        specs = self.specs if isinstance(self.specs, Mapping) else dict.fromkeys(self.tasks, self.specs)
+        return [Cell(task, spec, seed) for seed in self.seeds for task in self.tasks for spec in specs[task]]
 
     def load(self, task: str, seed: int) -> Task:
         """A task. The last ones are cached.
@@ -95,10 +99,17 @@ class Sweep:
 
     def settings(self, cell: Cell, task: Task) -> Options:
         """The settings of a cell. If answers are generated, methods that train also learn where an answer ends."""
+        return cell.spec.settings(self.preset, **self._others(cell, task))
+
+    def given(self, cell: Cell, task: Task) -> dict[str, Any]:
+        """What of them is said, without the method's defaults and the preset."""
+        return layered(cell.spec.method.pick(self._others(cell, task)), cell.spec.overrides)
+
+    def _others(self, cell: Cell, task: Task) -> dict[str, Any]:
         others = {**self.common, "seed": cell.seed}
         if task.generates and cell.spec.method.trains != "nothing":
             others["learn_stop"] = True
-        return cell.spec.settings(self.preset, **others)
+        return others
 
 
 class Observer(Protocol):
@@ -135,8 +146,8 @@ def run_sweep(
     model_id = {"model": model_fingerprint(model), "tokenizer": tokenizer_hash(tokenizer)}
     for cell in cells:
         _check_finished(sweep, cell, model_id)
-    for leftover in sweep.out.glob("cells/*/*/.*.tmp"):  # of a process that was killed while writing
-        leftover.unlink(missing_ok=True)
+    for folder in {cell.path(sweep.out).parent for cell in cells}:
+        remove_leftovers(folder)
     workers.wait()  # until every process has checked the finished cells, so that all agree on them
     accepted()
     for number in workers.numbers():
@@ -209,7 +220,13 @@ def _fit_and_score(
     predictions: list[list[str | None]] = []
     for train, turned, undo in views:
         started, cpu_started = time.perf_counter(), time.process_time()
-        tuned = tune(model, tokenizer, train, cell.spec.name, settings, task.text_format, **origin)
+        if protocol.auto:
+            given = sweep.given(cell, task)
+            tuned = autotune(
+                model, tokenizer, train, cell.spec.name, given, task.text_format, preset=sweep.preset, **origin
+            )
+        else:
+            tuned = tune(model, tokenizer, train, cell.spec.name, settings, task.text_format, **origin)
         ready, cpu_ready = time.perf_counter(), time.process_time()
         scores.append(
             tuned.adapter.evaluate(

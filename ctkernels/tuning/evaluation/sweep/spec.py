@@ -60,6 +60,8 @@ class MethodSpec:
             raise ValueError(f"{text}: {name} sees no demonstrations, to which {', '.join(protocol)} could be done")
         if spec.protocol.transferred and spec.method.transfers == "nothing":
             raise ValueError(f"{text}: {name} starts from nothing but its own task, so that nothing can be transferred")
+        if spec.protocol.auto and spec.method.trains == "nothing":
+            raise ValueError(f"{text}: {name} trains nothing, so that there is nothing to search for")
         return spec
 
     def variants(self, noises: Sequence[float], orders: int) -> list[MethodSpec]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -175,9 +176,14 @@ class PrefixLearner(Learner):
 
     def result(self) -> KVPrefix:
         """The trained prefix, or its average over the steps."""
-        prefix = self.module.requires_grad_(True) if isinstance(self.module, KVPrefix) else self.module.materialised()
+        return self.current().requires_grad_(True)
+
+    def current(self) -> KVPrefix:
+        """What the result would be if training ended now; training may go on."""
+        prefix = self.module if isinstance(self.module, KVPrefix) else self.module.materialised()
         first = self.settings.frozen_tokens  # which an average would round
         if self._average and self._share:
+            prefix = copy.deepcopy(prefix)
             layers = len(self._trained)
             with torch.no_grad():
                 for (kind, layer), average in zip(self._trained, self._average[:layers], strict=True):

@@ -28,7 +28,7 @@ from transformers.cache_utils import DynamicLayer
 from ctkernels import ContextMask
 from ctkernels.tuning.data.batches import Batch
 from ctkernels.tuning.data.formats import Score, Tokens
-from ctkernels.tuning.objectives.base import Forward
+from ctkernels.tuning.hf.forward import Forward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
