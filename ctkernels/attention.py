@@ -275,7 +275,7 @@ def _attend(
             check_values(q, k, prefix_k, problem)
         with torch.autocast(q.device.type, enabled=False):
             return reference.prefix_attention(q, k, v, prefix_k, prefix_v, prefix_bias, sinks, problem)
-    return ops.attend(q, k, v, prefix_k, prefix_v, prefix_bias, sinks, *problem, *choice)
+    return ops.attend(q, k, v, prefix_k, prefix_v, prefix_bias, sinks, *problem, choice.forward, choice.backward)
 
 
 def _rows(q: Tensor, k: Tensor, v: Tensor, q_shape: str, k_shape: str) -> tuple[Tensor, Tensor, Tensor]:

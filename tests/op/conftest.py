@@ -1,5 +1,6 @@
 """Every test of the op runs on every backend that this machine has, through one of two fixtures."""
 
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -7,9 +8,19 @@ import pytest
 from ctkernels import dispatch
 from ctkernels.testing.backends import Backend, backends, builds
 from ctkernels.testing.interpreter import interpreting, repair
+from ctkernels.testing.pretend import BEYOND, NAMES, install, pretending
 
 if interpreting():
     repair()
+if pretending():
+    install()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where a GPU is pretended, the tests of its backends."""
+    if pretending():
+        kept = [item for item in items if item.name.partition("[")[0] not in BEYOND]
+        items[:] = [item for item in kept if re.search(rf"\[({'|'.join(NAMES)})\b", item.name)]
 
 
 def _select(backend: Backend) -> Iterator[Backend]:
@@ -25,6 +36,12 @@ def _select(backend: Backend) -> Iterator[Backend]:
 @pytest.fixture(params=backends(), ids=str)
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """Every available backend, in its default build."""
+    yield from _select(request.param)
+
+
+@pytest.fixture(params=[b for b in backends() if b.device == "cpu"], ids=str)
+def host_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Every backend whose tensors are on the CPU: for what is found by reading values, which no GPU is waited for."""
     yield from _select(request.param)
 
 

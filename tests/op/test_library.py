@@ -78,11 +78,12 @@ def test_operators_are_registered():
 class Step:
     """A training step's attention: leave-one-out with dropout, as a function of tensors and a seed."""
 
-    def __init__(self, backend: str, lens: list[int] | None = None) -> None:
-        self.backend = backend
-        self.call = make_call(types="fp32", lens=lens, bias=(11,), sinks=True)
-        self.segments, self.held_out = torch.tensor([0, 4, 7, 11]), torch.tensor([2, -1, 0])
-        self.cotangents = cotangents_for(self.call)
+    def __init__(self, backend: Backend, lens: list[int] | None = None) -> None:
+        self.backend = backend.name
+        self.call = make_call(types="fp32", lens=lens, bias=(11,), sinks=True).to(backend.device)
+        self.segments = torch.tensor([0, 4, 7, 11], device=backend.device)
+        self.held_out = torch.tensor([2, -1, 0], device=backend.device)
+        self.cotangents = [x.to(backend.device) for x in cotangents_for(self.call)]
 
     def __call__(self, tensors: dict[str, torch.Tensor], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         mask = ct.ContextMask.leave_one_out(self.segments, self.held_out, 0.3, seed)
@@ -111,7 +112,7 @@ def test_compiled_fullgraph_gives_the_same_for_packed_rows(kernel_backend):
 def check_compiled(backend: Backend, lens: list[int] | None) -> None:
     """Forward and backward, for a seed per step, and without compiling once per seed."""
     torch._dynamo.reset()
-    step = Step(backend.name, lens)
+    step = Step(backend, lens)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step.__call__, fullgraph=True, backend=counter)
     for seed in [0, 1, 2**31, 5, 2**62 + 3, 2**63 - 1, 17, 123456789]:
@@ -122,7 +123,7 @@ def check_compiled(backend: Backend, lens: list[int] | None) -> None:
 
 def test_compiled_with_inductor(kernel_backend):
     torch._dynamo.reset()
-    step = Step(kernel_backend.name)
+    step = Step(kernel_backend)
     compiled = torch.compile(step.__call__, fullgraph=True)
     for seed in (3, 4):
         for expected, got in zip(step.values(step, seed), step.values(compiled, seed), strict=True):
@@ -141,16 +142,17 @@ def test_compiled_with_dynamic_shapes(kernel_backend):
         )
 
     for B, S in ((3, 5), (4, 9), (7, 2), (2, 30)):
-        hidden = torch.tensor([[b, b + 3] for b in range(B)])
-        call = make_call(types="fp32", B=B, S=S, mask=dict(hidden=hidden, drop_p=0.2, seed=5))
+        hidden = torch.tensor([[b, b + 3] for b in range(B)], device=kernel_backend.device)
+        call = make_call(types="fp32", B=B, S=S).to(kernel_backend.device)
+        call = call.with_mask(hidden=hidden, drop_p=0.2, seed=5)
         got = attend(*call.tensors.values(), hidden)
-        torch.testing.assert_close(got, run(call, kernel_backend)["out"], rtol=0, atol=0)
+        torch.testing.assert_close(got.cpu(), run(call, kernel_backend)["out"], rtol=0, atol=0)
     assert counter.frame_count == 1
 
 
 def test_compiled_with_a_mask_as_an_argument(backend):
     torch._dynamo.reset()
-    call = make_call(types="fp32")
+    call = make_call(types="fp32").to(backend.device)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def attend(mask, q, k, v, prefix_k, prefix_v):
@@ -160,7 +162,7 @@ def test_compiled_with_a_mask_as_an_argument(backend):
         mask = dict(drop_p=0.4, seed=seed)
         got = attend(ct.ContextMask(**mask), *call.tensors.values())
         torch.testing.assert_close(
-            got, run(call.with_mask(**mask), backend)["out"], rtol=0, atol=0 if backend.kernel else 1e-5
+            got.cpu(), run(call.with_mask(**mask), backend)["out"], rtol=0, atol=0 if backend.kernel else 1e-5
         )
 
 
