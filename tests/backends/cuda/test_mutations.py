@@ -41,7 +41,7 @@ class Mutation:
 
 MUTATIONS = {
     "forward: v is read before it has arrived": Mutation(
-        "forward.cuh", "__syncthreads();  // v is here, and nobody reads k any more", ""
+        "forward.cuh", "meet<THREADS>();  // v is here, and nobody reads k any more", ""
     ),
     "forward: k of the next block overwrites this one's": Mutation(
         "forward.cuh", "__syncthreads();  // nobody reads the last step's k and v any more", ""

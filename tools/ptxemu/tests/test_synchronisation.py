@@ -71,7 +71,11 @@ KERNELS = {
     "exited_threads_do_not_count": ("@!%p1 ret; bar.sync 0;", None, ()),
     "two_barriers_in_one_warp": (
         "setp.lt.u32 %p2, %t, 5; @%p2 bra FEW; bar.sync 0; bra.uni DONE; FEW: bar.sync 0; DONE: bar.sync 0;",
-        "barrier_divergence", ["thread", "same warp", "different barrier instruction"]),
+        "barrier_divergence", ["of the same", "different barrier instruction"]),
+    "two_barriers_in_one_block": (
+        "@%p1 bra LOW; bar.sync 0; bra.uni DONE; LOW: bar.sync 0; DONE: bar.sync 0;",
+        "barrier_divergence", ["thread", "same block", "different barrier instruction"]),
+    "a_named_barrier_on_two_paths": ("@%p1 bra LOW; bar.sync 1, 128; bra.uni DONE; LOW: bar.sync 1, 128; DONE: bar.sync 0;", None, ()),
     "barrier_counts_differ": (
         "@%p1 bar.sync 1, 64; @!%p1 bar.sync 1, 96;", ("barrier_divergence", "deadlock"), []),
     "missing_lane": (

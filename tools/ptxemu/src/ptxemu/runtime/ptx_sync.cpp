@@ -283,13 +283,15 @@ static bool arrive_at(Fiber* t, u32 id, u32 count, bool waits, bool aligned, boo
            "barrier %u: this thread expects %u threads but others wait at {instr:%d} for %u", id, count,
            bar.arrivals[0].instr, bar.expected);
     }
+    // Threads of a warp arrive together. Without a count this is __syncthreads, which all threads reach on one path
+    // (CUDA C++ programming guide, synchronization functions).
     if (aligned)
       for (const Arrival& a : bar.arrivals)
-        if (a.fiber->warp == t->warp && a.instr != instr) {
+        if (a.instr != instr && (!count || a.fiber->warp == t->warp)) {
           fault_other_instr = a.instr;
           fail(t, kBarrierDivergence, instr, 0, 0,
-               "barrier %u: thread %u of the same warp waits at a different barrier instruction, "
-               "{instr:%d}", id, a.fiber->linear, a.instr);
+               "barrier %u: thread %u of the same %s waits at a different barrier instruction, {instr:%d}", id,
+               a.fiber->linear, a.fiber->warp == t->warp ? "warp" : "block", a.instr);
         }
   }
   bar.all &= predicate;
