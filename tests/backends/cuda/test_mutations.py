@@ -46,6 +46,10 @@ MUTATIONS = {
     "forward: k of the next block overwrites this one's": Mutation(
         "forward.cuh", "__syncthreads();  // nobody reads the last step's k and v any more", ""
     ),
+    "forward: every second warp calls __syncthreads in a place of its own": Mutation(
+        "forward.cuh", "meet<THREADS>();  // k of this step is here, and nobody reads v of the last one any more",
+        'if (warp % 2) asm volatile("bar.sync 0;" ::: "memory");\n else asm volatile("bar.sync 0; // " ::: "memory");',
+    ),
     "forward: a wait that leaves one group out": Mutation("forward.cuh", "copy_wait<0>();", "copy_wait<1>();", 0, 6),
     "forward: a new top that o does not follow": Mutation(
         "forward.cuh", "o[m][d][2 * h] *= alpha, o[m][d][2 * h + 1] *= alpha;", "o[m][d][2 * h] *= alpha;"

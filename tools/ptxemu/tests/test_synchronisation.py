@@ -75,6 +75,9 @@ KERNELS = {
     "two_barriers_in_one_block": (
         "@%p1 bra LOW; bar.sync 0; bra.uni DONE; LOW: bar.sync 0; DONE: bar.sync 0;",
         "barrier_divergence", ["thread", "same block", "different barrier instruction"]),
+    "two_voting_barriers_in_one_block": (
+        "setp.ne.u32 %p2, %t, 0; @%p1 bra LOW; bar.red.or.pred %p3, 0, %p2; bra.uni DONE; LOW: bar.red.or.pred %p3, 0, %p2; DONE:",
+        "barrier_divergence", ["same block", "different barrier instruction"]),
     "a_named_barrier_on_two_paths": ("@%p1 bra LOW; bar.sync 1, 128; bra.uni DONE; LOW: bar.sync 1, 128; DONE: bar.sync 0;", None, ()),
     "barrier_counts_differ": (
         "@%p1 bar.sync 1, 64; @!%p1 bar.sync 1, 96;", ("barrier_divergence", "deadlock"), []),

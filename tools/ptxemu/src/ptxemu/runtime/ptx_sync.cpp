@@ -313,9 +313,9 @@ void barrier_sync(Thread* thread, u32 id, u32 count, bool aligned, int instr) {
   if (!arrive_at(t, id, count, true, aligned, false, instr)) block_fiber(t, "bar.sync", instr, id);
 }
 
-u32 barrier_reduce(Thread* thread, u32 id, u32 count, VoteOp op, bool predicate, int instr) {
+u32 barrier_reduce(Thread* thread, u32 id, u32 count, VoteOp op, bool predicate, bool aligned, int instr) {
   Fiber* t = fiber(thread);
-  if (!arrive_at(t, id, count, true, false, predicate, instr)) block_fiber(t, "bar.red", instr, id);
+  if (!arrive_at(t, id, count, true, aligned, predicate, instr)) block_fiber(t, "bar.red", instr, id);
   const Barrier& bar = t->owner->barriers[id];
   return op == kAll ? bar.result_all : op == kAny ? bar.result_any : bar.result_count;
 }
