@@ -6,15 +6,11 @@
 #include "backward_keys.cuh"
 #include "backward_query.cuh"
 #include "forward.cuh"
+#include "kernels.h"
 #include "reduce.cuh"
 #include "slices.cuh"
 
 namespace ctk::cuda {
-
-struct KernelEntry {
-  const char* name;
-  const void* kernel;
-};
 
 // Minimum blocks per multiprocessor, as in __launch_bounds__. 0: none, and the compiler may limit registers to fit one
 // more block. 1: one block is enough, for kernels that would spill to fit a second one.
