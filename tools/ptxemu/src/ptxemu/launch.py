@@ -57,6 +57,7 @@ class _LaunchConfig(ctypes.Structure):
         ("checks", ctypes.c_uint32),
         ("strict_warp_sync", ctypes.c_uint32),
         ("guard_bits", ctypes.c_uint32),
+        ("registers", ctypes.c_uint32),
         ("seed", ctypes.c_uint64),
         ("stack_bytes", ctypes.c_uint64),
         ("timeout_seconds", ctypes.c_double),
@@ -351,6 +352,7 @@ class Module:
         arrays = [x for x in (*args, *buffers, *self._registered.values()) if _is_array(x)]
         ranges = _merge([byte_range(a) for a in arrays] + [byte_range(v) for v in self.variables.values()])
 
+        threads = block[0] * block[1] * block[2]
         level = 2 if counters else 1 if enabled else 0
         library = self._variant(level)
         count = len(self.instructions)
@@ -371,6 +373,7 @@ class Module:
             checks=enabled,
             strict_warp_sync=strict_warp_sync,
             guard_bits=guard_bits,
+            registers=kernel.max_registers or min(256, 65536 // (threads * kernel.min_blocks) // 8 * 8),
             seed=schedule_seed,
             # not a multiple of a power of two: equal strides would collide in the caches
             stack_bytes=(kernel.stack_bytes + 65536 + 4095) // 4096 * 4096 + 4096 + 192,
