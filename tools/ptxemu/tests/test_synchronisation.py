@@ -25,6 +25,8 @@ COPY = """setp.eq.u32 %p2, %t, 0; add.u32 %r5, %z, 512; @!%p2 bra WAIT; mbarrier
   cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%z], [%a1], 512, [%r5]; """
 COPY_AGAIN = """mbarrier.arrive.expect_tx.shared::cta.b64 %a3, [%r5], 16; add.u32 %r6, %z, 528;
   cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r6], [%a1], 16, [%r5]; """
+OUT = """st.shared.u32 [%s], %t; FENCE bar.sync 0; setp.ne.u32 %p2, %t, 0; @%p2 bra END;
+  cp.async.bulk.global.shared::cta.bulk_group [%a1], [%z], 512; cp.async.bulk.commit_group; cp.async.bulk.wait_group 0; END:"""
 SEEN = "AGAIN{0}: mbarrier.try_wait.parity.shared::cta.b64 %p3, [%r5], {0}; @!%p3 bra AGAIN{0}; "
 KERNELS = {
     # name: (body, expected fault kind or None, words in the message)
@@ -105,6 +107,12 @@ KERNELS = {
         """setp.eq.u32 %p2, %t, 0; add.u32 %r5, %z, 512; @%p2 mbarrier.init.shared::cta.b64 [%r5], 128; bar.sync 0;
            st.shared.u32 [%s], %t; mbarrier.arrive.shared::cta.b64 %a3, [%r5];
            AGAIN: mbarrier.try_wait.parity.shared::cta.b64 %p3, [%r5], 0; @!%p3 bra AGAIN; ld.shared.u32 %r1, [%n];""", None, ()),
+    "mbarrier_polled": (
+        """setp.eq.u32 %p2, %t, 0; add.u32 %r5, %z, 512; @%p2 mbarrier.init.shared::cta.b64 [%r5], 128; bar.sync 0;
+           st.shared.u32 [%s], %t; mbarrier.arrive.shared::cta.b64 %a3, [%r5];
+           AGAIN: mbarrier.test_wait.parity.shared::cta.b64 %p3, [%r5], 0; @!%p3 bra AGAIN; ld.shared.u32 %r1, [%n];""", None, ()),
+    "bulk_copy_out": (OUT.replace("FENCE", "fence.proxy.async;"), None, ()),
+    "bulk_copy_out_without_fence": (OUT.replace("FENCE", ""), "async_hazard", ["no fence.proxy.async comes between"]),
     "bulk_copy": (COPY + "WAIT: bar.sync 0; " + SEEN.format(0) + "ld.shared.u32 %r1, [%n];", None, ()),
     "bulk_copy_without_wait": (COPY + "WAIT: bar.sync 0; ld.shared.u32 %r1, [%n];", "async_hazard", ["still in flight"]),
     "bulk_copy_read_by_its_thread": (COPY + "ld.shared.u32 %r1, [%z]; WAIT: bar.sync 0;", "async_hazard", ["still in flight"]),
