@@ -8,7 +8,7 @@
 #   DATA            tasks in the MetaICL layout                     make reproduce DATA=metaicl/data TASKS="sick qasc" SEEDS="13 21" FULL=1
 #   MOST_SECONDS    longest epoch of the scaling                    make reproduce MOST_SECONDS=600
 #   CUDA_TORCH      a CUDA build of torch                           make cuda-bindings CUDA_TORCH=torch==2.13.0
-#   OLDEST, NEWEST  the bounds of torch                             make test-bounds
+#   OLDEST, BETWEEN, NEWEST  the bounds of torch and one between    make test-bounds
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -17,6 +17,7 @@ OUT ?=
 RESULTS := $(or $(OUT),benchmarks/results)
 CUDA_TORCH ?= torch==2.14.1
 OLDEST ?= torch==2.6.0
+BETWEEN ?= torch==2.11.0
 NEWEST ?= torch==2.14.1
 # what the op's own tests need beside torch
 OP_TESTS := hypothesis|iniconfig|ninja|numpy|packaging|pluggy|psutil|pygments|Pygments|pytest|setuptools|sortedcontainers
@@ -40,10 +41,12 @@ test: .venv/built
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2
 
 # Everything that can be tested of the GPU kernels without a GPU: the whole suite of the op under Triton's interpreter, and
-# compiled code in the PTX emulator, on both architectures and in more schedules. An hour or two.
+# compiled code in the PTX emulator, on both architectures and in more schedules, and all tests of the op on a device that is
+# pretended. An hour or two.
 test-gpu-full: .venv/built
 	OMP_NUM_THREADS=1 CTKERNELS_TEST_PROFILE=thorough .venv/bin/python -m pytest -q -n 2 tests/backends tools
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 CTKERNELS_TEST_PROFILE=interpreter .venv/bin/python -m pytest -q -n 2 tests/op -k triton
+	OMP_NUM_THREADS=1 CTKERNELS_PRETEND_GPU=1 .venv/bin/python -m pytest -q -n 2 tests/op
 
 # Every causal language model class of the installed transformers with a prefix, and every one and every encoder-decoder
 # with the drop-in attention: ctkernels/tuning/hf/served.json, tools/models/results/drop_in.json and docs/models.md.
@@ -152,10 +155,12 @@ wheel-check: wheel
 	cd build/wheel-check && venv/bin/python ../../tests/check_wheel.py
 	cd build/wheel-check && venv/bin/python examples/demo.py --model $(abspath $(or $(MODEL),.models/smollm2-135m)) --out demo
 
-# The op's tests with the oldest and the newest torch that pyproject.toml allows, in virtual environments of their own
+# The op's tests with the oldest and the newest torch that pyproject.toml allows and one between, whose compiler refuses
+# what both of them compile, in virtual environments of their own
 # (several GB where the index has only CUDA builds of torch)
 test-bounds:
 	$(MAKE) test-torch TORCH="$(OLDEST)"
+	$(MAKE) test-torch TORCH="$(BETWEEN)"
 	$(MAKE) test-torch TORCH="$(NEWEST)"
 
 test-torch:
@@ -167,7 +172,7 @@ test-torch:
 	cp -r ctkernels csrc python_bindings tests setup.py pyproject.toml README.md build/bounds
 	rm -f build/bounds/ctkernels/*.so
 	cd build/bounds && CTKERNELS_CUDA=0 venv/bin/python setup.py --quiet build_ext --inplace
-	cd build/bounds && OMP_NUM_THREADS=1 venv/bin/python -m pytest -q tests/op -k "not triton and not library"
+	cd build/bounds && OMP_NUM_THREADS=1 venv/bin/python -m pytest -q tests/op -k "not triton"
 
 .venv/installed: requirements.txt tools/ptxemu/pyproject.toml
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv

@@ -51,7 +51,7 @@ struct Params {
   Tensor4 lse;     // D = 1, in the compute type
 
   // backward only
-  Tensor4 dout, dlse;                // dlse may be absent
+  Tensor4 dout, dlse, ds_sum;        // ds_sum: over the keys of a query, dlse if absent; dlse may be absent, too
   Tensor4 dq, dk, dv;                // absent: not needed
   Tensor4 dprefix_k, dprefix_v;      // [G, Hk, P, D | Dv] in the compute type, contiguous; absent: not needed
   void* dbias;                       // compute type, [dbias_prefixes, dbias_heads, P] contiguous; null: not needed

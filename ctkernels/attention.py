@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ctkernels import dispatch, dispatch_table, ops
-from ctkernels.backends import reference
+from ctkernels.backends import finite, reference
 from ctkernels.mask import ContextMask
 from ctkernels.problem import Problem, check_values
 
@@ -73,8 +73,8 @@ def prefix_attention(
         k, v: `[B, Hk, T, D]`, q's type, T >= S, H divisible by Hk; v may have a head dimension Dv <= 512 of its own.
             With T > S (decoding) the queries are the last S of a row's valid keys.
         prefix_k, prefix_v: `[Hk, P, D]`, or `[G, Hk, P, D]` for G prefixes; prefix_v has v's Dv in place of D. Their
-            type is q's, or fp32 with bf16/fp16 rows: then they are rounded on load, with an fp32 gradient. A NaN or
-            infinity in them may reach rows that must not see it.
+            type is q's, or fp32 with bf16/fp16 rows: then they are rounded on load, with an fp32 gradient. On GPUs, a
+            NaN or infinity in them may reach rows that must not see it (docs/numerics.md).
         mask: context mask (leave-one-out spans, token dropout, explicit pattern).
         prefix_index: integer `[B]`, the prefix that each row reads.
         prefix_lens: integer `[G]`, valid length of each prefix (default P).
@@ -273,6 +273,8 @@ def _attend(
     if choice.forward == "reference":
         if not torch.compiler.is_compiling():
             check_values(q, k, prefix_k, problem)
+            if finite.enabled():
+                finite.check_inputs(q, k, v, prefix_k, prefix_v, prefix_bias, sinks, problem)
         with torch.autocast(q.device.type, enabled=False):
             return reference.prefix_attention(q, k, v, prefix_k, prefix_v, prefix_bias, sinks, problem)
     return ops.attend(q, k, v, prefix_k, prefix_v, prefix_bias, sinks, *problem, choice.forward, choice.backward)

@@ -39,7 +39,9 @@ def load(name: str) -> ModuleType:
 
     A kernel backend provides `unavailable() -> str | None` (the reason in words),
     `forward(q, k, v, prefix_k, prefix_v, prefix_bias, problem)` and `backward(...)` as `ops.py` calls them. If it
-    cannot serve every call on its devices, it also provides `refusal(device, dtype, wide) -> str | None`.
+    cannot serve every call on its devices, it also provides `refusal(device, dtype, wide) -> str | None`. If its
+    backward relies on ds adding up to dlse over the keys of a query, it sets `USES_DS_SUM = True`; with sinks it then
+    gets `ds_sum`, what ds adds up to instead.
     """
     return importlib.import_module(BACKENDS[name][0])
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ctkernels import dispatch
+from ctkernels.backends import finite
 from ctkernels.backends import sinks as sink
 from ctkernels.backends.check import expect
 from ctkernels.dispatch import Choice
@@ -52,6 +53,8 @@ def _split(settings) -> tuple[Problem, Choice]:
 @torch.library.impl("ctkernels::prefix_attention", ("cpu", "cuda"))
 def _forward(q, k, v, prefix_k, prefix_v, prefix_bias, sinks, *settings):
     problem, choice = _split(settings)
+    if finite.enabled():
+        finite.check_inputs(q, k, v, prefix_k, prefix_v, prefix_bias, sinks, problem)
     out, lse = dispatch.load(choice.forward).forward(q, k, v, prefix_k, prefix_v, prefix_bias, problem)
     if sinks is not None:
         sink.apply(out, lse, sinks)
@@ -61,6 +64,8 @@ def _forward(q, k, v, prefix_k, prefix_v, prefix_bias, sinks, *settings):
 @torch.library.impl("ctkernels::prefix_attention_backward", ("cpu", "cuda"))
 def _backward(dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, sinks, out, lse, needs, *settings):
     problem, choice = _split(settings)
+    if finite.enabled():
+        finite.check_gradients(dout, dlse, lse)
     inputs = (q, k, v, prefix_k, prefix_v, prefix_bias)
     *kernel_needs, needs_sinks = needs
     dsinks = q.new_empty(0)
@@ -69,9 +74,12 @@ def _backward(dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, sinks, out, 
         dsinks = sink.gradient(dout, out, lse, sinks)
     if not any(kernel_needs):
         return *empty_gradients(*inputs, kernel_needs), dsinks
+    backend, sums = dispatch.load(choice.backward), {}
     if sinks is not None:
+        if getattr(backend, "USES_DS_SUM", False):
+            sums["ds_sum"] = sink.sum_of_ds(dout, dlse, out, lse, sinks)
         dout, lse = sink.before_backward(dout, dlse, out, lse, sinks)
-    grads = dispatch.load(choice.backward).backward(dout, dlse, *inputs, out, lse, kernel_needs, problem)
+    grads = backend.backward(dout, dlse, *inputs, out, lse, kernel_needs, problem, **sums)
     return *grads, dsinks
 
 

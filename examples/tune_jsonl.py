@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Tune a prefix on the demonstrations of a JSONL file, save it, and answer with it.
 
-    python examples/tune_jsonl.py --model .models/smollm2-135m --out runs/routing
+    python examples/tune_jsonl.py --model .models/smollm2-135m --out runs/tune-jsonl
 
 Each line of the file has `input` and `output`, and `options` if the answer is one of a few.
 """

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Tune a prefix for a model that is too large for one device and is spread over several processes.
 
-torchrun --standalone --nproc-per-node 2 examples/tune_sharded.py --model .models/smollm2-135m --out runs/routing
+torchrun --standalone --nproc-per-node 2 examples/tune_sharded.py --model .models/smollm2-135m --out runs/tune-sharded
 
 --shard fsdp   each process holds a part of every weight (FSDP2), and runs its share of the rows
 --shard tp     each process runs some heads of every layer (transformers' tensor parallelism), and all rows

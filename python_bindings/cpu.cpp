@@ -60,7 +60,8 @@ struct Call {
       p.alibi = alibi.const_data_ptr();
     }
     p.scale = problem.scale, p.softcap = problem.softcap;
-    p.causal = problem.causal, p.window = problem.window, p.window_prefix = problem.window_prefix;
+    p.causal = problem.causal, p.window_prefix = problem.window_prefix;
+    p.window = std::min(problem.window, p.P + k.size(2) + 1);  // no key is farther away, and sums do not overflow
     p.rule = {problem.context_length, drop_threshold(problem.drop_p), uint64_t(problem.seed)};
     set_rows(q, k, problem);
   }
@@ -142,17 +143,23 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   return {out, lse};
 }
 
-Gradients backward(const Tensor& dout, const MaybeTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
-                   const Tensor& prefix_k, const Tensor& prefix_v, const MaybeTensor& prefix_bias, const Tensor& out,
-                   const Tensor& lse, Needs needs, CTK_PROBLEM_ARGS) {
+// ds_sum [B, H, S]: what ds adds up to over the keys of a query, where that is not dlse.
+Gradients backward(const Tensor& dout, const MaybeTensor& dlse, const MaybeTensor& ds_sum, const Tensor& q,
+                   const Tensor& k, const Tensor& v, const Tensor& prefix_k, const Tensor& prefix_v,
+                   const MaybeTensor& prefix_bias, const Tensor& out, const Tensor& lse, Needs needs,
+                   CTK_PROBLEM_ARGS) {
   Call call(q, k, v, prefix_k, prefix_v, prefix_bias, CTK_PROBLEM);
   ctk::Params& p = call.p;
   const bool padded = seq_lens.has_value();
   check_gradients(q, v, dout, dlse, prefix_bias, out, lse, needs);
+  TORCH_CHECK_VALUE(!ds_sum || (ds_sum->sizes() == lse.sizes() && ds_sum->device() == q.device()),
+                    "ds_sum must be [B, H, S] as lse ", lse.sizes());
   const Tensor dout_rows = dout.stride(3) == 1 ? dout : dout.contiguous();
-  const Tensor lse_rows = lse.contiguous(), dlse_rows = dlse ? dlse->to(call.compute).contiguous() : Tensor();
+  const auto contiguous = [&](const MaybeTensor& t) { return t ? t->to(call.compute).contiguous() : Tensor(); };
+  const Tensor lse_rows = lse.contiguous(), dlse_rows = contiguous(dlse), ds_sum_rows = contiguous(ds_sum);
   p.out = tensor4(out), p.lse = tensor4(lse_rows), p.dout = tensor4(dout_rows);
   if (dlse) p.dlse = tensor4(dlse_rows);
+  if (ds_sum) p.ds_sum = tensor4(ds_sum_rows);
 
   Tensor dq, dk, dv, dprefix_k, dprefix_v, dbias;
   if (needs[0]) dq = empty_rows(q, q.size(3), padded), p.dq = tensor4(dq);
@@ -212,7 +219,7 @@ void set_cpu_isa(const std::string& name) {
 
 TORCH_LIBRARY_FRAGMENT(ctkernels, m) {
   m.def("cpu_forward" CTK_FORWARD_SCHEMA);
-  m.def("cpu_backward" CTK_BACKWARD_SCHEMA);
+  m.def("cpu_backward(Tensor dout, Tensor? dlse, Tensor? ds_sum, " CTK_BACKWARD_SCHEMA_END);
   m.def("cpu_isa() -> str[]", cpu_isa);
   m.def("cpu_workers() -> int", cpu_workers);
   m.def("cpu_release() -> ()", cpu_release);

@@ -12,6 +12,10 @@
 // Lanes run along vectors, so the softmax needs no horizontal operation; keys are broadcast, so visible ones are read
 // where they lie and hidden ones cost nothing. Where tiles are few, as in decoding, several units share a tile: each
 // takes a span of the prefix, and a second step merges their m, l and o in order.
+//
+// v^T p multiplies values that a lane does not see by 0, which a NaN or infinity survives. So where o is not finite in
+// the end, the tiles are done again, carefully: values that are not finite leave the product, and are added to the
+// lanes that see them one by one.
 
 template <typename U>
 struct ForwardTile {
@@ -34,6 +38,7 @@ class Forward {
     lane_rows_ = arena->take<Element<U>>(TILE * depth_.elements());
     rows_ = arena->take<C>(TILE * value_depth_.padded);
     s_ = arena->take<C>(KEY_BLOCK * TILE);
+    hidden_ = arena->take<C>(KEY_BLOCK * TILE);
     k_ = arena->take<U>(KEY_BLOCK * units_of<U>(p.D));
     v_ = arena->take<U>(KEY_BLOCK * units_of<U>(p.Dv));
     p_columns_ = arena->take<U>(WIDTH<U> > 1 ? units_of<U>(KEY_BLOCK) * TILE : 0);
@@ -46,28 +51,10 @@ class Forward {
   // the state goes there, [value_depth.padded + 2][TILE], instead of results to out and lse.
   void run(const RowOrder& order, const Tile* tiles, int count, int64_t kv_head, int64_t begin, int64_t end, bool own,
            C* partial) {
-    const Logits<C> logits(p_, kv_head);
-    for (int t = 0; t < count; ++t) start(order, tiles[t], kv_head, &tiles_[t]);
-    const int64_t prefix = tiles_[0].lanes.prefix(), prefix_end = std::min(end, tiles_[0].lanes.prefix_len());
-    const int64_t k_at = prefix * p_.prefix_k.batch + kv_head * p_.prefix_k.head;
-    const int64_t v_at = prefix * p_.prefix_v.batch + kv_head * p_.prefix_v.head;
-    for (int64_t at = begin; at < prefix_end; at += KEY_BLOCK) {
-      const int64_t to = std::min(at + KEY_BLOCK, prefix_end);
-      KeyRows<U> k, v;
-      for (int t = 0; t < count; ++t) {
-        if (!prefix_block(p_, tiles_[t].lanes, at, to, &block_)) continue;
-        if (!k.base) {
-          k = key_rows(p_.prefix_k, k_at, at, to, p_.D, p_.q.type, k_);
-          v = key_rows(p_.prefix_v, v_at, at, to, p_.Dv, p_.q.type, v_);
-        }
-        attend(logits, &tiles_[t], false, k, v);
-      }
-    }
-    for (int t = 0; t < count; ++t) {
-      if (own)
-        for (const Piece& piece : tiles_[t].lanes.pieces) attend_own(logits, piece, kv_head, &tiles_[t]);
-      if (!partial) finish(kv_head, tiles_[t]);
-    }
+    walk(order, tiles, count, kv_head, begin, end, own, false);
+    const auto broken = [&](const ForwardTile<U>& tile) { return !all_finite(tile.o, value_depth_.padded * TILE); };
+    if (std::any_of(tiles_, tiles_ + count, broken)) walk(order, tiles, count, kv_head, begin, end, own, true);
+    for (int t = 0; !partial && t < count; ++t) finish(kv_head, tiles_[t]);
     if (!partial) return;
     partial = std::copy_n(tiles_[0].o, value_depth_.padded * TILE, partial);
     partial = std::copy_n(tiles_[0].m, TILE, partial);
@@ -99,6 +86,31 @@ class Forward {
   }
 
  private:
+  // The loop over all blocks.
+  void walk(const RowOrder& order, const Tile* tiles, int count, int64_t kv_head, int64_t begin, int64_t end, bool own,
+            bool careful) {
+    careful_ = careful;
+    const Logits<C> logits(p_, kv_head);
+    for (int t = 0; t < count; ++t) start(order, tiles[t], kv_head, &tiles_[t]);
+    const int64_t prefix = tiles_[0].lanes.prefix(), prefix_end = std::min(end, tiles_[0].lanes.prefix_len());
+    const int64_t k_at = prefix * p_.prefix_k.batch + kv_head * p_.prefix_k.head;
+    const int64_t v_at = prefix * p_.prefix_v.batch + kv_head * p_.prefix_v.head;
+    for (int64_t at = begin; at < prefix_end; at += KEY_BLOCK) {
+      const int64_t to = std::min(at + KEY_BLOCK, prefix_end);
+      KeyRows<U> k, v;
+      for (int t = 0; t < count; ++t) {
+        if (!prefix_block(p_, tiles_[t].lanes, at, to, &block_)) continue;
+        if (!k.base) {
+          k = key_rows(p_.prefix_k, k_at, at, to, p_.D, p_.q.type, k_);
+          v = key_rows(p_.prefix_v, v_at, at, to, p_.Dv, p_.q.type, v_);
+        }
+        attend(logits, &tiles_[t], false, k, v);
+      }
+    }
+    for (int t = 0; own && t < count; ++t)
+      for (const Piece& piece : tiles_[t].lanes.pieces) attend_own(logits, piece, kv_head, &tiles_[t]);
+  }
+
   void start(const RowOrder& order, const Tile& which, int64_t kv_head, ForwardTile<U>* tile) {
     tile->lanes.set(p_, order, which, kv_head);
     load_lanes<U>(p_, p_.q, depth_, kv_head, tile->lanes, lane_rows_);
@@ -142,14 +154,31 @@ class Forward {
       softmax(v * VECTOR_SIZE<C>, logits.coefficient, tile, factor);
     for (int l = at; l < at + vectors * VECTOR_SIZE<C>; ++l) set_bits(keep + l, l >= block_.begin && l < block_.end);
     // o <- o 2^(m - m') + v^T p
+    std::vector<int> broken;
+    if (careful_) broken = take_broken(v_rows, block_.count, p_.Dv);
     if (is_narrow<U>(tile->lanes, p_.Dv))
-      return with_lanes<C>(tile->lanes.count, [&](auto lanes) {
-        narrow_sums<U, lanes()>(block_.count, v_rows, p_.Dv, s_, factor, tile->o);
-      });
-    const U* weights = by_key<U>(s_, block_.count, block_.first_vector, block_.last_vector, p_columns_);
-    key_columns<U>(v_rows, block_.count, p_.Dv, v_columns_, v_columns);
-    times_cols<U>(p_.Dv, v_columns, units_of<U>(block_.count), weights + at, TILE, tile->o + at, TILE, vectors,
-                  factor + at, keep + at);
+      with_lanes<C>(tile->lanes.count,
+                    [&](auto lanes) { narrow_sums<U, lanes()>(block_.count, v_rows, p_.Dv, s_, factor, tile->o); });
+    else {
+      const U* weights = by_key<U>(s_, block_.count, block_.first_vector, block_.last_vector, p_columns_);
+      key_columns<U>(v_rows, block_.count, p_.Dv, v_columns_, v_columns);
+      times_cols<U>(p_.Dv, v_columns, units_of<U>(block_.count), weights + at, TILE, tile->o + at, TILE, vectors,
+                    factor + at, keep + at);
+    }
+    if (!broken.empty()) add_broken(logits, broken, own, v, tile);
+  }
+
+  // o += v p for values that are not finite, of the lanes that see them.
+  void add_broken(const Logits<C>& logits, const std::vector<int>& broken, bool own, KeyRows<U> v,
+                  ForwardTile<U>* tile) {
+    std::fill_n(hidden_, KEY_BLOCK * TILE, C(0));
+    logits.hide(tile->lanes, block_, own, hidden_);
+    for (int n : broken) {
+      const Element<U>* value = reinterpret_cast<const Element<U>*>(v[block_.index[n]]);
+      for (int l = block_.begin; l < block_.end; ++l)
+        for (int64_t d = 0; hidden_[n * TILE + l] == 0 && d < p_.Dv; ++d)
+          tile->o[d * TILE + l] += value_of(value[d]) * s_[n * TILE + l];
+    }
   }
 
   static void set_bits(C* x, bool on) { std::memset(x, on ? 0xFF : 0, sizeof(C)); }
@@ -192,8 +221,10 @@ class Forward {
   Element<U>* lane_rows_;      // [TILE][depth.elements()]
   C* rows_;                    // [TILE][value_depth.padded]
   C* s_;                       // [KEY_BLOCK][TILE]
+  C* hidden_;                  // [KEY_BLOCK][TILE], -inf where a lane does not see a key, else 0
   U *k_, *v_;                  // converted keys
   U *p_columns_, *v_columns_;  // [units(KEY_BLOCK)][TILE | Dv], pairs of keys
+  bool careful_ = false;       // take care of values that are not finite
   ForwardTile<U> tiles_[GROUP];
   KeyBlock block_;
 };

@@ -16,6 +16,11 @@ struct Logits {
   // slope_out (where the softcap is on): d logit / d (scale * product) per element, for the backward pass.
   void apply(const TileLanes<C>& lanes, const KeyBlock& block, bool own, C* s, C* slope_out) const {
     if (!plain) transform(lanes, block, own, s, slope_out);
+    hide(lanes, block, own, s);
+  }
+
+  // Writes -inf where a lane does not see a key.
+  void hide(const TileLanes<C>& lanes, const KeyBlock& block, bool own, C* s) const {
     if (block.limits) limit(lanes, block, own, s);
     const C hidden = -std::numeric_limits<C>::infinity();
     for (const KeyBlock::Hole& hole : block.holes)
@@ -28,10 +33,16 @@ struct Logits {
   }
 
  private:
+  // How far lane l is behind the block's first key. Positions are subtracted as integers: C could not tell neighbours
+  // apart beyond 2^24.
+  int64_t distance(const TileLanes<C>& lanes, const KeyBlock& block, bool own, int l) const {
+    return lanes.position[l] + (own ? 0 : lanes.prefix_len()) - block.index[0];
+  }
+
   void transform(const TileLanes<C>& lanes, const KeyBlock& block, bool own, C* s, C* slope_out) const {
     const int group = int(p.H / p.Hk);
-    const C prefix_len = own ? C(0) : C(lanes.prefix_len());
-    alignas(64) C bias[TILE] = {};
+    alignas(64) C bias[TILE] = {}, behind[TILE] = {};
+    for (int l = 0; p.alibi && l < lanes.count; ++l) behind[l] = C(distance(lanes, block, own, l));
     for (int n = 0; n < block.count; ++n) {
       const int64_t j = block.index[n];
       if (p.bias && !own) {
@@ -47,7 +58,7 @@ struct Logits {
           if (slope_out) store(slope_out + n * TILE + at, C(1) - t * t);
         }
         // distances count along [prefix | own keys]
-        x += load(bias + at) - load(lanes.slope + at) * (load(lanes.position + at) + (prefix_len - C(j)));
+        x += load(bias + at) - load(lanes.slope + at) * (load(behind + at) - C(j - block.index[0]));
         store(s + n * TILE + at, x * C(LOG2E));
       }
     }
@@ -55,17 +66,23 @@ struct Logits {
 
   void limit(const TileLanes<C>& lanes, const KeyBlock& block, bool own, C* s) const {
     const Vec<C> hidden = splat(-std::numeric_limits<C>::infinity());
-    const bool windowed = p.window && (own || p.window_prefix);
-    const C shift = own ? C(-p.window) : C(lanes.prefix_len() - p.window);
+    const bool causal = own && p.causal, windowed = p.window && (own || p.window_prefix);
+    // of the block's keys, counted from its first, a lane sees those after `before` and up to `last`
+    const auto clip = [](int64_t key) { return C(std::clamp<int64_t>(key, -1, KEY_BLOCK)); };
+    alignas(64) C before[TILE], last[TILE];
+    for (int l = 0; l < lanes.vectors * VECTOR_SIZE<C>; ++l) {
+      const int64_t behind = distance(lanes, block, own, l);
+      last[l] = clip(causal ? behind : KEY_BLOCK);
+      before[l] = clip(windowed ? behind - p.window : -1);
+    }
     for (int v = block.first_vector; v < block.last_vector; ++v) {
       const int at = v * VECTOR_SIZE<C>;
-      const Vec<C> position = load(lanes.position + at);
+      const Vec<C> after = load(before + at), end = load(last + at);
       for (int n = 0; n < block.count; ++n) {
-        const Vec<C> j = splat(C(block.index[n]));
+        const Vec<C> j = splat(C(block.index[n] - block.index[0]));
         Vec<C> x = load(s + n * TILE + at);
-        if (own && p.causal) x = j > position ? hidden : x;
-        if (windowed) x = j > position + shift ? x : hidden;
-        store(s + n * TILE + at, x);
+        x = j > end ? hidden : x;
+        store(s + n * TILE + at, j > after ? x : hidden);
       }
     }
   }

@@ -75,6 +75,41 @@ CTK_INLINE void interleave(const uint16_t* a, const uint16_t* b, int64_t n, Bf16
 }
 #endif
 
+// Whether n elements are finite: no exponent is all ones. Without branches, so that compilers make vectors of it.
+CTK_INLINE bool all_finite(const float* x, int64_t n) {
+  uint32_t broken = 0;
+  for (int64_t i = 0; i < n; ++i) broken |= (float_to_bits(x[i]) & 0x7F800000u) == 0x7F800000u;
+  return !broken;
+}
+
+CTK_INLINE bool all_finite(const double* x, int64_t n) {
+  uint64_t broken = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    uint64_t bits;
+    std::memcpy(&bits, x + i, sizeof bits);
+    broken |= (bits & 0x7FF0000000000000u) == 0x7FF0000000000000u;
+  }
+  return !broken;
+}
+
+CTK_INLINE bool all_finite(const uint16_t* x, int64_t n) {  // bf16
+  uint16_t broken = 0;
+  for (int64_t i = 0; i < n; ++i) broken |= (x[i] & 0x7F80u) == 0x7F80u;
+  return !broken;
+}
+
+// In place of a row that is not finite, so that a weight of 0 leaves nothing of it.
+template <typename U>
+const U* zero_row() {
+  static constexpr Element<U> zeros[MAX_HEAD_DIM] = {};
+  return reinterpret_cast<const U*>(zeros);
+}
+
+// An element in the compute type.
+CTK_INLINE float value_of(float x) { return x; }
+CTK_INLINE double value_of(double x) { return x; }
+CTK_INLINE float value_of(uint16_t x) { return from_bf16(x); }
+
 // A block x [n][TILE] as rows that are summed along lanes: [n][TILE / WIDTH]. `out` may be used to hold them.
 template <typename U>
 CTK_INLINE const U* by_lane(const C_of<U>* x, int n, int vectors, U* out) {
@@ -117,9 +152,8 @@ CTK_INLINE void key_columns(const U* const* rows, int n, int64_t D, U* scratch, 
   if constexpr (WIDTH<U> == 1) std::copy_n(rows, n, out);
 #ifdef CTK_BF16
   else {
-    static constexpr uint16_t zeros[MAX_HEAD_DIM] = {};
     for (int i = 0; i < n; i += 2) {
-      const uint16_t* second = i + 1 < n ? reinterpret_cast<const uint16_t*>(rows[i + 1]) : zeros;
+      const uint16_t* second = reinterpret_cast<const uint16_t*>(i + 1 < n ? rows[i + 1] : zero_row<U>());
       interleave(reinterpret_cast<const uint16_t*>(rows[i]), second, D, scratch + i / 2 * D);
       out[i / 2] = scratch + i / 2 * D;
     }

@@ -43,6 +43,15 @@ CTK_INLINE Vec<C> max(Vec<C> a, Vec<C> b) {
   return a > b ? a : b;
 }
 
+// Whether a comparison holds for any element.
+template <typename C>
+CTK_INLINE bool any_of(Ints<C> mask) {
+  uint64_t words[CTK_VECTOR_BYTES / 8], any = 0;
+  std::memcpy(words, &mask, sizeof words);
+  for (uint64_t word : words) any |= word;
+  return any;
+}
+
 // The sum of a vector's elements, in halves.
 template <typename C, int N, int... J>
 CTK_INLINE Vec<C> add_half(Vec<C> v, std::integer_sequence<int, J...>) {

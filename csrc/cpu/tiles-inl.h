@@ -4,7 +4,7 @@
 // each lane then has its own row.
 //
 // Results of a lane do not depend on which lanes share its tile: keys are visited in blocks at fixed positions, and a
-// key that a lane does not see contributes exactly nothing (as long as the prefix is finite).
+// key that a lane does not see contributes exactly nothing, whatever it holds.
 //
 // `visible_positions` in csrc/mask.h states which context positions a row sees.
 
@@ -87,11 +87,11 @@ template <typename C>
 struct TileLanes {
   int count, vectors;
   std::vector<Piece> pieces;
-  int64_t query[TILE];           // index of the query in its row
-  int head[TILE];                // index of the head in its group
-  alignas(64) C position[TILE];  // own position of the query
-  alignas(64) C slope[TILE];     // ALiBi slope
-  int64_t lowest, highest;       // own positions
+  int64_t query[TILE];        // index of the query in its row
+  int head[TILE];             // index of the head in its group
+  int64_t position[TILE];     // own position of the query
+  alignas(64) C slope[TILE];  // ALiBi slope
+  int64_t lowest, highest;    // own positions
 
   void set(const Params& p, const RowOrder& order, const Tile& tile, int64_t kv_head) {
     const int group = int(p.H / p.Hk);
@@ -99,7 +99,7 @@ struct TileLanes {
     vectors = (count + VECTOR_SIZE<C> - 1) / VECTOR_SIZE<C>;
     pieces.clear();
     lowest = std::numeric_limits<int64_t>::max(), highest = std::numeric_limits<int64_t>::min();
-    std::fill_n(slope, TILE, C(0)), std::fill_n(position, TILE, C(0));
+    std::fill_n(slope, TILE, C(0)), std::fill_n(position, TILE, int64_t(0));
     for (int64_t at = tile.position, l = 0; l < count; ++at) {
       const int64_t in_row = tile.first + l - order.start[at];
       const int end = int(std::min<int64_t>(count, order.start[at + 1] - tile.first));
@@ -110,7 +110,7 @@ struct TileLanes {
       lowest = std::min(lowest, q + row.offset);
       for (int h = int(in_row % group); l < end; ++l) {
         query[l] = q, head[l] = h;
-        position[l] = C(q + row.offset);
+        position[l] = q + row.offset;
         if (p.alibi) slope[l] = static_cast<const C*>(p.alibi)[kv_head * group + h];
         if (++h == group) h = 0, ++q;
       }
@@ -204,6 +204,15 @@ struct KeyBlock {
   int first_vector, last_vector;  // vectors that take part (own keys: the row's)
   int begin, end;                 // lanes that take part
 };
+
+// Keys of a block whose rows (of D elements) are not finite; their rows become zero_row.
+template <typename U>
+std::vector<int> take_broken(const U** rows, int count, int64_t D) {
+  std::vector<int> broken;
+  for (int n = 0; n < count; ++n)
+    if (!all_finite(reinterpret_cast<const Element<U>*>(rows[n]), D)) broken.push_back(n), rows[n] = zero_row<U>();
+  return broken;
+}
 
 // Which of KEY_BLOCK keys are visible, one bit each.
 struct KeyBits {

@@ -12,6 +12,7 @@ from ctkernels.backends import extension
 from ctkernels.problem import Problem
 
 ISA_VARIABLE = "CTKERNELS_CPU_ISA"
+USES_DS_SUM = True
 
 
 @cache
@@ -72,7 +73,8 @@ def backward(
     lse: Tensor,
     needs: list[bool],
     problem: Problem,
+    ds_sum: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     return torch.ops.ctkernels.cpu_backward(
-        dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, *problem
+        dout, dlse, ds_sum, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, *problem
     )

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from ctkernels.backends import masked
 from ctkernels.mask import apply_context_rule
 from ctkernels.problem import Problem, compute_dtype
 
@@ -68,17 +69,13 @@ def _padded(
     if problem.prefix_index is not None:
         index = problem.prefix_index.long()
     visible, distance = visibility(B, S, T, P, index, lengths, problem, q.device)
-    seen = visible.any(dim=1)[:, None, :, None]  # [B, 1, P+T, 1]
+    visible = visible[:, None]  # [B, 1, S, P+T]
 
     def keys(prefix: Tensor, own: Tensor) -> Tensor:  # -> [B, H, P+T, D]
         joined = torch.cat((_round_to(prefix, q.dtype).to(acc)[index], own.to(acc)), dim=2)
-        # a key that nobody sees may hold anything, NaN included
-        return torch.where(seen, joined, 0).repeat_interleave(group, dim=1)
+        return joined.repeat_interleave(group, dim=1)
 
-    queries = q.to(acc)
-    if lengths is not None:
-        queries = torch.where(valid_queries(B, S, T, lengths, q.device)[:, None, :, None], queries, 0)
-    logits = problem.scale * (queries @ keys(prefix_k, k).transpose(-1, -2))  # [B, H, S, P+T]
+    logits = problem.scale * masked.pairs(q.to(acc), keys(prefix_k, k), visible)  # [B, H, S, P+T]
     if problem.softcap:
         logits = problem.softcap * torch.tanh(logits / problem.softcap)
     if prefix_bias is not None:
@@ -86,7 +83,6 @@ def _padded(
         logits = logits + torch.nn.functional.pad(bias, (0, T))[:, :, None]
     if problem.alibi_slopes is not None:
         logits = logits - problem.alibi_slopes.to(acc)[:, None, None] * distance[:, None]
-    visible = visible[:, None]
     logits = torch.where(visible, logits, -math.inf)
     top = logits.detach().amax(dim=-1, keepdim=True) if P + T else logits.new_full((B, H, S, 1), -math.inf)
     top = torch.where(top == -math.inf, 0, top)
@@ -94,17 +90,11 @@ def _padded(
     total = weights.sum(dim=-1, keepdim=True)
     empty = total == 0  # no visible key, or only keys with a bias of -inf; `where` also cuts the gradient
     total = torch.where(empty, 1, total)
-    out, lse = (weights @ keys(prefix_v, v)) / total, torch.log(total) + top
+    out, lse = masked.sums(weights, keys(prefix_v, v), visible) / total, torch.log(total) + top
     if sinks is not None:  # exp(sink) in the denominator, but not in lse; sigmoid's own derivative would cancel near 1
         out = out * torch.nn.functional.logsigmoid(lse - sinks.to(acc)[:, None, None]).exp()
     out, lse = torch.where(empty, 0, out), torch.where(empty, -math.inf, lse)
     return out.to(q.dtype), lse.squeeze(-1)
-
-
-def valid_queries(B: int, S: int, T: int, lengths: Tensor, device: torch.device) -> Tensor:
-    """Queries that are not padding: bool `[B, S]`."""
-    offset = lengths.long() - S if T > S else torch.zeros_like(lengths.long())
-    return torch.arange(S, device=device) + offset[:, None] < lengths[:, None]
 
 
 def visibility(

@@ -11,6 +11,8 @@ Then w_i p_ij = exp(logit_ij - total_i), and with delta_i = <out_i, dout_i>
 
 which is what a kernel computes from out and dout if it takes `total` for lse, as long as lse itself has no gradient. If
 it has one, the kernel gets w dout in place of dout, and lse as it is: this is exact, too, where w is as good as zero.
+
+Over the keys of a query, ds then adds up to (1 - w_i) delta_i + dlse_i, and no longer to dlse_i alone.
 """
 
 from __future__ import annotations
@@ -53,14 +55,26 @@ def before_backward(
 def gradient(dout: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     """dsinks `[H]`, in the type of sinks."""
     check(out, lse, sinks, dout)
-    delta = (out.to(lse.dtype) * dout).sum(-1)
-    taken = torch.sigmoid(_per_head(lse, sinks) - lse)
-    per_query = torch.where(lse == -torch.inf, 0, taken * delta)  # whatever dout holds for lanes that saw no key
+    per_query = _taken_from_delta(dout, out, lse, sinks)
     # sums of a fixed length: a sum to a single number would depend on how many threads share it
     lines = per_query.transpose(0, 1).flatten(1)  # [H, B * S]
     blocks = -(-lines.shape[1] // SUM_BLOCK)
     lines = torch.nn.functional.pad(lines, (0, blocks * SUM_BLOCK - lines.shape[1]))
     return -lines.unflatten(1, (blocks, SUM_BLOCK)).sum(-1).sum(-1).to(sinks.dtype)
+
+
+def sum_of_ds(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """`[B, H, S]`: what ds adds up to over the keys of a query, in the type of lse."""
+    check(out, lse, sinks, dout)
+    taken = _taken_from_delta(dout, out, lse, sinks)
+    return taken if dlse is None else taken + dlse
+
+
+def _taken_from_delta(dout: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """(1 - w) delta `[B, H, S]`; 0 for queries that saw no key, whatever dout holds."""
+    delta = (out.to(lse.dtype) * dout).sum(-1)
+    taken = torch.sigmoid(_per_head(lse, sinks) - lse)
+    return torch.where(lse == -torch.inf, 0, taken * delta)
 
 
 def _per_head(lse: Tensor, sinks: Tensor) -> Tensor:

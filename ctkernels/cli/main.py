@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ctkernels.cli.model import load_model, print_scores
 from ctkernels.cli.models import models_command
-from ctkernels.cli.parse import CommandLine, FailedRun, UsageError, as_yaml
+from ctkernels.cli.parse import CommandLine, FailedRun, UsageError, as_yaml, plain_values
 from ctkernels.cli.signals import Terminated, ends_with_epoch, terminable
 
 if TYPE_CHECKING:
@@ -113,20 +113,24 @@ def tune_command(argv: list[str]) -> None:
     settings = config.settings(config.method)
     demonstrations = config.load("train", config.train)
 
-    from ctkernels.cli import search
+    from ctkernels.cli import search, trackers
     from ctkernels.cli.outputs import check_run
     from ctkernels.tuning.train.distributed import folder_of_run
 
     search.check(config)
+    names = trackers.checked(config.log_with)
     with folder_of_run(config.out):
         check_run(config.out, config.resume, config.overwrite)
-        _tune(config, settings, demonstrations)
+        _tune(config, settings, demonstrations, names)
 
 
-def _tune(config: TuneConfig, settings: Options, demonstrations: Sequence[Demonstration]) -> None:
+def _tune(
+    config: TuneConfig, settings: Options, demonstrations: Sequence[Demonstration], log_with: Sequence[str]
+) -> None:
     from ctkernels.cli import search
     from ctkernels.cli.outputs import remove_run
     from ctkernels.cli.progress import EpochLog, epoch_bar
+    from ctkernels.cli.trackers import trackers
     from ctkernels.tuning.adapters.adapter import Adapter
     from ctkernels.tuning.methods import get_method
     from ctkernels.tuning.storage import atomic_write_bytes, atomic_write_json
@@ -136,13 +140,18 @@ def _tune(config: TuneConfig, settings: Options, demonstrations: Sequence[Demons
     with launched(device) as group:
         first = group is None or group.rank() == 0
         model, tokenizer = load_model(replace(config, device=device))
-        start_from = None if config.start_from is None else Adapter.from_pretrained(config.start_from, model, tokenizer)
+        start_from = (
+            None
+            if config.start_from is None
+            else Adapter.from_pretrained(config.start_from, model, tokenizer, config.allow_other_weights)
+        )
         written = config.out / "config.yaml"
         if first and config.overwrite:
             remove_run(config.out)
         log = EpochLog(config.out / "history.jsonl")
         trains = get_method(config.method).trains != "nothing"
         with (
+            trackers(log_with if first else (), config.out, {**plain_values(config), **asdict(settings)}) as track,
             epoch_bar(settings, enabled=None if first else False) as show,
             ends_with_epoch() if trains else contextlib.nullcontext() as ends,
         ):
@@ -154,7 +163,7 @@ def _tune(config: TuneConfig, settings: Options, demonstrations: Sequence[Demons
             def on_epoch(record: EpochRecord, module: nn.Module) -> None:
                 accepted()
                 if first:
-                    log.add(record)
+                    track(record, log.add(record))
                 show(record, module)
 
             def show_trial(line: str) -> None:
@@ -221,6 +230,7 @@ def eval_command(argv: list[str]) -> None:
 
     from ctkernels.cli.progress import epoch_bar
     from ctkernels.tuning.adapters.adapter import Adapter
+    from ctkernels.tuning.adapters.file import adapter_folder
     from ctkernels.tuning.methods.tune import tune
     from ctkernels.tuning.train.options import Options
 
@@ -228,7 +238,7 @@ def eval_command(argv: list[str]) -> None:
     for name in labels:
         started = time.perf_counter()
         if isinstance(name, Path):
-            adapter = Adapter.from_pretrained(name, model, tokenizer)
+            adapter = Adapter.from_pretrained(name, model, tokenizer, config.allow_other_weights)
         else:
             spec, own = settings[name]
             with epoch_bar(own) as show:
@@ -249,7 +259,8 @@ def eval_command(argv: list[str]) -> None:
         )
         if config.keep_offsets and isinstance(name, Path) and scores.calibrated is not None:
             # read again: loaded for this model, its tensors may have another type
-            replace(Adapter.from_pretrained(name), offsets=scores.calibrated.offsets).save_pretrained(name)
+            folder = adapter_folder(name)
+            replace(Adapter.from_pretrained(folder), offsets=scores.calibrated.offsets).save_pretrained(folder)
         seconds = {"seconds_start": ready - started, "seconds_eval": time.perf_counter() - ready}
         results.append({"name": str(name), **asdict(scores), **seconds})
     print_scores(results)
@@ -270,7 +281,9 @@ def export_command(argv: list[str]) -> None:
     from ctkernels.tuning.adapters.peft_export import export_peft
 
     model = load_model(config)[0] if config.model else None
-    export_peft(Adapter.from_pretrained(adapter, model), out, config.kind, model)
+    export_peft(
+        Adapter.from_pretrained(adapter, model, allow_other_weights=config.allow_other_weights), out, config.kind, model
+    )
     print(f"saved {out} for peft")
 
 
@@ -284,7 +297,7 @@ def import_command(argv: list[str]) -> None:
 
     from ctkernels.tuning.adapters.peft_import import import_peft
 
-    loaded = import_peft(adapter, model, tokenizer, config.allow_pickle)
+    loaded = import_peft(adapter, model, tokenizer, config.allow_pickle, config.allow_other_weights)
     loaded.save_pretrained(out)
     extra = " and a LoRA update of the weights" if loaded.lora else ""
     print(f"saved {out}: {loaded.prefix.length} tokens{extra}")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from ctkernels.cli.parse import UsageError
 
@@ -18,8 +16,6 @@ if TYPE_CHECKING:
     from ctkernels.cli.options import ModelOptions
 
 
-PATIENCE = 5  # seconds to reach the hub
-PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")  # behind one the hub has no address
 THREADS_PER_CPU = 16  # more only wait for one another, and at some number the system gives none
 
 
@@ -27,11 +23,13 @@ def load_model(options: ModelOptions) -> tuple[PreTrainedModel, PreTrainedTokeni
     """The model and its tokenizer.
 
     Raises:
-        UsageError: no such model, or one that does not load.
+        UsageError: no such model, one that does not load, or a checkpoint that lacks weights or has others, unless
+            these are allowed.
     """
     if not options.model:
         raise UsageError("model is required: a directory or a hub id (--model)")
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -59,10 +57,29 @@ def load_model(options: ModelOptions) -> tuple[PreTrainedModel, PreTrainedTokeni
     offline_if_unreachable(options.model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
-    except (OSError, ValueError) as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, SafetensorError) as error:
         raise UsageError(f"cannot load the model {options.model!r}: {error}") from None
+    model, found = loaded
+    if not options.allow_other_weights:
+        _require_all_weights(options.model, type(model).__name__, found)
     return model.to(device).eval(), tokenizer
+
+
+def _require_all_weights(name: str, kind: str, found: Mapping[str, Collection[str]]) -> None:
+    """found: what transformers says of the names in a checkpoint."""
+    faults = {
+        "lacks weights, which would be random": found["missing_keys"],
+        "has weights of other shapes": [str(key) for key in found["mismatched_keys"]],
+        "has weights that the class does not know": found["unexpected_keys"],
+    }
+    for what, names in faults.items():
+        if names:
+            first, more = sorted(names)[0], f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UsageError(
+                f"the checkpoint of {name!r} is not one of {kind}: it {what} ({first}{more}); --allow-other-weights "
+                "loads it nonetheless"
+            )
 
 
 def offline_if_unreachable(model: str) -> None:
@@ -70,18 +87,13 @@ def offline_if_unreachable(model: str) -> None:
     each request would be tried again and again, for a minute."""
     from huggingface_hub import constants
 
-    if Path(model).exists() or constants.HF_HUB_OFFLINE or any(os.environ.get(name) for name in PROXIES):
-        return
-    hub = urlsplit(constants.ENDPOINT)
-    port = hub.port or (80 if hub.scheme == "http" else 443)
-    try:
-        socket.create_connection((hub.hostname or "", port), timeout=PATIENCE).close()
-    except OSError as error:
+    from ctkernels.tuning.adapters.sources import unreachable_hub
+
+    away = None if Path(model).exists() else unreachable_hub()
+    if away is not None:
         constants.HF_HUB_OFFLINE = True
         print(
-            f"ctkernels: warning: {constants.ENDPOINT} cannot be reached ({error}); --model {model} is looked for "
-            "among what was fetched before",
-            file=sys.stderr,
+            f"ctkernels: warning: {away}; --model {model} is looked for among what was fetched before", file=sys.stderr
         )
 
 

@@ -45,6 +45,8 @@ class ModelOptions:
     """Torch device, such as cpu or cuda:0."""
     threads: int | None = None
     """CPU threads; default: torch's choice."""
+    allow_other_weights: bool = False
+    """Take a prefix that was made for other weights, and a checkpoint that lacks weights or has others."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ class TuneConfig(TrainOptions, DataOptions, ModelOptions):
     """Folder of the results (required)."""
     method: Annotated[str, arg(help=f"{_NAMES}.")] = "ct-kv"
     start_from: Path | None = None
-    """Folder of another task's adapter (OUT/prefix of its run) to start from."""
+    """Folder of another task's adapter, or of its run, to start from."""
     checkpoint_every: int = 5
     """Replace the checkpoint after so many epochs."""
     holdout: Annotated[
@@ -194,6 +196,9 @@ class TuneConfig(TrainOptions, DataOptions, ModelOptions):
     """Continue from OUT/checkpoint, if there is one; the result has the same bits as an uninterrupted run."""
     overwrite: bool = False
     """Replace the run that lies in OUT; other files there stay."""
+    log_with: Annotated[tuple[str, ...], arg(metavar="{tensorboard,wandb}")] = ()
+    """Also log every epoch (loss, learning rate, gradient norm, held-out loss) there, through accelerate's trackers:
+    tensorboard writes OUT/tensorboard. Needs ctkernels[tensorboard] or ctkernels[wandb]."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +220,7 @@ class EvalConfig(TrainOptions, DataOptions, ModelOptions):
         ),
     ] = ()
     prefix: tuple[Path, ...] = ()
-    """Folders of saved prefixes to evaluate, with the text format they were tuned with."""
+    """Folders of saved prefixes or of runs of tune to evaluate, with the text format they were tuned with."""
     by: Literal["options", "generation"] | None = None
     """How to evaluate; default: by options if every item has some."""
     calibrate: Calibrate | None = None
@@ -241,7 +246,7 @@ class ExportConfig(ModelOptions):
     """
 
     adapter: Path | None = None
-    """Folder of a saved adapter or prefix (required)."""
+    """Folder of a saved adapter or prefix, or of a run of tune (required)."""
     out: Path | None = None
     """Folder for peft (required)."""
     kind: Kind | None = None

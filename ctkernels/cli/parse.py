@@ -153,17 +153,22 @@ def read_yaml(path: str) -> dict[Any, Any]:
     return values
 
 
-def as_yaml(config: Any) -> str:
-    """The configuration as a YAML file that `--config` accepts."""
-    import yaml
+def plain_values(config: Any) -> dict[str, Any]:
+    """The configuration as plain values by name, without what was not given."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, tuple):
             return [plain(v) for v in value]
         return str(value) if isinstance(value, Path) else value
 
-    given = {name: plain(value) for name, value in asdict(config).items() if value is not Unset.DEFAULT}
-    return f"{MARK}\n{yaml.safe_dump(given, sort_keys=False)}"
+    return {name: plain(value) for name, value in asdict(config).items() if value is not Unset.DEFAULT}
+
+
+def as_yaml(config: Any) -> str:
+    """The configuration as a YAML file that `--config` accepts."""
+    import yaml
+
+    return f"{MARK}\n{yaml.safe_dump(plain_values(config), sort_keys=False)}"
 
 
 def _by_name(argv: Sequence[str]) -> dict[str, list[str]]:

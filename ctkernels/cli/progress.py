@@ -33,17 +33,21 @@ class EpochLog:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._started = False
+        self._count = 0
 
-    def add(self, record: EpochRecord) -> None:
-        """Write the line of an epoch. Raises OSError."""
+    def add(self, record: EpochRecord) -> int:
+        """Write the line of an epoch. Returns its number, from 1. Raises OSError."""
         line = json.dumps(asdict(record)) + "\n"
         if not self._started:
             self._started = True
             kept = [one for one in self._lines() if (one["stage"], one["epoch"]) != (record.stage, record.epoch)]
             before = kept[: next((i for i, one in enumerate(kept) if _comes_later(one, record)), len(kept))]
             atomic_write_bytes(self.path, "".join(json.dumps(one) + "\n" for one in before).encode())
+            self._count = len(before)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line)
+        self._count += 1
+        return self._count
 
     def _lines(self) -> list[dict]:
         """What is there, without a last line that was cut off."""

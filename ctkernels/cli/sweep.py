@@ -110,7 +110,10 @@ def _sweep(config: SweepConfig, sweep: Sweep) -> None:
     try:
         model, tokenizer = load_model(replace(config, device=local_device(config.device)))
         if config.start_from is not None:
-            sweep = replace(sweep, start_from=Adapter.from_pretrained(config.start_from, model, tokenizer))
+            sweep = replace(
+                sweep,
+                start_from=Adapter.from_pretrained(config.start_from, model, tokenizer, config.allow_other_weights),
+            )
 
         def accepted() -> None:
             if workers.rank == 0:

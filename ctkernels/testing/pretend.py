@@ -59,7 +59,7 @@ class PretendTensor(Tensor):
         made.inner = inner
         return made
 
-    def __repr__(self) -> str:
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         return f"PretendTensor({self.inner})"
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
@@ -101,25 +101,26 @@ def _copy_from(source: Tensor, target: PretendTensor, non_blocking: bool = False
     return target
 
 
-def _backend(name: str) -> SimpleNamespace:
-    """What `dispatch.load` gives for a backend of a GPU."""
+def _backend() -> SimpleNamespace:
+    """What `dispatch.load` gives for the backends of a GPU."""
     cpu = dispatch.load("cpu")
     assert cpu.unavailable() is None, cpu.unavailable()
 
     def refusal(device: torch.device, dtype: torch.dtype, wide: int = 0) -> str | None:
         return "it computes in fp32, got fp64 tensors" if dtype == torch.float64 else None
 
-    return SimpleNamespace(unavailable=lambda: None, refusal=refusal, forward=cpu.forward, backward=cpu.backward)
+    computing = {name: getattr(cpu, name) for name in ("forward", "backward", "USES_DS_SUM")}
+    return SimpleNamespace(unavailable=lambda: None, refusal=refusal, **computing)
 
 
 def install() -> None:
     """Pretend from now on, in this process."""
     stock = dispatch.load
-    pretended = {name: _backend(name) for name in NAMES}
+    pretended = dict.fromkeys(NAMES, _backend())
     dispatch._unavailable.cache_clear()
     for name in NAMES:
         dispatch.BACKENDS[name] = (dispatch.BACKENDS[name][0], (DEVICE,))
-    dispatch.load = lambda name: pretended.get(name) or stock(name)  # type: ignore[assignment]
+    dispatch.load = lambda name: pretended.get(name) or stock(name)  # type: ignore[assignment,return-value]
     dispatch.architecture = lambda device: "sm_90"  # type: ignore[assignment]
     backends.device_of = lambda name: DEVICE if name in NAMES else "cpu"  # type: ignore[assignment]
     backend_registration._setup_privateuseone_for_python_backend(DEVICE)

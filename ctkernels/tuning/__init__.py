@@ -28,6 +28,7 @@ _HOMES = {
     "adapters.peft_export": ("export_peft",),
     "adapters.peft_import": ("import_peft",),
     "adapters.prefix": ("KVPrefix",),
+    "adapters.prefix_model": ("PrefixModel",),
     "adapters.prefix_set": ("PrefixSet", "left_padded"),
     "adapters.prompt": ("SoftPrompt",),
     "adapters.store": ("PrefixStore",),

@@ -1,4 +1,4 @@
-"""The op's tests give a GPU backend tensors of its device, and no other: they run here on a device that is pretended."""
+"""The op's tests give a GPU backend tensors of its own device alone: they run here on a device that is pretended."""
 
 import os
 import subprocess

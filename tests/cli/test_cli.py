@@ -3,11 +3,13 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
 
 import pytest
+import safetensors.torch
 import torch
 import yaml
 
@@ -98,7 +100,7 @@ def test_eval_of_methods_and_saved_prefixes(files, tmp_path, capsys):
 
 def test_calibrated_scores_and_offsets_that_are_kept(files, tmp_path, capsys):
     assert cli.run(tune_arguments(files, tmp_path / "run", "--epochs", "1", "--objective", "options")) == 0
-    prefix, out = f"{tmp_path}/run/prefix", tmp_path / "scores.json"
+    prefix, out = f"{tmp_path}/run", tmp_path / "scores.json"  # the folder of the run
     arguments = ["eval", "--model", f"{files}/model", "--test", f"{files}/test.jsonl", "--out", str(out)]
     dev = ["--calibrate", "dev", "--dev", f"{files}/train.jsonl"]
     found = {}
@@ -121,6 +123,7 @@ def test_calibrated_scores_and_offsets_that_are_kept(files, tmp_path, capsys):
     )  # plain: the same
     capsys.readouterr()
     assert cli.run([*arguments, "--prefix", prefix]) == 0  # what was stored
+    assert {path.name for path in (tmp_path / "run").glob("adapter*")} == set()
     (stored,) = json.loads(out.read_text())["results"]
     assert stored["calibrated"] == found["dev"]["calibrated"]
     table = capsys.readouterr().out
@@ -181,6 +184,27 @@ def test_env_names_every_backend_and_says_why_not(capsys, monkeypatch):
 )
 def test_wrong_usage(capsys, argv, message):
     assert message in complaint(capsys, argv)
+
+
+def test_a_checkpoint_that_is_not_one_of_its_class(capsys, files, tmp_path):
+    """Transformers draws weights that are missing at random, and says so in a report alone."""
+    shutil.copytree(f"{files}/model", tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    whole = safetensors.torch.load_file(path)
+    name = "model.layers.0.mlp.down_proj.weight"
+    words = ["tune", "--model", tmp_path / "model", "--train", f"{files}/train.jsonl", "--epochs", 1, "--out"]
+
+    def complaint_about(weights: dict[str, torch.Tensor]) -> str:
+        safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
+        return complaint(capsys, [*words, tmp_path / "refused"])
+
+    assert "it has weights that the class does not know (extra.weight); --allow-other-weights" in complaint_about(
+        {**whole, "extra.weight": torch.ones(2)}
+    )
+    assert f"lacks weights, which would be random ({name})" in complaint_about(
+        {key: x for key, x in whole.items() if key != name}
+    )
+    assert cli.run([str(word) for word in (*words, tmp_path / "run", "--allow-other-weights")]) == 0
 
 
 def test_wrong_model_data_and_prefix(capsys, files, tmp_path):

@@ -101,12 +101,11 @@ def test_a_resumed_run_has_each_epoch_once(tmp_path):
         return EpochRecord(epoch, 1.0, 0.1, 1.0, 0.5, stage)
 
     first = EpochLog(path)
-    for one in (record(1, "ttt"), record(2, "ttt"), record(1), record(2), record(3)):
-        first.add(one)
+    for number, one in enumerate((record(1, "ttt"), record(2, "ttt"), record(1), record(2), record(3)), start=1):
+        assert first.add(one) == number
     path.write_text(path.read_text() + '{"epoch": 4, "lo')  # it was killed
     second = EpochLog(path)
-    second.add(record(2))
-    second.add(record(3))
+    assert (second.add(record(2)), second.add(record(3))) == (4, 5)
     found = [(one["stage"], one["epoch"]) for one in map(json.loads, path.read_text().splitlines())]
     assert found == [("ttt", 1), ("ttt", 2), ("", 1), ("", 2), ("", 3)]
     EpochLog(path).add(record(2, "ttt"))

@@ -189,7 +189,7 @@ def small_disk(tmp_path):
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True, text=True, check=False
     )
-    if mounted.returncode:
+    if mounted.returncode:  # `full_disk` (conftest.py) cuts files off without this right, and runs everywhere
         pytest.skip(f"mounting is not permitted here: {mounted.stderr.strip()}")
     try:
         yield disk

@@ -76,6 +76,17 @@ def test_links(page):
         assert not anchor or anchor in anchors(target), link
 
 
+def test_no_two_pages_or_examples_share_an_output_folder():
+    """Whoever follows one after the other would replace results, or be refused."""
+    ways = r"--out|OUT=|save_pretrained\(|PrefixStore\(|TrainingArguments\(|_dir="
+    writes = re.compile(rf"""(?:{ways})[\s"']*runs/([\w-]+)""")
+    owners = {}
+    for page in (*PAGES, *sorted((DOCS.parent / "examples").glob("*.py"))):
+        for folder in set(writes.findall(page.read_text())):
+            owners.setdefault(folder, []).append(page.name)
+    assert len(owners) > 15 and {name: pages for name, pages in owners.items() if len(pages) > 1} == {}
+
+
 def test_every_page_is_in_the_index():
     index = (DOCS / "index.md").read_text()
     for page in PAGES[2:]:

@@ -8,7 +8,7 @@ import torch
 from ctkernels.testing.models import make_model
 from ctkernels.testing.tasks import DEMONSTRATIONS, char_tokenizer, write_jsonl
 from ctkernels.tuning.adapters.prefix import KVPrefix
-from examples import compare_methods, many_tasks, ttt_then_ct_kv, tune_jsonl
+from examples import compare_methods, many_tasks, train_with_trainer, ttt_then_ct_kv, tune_jsonl
 
 
 @pytest.fixture
@@ -38,6 +38,19 @@ def test_tune_jsonl_resumes(files, capsys):
     tune_jsonl.main(arguments(files, *data))
     again = capsys.readouterr().out
     assert "epoch" not in again and again.splitlines()[0] in first  # the scores, without an epoch run anew
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
+def test_train_with_trainer_resumes(files, capsys):
+    task = files / "tasks" / "warmth"
+    data = ["--train", task / "train.jsonl", "--test", task / "test.jsonl", "--out", files / "out"]
+    train_with_trainer.main(arguments(files, *data, "--epochs", 2))
+    first = capsys.readouterr().out
+    assert "trainable params: " in first and "macro_f1" in first
+    assert KVPrefix.from_pretrained(files / "out").metadata.method == "ct-kv"
+    train_with_trainer.main(arguments(files, *data, "--epochs", 2))
+    assert capsys.readouterr().out.splitlines()[-1] == first.splitlines()[-1]  # the scores, without an epoch run anew
+    assert [path.name for path in (files / "out" / "checkpoints").iterdir()] == ["checkpoint-2"]
 
 
 def test_compare_methods(files, capsys, monkeypatch):

@@ -16,7 +16,7 @@ BLOCK = re.compile(r"```(python|bash)\n(.*?)```", re.DOTALL)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # of peft itself
-@pytest.mark.parametrize("guide", ["serve", "peft"])
+@pytest.mark.parametrize("guide", ["serve", "peft", "trainer"])
 def test_guide(guide, tmp_path, monkeypatch, capsys):
     model = make_model("llama", torch.float32, max_position_embeddings=4096)
     model.save_pretrained(tmp_path / ".models/smollm2-135m")
@@ -37,5 +37,8 @@ def test_guide(guide, tmp_path, monkeypatch, capsys):
     if guide == "serve":
         assert len(names["store"]) == 3 and names["answers"].shape[0] == 3
         assert names["both"].length == names["store"].get("both").length > 100
+    elif guide == "trainer":
+        assert printed[0].startswith("trainable params: ") and names["answer"].shape[0] == 1
+        assert (tmp_path / "runs/trainer/state/model.safetensors").exists()
     else:
         assert printed[-1] == printed[-2]  # peft generates what the attached model does

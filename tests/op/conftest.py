@@ -7,11 +7,8 @@ import pytest
 
 from ctkernels import dispatch
 from ctkernels.testing.backends import Backend, backends, builds
-from ctkernels.testing.interpreter import interpreting, repair
 from ctkernels.testing.pretend import BEYOND, NAMES, install, pretending
 
-if interpreting():
-    repair()
 if pretending():
     install()
 

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from ctkernels.backends.triton.interpreter import interpreting, repair
 from ctkernels.problem import Problem, check_values
 
 LEAST_TRITON = (3, 2)  # tl.gather
 LEAST_CAPABILITY = (8, 0)
 WIDE_FP32 = ("sm_80", "sm_90", "sm_100", "gfx942")  # their blocks hold the 131 KiB of the backward pass, or need less
-
-
-def interpreting() -> bool:
-    """Whether Triton runs kernels in its interpreter, on CPU tensors: TRITON_INTERPRET=1 when the process started."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 @cache
@@ -33,7 +28,7 @@ def unavailable() -> str | None:
     if version < LEAST_TRITON:
         return f"it needs Triton {'.'.join(map(str, LEAST_TRITON))} or newer, got {triton.__version__}"
     if interpreting():
-        return None
+        return repair()
     if not torch.cuda.is_available():
         return "torch finds no GPU (TRITON_INTERPRET=1 in the environment runs the kernels on the CPU, for tests)"
     return None
@@ -70,7 +65,10 @@ def target(device: torch.device):
 
 def current(device: torch.device) -> AbstractContextManager:
     """Triton launches on the current device and its stream, whatever device its arguments are on."""
-    return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
+    if device.type != "cpu":
+        return torch.cuda.device(device)
+    repair()
+    return nullcontext()
 
 
 def forward(

@@ -164,15 +164,17 @@ class Adapter:
         directory: str | os.PathLike,
         model: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        allow_other_weights: bool = False,
     ) -> Adapter:
         """Read an adapter, or a saved prefix alone, from a folder or its file. With `model` and `tokenizer` it is
-        checked against them, and put on the model's device. Warns of other weights as `KVPrefix.from_pretrained` does.
+        checked against them, and put on the model's device. Other weights: as in `KVPrefix.from_pretrained`.
 
         Raises:
-            PrefixFileError: a missing, damaged, foreign or too new file, or one of another model or tokenizer.
+            PrefixFileError: a missing, damaged, foreign or too new file, or one of another model, other weights or
+                another tokenizer.
         """
         path, description, tensors = saved = read_file(directory, "adapter")
-        prefix = KVPrefix.from_parts(saved, model, tokenizer)
+        prefix = KVPrefix.from_parts(saved, model, tokenizer, allow_other_weights)
         device = prefix.keys[0].device
         with faults(path):
             prompt = lora = None

@@ -33,11 +33,22 @@ adapter = Adapter.from_pretrained("FOLDER", model, tokenizer)
 with adapter.weights(model), adapter.prefix.attach(model):
     ...
 ```
+{without_lora}
 
 | made for | |
 | --- | --- |
 | model | `{model_id}`, configuration `{config_hash}`, weights `{weights}` |
 | tokenizer | `{tokenizer_id}`, vocabulary `{tokenizer_hash}` |
+"""
+
+WITHOUT_LORA = """
+Or as a module, from a folder or a repository of the hub, also to train it further with `transformers.Trainer`:
+
+```python
+from ctkernels.tuning import PrefixModel
+
+model = PrefixModel.from_pretrained(model, "FOLDER")
+```
 """
 
 
@@ -64,6 +75,13 @@ def text(description: Mapping[str, Any], file: str, version: str) -> str:
     parts += ["a soft prompt"] if "prompt" in description else []
     parts += [f"a LoRA update of rank {description['lora']['rank']}"] if "lora" in description else []
     parts += [f"{len(description['demonstrations'])} demonstrations"] if "demonstrations" in description else []
+    without_lora = "" if "lora" in description else WITHOUT_LORA
     return TEXT.format(
-        header=header.to_yaml(), mark=MARK, file=file, version=version, parts=", ".join(parts), **metadata
+        without_lora=without_lora,
+        header=header.to_yaml(),
+        mark=MARK,
+        file=file,
+        version=version,
+        parts=", ".join(parts),
+        **metadata,
     )

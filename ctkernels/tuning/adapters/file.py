@@ -34,6 +34,7 @@ from ctkernels.tuning.storage import atomic_write_bytes, check_target, open_regu
 
 FORMAT_VERSION = 2  # 1: what `legacy.py` reads
 FILE_NAME = "adapter.safetensors"
+RUN_FOLDER = "prefix"  # of the adapter in the folder of a run
 HEADER, CHECKSUM = "ctkernels", "checksum"
 LONGEST_HEADER = 1 << 25  # bytes; what describes a thousand demonstrations takes some hundred thousand
 Kind = Literal["adapter", "checkpoint"]
@@ -95,7 +96,8 @@ def write_folder(
 
 
 def read_file(path: str | os.PathLike, kind: Kind, mapped: bool = False, verify: bool = True) -> Saved:
-    """What a file holds, or the file of the adapter in a folder; what earlier versions wrote is converted.
+    """What a file holds, or the file of the adapter in a folder, or in that of a run; what earlier versions wrote is
+    converted.
 
     Args:
         mapped: the tensors are views of the file, read when they are used, and must not be changed. Otherwise they have
@@ -108,6 +110,7 @@ def read_file(path: str | os.PathLike, kind: Kind, mapped: bool = False, verify:
     path = Path(path)
     with faults(path):
         if path.is_dir():
+            path = adapter_folder(path)
             if legacy.is_folder(path) and not (path / FILE_NAME).exists():
                 return _read_old_folder(path)
             path = path / FILE_NAME
@@ -119,6 +122,13 @@ def read_file(path: str | os.PathLike, kind: Kind, mapped: bool = False, verify:
         if verify:
             require_finite(tensors)
     return Saved(path, description, tensors)
+
+
+def adapter_folder(folder: str | os.PathLike) -> Path:
+    """Where an adapter lies: in `folder`, or, if that is the folder of a run of `ctkernels tune`, in `prefix` there."""
+    own, inner = Path(folder), Path(folder, RUN_FOLDER)
+    holds_own, holds_inner = ((path / FILE_NAME).exists() or legacy.is_folder(path) for path in (own, inner))
+    return inner if holds_inner and not holds_own else own
 
 
 def read_header(path: str | os.PathLike) -> dict[str, Any]:

@@ -96,18 +96,20 @@ def import_peft(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     allow_pickle: bool = False,
+    allow_other_weights: bool = False,
 ) -> Adapter:
     """Read a CARTRIDGE, PREFIX_TUNING, PROMPT_TUNING or LORA adapter from a local folder, on the model's device.
 
     What `export_peft` wrote comes back with its demonstrations and settings; in what peft wrote, no token belongs to a
     demonstration. `tokenizer` is recorded in the metadata of what peft wrote, and says whether a LoRA update's
     sequences start with BOS (without one they do not). `allow_pickle` also reads adapter_model.bin, of a peft before
-    safetensors: a pickle, of which torch reads tensors alone.
+    safetensors: a pickle, of which torch reads tensors alone. `allow_other_weights`: as in
+    `KVPrefix.from_pretrained`.
 
     Raises:
         PrefixFileError: missing or damaged files, values that are not finite, a pickle that was not allowed, another
-            type of adapter, shapes of another model, LoRA with options that change more than A and B (rank patterns,
-            DoRA, trained biases ...), named.
+            type of adapter, one for other weights, shapes of another model, LoRA with options that change more than A
+            and B (rank patterns, DoRA, trained biases ...), named.
     """
     directory, decoder = Path(directory), find_decoder(model)
     path = directory / CONFIG
@@ -129,9 +131,7 @@ def import_peft(
         made_for = (
             metadata if header else replace(metadata, model_id=config.get("base_model_name_or_path"), weights=None)
         )
-        doubt = made_for.other_weights(decoder.model)
-        if doubt:
-            warnings.warn(f"{path}: {doubt}", stacklevel=2)
+        made_for.check_weights(decoder.model, path, allow_other_weights)
         return read(decoder, Source(config, tensors, segments, metadata, tokenizer))
 
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from ctkernels.tuning.data.demonstrations import Demonstration
 from ctkernels.tuning.data.formats import TextFormat, encode_context
 from ctkernels.tuning.hf.attach import Attachment
 from ctkernels.tuning.hf.encode import encode
-from ctkernels.tuning.hf.fingerprint import base_fingerprint
+from ctkernels.tuning.hf.fingerprint import base_weights
 from ctkernels.tuning.hf.limits import check_context_length
 from ctkernels.tuning.hf.models import architecture, config_hash, find_decoder, other_architecture
 
@@ -44,8 +45,8 @@ class PrefixMetadata:
     """Which model and tokenizer a prefix belongs to, and how it was made.
 
     model_class, model_id: class name and `name_or_path`.  config_hash, architecture: see `hf.models`.
-    weights: fingerprint of the model's own weights (see `hf.fingerprint`), without a LoRA update merged into them; None
-        if it is not known.
+    weights, body, vocabulary: `hf.fingerprint.Weights` of the model's own weights, without a LoRA update merged into
+        them; None if they are not known.
     tokenizer_id, tokenizer_hash: `name_or_path` and `tokenizer_hash`, None if the prefix was made from tokens alone.
     method, settings: name of the tuning method and its settings, JSON values.
     """
@@ -59,6 +60,8 @@ class PrefixMetadata:
     method: str = "icl"
     settings: Mapping[str, Any] = field(default_factory=dict)
     architecture: Mapping[str, Any] = field(default_factory=dict)
+    body: str | None = None
+    vocabulary: int | None = None
 
     @classmethod
     def of(
@@ -70,11 +73,14 @@ class PrefixMetadata:
     ) -> PrefixMetadata:
         """Metadata of a prefix for `model`. If processes hold parts of it, all of them have to make this call."""
         decoder = find_decoder(model)
+        weights = base_weights(decoder.model)
         return cls(
             model_class=type(decoder.model).__name__,
             model_id=decoder.model.name_or_path,
             config_hash=config_hash(decoder.config),
-            weights=base_fingerprint(decoder.model),
+            weights=None if weights is None else weights.whole,
+            body=None if weights is None else weights.body,
+            vocabulary=None if weights is None else weights.vocabulary,
             tokenizer_id=None if tokenizer is None else tokenizer.name_or_path,
             tokenizer_hash=None if tokenizer is None else tokenizer_hash(tokenizer),
             method=method,
@@ -102,27 +108,40 @@ class PrefixMetadata:
                 "vocabulary is another one"
             )
 
-    def other_weights(self, model: PreTrainedModel) -> str | None:
-        """In words, that the weights of `model` are not those that a prefix was made for; None if they are, as far as
-        one can tell: by their fingerprints, or else by the model's name."""
+    def check_weights(self, model: PreTrainedModel, path: str | os.PathLike, allow_other: bool = False) -> None:
+        """Refuse a model of other weights than those that the prefix in `path` was made for, or warn if they are
+        allowed. Where one of the two has no fingerprint, a model of another name is warned about.
+
+        Raises:
+            ValueError: their fingerprints differ.
+        """
         model = find_decoder(model).model
-        own_id, own = model.name_or_path, base_fingerprint(model, alone=True)
-        if self.weights is not None and own is not None:
-            same, what = self.weights == own, f"with other weights ({own}, not {self.weights})"
-        else:
+        tuned = hasattr(model, "peft_config")  # then its weights have other names, and those of adapters beside them
+        own_id, own = model.name_or_path, None if tuned else base_weights(model, alone=True)
+        known = own is not None and self.weights is not None
+        if own is None or self.weights is None:
             same, what = not self.model_id or not own_id or self.model_id == own_id, "perhaps with other weights"
+        else:
+            resized = self.body == own.body and self.vocabulary != own.vocabulary
+            same, what = resized or self.weights == own.whole, f"with other weights ({own.whole}, not {self.weights})"
         if same:
-            return None
-        return (
+            return
+        message = (
             f"made for model {self.model_id!r}, loaded for {own_id!r} of the same configuration, {what}; with other "
             "weights the prefix means nothing"
         )
+        if known and not allow_other:
+            raise ValueError(f"{message}; allow_other_weights=True takes it nonetheless")
+        warnings.warn(f"{path}: {message}", stacklevel=4)
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of a tokenizer's vocabulary: every token, added ones included, with its id."""
     vocabulary = sorted(tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
+
+
+_compared: WeakKeyDictionary[KVPrefix, WeakSet[PreTrainedModel]] = WeakKeyDictionary()  # see `compare_weights`
 
 
 class KVPrefix(nn.Module):
@@ -229,8 +248,10 @@ class KVPrefix(nn.Module):
         tokenizer: PreTrainedTokenizerBase,
         demonstrations: Sequence[Demonstration],
         text_format: TextFormat | None = None,
+        method: str = "icl",
     ) -> KVPrefix:
-        """The keys and values of the concatenated demonstrations, with the text format recorded in the metadata.
+        """The keys and values of the concatenated demonstrations, with the text format and the method recorded in the
+        metadata.
 
         One demonstration is enough for in-context learning; see `num_demonstrations` for what it means for tuning.
 
@@ -242,7 +263,7 @@ class KVPrefix(nn.Module):
         text_format = text_format or TextFormat()
         context = encode_context(tokenizer, demonstrations, text_format)
         settings = {"text_format": text_format.recorded}
-        return cls.from_tokens(model, context.input_ids, context.segments, tokenizer, settings=settings)
+        return cls.from_tokens(model, context.input_ids, context.segments, tokenizer, method, settings)
 
     def attach(
         self,
@@ -250,6 +271,7 @@ class KVPrefix(nn.Module):
         mask: ContextMask | None = None,
         cu_seqlens: Tensor | None = None,
         backend: str | None = None,
+        allow_other_weights: bool = False,
     ) -> Attachment:
         """A context manager in which `model` reads this prefix before every row; it yields the `Attachment`.
 
@@ -258,12 +280,32 @@ class KVPrefix(nn.Module):
             mask: which prefix positions each row sees (default: all).
             cu_seqlens: int32 `[B+1]`, if rows are packed into one sequence `[1, N]`.
             backend: as in `ctkernels.prefix_attention`.
+            allow_other_weights: as in `from_pretrained`. A prefix is compared with a model once.
 
         Raises:
             TypeError: an unsupported model class, named; a prefix in a type the model cannot read.
-            ValueError: a prefix for another model, on another device, or a model that already has one attached.
+            ValueError: a prefix for another model, for other weights, on another device, or a model that already has
+                one attached.
         """
+        if allow_other_weights:
+            self.compare_weights(model, allow_other_weights=True)
         return Attachment(self, model, mask=mask, cu_seqlens=cu_seqlens, backend=backend)
+
+    def compare_weights(
+        self, model: PreTrainedModel, path: str | os.PathLike = "prefix", allow_other_weights: bool = False
+    ) -> None:
+        """Refuse weights that the prefix was not made for, or warn of them; a model that passed is not read again.
+
+        Raises:
+            ValueError: other weights.
+        """
+        if find_decoder(model).model not in _compared.get(self, ()):
+            self.metadata.check_weights(model, path, allow_other_weights)
+            self.assume_weights(model)
+
+    def assume_weights(self, model: PreTrainedModel) -> None:
+        """Take the model's weights for those that the prefix was made for, without reading them."""
+        _compared.setdefault(self, WeakSet()).add(find_decoder(model).model)
 
     def place(self, devices: Sequence[torch.device]) -> KVPrefix:
         """Move each layer to its device, and the segments to the first. Returns the prefix itself."""
@@ -292,18 +334,23 @@ class KVPrefix(nn.Module):
         directory: str | os.PathLike,
         model: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        allow_other_weights: bool = False,
     ) -> KVPrefix:
         """Read a prefix, from a folder or its file. With `model` and `tokenizer` it is checked against them, and put on
         the model's device.
 
-        Warns if the model has other weights than the prefix was made for, as far as this process can tell, and if an
-        update of the weights belongs to the prefix, which `Adapter.from_pretrained` reads.
+        allow_other_weights: warn, and raise no error, if the model has other weights than the prefix was made for.
+        Quantised weights are other weights.
+
+        Warns if an update of the weights belongs to the prefix, which `Adapter.from_pretrained` reads, and if the model
+        has another name where this process cannot tell its weights.
 
         Raises:
-            PrefixFileError: a missing, damaged, foreign or too new file, or a prefix for another model or tokenizer.
+            PrefixFileError: a missing, damaged, foreign or too new file, or a prefix for another model, for other
+                weights or another tokenizer.
         """
         saved = read_file(directory, "adapter")
-        prefix = cls.from_parts(saved, model, tokenizer)
+        prefix = cls.from_parts(saved, model, tokenizer, allow_other_weights)
         if "lora" in saved.description:
             warnings.warn(
                 f"{saved.path}: the prefix belongs to a LoRA update beside it; Adapter.from_pretrained reads both",
@@ -325,7 +372,11 @@ class KVPrefix(nn.Module):
 
     @classmethod
     def from_parts(
-        cls, saved: Saved, model: PreTrainedModel | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+        cls,
+        saved: Saved,
+        model: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        allow_other_weights: bool = False,
     ) -> KVPrefix:
         """The prefix of a file that was read. Arguments, warnings and errors as in `from_pretrained`."""
         decoder = None if model is None else find_decoder(model)
@@ -344,9 +395,8 @@ class KVPrefix(nn.Module):
             prefix = cls(keys, values, segments, first_position, metadata, states)
         if decoder is not None:
             prefix.to(dtype=decoder.prefix_dtype).place(decoder.devices)
-            doubt = metadata.other_weights(decoder.model)
-            if doubt:
-                warnings.warn(f"{path}: {doubt}", stacklevel=3)
+            with faults(path):
+                prefix.compare_weights(decoder.model, path, allow_other_weights)
         return prefix
 
 

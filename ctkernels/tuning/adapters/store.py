@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import threading
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -54,6 +53,7 @@ class PrefixStore:
             other program may cut a file off while it is in use, which would end this process (SIGBUS); a store never
             does. Otherwise a prefix has memory of its own.
         verify: compare the checksum of each file, and look for values that are not finite, when it is first read.
+        allow_other_weights: as in `KVPrefix.from_pretrained`.
 
     Raises:
         TypeError: a model class that is not supported, a dtype that is none of fp32, bf16, fp16, fp64.
@@ -68,13 +68,14 @@ class PrefixStore:
         dtype: torch.dtype | None = None,
         verify: bool = True,
         mapped: bool = False,
+        allow_other_weights: bool = False,
     ) -> None:
         if dtype is not None and dtype not in DTYPES:
             raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))} or None, got {dtype}")
         if memory_bytes < 0:
             raise ValueError(f"memory_bytes must be >= 0, got {memory_bytes}")
         self.directory, self.memory_bytes, self.dtype, self.verify = Path(directory), memory_bytes, dtype, verify
-        self.mapped = mapped
+        self.mapped, self.allow_other_weights = mapped, allow_other_weights
         self._decoder = find_decoder(model)
         self._lock = threading.Lock()
         self._kept: OrderedDict[Version, KVPrefix] = OrderedDict()  # least recently used first
@@ -205,9 +206,9 @@ class PrefixStore:
             prefix = KVPrefix.from_parts(saved._replace(tensors=own))
             prefix.place(decoder.devices).requires_grad_(False)
             check_fit(prefix, decoder)
-        doubt = prefix.metadata.other_weights(decoder.model) if first else None
-        if doubt:
-            warnings.warn(f"{path}: {doubt}", stacklevel=4)
+            if not first:
+                prefix.assume_weights(decoder.model)
+            prefix.compare_weights(decoder.model, path, self.allow_other_weights)
         self._seen[name] = version
         return prefix
 

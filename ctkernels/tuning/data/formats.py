@@ -152,6 +152,17 @@ class Row:
             return self.predicted_at
         return tuple(range(self.first_label, self.first_label + len(self.answers[answer])))
 
+    def example(self) -> dict[str, Any]:
+        """The row as columns of a dataset, for `PrefixModel`: `input_ids`, `labels` (-100 where there is none, not
+        shifted, as transformers wants them) and `held_out`. Raises ValueError if it has several answers."""
+        if len(self.answers) != 1:
+            raise ValueError(f"a row must have one answer to be an example, got {len(self.answers)}")
+        input_ids = [*self.tokens, self.answers[0][-1]]
+        labels = [-100] * len(input_ids)
+        for position, token in zip(self.label_positions(0), self.answers[0], strict=True):
+            labels[position + 1] = token
+        return {"input_ids": input_ids, "labels": labels, "held_out": self.held_out}
+
 
 def start_tokens(tokenizer: PreTrainedTokenizerBase, text_format: TextFormat) -> tuple[int, ...]:
     """What a sequence starts with: BOS, or nothing. Raises ValueError: `bos=True` for a tokenizer without BOS."""

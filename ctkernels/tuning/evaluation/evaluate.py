@@ -114,7 +114,7 @@ def evaluate_prefix(
         DataError: there are no items, an item has no options or two options with the same tokens, an output contains
             the delimiter, or an item does not fit into the model's context; calibration of items that do not share
             their options, or without the validation items that it needs.
-        ValueError: an unknown `by`, `score` or `calibrate`.
+        ValueError: an unknown `by`, `score` or `calibrate`; a prefix that was made for other weights.
         ArithmeticError: the loss of an option is not a number: the weights or the prefix are not finite.
     """
     items = as_demonstrations(items, "items")

@@ -37,6 +37,7 @@ class PrefixLM(HFLM):
         pretrained: hub id, folder, or a loaded model of the class and configuration that the prefix was made for.
         prefix: an `Adapter` or `KVPrefix`, or the folder of a saved one.
         add_bos_token: whether a request starts with BOS; by default not, since the prefix has it.
+        allow_other_weights: as in `KVPrefix.from_pretrained`.
         kwargs: all other arguments of lm-eval's "hf" model (batch_size, device, dtype, tokenizer, max_length ...).
 
     Raises:
@@ -50,12 +51,13 @@ class PrefixLM(HFLM):
         pretrained: str | PreTrainedModel,
         prefix: str | os.PathLike | Adapter | KVPrefix,
         add_bos_token: bool | None = False,
+        allow_other_weights: bool = False,
         **kwargs: Any,
     ) -> None:
         adapter = _find_adapter(prefix)
         super().__init__(pretrained, backend="causal", add_bos_token=add_bos_token, **kwargs)
         if isinstance(prefix, (str, os.PathLike)):  # read again, now with a check against the model
-            adapter = Adapter.from_pretrained(prefix, model=self.model, tokenizer=self.tokenizer)
+            adapter = Adapter.from_pretrained(prefix, self.model, self.tokenizer, allow_other_weights)
         adapter.prefix.to(self.device)
         adapter.prefix.attach(self.model).detach()  # raises an error now if the prefix does not fit
         self.adapter = adapter

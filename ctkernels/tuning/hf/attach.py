@@ -10,6 +10,7 @@
         caches.py                             caches remember their attachment
         parallel.py                           KV heads of models that are spread over processes
         traces.py                             what an attachment leaves on a model: undone later, never copied
+        untrained.py                          optimisers that leave the prefix out
 
 An attached model runs as usual (`forward`, loss, `generate`, gradient checkpointing) on a row's own tokens. Caches and
 2D padding masks cover only those. Every layer reads the prefix in place; it is never copied per row.
@@ -56,6 +57,7 @@ from ctkernels.tuning.hf.parallel import head_group
 from ctkernels.tuning.hf.protocols import PrefixLike, PrefixSetLike
 from ctkernels.tuning.hf.states import check_states, rows_of, serve_states
 from ctkernels.tuning.hf.traces import Traces
+from ctkernels.tuning.hf.untrained import watch
 
 
 class Attachment:
@@ -90,7 +92,9 @@ class Attachment:
         self._decoder = find_decoder(model)
         self._prefixes: tuple[PrefixLike, ...] = getattr(prefix, "prefixes", (prefix,))
         for each in self._prefixes:
-            check_fit(each, self._decoder)
+            check_fit(each, self._decoder)  # which says more than a comparison of hashes
+            if (compare_weights := getattr(each, "compare_weights", None)) is not None:
+                compare_weights(model)
         self._trainable = (prefix,) if self._prefixes == (prefix,) else ()  # a set of prefixes is a copy
         self._last_first = max(each.first_position for each in self._prefixes)
         config = self._decoder.config
@@ -121,7 +125,9 @@ class Attachment:
         decoder = self._decoder
         self._notice.remove()
         if any(hasattr(attention, ATTACHED) for attention in decoder.attentions):
-            raise ValueError(f"this {self._name} already has a prefix attached; leave that block first")
+            raise ValueError(
+                f"this {self._name} already has a prefix attached; leave that block, or unload its PrefixModel, first"
+            )
         with Traces() as traces:
             for index, attention in enumerate(decoder.attentions):
                 traces.set(attention, ATTACHED, index)
@@ -149,6 +155,8 @@ class Attachment:
                 traces.set(model, "generate", self._watched(model.generate))
             for module in dict.fromkeys((model, base)):
                 traces.set(module, "__deepcopy__", partial(traces.plain_copy, self, module))
+            for each in self._trainable:
+                watch(each, model, partial(_is_entered, weakref.ref(self)))
             ATTACHED_NOW.add(self._owner)
             traces.callback(ATTACHED_NOW.discard, self._owner)
             self._traces = traces.pop_all()
@@ -467,6 +475,11 @@ def _say_not_entered(attachment: weakref.ref[Attachment], base: nn.Module, args:
     made._notice.remove()
     if not any(hasattr(attention, ATTACHED) for attention in made._decoder.attentions):
         warnings.warn(NOT_ENTERED.format("was not entered"), stacklevel=2)
+
+
+def _is_entered(attachment: weakref.ref[Attachment]) -> bool:
+    made = attachment()
+    return made is not None and made._traces is not None
 
 
 def _layout(kwargs: dict[str, Any], tokens: Tensor, config: PreTrainedConfig) -> Tensor | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -20,8 +20,21 @@ from ctkernels.tuning.digest import combined, digests
 
 PROBES = 8  # values per tensor that are compared before a remembered fingerprint is given
 
-_known: WeakKeyDictionary[nn.Module, tuple[Any, str | None]] = WeakKeyDictionary()
-_held: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+
+class Weights(NamedTuple):
+    """Hashes of a model's weights, 32 hex digits.
+
+    whole: of all of them.  body: of all but the token embeddings and the output head, which grow with the vocabulary.
+    vocabulary: rows of the token embeddings; 0 of a module without them.
+    """
+
+    whole: str
+    body: str
+    vocabulary: int
+
+
+_known: WeakKeyDictionary[nn.Module, tuple[Any, Weights | None]] = WeakKeyDictionary()
+_held: WeakKeyDictionary[nn.Module, Weights | None] = WeakKeyDictionary()
 
 
 def weights_fingerprint(model: nn.Module, alone: bool = False) -> str | None:
@@ -36,29 +49,34 @@ def weights_fingerprint(model: nn.Module, alone: bool = False) -> str | None:
     Returns:
         None if some weights cannot be had: those of other processes, or ones on the meta device.
     """
+    found = _weights(model, alone)
+    return None if found is None else found.whole
+
+
+def base_weights(model: nn.Module, alone: bool = False) -> Weights | None:
+    """Hashes as in `weights_fingerprint`, but within `base_held` those of the weights before the block."""
+    return _held[model] if model in _held else _weights(model, alone)
+
+
+def _weights(model: nn.Module, alone: bool) -> Weights | None:
     sharded = _is_sharded(model)
     state = [_state(name, p, sharded) for name, p in model.named_parameters(remove_duplicate=False)]
-    remembered, fingerprint = _known.get(model, (None, None))
+    remembered, found = _known.get(model, (None, None))
     if remembered == state:
-        return fingerprint
+        return found
     if alone and sharded:
         return None
-    _known[model] = state, _fingerprint(model)
+    _known[model] = state, _read(model)
     return _known[model][1]
-
-
-def base_fingerprint(model: nn.Module, alone: bool = False) -> str | None:
-    """As `weights_fingerprint`, but within `base_held` that of the weights before the block."""
-    return _held[model] if model in _held else weights_fingerprint(model, alone)
 
 
 @contextmanager
 def base_held(model: nn.Module) -> Iterator[None]:
-    """A block that changes weights and puts them back: within it, `base_fingerprint` is that of before."""
+    """A block that changes weights and puts them back: within it, `base_weights` are those of before."""
     if model in _held:
         yield
         return
-    _held[model] = weights_fingerprint(model, alone=True)
+    _held[model] = _weights(model, alone=True)
     remembered = _known.get(model)
     try:
         yield
@@ -87,7 +105,7 @@ def _state(name: str, parameter: Tensor, sharded: bool) -> tuple:
     return name, version, parameter.data_ptr(), tuple(probes.tolist())
 
 
-def _fingerprint(model: nn.Module) -> str | None:
+def _read(model: nn.Module) -> Weights | None:
     saved = {name: x for name, x in model.state_dict(keep_vars=True).items() if isinstance(x, Tensor)}
     state = dict(part for name, x in saved.items() for part in _parts(name, x))
     first: dict[int, str] = {}  # tied weights are read once
@@ -97,7 +115,14 @@ def _fingerprint(model: nn.Module) -> str | None:
         found = digests(((name, _whole(model, name, state[name])) for name in first.values()), rounded=True)
     except LookupError:
         return None
-    return combined({name: found[first[id(x)]] for name, x in state.items()})
+    embedding, head = (getattr(model, f"get_{name}_embeddings", lambda: None)() for name in ("input", "output"))
+    growing = {id(x) for module in (embedding, head) if module is not None for x in module.parameters()}
+    parts = {name: (x, found[first[id(x)]]) for name, x in state.items()}
+    return Weights(
+        combined({name: digest for name, (_, digest) in parts.items()}),
+        combined({name: digest for name, (x, digest) in parts.items() if id(x) not in growing}),
+        0 if embedding is None else next(embedding.parameters()).shape[0],
+    )
 
 
 def _parts(name: str, x: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -52,20 +52,25 @@ def row_losses(model: PreTrainedModel, attachment: Attachment, batch: Batch, pro
     return answer_losses(logits, batch)
 
 
+def set_mode(model: nn.Module, recompute: bool = True) -> None:
+    """Put a frozen model into eval mode, so that no dropout is active.
+
+    Modules that need training mode for their derivative (`differentiable_mode`) stay in it. With `recompute`, so do
+    modules with gradient checkpointing, since transformers checkpoints only in that mode.
+    """
+    for module in model.modules():
+        checkpoints = recompute and bool(getattr(module, "gradient_checkpointing", False))
+        module.training = checkpoints or differentiable_mode(module)
+
+
 @contextlib.contextmanager
 def frozen(model: PreTrainedModel, but: Iterable[nn.Parameter] = ()) -> Iterator[None]:
-    """Within the block only the weights in `but` require a gradient, and no dropout is active. Then all is restored.
-
-    Modules with gradient checkpointing stay in training mode, since transformers checkpoints only in that mode. So do
-    modules that need it for their derivative (`differentiable_mode`).
-    """
+    """Within the block only the weights in `but` require a gradient, and no dropout is active. Then all is restored."""
     reshard(model)
     needs_grad = [(p, p.requires_grad) for p in model.parameters()]
     training = [(module, module.training) for module in model.modules()]
     try:
-        model.requires_grad_(False).eval()
-        for module, _ in training:
-            module.training = bool(getattr(module, "gradient_checkpointing", False)) or differentiable_mode(module)
+        set_mode(model.requires_grad_(False))
         for parameter in but:
             parameter.requires_grad_(True)
         yield

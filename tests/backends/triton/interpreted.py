@@ -11,13 +11,13 @@ import ctkernels as ct
 from ctkernels.backends.triton import backend as triton_backend
 from ctkernels.backends.triton import config, tables, tile
 from ctkernels.backends.triton.config import Target
+from ctkernels.backends.triton.interpreter import repair
 from ctkernels.backends.triton.plan import plan_forward
 from ctkernels.problem import Problem
 from ctkernels.testing import oracle
 from ctkernels.testing.backends import Backend
 from ctkernels.testing.calls import cotangents_for, make_call, run
 from ctkernels.testing.compare import assert_matches
-from ctkernels.testing.interpreter import repair
 
 repair()
 TRITON = Backend("triton")

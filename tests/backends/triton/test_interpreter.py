@@ -68,3 +68,43 @@ def test_under_the_interpreter(selection, pytestconfig):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=pytestconfig.rootpath, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+SCRIPT = """
+import torch
+import ctkernels as ct
+
+generator = torch.Generator().manual_seed(0)
+shapes = [(2, 4, 3, 16), (2, 2, 3, 16), (2, 2, 3, 16), (2, 9, 16), (2, 9, 16)]
+for dtype in (torch.bfloat16, torch.float16):
+    tensors = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    results = []
+    for backend in ("triton", "reference"):
+        out = ct.prefix_attention(*tensors, backend=backend)
+        results.append((out, *torch.autograd.grad(out.float().sum(), tensors)))
+    for actual, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=2e-2, atol=2e-2)
+"""
+
+
+def test_16_bit_rows_outside_of_the_tests():
+    """Would catch: a repair of the interpreter's bf16 that only the tests make."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+UNKNOWN = """
+import torch
+from triton.runtime import interpreter
+del interpreter.InterpreterBuilder.create_dot
+import ctkernels as ct
+x = torch.zeros(1, 1, 1, 16)
+ct.prefix_attention(x, x, x, x[0], x[0], backend="triton")
+"""
+
+
+def test_an_interpreter_that_cannot_be_repaired_is_refused():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", UNKNOWN], env=environment, capture_output=True, text=True)
+    assert "backend='triton' is unavailable: the interpreter of Triton" in done.stderr, done.stderr[-2000:]

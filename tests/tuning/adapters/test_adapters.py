@@ -63,8 +63,10 @@ def test_the_weights_of_an_adapter_are_those_without_its_update(tmp_path, name):
         Adapter.from_pretrained(tmp_path, model, TOKENIZER)
     assert weights_fingerprint(model) == own
     other = make_model("llama", torch.float32, seed=1)
-    with pytest.warns(UserWarning, match="with other weights"):
+    with pytest.raises(PrefixFileError, match="with other weights"):
         Adapter.from_pretrained(tmp_path, other, TOKENIZER)
+    with pytest.warns(UserWarning, match="with other weights"):
+        Adapter.from_pretrained(tmp_path, other, TOKENIZER, allow_other_weights=True)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,10 @@ from ctkernels.testing.models import make_model, stock_logits, tokens
 from ctkernels.tuning import storage
 from ctkernels.tuning.adapters.file import PrefixFileError, read_file, write_file
 from ctkernels.tuning.adapters.prefix import KVPrefix, PrefixMetadata, tokenizer_hash
+from ctkernels.tuning.adapters.prefix_set import PrefixSet
 from ctkernels.tuning.data.demonstrations import Demonstration
 from ctkernels.tuning.data.formats import EncodedContext, TextFormat, encode_context
+from ctkernels.tuning.evaluation.evaluate import evaluate_prefix
 from ctkernels.tuning.hf.fingerprint import weights_fingerprint
 from ctkernels.tuning.hf.models import Decoder
 from ctkernels.tuning.storage import atomic_file, atomic_write_bytes, atomic_write_json
@@ -366,8 +368,24 @@ def test_other_weights_of_the_same_architecture(saved):
         other.model.layers[1].mlp.up_proj.weight[20, 17] *= 2
     for name in ("tiny/llama-instruct", "tiny/llama"):
         other.name_or_path = name
-        with pytest.warns(UserWarning, match=f"made for model 'tiny/llama', loaded for '{name}' .* with other weights"):
+        told = f"made for model 'tiny/llama', loaded for '{name}' .* with other weights"
+        with pytest.raises(PrefixFileError, match=f"{saved}.*: {told}.*; allow_other_weights=True"):
             KVPrefix.from_pretrained(saved, other)
+        prefix = KVPrefix.from_pretrained(saved)
+        with pytest.raises(ValueError, match=told):
+            prefix.attach(other)
+        with pytest.raises(ValueError, match=told):
+            PrefixSet([prefix]).attach(other, [0])
+        with pytest.raises(ValueError, match=told):
+            evaluate_prefix(other, make_tokenizer(), [Demonstration("the film", "good", ("good", "bad"))], prefix)
+        with pytest.warns(UserWarning, match=told):
+            allowed = KVPrefix.from_pretrained(saved, other, allow_other_weights=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with allowed.attach(other):
+                pass
+        with pytest.warns(UserWarning, match=told):
+            prefix.attach(other, allow_other_weights=True).detach()
 
 
 @pytest.mark.filterwarnings("error")

@@ -233,9 +233,14 @@ def test_prefixes_that_a_store_does_not_serve(store, model, prefixes):
         store.get("new")
 
 
-def test_other_weights_are_warned_about(store):
-    """Once per file."""
-    other = PrefixStore(store.directory, make_model("llama", torch.float32, seed=1), memory_bytes=0)
+def test_other_weights(store):
+    """Where they are allowed a warning says so, once per file."""
+    model = make_model("llama", torch.float32, seed=1)
+    refused = PrefixStore(store.directory, model, memory_bytes=0)
+    for _ in range(2):
+        with pytest.raises(PrefixFileError, match=r"routing\.safetensors: .* with other weights .*allow_other_weights"):
+            refused.get("routing")
+    other = PrefixStore(store.directory, model, memory_bytes=0, allow_other_weights=True)
     with pytest.warns(UserWarning, match=r"routing\.safetensors: .* with other weights"):
         other.get("routing")
     with warnings.catch_warnings():

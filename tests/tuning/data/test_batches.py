@@ -28,6 +28,21 @@ def test_packed_batch():
     assert batch.labels.tolist() == [8, 15, 16] and batch.answer_sizes == (1, 2)
 
 
+@pytest.mark.parametrize("row", [*ROWS, Row((5, 6, 7, 8, 9), ((6, 8),), 1, predicted_at=(0, 2))])
+def test_an_example_has_the_labels_that_the_row_is_scored_by(row):
+    """transformers compares the logits of a position with the label of the next one."""
+    example, batch = row.example(), make_batch([row], [0], "padded")
+    logits = torch.randn(1, len(example["input_ids"]), 20, dtype=torch.float64)
+    actual = cross_entropy(logits[0, :-1], torch.tensor(example["labels"][1:]))
+    torch.testing.assert_close(answer_losses(logits[:, batch.logit_positions], batch)[0], actual)
+    assert example["held_out"] == row.held_out and tuple(example["input_ids"][: len(row.tokens)]) == row.tokens
+
+
+def test_a_row_of_several_answers_is_no_example():
+    with pytest.raises(ValueError, match="a row must have one answer to be an example, got 2"):
+        SHARED[0].example()
+
+
 def test_padded_batch():
     rows = [Row((5,), ((6,),)), Row((7, 8, 9), ((8, 9, 10),))]
     batch = make_batch(rows, [0, 1], "padded")

@@ -13,15 +13,15 @@ from ctkernels.testing.models import make_model, tokens
 from ctkernels.tuning import digest
 from ctkernels.tuning.adapters.lora import Lora
 from ctkernels.tuning.hf import fingerprint
-from ctkernels.tuning.hf.fingerprint import base_fingerprint, base_held, weights_fingerprint
+from ctkernels.tuning.hf.fingerprint import base_held, base_weights, weights_fingerprint
 
 
 @pytest.fixture
 def hashed(monkeypatch):
     """How often weights were read."""
     calls = []
-    original = fingerprint._fingerprint
-    monkeypatch.setattr(fingerprint, "_fingerprint", lambda model: calls.append(model) or original(model))
+    original = fingerprint._read
+    monkeypatch.setattr(fingerprint, "_read", lambda model: calls.append(model) or original(model))
     return calls
 
 
@@ -73,10 +73,10 @@ def test_weights_are_read_once(hashed):
     model = make_model("llama", torch.float32)
     for _ in range(3):
         weights_fingerprint(model)
-        base_fingerprint(model)
+        base_weights(model)
     model(tokens(1, 4))
     with Lora(2, 2.0, ("q_proj",)).merged(model):
-        base_fingerprint(model)
+        base_weights(model)
     weights_fingerprint(model)
     assert len(hashed) == 1
     model.load_state_dict(make_model("llama", torch.float32, seed=1).state_dict())
@@ -91,10 +91,10 @@ def test_the_base_of_a_model_that_is_changed_for_a_while():
         with torch.no_grad():
             model.lm_head.weight.add_(1)
         with base_held(model):
-            assert base_fingerprint(model) == own != weights_fingerprint(model)
-        assert base_fingerprint(model) == own
+            assert base_weights(model).whole == own != weights_fingerprint(model)
+        assert base_weights(model).whole == own
         raise RuntimeError
-    assert base_fingerprint(model) == weights_fingerprint(model) != own
+    assert base_weights(model).whole == weights_fingerprint(model) != own
 
 
 def test_tied_weights_are_read_once_and_count_under_both_names(monkeypatch):

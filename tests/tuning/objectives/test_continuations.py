@@ -52,8 +52,12 @@ def test_scores_are_those_of_rows_of_their_own(name, score):
     assert scored.choices_of_rows == [1, 1, 1]
     for scores, losses in zip(scored.scores, expected, strict=True):
         assert (-scores[scores.isfinite()]).tolist() == pytest.approx(losses[:-1], abs=1e-6)
+    # one row holds all options; they begin with the same token
+    alone = [Demonstration("rain", "wet", ("wet", "web"))] if score != "first-token" else []
+    items = [*task[::-1], *alone, *task]  # not in the order of their lengths
+    expected = [*expected[::-1], *(losses_one_by_one(scorer, item, score) for item in alone), *expected]
     for max_tokens in (4096, 16):
-        found = replace(scorer, max_tokens=max_tokens).option_losses(task, score)
+        found = replace(scorer, max_tokens=max_tokens).option_losses(items, score)
         for item, losses in zip(found, expected, strict=True):
             assert [*item.options.values(), item.output] == pytest.approx(losses, abs=1e-6)
 

@@ -49,7 +49,10 @@ class Params(ctypes.Structure):
         ("causal", c_bool),
         ("window_prefix", c_bool),
         ("window", c_int64),
-        *((name, Tensor4) for name in ("out", "lse", "dout", "dlse", "dq", "dk", "dv", "dprefix_k", "dprefix_v")),
+        *(
+            (name, Tensor4)
+            for name in ("out", "lse", "dout", "dlse", "ds_sum", "dq", "dk", "dv", "dprefix_k", "dprefix_v")
+        ),
         ("dbias", c_void_p),
         ("dbias_prefix", c_int64),
         ("dbias_head", c_int64),

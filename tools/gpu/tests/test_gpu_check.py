@@ -30,8 +30,6 @@ def test_other():
 
 INTERPRETED = """
 import sys
-from ctkernels.testing.interpreter import repair
-repair()  # of bf16 in Triton 3.9's interpreter
 from tools.gpu import check
 sys.exit(check.main())
 """
