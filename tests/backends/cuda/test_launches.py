@@ -6,6 +6,10 @@ the kernels are in the library (`make cuda-bindings` shows that).
 """
 
 import itertools
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -151,3 +155,35 @@ def test_the_fake_refuses_what_a_gpu_refuses(device):
 def test_tensors_of_the_cpu_are_refused(device):
     with pytest.raises(NotImplementedError, match="'CPU' backend"):
         run(None)
+
+
+MISTAKES = {  # each an edit of python_bindings/cuda.cpp
+    "the current device, whatever the tensors are on": (
+        "guard(q.device())", "guard(c10::Device(c10::kCUDA, c10::cuda::current_device()))",
+    ),
+    "the default stream": ("= c10::cuda::getCurrentCUDAStream()", "= nullptr"),
+    "kernels that are loaded where they are launched": ("if (loaded.count(wanted)) return;", "if (true) return;"),
+    "loading that ends a capture": ("cudaStreamCaptureModeRelaxed", "cudaStreamCaptureModeGlobal"),
+    "kernels that are loaded on one device alone": ("{c10::cuda::current_device(), rows}", "{0, rows}"),
+    "less shared memory than plans ask for": ("ctk::cuda::SHARED_LIMIT", "64 * 1024"),
+}  # fmt: skip
+
+
+if os.environ.get("CTKERNELS_TEST_PROFILE") == "thorough":  # half a minute each, for the compiler
+
+    @pytest.mark.parametrize("name", MISTAKES)
+    def test_mistake_is_caught(name, tmp_path):
+        old, new = MISTAKES[name]
+        for source in (path for name in fake_gpu.CODE for path in fake_gpu.ROOT.glob(name)):
+            copy = tmp_path / source.relative_to(fake_gpu.ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text(source.read_text())
+        bindings = tmp_path / "python_bindings/cuda.cpp"
+        assert old in bindings.read_text()
+        bindings.write_text(bindings.read_text().replace(old, new))
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+        changed = {"CTKERNELS_FAKE_GPU_SOURCES": str(tmp_path), "CTKERNELS_TEST_PROFILE": "default"}
+        done = subprocess.run(command, env=os.environ | changed, capture_output=True, text=True)
+        assert re.search(r"\d+ failed", done.stdout) and " error" not in done.stdout.splitlines()[-1], done.stdout[
+            -3000:
+        ]

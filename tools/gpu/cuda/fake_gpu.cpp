@@ -9,6 +9,8 @@
 #include <map>
 #include <string>
 
+#include "planned_kernels.h"
+
 #define FAKE_API extern "C" __attribute__((visibility("default")))
 
 namespace fake {
@@ -31,8 +33,6 @@ int current = 0;
 cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
 Callback callback = nullptr;
 std::string calls;  // a line of JSON each
-std::vector<std::string> names;
-std::vector<ctk::cuda::KernelEntry> tables[4];  // bf16, fp16, fp32, all types
 
 __attribute__((format(printf, 1, 2))) void record(const char* format, ...) {
   char line[512];
@@ -65,8 +65,33 @@ cudaError_t load(const void* kernel) {
   return cudaSuccess;
 }
 
+// What a build has: every kernel that a plan can name. A kernel's address is that of its name.
+struct Build {
+  std::string lines;
+  std::vector<std::string> names;
+  std::vector<ctk::cuda::KernelEntry> tables[4];  // bf16, fp16, fp32, all types
+
+  Build() {
+    for (const auto& [name, launch] : ctk::cuda::planned::kernels()) names.push_back(name), lines += name + '\n';
+    for (const std::string& name : names) {
+      int table = 0;
+      for (const char* type : {"_bf16", "_fp16", "_fp32"}) {
+        if (name.find(type) != std::string::npos) break;
+        ++table;
+      }
+      tables[table].push_back({name.c_str(), name.c_str()});
+    }
+    for (auto& table : tables) table.push_back({nullptr, nullptr});
+  }
+};
+
+const Build& build() {
+  static const Build it;
+  return it;
+}
+
 const char* name_of(const void* kernel) {
-  for (const std::string& name : names)
+  for (const std::string& name : build().names)
     if (name.c_str() == kernel) return name.c_str();
   return nullptr;
 }
@@ -149,28 +174,17 @@ FAKE_API int fake_load(int device, const char* kernel) {
 }
 FAKE_API const char* fake_calls() { return fake::calls.c_str(); }
 FAKE_API void fake_forget_calls() { fake::calls.clear(); }
-FAKE_API void fake_set_kernels(const char* lines) {
-  for (const char* end; (end = std::strchr(lines, '\n')); lines = end + 1) fake::names.emplace_back(lines, end);
-  for (const std::string& name : fake::names) {
-    int table = 0;
-    for (const char* type : {"_bf16", "_fp16", "_fp32"}) {
-      if (name.find(type) != std::string::npos) break;
-      ++table;
-    }
-    fake::tables[table].push_back({name.c_str(), name.c_str()});
-  }
-  for (auto& table : fake::tables) table.push_back({nullptr, nullptr});
-}
+FAKE_API const char* fake_kernels() { return fake::build().lines.c_str(); }
 
 // Of the build.
 namespace ctk::cuda {
 
 const KernelEntry* kernels_of(Type rows) {
-  return fake::tables[rows == Type::bf16 ? 0 : rows == Type::f16 ? 1 : 2].data();
+  return fake::build().tables[rows == Type::bf16 ? 0 : rows == Type::f16 ? 1 : 2].data();
 }
-const KernelEntry* common_kernels() { return fake::tables[3].data(); }
+const KernelEntry* common_kernels() { return fake::build().tables[3].data(); }
 const void* find_kernel(const char* name) {
-  for (const auto& known : fake::names)
+  for (const std::string& known : fake::build().names)
     if (known == name) return known.c_str();
   return nullptr;
 }

@@ -27,19 +27,20 @@ from ptxemu.launch import cache_directory
 from torch.utils import _pytree as pytree
 
 ROOT = Path(__file__).resolve().parents[3]
-SOURCE = Path(__file__).with_name("fake_gpu.cpp")
-RESOURCES = ROOT / "tools/gpu/results/cuda_resources.json"
+SOURCES = Path(os.environ.get("CTKERNELS_FAKE_GPU_SOURCES", ROOT))  # tests plant mistakes into a copy
+CODE = (
+    "csrc/*.h",
+    "csrc/cuda/*.h",
+    "python_bindings/*.*",
+    "tools/gpu/cuda/planned_kernels.h",
+    "tools/gpu/cuda/fake_gpu.cpp",
+)
 CALLBACK = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint32), ctypes.c_uint32, ctypes.c_uint32,
     ctypes.POINTER(ctypes.c_char), ctypes.c_int64,
 )  # fmt: skip
 # kernel, grid, threads, bytes of shared memory, the one argument
 Launched = Callable[[str, tuple[int, int, int], int, int, bytes], None]
-
-
-def kernels() -> list[str]:
-    """The names of all kernels; tests hold the committed table to be complete."""
-    return sorted({entry["kernel"] for entry in json.loads(RESOURCES.read_text())["entries"]})
 
 
 def cuda_headers() -> list[str]:
@@ -50,15 +51,16 @@ def cuda_headers() -> list[str]:
 
 def build() -> Path:
     """The library, against this torch, kept by content."""
-    headers = [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.h"), *ROOT.glob("python_bindings/*")]
-    told = [torch.__version__.encode(), *(path.read_bytes() for path in sorted([*headers, SOURCE]))]
+    code = [path.read_bytes() for name in CODE for path in sorted(SOURCES.glob(name))]
+    told = [torch.__version__.encode(), *code]
     target = cache_directory() / f"bindings-{hashlib.sha256(b''.join(told)).hexdigest()[:20]}.so"
     if not target.exists():
         torch_root = Path(torch.__file__).parent
         includes = [torch_root / "include", torch_root / "include/torch/csrc/api/include"]
         includes += [sysconfig.get_paths()["include"], *cuda_headers()]
-        command = ["g++", "-std=c++20", "-O1", "-Wall", "-Wno-psabi", "-Werror", "-fPIC", "-shared", str(SOURCE)]
+        command = ["g++", "-std=c++20", "-O1", "-Wall", "-Wno-psabi", "-Werror", "-fPIC", "-shared"]
         command += ["-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE", *(f"-isystem{path}" for path in includes)]
+        command += [str(SOURCES / CODE[-1])]
         command += [f"-L{torch_root}/lib", "-lc10", "-ltorch_cpu", "-Wl,-z,lazy"]
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             built = Path(folder) / "bindings.so"
@@ -75,9 +77,13 @@ def library() -> ctypes.CDLL:
     if torch.version.cuda is not None:
         raise RuntimeError(f"the fake GPUs need a torch without CUDA, got {torch.__version__}")
     loaded = ctypes.CDLL(str(build()), mode=os.RTLD_LAZY)
-    loaded.fake_calls.restype = ctypes.c_char_p
-    loaded.fake_set_kernels("".join(f"{name}\n" for name in kernels()).encode())
+    loaded.fake_calls.restype = loaded.fake_kernels.restype = ctypes.c_char_p
     return loaded
+
+
+def kernels() -> list[str]:
+    """The names of all kernels, as `plan.h` can name them."""
+    return library().fake_kernels().decode().split()
 
 
 def to_gpu(values: Any, device: int = 0) -> Any:
