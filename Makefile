@@ -23,7 +23,7 @@ NEWEST ?= torch==2.14.1
 OP_TESTS := hypothesis|iniconfig|ninja|numpy|packaging|pluggy|psutil|pygments|Pygments|pytest|setuptools|sortedcontainers
 PIP := .venv/bin/pip --quiet --disable-pip-version-check
 CXX_FILES := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh \
-  python_bindings/*.h python_bindings/*.cpp tools/gpu/cuda/*.cpp)
+  python_bindings/*.h python_bindings/*.cpp tools/gpu/cuda/*.h tools/gpu/cuda/*.cpp)
 SOURCES := setup.py $(filter csrc/% python_bindings/%,$(CXX_FILES))
 # a CUDA build of torch depends on the Triton that its own compiler needs, and on its CUDA runtime: those stay
 TORCH_BRINGS_TRITON := import importlib.metadata as m, sys; sys.exit(not any(r.startswith('triton') for r in m.requires('torch') or []))
@@ -66,9 +66,9 @@ bench: .venv/built
 	.venv/bin/python benchmarks/bench_serving.py --out $(RESULTS) --model $(or $(MODEL),.models/smollm2-135m)
 	.venv/bin/python benchmarks/render.py --results $(RESULTS)
 
-# Mistakes planted into copies of the CUDA kernels: the tests must catch every one
+# Mistakes planted into copies of the CUDA kernels and of their bindings: the tests must catch every one
 mutations-cuda: .venv/installed
-	CTKERNELS_TEST_PROFILE=thorough .venv/bin/python -m pytest -q tests/backends/cuda/test_mutations.py
+	CTKERNELS_TEST_PROFILE=thorough .venv/bin/python -m pytest -q tests/backends/cuda -k mistake_is_caught
 
 # The op over all head shapes, prefix lengths, row lengths and batches, beside torch.mm alone; about ten minutes
 bench-full: .venv/built

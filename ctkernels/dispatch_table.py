@@ -1,9 +1,9 @@
 """Which of the two GPU backends "auto" takes, by architecture, type, head dimension and direction.
 
-The first matching row decides. Rows of a file (`CTKERNELS_DISPATCH=FILE`, or `use`) come before those of `TABLE`. On a
-GPU, `make gpu-check` measures both backends and writes such a file:
+CUDA C++, unless a measurement says otherwise: on a GPU, `make gpu-check` times both backends and writes a file of rows,
+of which the first one that matches a call decides (`CTKERNELS_DISPATCH=FILE`, or `use`):
 
-    {"rows": [{"architecture": "sm_90", "dtype": "bf16", "head_dim": 64, "direction": "backward", "backend": "cuda"}]}
+    {"rows": [{"architecture": "sm_90", "dtype": "bf16", "head_dim": 64, "direction": "backward", "backend": "triton"}]}
 
 Fields are patterns as in file names ("sm_8?"). A field that is left out, or "*", matches everything.
 """
@@ -24,6 +24,9 @@ VARIABLE = "CTKERNELS_DISPATCH"
 DIRECTIONS = ("forward", "backward")
 GPU_BACKENDS = ("cuda", "triton")
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+# On every architecture. No GPU has measured either backend. The host's part of a call is known to be smaller in C++:
+# Triton's launches are planned in Python.
+DEFAULT = "cuda"
 HEAD_DIMENSIONS = (64, 80, 96, 128, 256)  # any other counts as the next larger one, to which the kernels pad it
 
 
@@ -34,31 +37,21 @@ class Row(NamedTuple):
     dtype: str = "*"
     head_dim: str = "*"
     direction: str = "*"
-    backend: str = "triton"
+    backend: str = DEFAULT
 
 
-# Not measured yet. The CUDA kernels use mma.sync, the only matrix instruction of sm_8? and sm_12?. Triton uses the
-# warp-group instructions of sm_90 and sm_100. For fp32 Triton uses no tensor cores; the CUDA kernels use three TF32
-# products.
-TABLE = (
-    Row("sm_8?", backend="cuda"),
-    Row("sm_12?", backend="cuda"),
-    Row(dtype="fp32", backend="cuda"),
-    Row(backend="triton"),
-)
-
-_overrides: list[Row] | None = None  # None: the environment variable has not been read
+_rows: list[Row] | None = None  # None: the environment variable has not been read
 
 
 def use(source: str | os.PathLike[str] | Iterable[Mapping[str, Any]] | None) -> None:
-    """Put rows before those of `TABLE`: those of a file, or mappings with the fields of `Row`. None: `TABLE` alone.
+    """Set the table: the rows of a file, or mappings with the fields of `Row`. None: no rows, so `DEFAULT` alone.
 
     Raises:
         ValueError: not a valid table; the message names the row and the field.
         OSError: the file cannot be read.
     """
-    global _overrides
-    _overrides = [] if source is None else read(source)
+    global _rows
+    _rows = [] if source is None else read(source)
     pick.cache_clear()
 
 
@@ -78,15 +71,15 @@ def heads(D: int, Dv: int) -> tuple[int, int]:
 
 @cache
 def pick(architecture: str, dtype: torch.dtype, head_dim: int, direction: str) -> str:
-    """The backend that the table names for an architecture ("sm_90"), a type, one of `HEAD_DIMENSIONS` and a
-    direction."""
-    if _overrides is None:
+    """The backend of the first row that matches an architecture ("sm_90"), a type, one of `HEAD_DIMENSIONS` and a
+    direction, else `DEFAULT`."""
+    if _rows is None:
         use(os.environ.get(VARIABLE) or None)
     call = (architecture, DTYPES.get(dtype, str(dtype)), str(head_dim), direction)
-    for row in (*(_overrides or ()), *TABLE):
+    for row in _rows or ():
         if all(fnmatchcase(value, pattern) for value, pattern in zip(call, row[:4], strict=True)):
             return row.backend
-    raise AssertionError("the last row of the table matches every call")
+    return DEFAULT
 
 
 def read(source: str | os.PathLike[str] | Iterable[Mapping[str, Any]]) -> list[Row]:

@@ -2,13 +2,15 @@
 // ctkernels/backends/cuda.py calls. Values that index memory are not read here, since that would wait for the GPU:
 // the kernels clamp them.
 #include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime_api.h>
 #include <torch/library.h>
 
-#include <map>
 #include <mutex>
+#include <set>
+#include <utility>
 
 #include "../csrc/cuda/kernels.h"
 #include "cuda_call.h"
@@ -17,27 +19,36 @@ namespace {
 
 using namespace ctk::bindings;
 
-constexpr uint32_t DEFAULT_SHARED_LIMIT = 48 * 1024;
-
-// Requests dynamic shared memory beyond the default limit, once per kernel and device.
-void allow_shared(const void* kernel, uint32_t bytes) {
-  if (bytes <= DEFAULT_SHARED_LIMIT) return;
+// Loads every kernel that rows of one type may need, once per device. Otherwise CUDA loads a kernel when it is launched
+// first, which a stream that is being captured does not allow; and which kernels a call needs depends on its sizes, so
+// that a call before the capture need not have launched all of them. If that first call is captured itself, loading is
+// safe: it adds nothing to the stream.
+//
+// Each kernel may then have as much dynamic shared memory as plan.h asks for. Without permission it is 48 KiB.
+void load_kernels(ctk::Type rows) {
   static std::mutex mutex;
-  static std::map<std::pair<int, const void*>, uint32_t> allowed;
+  static std::set<std::pair<int, ctk::Type>> loaded;
   const std::lock_guard<std::mutex> lock(mutex);
-  uint32_t& most = allowed[{c10::cuda::current_device(), kernel}];
-  if (bytes <= most) return;
-  C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
-  most = bytes;
+  const std::pair<int, ctk::Type> wanted{c10::cuda::current_device(), rows};
+  if (loaded.count(wanted)) return;
+  const c10::cuda::CUDAStreamCaptureModeGuard guard(cudaStreamCaptureModeRelaxed);
+  for (const ctk::cuda::KernelEntry* entry : {ctk::cuda::common_kernels(), ctk::cuda::kernels_of(rows)})
+    for (; entry->name; ++entry) {
+      cudaFuncAttributes attributes;  // to ask for them loads the kernel
+      C10_CUDA_CHECK(cudaFuncGetAttributes(&attributes, entry->kernel));
+      C10_CUDA_CHECK(
+          cudaFuncSetAttribute(entry->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, ctk::cuda::SHARED_LIMIT));
+    }
+  loaded.insert(wanted);
 }
 
 void launch(const ctk::cuda::Plan& plan) {
+  load_kernels(plan.args.call.p.q.type);
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   void* arguments[] = {const_cast<ctk::cuda::Args*>(&plan.args)};
   for (const ctk::cuda::Launch& l : plan.launches) {
     const void* kernel = ctk::cuda::find_kernel(l.name);
     TORCH_CHECK(kernel, "this build has no kernel ", l.name);
-    allow_shared(kernel, l.shared);
     const dim3 grid(l.grid[0], l.grid[1], l.grid[2]), block(l.block);
     C10_CUDA_CHECK(cudaLaunchKernel(kernel, grid, block, arguments, l.shared, stream));
   }

@@ -179,18 +179,18 @@ __device__ __forceinline__ void forward(const Args& a) {
       bool full = false;
       if constexpr (!General) full = step.full;
       // Nothing to hide, nothing to choose, and hardly ever a new top. A warp that needs one leaves the loop without
-      // the others, which is safe: every path through a step has the same two barriers.
+      // the others: every path through a step meets the other warps twice.
       if (full) {
         bool ahead, grows;
         do {
           copy_wait<0>();
-          __syncthreads();
+          meet<THREADS>();
           copy.template start<true>(v, from_v, step.start, 0);
           copy_commit();
           ahead = walk.next_is_full(&step);
           multiply_rows<T, W, M, N / 8>(s, left, keys, false);
           copy_wait<0>();
-          __syncthreads();
+          meet<THREADS>();
           if (ahead) copy.template start<true>(k, from_k, step.start, 0);
           copy_commit();
           float high[M][2];
@@ -207,7 +207,7 @@ __device__ __forceinline__ void forward(const Args& a) {
         if (!grows) continue;
       } else {
         copy_wait<0>();
-        __syncthreads();  // k of this step is here, and nobody reads v of the last one any more
+        meet<THREADS>();  // k of this step is here, and nobody reads v of the last one any more
         copy.template start<false>(v, from_v, step.start, step.any);
         copy_commit();
         const int start = step.start;
@@ -221,7 +221,7 @@ __device__ __forceinline__ void forward(const Args& a) {
           hide<M, N>(s, words);
         }
         copy_wait<0>();
-        __syncthreads();  // v is here, and nobody reads k any more
+        meet<THREADS>();  // v is here, and nobody reads k any more
         if (more) copy.template start<false>(k, from_k, step.start, step.any);
         copy_commit();
         if (!used) continue;

@@ -2,7 +2,6 @@
 #include <cstring>
 
 #include "instances.cuh"
-#include "kernels.h"
 
 namespace ctk::cuda {
 
@@ -13,11 +12,17 @@ CTK_KERNEL(ctk_sum_prefix, (SUM_THREADS), sum_prefix)
 CTK_KERNEL(ctk_sum_bias, (SUM_THREADS), sum_bias)
 
 extern const KernelEntry bf16_kernels[], fp16_kernels[], fp32_kernels[];
-static const KernelEntry common_kernels[] = {CTK_ENTRY(ctk_setup_rows) CTK_ENTRY(ctk_setup_tiles) CTK_ENTRY(ctk_pack)
-                                                 CTK_ENTRY(ctk_sum_prefix) CTK_ENTRY(ctk_sum_bias){nullptr, nullptr}};
+static const KernelEntry common[] = {CTK_ENTRY(ctk_setup_rows) CTK_ENTRY(ctk_setup_tiles) CTK_ENTRY(ctk_pack)
+                                         CTK_ENTRY(ctk_sum_prefix) CTK_ENTRY(ctk_sum_bias){nullptr, nullptr}};
+
+const KernelEntry* kernels_of(Type rows) {
+  return rows == Type::bf16 ? bf16_kernels : rows == Type::f16 ? fp16_kernels : fp32_kernels;
+}
+
+const KernelEntry* common_kernels() { return common; }
 
 const void* find_kernel(const char* name) {
-  for (const KernelEntry* table : {common_kernels, bf16_kernels, fp16_kernels, fp32_kernels})
+  for (const KernelEntry* table : {common, bf16_kernels, fp16_kernels, fp32_kernels})
     for (const KernelEntry* entry = table; entry->name; ++entry)
       if (!std::strcmp(entry->name, name)) return entry->kernel;
   return nullptr;

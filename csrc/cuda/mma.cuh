@@ -70,22 +70,37 @@ __device__ __forceinline__ void split_tf32(uint32_t x, uint32_t* high, uint32_t*
   *low = fabsf(value) < 3.0e38f ? round_to_tf32(rest) : 0u;
 }
 
+// d += x by CUDA cores, which round to nearest.
+__device__ __forceinline__ void add(float (&d)[4], const float (&x)[4]) {
+#pragma unroll
+  for (int e = 0; e < 4; ++e) d[e] += x[e];
+}
+
 // d0, d1 (16 x 8 each) += a b. fp32 inputs: exact means the product of the halves but low * low, which is below the
 // rounding of fp32; TF32 that of the high halves alone.
+//
+// A tensor core aligns the terms of a sum to the largest and truncates them (Fasi et al., PeerJ CS 7:e330, 2021). All
+// of these errors point towards zero, so that those of a long chain of products add up. An exact product therefore
+// starts from zero in every step, and is added to d outside of the tensor core (Ootomo and Yokota, IJHPCA 36(4), 2022).
 template <bool TF32, class T>
 __device__ __forceinline__ void multiply_pair(float (&d0)[4], float (&d1)[4], const FragmentA& a, const FragmentB& b) {
   if constexpr (sizeof(T) == 4) {
     uint32_t a_high[4], a_low[4], b_high[4], b_low[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) split_tf32(a.x[i], &a_high[i], &a_low[i]), split_tf32(b.x[i], &b_high[i], &b_low[i]);
-    if constexpr (!TF32) {  // the small terms first
-      multiply_tf32(d0, a_low, b_high[0], b_high[1]);
-      multiply_tf32(d1, a_low, b_high[2], b_high[3]);
-      multiply_tf32(d0, a_high, b_low[0], b_low[1]);
-      multiply_tf32(d1, a_high, b_low[2], b_low[3]);
+    if constexpr (TF32) {
+      multiply_tf32(d0, a_high, b_high[0], b_high[1]);
+      multiply_tf32(d1, a_high, b_high[2], b_high[3]);
+    } else {
+      float sum0[4] = {}, sum1[4] = {};
+      multiply_tf32(sum0, a_low, b_high[0], b_high[1]);  // the small terms first
+      multiply_tf32(sum1, a_low, b_high[2], b_high[3]);
+      multiply_tf32(sum0, a_high, b_low[0], b_low[1]);
+      multiply_tf32(sum1, a_high, b_low[2], b_low[3]);
+      multiply_tf32(sum0, a_high, b_high[0], b_high[1]);
+      multiply_tf32(sum1, a_high, b_high[2], b_high[3]);
+      add(d0, sum0), add(d1, sum1);
     }
-    multiply_tf32(d0, a_high, b_high[0], b_high[1]);
-    multiply_tf32(d1, a_high, b_high[2], b_high[3]);
   } else {
     multiply(T{}, d0, a.x, b.x[0], b.x[1]);
     multiply(T{}, d1, a.x, b.x[2], b.x[3]);

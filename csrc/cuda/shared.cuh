@@ -20,6 +20,13 @@ __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// A barrier of all THREADS of a block that its warps may reach on different paths. __syncthreads() demands one path: in
+// a loop that warps leave one by one, the compiler may make two barriers of one.
+template <int THREADS>
+__device__ __forceinline__ void meet() {
+  asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
+}
+
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -210,25 +217,48 @@ __device__ __forceinline__ void multiply_rows(float (&acc)[M][N][4], const RowsA
 }
 
 // acc [16 M rows, W columns] += p [16 M, 8 K] times 8 K rows of b.
+//
+// fp32: a block of columns is summed up from zero and then added, so that acc takes one rounding per call instead of
+// one per step of the contraction. That is what keeps sums over tens of thousands of keys as accurate as those of eager
+// PyTorch.
 template <class T, int W, int M, int K>
 __device__ __forceinline__ void multiply_columns(float (&acc)[M][W / 8][4], const float (&p)[M][K][4],
                                                  const ColumnsB<T, W>& b, bool tf32) {
-  constexpr int PART = sizeof(T) == 4 ? 32 : W;  // columns between two branches
+  constexpr int STEPS = 8 * K / STEP<T>;
+  if constexpr (sizeof(T) == 4) {
+    constexpr int PART = W % 32 || W == 128 ? 16 : 32;  // columns that share a split of p, as registers allow
 #pragma unroll
-  for (int i = 0; i < 8 * K / STEP<T>; ++i) {
-    FragmentA left[M];
+    for (int part = 0; part < W; part += PART) {
+      float sum[M][PART / 8][4] = {};
 #pragma unroll
-    for (int m = 0; m < M; ++m) left[m] = as_operand<T>(p[m], i);
+      for (int i = 0; i < STEPS; ++i)
+        with_precision<T>(tf32, [&](auto rounded) {
 #pragma unroll
-    for (int part = 0; part < W; part += PART)
-      with_precision<T>(tf32, [&](auto rounded) {
+          for (int d = 0; d < PART; d += 16) {
+            const FragmentB right = b.load(i, part + d);
 #pragma unroll
-        for (int d = part; d < W && d < part + PART; d += 16) {
-          const FragmentB right = b.load(i, d);
+            for (int m = 0; m < M; ++m)
+              multiply_pair<rounded.value, T>(sum[m][d / 8], sum[m][d / 8 + 1], as_operand<T>(p[m], i), right);
+          }
+        });
 #pragma unroll
-          for (int m = 0; m < M; ++m) multiply_pair<rounded.value, T>(acc[m][d / 8], acc[m][d / 8 + 1], left[m], right);
-        }
-      });
+      for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int d = 0; d < PART / 8; ++d) add(acc[m][part / 8 + d], sum[m][d]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) {
+      FragmentA left[M];
+#pragma unroll
+      for (int m = 0; m < M; ++m) left[m] = as_operand<T>(p[m], i);
+#pragma unroll
+      for (int d = 0; d < W; d += 16) {
+        const FragmentB right = b.load(i, d);
+#pragma unroll
+        for (int m = 0; m < M; ++m) multiply_pair<false, T>(acc[m][d / 8], acc[m][d / 8 + 1], left[m], right);
+      }
+    }
   }
 }
 

@@ -1,21 +1,11 @@
-"""What the bindings make of tensors: python_bindings/cuda_call.h, compiled for CPU tensors, its launches executed by
-the PTX emulator. Only the launching itself (python_bindings/cuda.cpp) is not run here; it needs a GPU, and
-`make cuda-bindings` compiles and links it.
+"""What the bindings make of tensors: python_bindings/cuda.cpp as it is, on GPUs that are not there
+(tools/gpu/cuda/fake_gpu.cpp), its launches executed by the PTX emulator.
 """
 
-import ctypes
-import hashlib
-import subprocess
-import sys
-import sysconfig
-import tempfile
-import traceback
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from ptxemu.launch import cache_directory
 
 import ctkernels as ct
 from ctkernels import dispatch
@@ -24,63 +14,31 @@ from ctkernels.problem import Problem
 from ctkernels.testing.backends import Backend
 from ctkernels.testing.calls import Call, cotangents_for, make_call, run
 from ctkernels.testing.compare import assert_matches
-from tools.gpu.cuda import plan
+from tools.gpu.cuda import fake_gpu, plan
 from tools.gpu.cuda.emulated import shipped
 
-ROOT = Path(__file__).resolve().parents[3]
-SOURCE = ROOT / "tools/gpu/cuda/emulated_bindings.cpp"
+pytestmark = [
+    pytest.mark.needs_nvcc,
+    pytest.mark.skipif(torch.version.cuda is not None, reason="the tests of the op run the bindings on a true GPU"),
+]
 BACKEND = Backend("cuda-bindings")
-CALLBACK = ctypes.CFUNCTYPE(
-    ctypes.c_int, ctypes.POINTER(plan.Launch), ctypes.c_int64, ctypes.POINTER(ctypes.c_char), ctypes.c_int64
-)
 # not the bounds: the bindings allocate what no test knows of
 CHECKS = ("uninitialised_shared", "shared_race", "sync")
 launched: list[str] = []
 
 
-def build_library() -> Path:
-    """emulated_bindings.cpp against this torch, kept by content."""
-    headers = [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.h"), *ROOT.glob("python_bindings/*.h"), SOURCE]
-    told = hashlib.sha256(torch.__version__.encode() + b"".join(path.read_bytes() for path in sorted(headers)))
-    target = cache_directory() / f"bindings-{told.hexdigest()[:20]}.so"
-    if not target.exists():
-        torch_root = Path(torch.__file__).parent
-        includes = [torch_root / "include", torch_root / "include/torch/csrc/api/include"]
-        includes.append(sysconfig.get_paths()["include"])
-        command = ["g++", "-std=c++20", "-O1", "-Wall", "-Wno-psabi", "-Werror", "-fPIC", "-shared", str(SOURCE)]
-        command += [*(f"-isystem{path}" for path in includes), f"-L{torch_root}/lib", "-lc10", "-ltorch_cpu"]
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            built = Path(folder) / "bindings.so"
-            done = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr[-4000:]
-            built.replace(target)
-    return target
-
-
-@CALLBACK
-def execute(launches, count, args, size) -> int:
-    """Runs what the bindings would launch."""
-    try:
-        for launch in launches[:count]:
-            name = launch.name.decode()
-            launched.append(name)
-            module = shipped().module(name)
-            grid, block = tuple(launch.grid), launch.block
-            module.launch(name, grid, block, [args[:size]], shared_bytes=launch.shared, check=CHECKS)
-    except Exception:
-        traceback.print_exc()
-        return 1
-    return 0
+def execute(kernel, grid, threads, shared, args) -> None:
+    """Runs what the bindings launch."""
+    launched.append(kernel)
+    shipped().module(kernel).launch(kernel, grid, threads, [args], shared_bytes=shared, check=CHECKS)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def bindings():
     """Inside, backend "cuda-bindings" computes CPU tensors."""
-    library = build_library()
-    torch.ops.load_library(str(library))
-    ctypes.CDLL(str(library)).set_callback(execute)
     dispatch.BACKENDS[BACKEND.name] = (__name__, ("cpu",))
-    yield
+    with fake_gpu.launching(execute):
+        yield
     del dispatch.BACKENDS[BACKEND.name]
 
 
@@ -99,13 +57,13 @@ def unavailable() -> None:
 
 
 def forward(*args):
-    *tensors, problem = args
-    return torch.ops.ctkernels_emulated.cuda_forward(*tensors, *problem)
+    *tensors, problem = fake_gpu.to_gpu(args)
+    return fake_gpu.to_cpu(torch.ops.ctkernels.cuda_forward(*tensors, *problem))
 
 
 def backward(*args):
-    *tensors, problem = args
-    return torch.ops.ctkernels_emulated.cuda_backward(*tensors, *problem)
+    *tensors, problem = fake_gpu.to_gpu(args)
+    return fake_gpu.to_cpu(torch.ops.ctkernels.cuda_backward(*tensors, *problem))
 
 
 def check(call: Call, layout: str = "plain") -> dict[str, torch.Tensor]:
@@ -187,29 +145,26 @@ def test_fp32_is_exact_unless_tf32_is_allowed():
     """As in PyTorch: the flag that the kernels get follows torch's own. Nothing is executed."""
     received = []
 
-    def record(launches, count, args, size):
-        received.append(args[:size])
-        return 0
+    def record(kernel, grid, threads, shared, args):
+        if kernel.startswith("ctk_forward"):
+            received.append(args)
 
-    recorder = CALLBACK(record)
-    library = ctypes.CDLL(str(build_library()))
     call = make_call(B=2, H=2, Hk=1, S=5, P=70, D=64, types="fp32")
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_tf32
-    library.set_callback(recorder)
     try:
-        for allowed in (False, True):
-            matmul.allow_tf32 = allowed
+        with fake_gpu.launching(record):
+            for allowed in (False, True):
+                matmul.allow_tf32 = allowed
+                run(call, BACKEND)
+                run(call.with_tensors(**{name: x.half() for name, x in call.tensors.items()}), BACKEND)
+                assert tf32_allowed() == allowed
+            matmul.fp32_precision = "ieee"  # torch's newer way to say so, after which the old one must not be read
             run(call, BACKEND)
-            run(call.with_tensors(**{name: x.half() for name, x in call.tensors.items()}), BACKEND)
-            assert tf32_allowed() == allowed
-        matmul.fp32_precision = "ieee"  # torch's newer way to say so, after which the old one must not be read
-        run(call, BACKEND)
-        assert not tf32_allowed()
+            assert not tf32_allowed()
     finally:
         matmul.fp32_precision = "none"
         matmul.allow_tf32 = before
-        library.set_callback(execute)
     # Args begins with its Call
     assert [args[plan.Call.tf32.offset] for args in received] == [0, 0, 1, 0, 0]
 
@@ -233,14 +188,8 @@ def test_nothing_to_do_gives_zero_gradients(sizes):
     check(make_call(H=4, Hk=2, D=64, types="bf16+fp32", **sizes))
 
 
-def test_a_failing_launch_is_an_error(monkeypatch):
-    monkeypatch.setattr(sys.modules[__name__], "shipped", None)
-    with pytest.raises(RuntimeError, match="the emulator failed"):
-        run(make_call(B=1, H=2, Hk=1, S=2, P=3, D=64, types="bf16"), BACKEND)
-
-
 def call_directly(**changes):
-    """The operator, past attention.py: the arguments of a small call, with changes."""
+    """The operator, past attention.py: the arguments of a small call, with changes; "meta" stands for another GPU."""
     call = make_call(B=3, H=4, Hk=2, S=5, P=11, D=64, types="fp32")
     problem = dict.fromkeys(Problem._fields) | dict(
         context_length=11, drop_p=0.0, seed=0, scale=0.1, causal=True, window=0, window_prefix=True, softcap=0.0
@@ -248,7 +197,13 @@ def call_directly(**changes):
     t = {name: x[None] if x.dim() == 3 else x for name, x in call.tensors.items()}
     arguments = t | dict(prefix_bias=None) | problem
     assert changes.keys() <= arguments.keys()
-    return torch.ops.ctkernels_emulated.cuda_forward(**{**arguments, **changes})
+
+    def place(x):
+        if not isinstance(x, torch.Tensor):
+            return x
+        return fake_gpu.to_gpu(torch.zeros_like(x, device="cpu"), 1) if x.is_meta else fake_gpu.to_gpu(x)
+
+    return torch.ops.ctkernels.cuda_forward(**{name: place(x) for name, x in {**arguments, **changes}.items()})
 
 
 @pytest.mark.parametrize(
@@ -258,14 +213,14 @@ def call_directly(**changes):
         (dict(q=torch.zeros(3, 4, 5, 64, dtype=torch.bfloat16)), ("do not fit",)),
         (dict(prefix_v=torch.zeros(1, 2, 10, 64)), ("prefix_v", "[1, 2, 10, 64]")),
         (dict(prefix_k=torch.zeros(0, 2, 11, 64), prefix_v=torch.zeros(0, 2, 11, 64)), ("prefix_k", "G = 0")),
-        (dict(prefix_k=torch.zeros(1, 2, 11, 64, device="meta")), ("cpu", "meta")),
+        (dict(prefix_k=torch.zeros(1, 2, 11, 64, device="meta")), ("cuda:0", "cuda:1")),
         (dict(seq_lens=torch.zeros(2, dtype=torch.int32)), ("seq_lens", "[3]", "[2]")),
         (dict(seq_lens=torch.zeros(3)), ("seq_lens", "int32 or int64", "Float")),
-        (dict(hidden=torch.zeros(3, 2, dtype=torch.int64, device="meta")), ("hidden", "meta")),
+        (dict(hidden=torch.zeros(3, 2, dtype=torch.int64, device="meta")), ("hidden", "cuda:1")),
         (dict(keep=torch.zeros(3, 11, dtype=torch.uint8)), ("keep", "bool")),
         (dict(cu_seqlens=torch.zeros(0, dtype=torch.int32)), ("cu_seqlens", "[B+1]")),
         (dict(prefix_bias=torch.zeros(1, 2, 11)), ("prefix_bias", "[1, 2, 11]")),
-        (dict(prefix_bias=torch.zeros(1, 4, 11, device="meta")), ("prefix_bias", "cpu", "meta")),
+        (dict(prefix_bias=torch.zeros(1, 4, 11, device="meta")), ("prefix_bias", "cuda:0", "cuda:1")),
         (dict(alibi_slopes=torch.zeros(2)), ("alibi_slopes", "[4]")),
         (dict(drop_p=1.0), ("drop_p", "[0, 1)", "1")),
         (dict(window=-3), ("window", "-3")),

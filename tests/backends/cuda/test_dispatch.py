@@ -23,7 +23,7 @@ def table():
     """Every test starts from the table alone, whatever the environment names."""
     dispatch_table.use(None)
     yield
-    dispatch_table._overrides = None
+    dispatch_table._rows = None
     dispatch_table.pick.cache_clear()
 
 
@@ -37,28 +37,21 @@ def gpu(monkeypatch):
     return machine
 
 
-@pytest.mark.parametrize(
-    "architecture, expected",
-    [
-        ("sm_80", "cuda"),
-        ("sm_86", "cuda"),
-        ("sm_89", "cuda"),
-        ("sm_120", "cuda"),
-        ("sm_90", "triton"),
-        ("sm_100", "triton"),
-    ],
-)
-def test_auto_asks_the_table(gpu, architecture, expected):
-    gpu.architecture = architecture
-    assert dispatch.choose(None, GPU, BF16, 64) == dispatch.choose("auto", GPU, BF16, 64) == (expected, expected)
+@pytest.mark.parametrize("direction", dispatch_table.DIRECTIONS)
+@pytest.mark.parametrize("dtype", dispatch_table.DTYPES)
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_130"])
+def test_without_a_measurement_every_call_is_served_by_cuda(architecture, dtype, direction):
+    for D in dispatch_table.HEAD_DIMENSIONS:
+        assert dispatch_table.pick(architecture, dtype, D, direction) == "cuda"
 
 
-def test_fp32_rows_are_multiplied_by_tensor_cores(gpu):
-    assert dispatch.choose(None, GPU, torch.float32, 64) == ("cuda", "cuda")
+def test_auto_asks_the_table(gpu):
+    for row, expected in ({}, "cuda"), ({"backend": "triton"}, "triton"):
+        dispatch_table.use([row] if row else None)
+        assert dispatch.choose(None, GPU, BF16, 64) == dispatch.choose("auto", GPU, BF16, 64) == (expected, expected)
 
 
 def test_other_devices_do_not(gpu):
-    dispatch_table.use([{"backend": "cuda"}])
     assert dispatch.choose(None, torch.device("cpu"), BF16, 64) == ("cpu", "cpu")
     with pytest.warns(UserWarning, match="reference backend on meta"):
         assert dispatch.choose(None, torch.device("meta"), BF16, 64) == ("reference", "reference")
@@ -91,45 +84,39 @@ def test_a_named_backend_is_taken_or_refused(gpu, architecture, name):
 
 def test_the_first_matching_row_decides():
     rows = [
-        dict(architecture="sm_90", dtype="bf16", head_dim=128, direction="backward", backend="cuda"),
+        dict(architecture="sm_90", dtype="bf16", head_dim=128, direction="backward", backend="triton"),
         dict(architecture="sm_8?", dtype="fp32", backend="triton"),
         dict(architecture="sm_8?", dtype="fp32", backend="cuda"),
     ]
     dispatch_table.use(rows)
     pick = dispatch_table.pick
-    assert pick("sm_90", BF16, 128, "backward") == "cuda"
+    assert pick("sm_90", BF16, 128, "backward") == "triton"
     for call in (
         ("sm_90", BF16, 128, "forward"),
         ("sm_90", BF16, 64, "backward"),
         ("sm_90", torch.float16, 128, "backward"),
         ("sm_100", BF16, 128, "backward"),
     ):
-        assert pick(*call) == "triton"
+        assert pick(*call) == "cuda"
     assert pick("sm_86", torch.float32, 64, "forward") == "triton"
     assert pick("sm_86", BF16, 64, "forward") == "cuda"
     dispatch_table.use(None)
-    assert pick("sm_90", BF16, 128, "backward") == "triton"  # not what was kept from before
+    assert pick("sm_90", BF16, 128, "backward") == "cuda"  # not what was kept from before
 
 
 @pytest.mark.parametrize("head_dim, column", [(1, 64), (64, 64), (65, 80), (81, 96), (97, 128), (129, 256), (256, 256)])
 def test_a_head_dimension_counts_as_the_one_it_is_padded_to(head_dim, column):
-    dispatch_table.use([dict(head_dim=column, backend="cuda")])
-    assert dispatch_table.pick("sm_90", BF16, dispatch_table.column(head_dim), "forward") == "cuda"
-    dispatch_table.use([dict(head_dim=d, backend="cuda") for d in dispatch_table.HEAD_DIMENSIONS if d != column])
+    dispatch_table.use([dict(head_dim=column, backend="triton")])
     assert dispatch_table.pick("sm_90", BF16, dispatch_table.column(head_dim), "forward") == "triton"
-
-
-def test_the_table_covers_every_call():
-    for architecture in ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_130"):
-        for direction in dispatch_table.DIRECTIONS:
-            assert dispatch_table.pick(architecture, BF16, 64, direction) in dispatch_table.GPU_BACKENDS
+    dispatch_table.use([dict(head_dim=d, backend="triton") for d in dispatch_table.HEAD_DIMENSIONS if d != column])
+    assert dispatch_table.pick("sm_90", BF16, dispatch_table.column(head_dim), "forward") == "cuda"
 
 
 def test_directions_may_differ(gpu):
-    dispatch_table.use([dict(direction="backward", backend="cuda")])
-    assert dispatch.choose(None, GPU, BF16, 64) == dispatch.Choice(forward="triton", backward="cuda")
-    dispatch_table.use([dict(direction="forward", backend="cuda")])
+    dispatch_table.use([dict(direction="backward", backend="triton")])
     assert dispatch.choose(None, GPU, BF16, 64) == dispatch.Choice(forward="cuda", backward="triton")
+    dispatch_table.use([dict(direction="forward", backend="triton")])
+    assert dispatch.choose(None, GPU, BF16, 64) == dispatch.Choice(forward="triton", backward="cuda")
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -167,13 +154,13 @@ def test_the_operators_follow_directions_that_differ(monkeypatch, compiled):
 
 def test_a_file_named_by_the_environment(monkeypatch, tmp_path):
     path = tmp_path / "dispatch.json"
-    row = {"architecture": "sm_90", "dtype": "bf16", "head_dim": 64, "direction": "forward", "backend": "cuda"}
-    path.write_text(json.dumps({"machine": {"gpu": "H100"}, "rows": [{**row, "seconds": {"cuda": 1, "triton": 2}}]}))
+    row = {"architecture": "sm_90", "dtype": "bf16", "head_dim": 64, "direction": "forward", "backend": "triton"}
+    path.write_text(json.dumps({"machine": {"gpu": "H100"}, "rows": [{**row, "seconds": {"cuda": 2, "triton": 1}}]}))
     monkeypatch.setenv(dispatch_table.VARIABLE, str(path))
-    dispatch_table._overrides = None
+    dispatch_table._rows = None
     dispatch_table.pick.cache_clear()
-    assert dispatch_table.pick("sm_90", BF16, 64, "forward") == "cuda"
-    assert dispatch_table.pick("sm_90", BF16, 64, "backward") == "triton"
+    assert dispatch_table.pick("sm_90", BF16, 64, "forward") == "triton"
+    assert dispatch_table.pick("sm_90", BF16, 64, "backward") == "cuda"
 
 
 @pytest.mark.parametrize(
@@ -270,8 +257,7 @@ def test_what_backends_are_told_of_head_dimensions(D, Dv, expected):
 
 
 def test_auto_takes_the_backend_that_serves_the_head_dimension(gpu, monkeypatch):
-    """On this architecture the table prefers CUDA C++, which stands for a backend that serves D = Dv <= 256 alone."""
-    gpu.architecture = "sm_80"
+    """CUDA C++, which the table prefers, stands for a backend that serves D = Dv <= 256 alone."""
     refusing = types.SimpleNamespace(refusal=lambda device, dtype, wide: "too wide" if wide else None)
     monkeypatch.setattr(dispatch, "load", lambda name: refusing if name == "cuda" else types.SimpleNamespace())
     assert dispatch.choose(None, GPU, BF16, 64, 0) == ("cuda", "cuda")

@@ -41,10 +41,14 @@ class Mutation:
 
 MUTATIONS = {
     "forward: v is read before it has arrived": Mutation(
-        "forward.cuh", "__syncthreads();  // v is here, and nobody reads k any more", ""
+        "forward.cuh", "meet<THREADS>();  // v is here, and nobody reads k any more", ""
     ),
     "forward: k of the next block overwrites this one's": Mutation(
         "forward.cuh", "__syncthreads();  // nobody reads the last step's k and v any more", ""
+    ),
+    "forward: every second warp calls __syncthreads in a place of its own": Mutation(
+        "forward.cuh", "meet<THREADS>();  // k of this step is here, and nobody reads v of the last one any more",
+        'if (warp % 2) asm volatile("bar.sync 0;" ::: "memory");\n else asm volatile("bar.sync 0; // " ::: "memory");',
     ),
     "forward: a wait that leaves one group out": Mutation("forward.cuh", "copy_wait<0>();", "copy_wait<1>();", 0, 6),
     "forward: a new top that o does not follow": Mutation(
@@ -78,7 +82,7 @@ MUTATIONS = {
         "shared.cuh", "thread % 4 * 2 + r, thread / 16", "thread % 4 * 2 + 1 - r, thread / 16", types="fp32"
     ),
     "mma: exact products without their small terms": Mutation(
-        "mma.cuh", "if constexpr (!TF32)", "if constexpr (false)", types="fp32"
+        "mma.cuh", "if constexpr (TF32)", "if constexpr (true)", types="fp32"
     ),
     "walk: a copy that wraps around without changing the row": Mutation(
         "walk.cuh", "chunk -= CHUNKS, ++row;", "chunk -= CHUNKS;", D=80
@@ -119,19 +123,28 @@ DEFAULT = [
     "keys: words of another step",
     "walk: causality one key late",
     "slices: a slice overwrites the one that is multiplied",
-    "slices: results one slice off",
 ]
+
+
+def edited(mutation: Mutation) -> str:
+    """The text of the mutation's file after the edit."""
+    parts = (plan.SOURCES / "cuda" / mutation.file).read_text().split(mutation.old)
+    assert len(parts) == mutation.places + 1, f"{mutation.file} has {len(parts) - 1} times {mutation.old!r}"
+    at = mutation.nth + 1
+    return mutation.old.join(parts[:at]) + mutation.new + mutation.old.join(parts[at:])
 
 
 def mutated(folder, mutation: Mutation) -> Build:
     """A build of a copy of the sources with one edit."""
     shutil.copytree(plan.SOURCES, folder / "csrc", ignore=shutil.ignore_patterns("cpu"))
-    path = folder / "csrc" / "cuda" / mutation.file
-    parts = path.read_text().split(mutation.old)
-    assert len(parts) == mutation.places + 1, f"{mutation.file} has {len(parts) - 1} times {mutation.old!r}"
-    at = mutation.nth + 1
-    path.write_text(mutation.old.join(parts[:at]) + mutation.new + mutation.old.join(parts[at:]))
+    (folder / "csrc" / "cuda" / mutation.file).write_text(edited(mutation))
     return Build(folder / "csrc")
+
+
+def test_every_mistake_has_its_place():
+    """Also those that do not run by default."""
+    for mutation in MUTATIONS.values():
+        edited(mutation)
 
 
 @pytest.mark.parametrize("name", MUTATIONS if THOROUGH else DEFAULT)

@@ -100,13 +100,15 @@ def shipped() -> Build:
 class Emulator:
     """A GPU on the CPU's memory. mode, schedule_seed: as `ptxemu.Module.launch`.
 
-    multiprocessors decide into how many ranges work is cut. launched: names of the kernels that ran.
+    multiprocessors decide into how many ranges work is cut. guard_bits: of the tensor cores' sums; 0 is the least that
+    was measured on hardware. launched: names of the kernels that ran.
     """
 
     mode: str = "eager"
     schedule_seed: int = 0
     multiprocessors: int = 4
     tf32: bool = False
+    guard_bits: int = 0
     build: Build = field(default_factory=shipped)
     launched: list[str] = field(default_factory=list)
 
@@ -121,7 +123,7 @@ class Emulator:
             self.launched.append(name)
             self.build.module(name).launch(
                 name, tuple(launch.grid), launch.block, [planned.args], shared_bytes=launch.shared, mode=self.mode,
-                schedule_seed=self.schedule_seed, buffers=planned.buffers,
+                schedule_seed=self.schedule_seed, buffers=planned.buffers, guard_bits=self.guard_bits,
             )  # fmt: skip
 
 

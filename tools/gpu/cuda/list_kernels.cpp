@@ -1,54 +1,9 @@
-// Every kernel that csrc/cuda/plan.h can name, with what it is launched with: a line "name threads shared" each.
-// Calls of every type, head dimension and variant are planned; nothing is launched.
-#include <algorithm>
-#include <map>
-#include <string>
+// For build.py: a line "name threads shared" for each kernel that csrc/cuda/plan.h can name.
+#include <cstdio>
 
-#include "../../../csrc/cuda/plan.h"
-
-namespace {
-
-using namespace ctk;
-using namespace ctk::cuda;
-
-void* const SOMEWHERE = reinterpret_cast<void*>(1 << 20);  // aligned, and never read
-
-constexpr Device MANY{1024};  // multiprocessors, so that whatever can be cut into ranges is
-
-// 16 rows of 64 queries over 1024 keys, 4 heads per group: tiles that are full, and enough keys to be split.
-Call call_of(Type type, int64_t D, bool general, bool bias) {
-  constexpr int64_t B = 16, H = 8, Hk = 2, S = 64, P = 1024;
-  const auto tensor = [&](Type t, int64_t heads, int64_t tokens) {
-    return Tensor4{SOMEWHERE, t, heads * tokens * D, tokens * D, D};
-  };
-  Call call;
-  Params& p = call.p;
-  p = Params{};
-  p.B = B, p.H = H, p.Hk = Hk, p.D = p.Dv = D, p.G = 1, p.P = P;
-  p.scale = 1, p.causal = true, p.softcap = general ? 30 : 0;
-  p.q = p.out = p.dout = p.dq = tensor(type, H, S);
-  p.k = p.v = p.dk = p.dv = tensor(type, Hk, S);
-  p.prefix_k = p.prefix_v = p.dprefix_k = p.dprefix_v = tensor(Type::f32, Hk, P);
-  p.lse = {SOMEWHERE, Type::f32, H * S, S, 1};
-  if (bias) p.bias = p.dbias = SOMEWHERE, p.bias_head = p.dbias_head = P;
-  call.S = call.T = S;
-  return call;
-}
-
-}  // namespace
+#include "planned_kernels.h"
 
 int main() {
-  std::map<std::string, std::pair<uint32_t, uint32_t>> kernels;  // name -> threads, most shared memory
-  for (Type type : {Type::bf16, Type::f16, Type::f32})
-    for (int width : WIDTHS)
-      for (bool general : {false, true})
-        for (bool bias : {false, true}) {
-          const Call call = call_of(type, width, general, bias);
-          for (const Plan& plan : {plan_forward(call, MANY, SOMEWHERE), plan_backward(call, MANY, SOMEWHERE)})
-            for (const Launch& l : plan.launches) {
-              auto& [threads, shared] = kernels[l.name];
-              threads = l.block, shared = std::max(shared, l.shared);
-            }
-        }
-  for (const auto& [name, launch] : kernels) std::printf("%s %u %u\n", name.c_str(), launch.first, launch.second);
+  for (const auto& [name, launch] : ctk::cuda::planned::kernels())
+    std::printf("%s %u %u\n", name.c_str(), launch.first, launch.second);
 }

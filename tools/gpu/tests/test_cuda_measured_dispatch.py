@@ -38,7 +38,7 @@ def fakes(monkeypatch):
     monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(cuda_dispatch, "CASES", (CASE, replace(CASE, D=128)))
     yield
-    dispatch_table._overrides = None
+    dispatch_table._rows = None
     dispatch_table.pick.cache_clear()
 
 

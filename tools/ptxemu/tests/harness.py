@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import ptxemu
+import pytest
 
 HEADER = ".version 8.7\n.target sm_100a\n.address_size 64\n"
 REGISTER = {1: "b16", 2: "b16", 4: "b32", 8: "b64"}
@@ -64,3 +65,15 @@ def build(cases, extra=""):
     names = [c.kernel for c in cases]
     assert len(set(names)) == len(names), sorted(n for n in names if names.count(n) > 1)
     return ptxemu.compile_ptx(HEADER + extra + "\n".join(c.ptx() for c in cases))
+
+
+def expect(kind, words, launch):
+    """`launch()` ends in a fault of this kind (or of one of several), whose text has these words. None: it ends well."""
+    if kind is None:
+        launch()
+        return
+    with pytest.raises(ptxemu.KernelFault) as caught:
+        launch()
+    assert caught.value.kind in ([kind] if isinstance(kind, str) else kind), str(caught.value)
+    for word in words:
+        assert word in str(caught.value)

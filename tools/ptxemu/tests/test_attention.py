@@ -1,5 +1,6 @@
 """Attention kernels against float64."""
 
+import re
 import struct
 
 import ptxemu
@@ -56,15 +57,12 @@ def test_pointers_in_structs_are_checked(cuda_attention):
         launch([q, k, v, lse])
 
 
-@pytest.mark.needs_ptxas
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("kind", ["bf16", "fp16", "fp32"])
-def test_triton_attention(arch, kind):
+def compile_triton(arch, kind):
     pytest.importorskip("triton")
     from kernels.triton_attention import attention_forward
 
     pointer = f"*{kind}"
-    module = ptxemu.compile_triton(
+    return ptxemu.compile_triton(
         attention_forward,
         dict(q_ptr=pointer, k_ptr=pointer, v_ptr=pointer, out_ptr=pointer, lse_ptr="*fp32", stride_head="i32",
              stride_row="i32", length="i32", scale="fp32"),
@@ -72,17 +70,48 @@ def test_triton_attention(arch, kind):
         arch=arch,
         divisible_by_16=["q_ptr", "k_ptr", "v_ptr", "out_ptr", "lse_ptr", "stride_head", "stride_row"],
     )  # fmt: skip
+
+
+def run_triton(module, inputs, **options):
+    heads, length, dim = inputs[0].shape
+    out, lse = torch.zeros_like(inputs[0]), torch.zeros(heads, length)
+    arguments = [*inputs, out, lse, length * dim, dim, length, dim**-0.5]
+    module.run(((length + 63) // 64, heads), arguments, **options)
+    return out, lse
+
+
+@pytest.mark.needs_ptxas
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("kind", ["bf16", "fp16", "fp32"])
+def test_triton_attention(arch, kind):
+    module = compile_triton(arch, kind)
     if arch == 90 and kind != "fp32":
         assert "wgmma.mma_async" in module.ptx
     assert module.metadata["shared"] > 0 and module.metadata["num_warps"] == 4
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[kind]
-    heads, length, dim = 2, 150, 64
     torch.manual_seed(0)
-    q, k, v = (torch.randn(heads, length, dim).to(dtype) for _ in range(3))
-    expected, expected_lse = reference(q, k, v)
+    inputs = [torch.randn(2, 150, 64).to(dtype) for _ in range(3)]
+    expected, expected_lse = reference(*inputs)
     for mode, seed in (("eager", 0), ("lazy", 3)):
-        out, lse = torch.zeros_like(q), torch.zeros(heads, length)
-        arguments = [q, k, v, out, lse, q.stride(0), q.stride(1), length, dim**-0.5]
-        module.run(((length + 63) // 64, heads), arguments, mode=mode, schedule_seed=seed)
+        out, lse = run_triton(module, inputs, mode=mode, schedule_seed=seed)
         assert (out.double() - expected).abs().max() < 2e-2
         assert (lse.double() - expected_lse).abs().max() < 5e-3
+
+
+@pytest.mark.needs_ptxas
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        (r"wgmma\.fence\.sync\.aligned;", "needs a wgmma.fence before it"),
+        (r"wgmma\.wait_group\.sync\.aligned\s+0;", "is accessed before wgmma.wait_group"),
+        (r"fence\.proxy\.async\S*;", "no fence.proxy.async comes between"),
+    ],
+)
+def test_what_a_compiler_must_not_forget(line, words):
+    """Code of Triton for sm_90 without the fences, or the waits, that its products need."""
+    module = compile_triton(90, "bf16")
+    text, count = re.subn(line, "", module.ptx)
+    broken = type(module)(text, module.metadata, module.cubin)
+    with pytest.raises(ptxemu.KernelFault, match=re.escape(words)) as caught:
+        run_triton(broken, [torch.randn(1, 100, 64).bfloat16() for _ in range(3)])
+    assert count and caught.value.kind == "async_hazard"

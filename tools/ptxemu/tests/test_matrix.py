@@ -1,5 +1,8 @@
 """Matrix instructions against float64, through the fragment layouts of the PTX manual."""
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import ptxemu
 import pytest
@@ -130,8 +133,82 @@ def test_mma(module, name):
     module.launch(f"mma_{name}", 1, 32, [a_raw, b_raw, out])
     expected = accumulator(a.double() @ b.double().T + c.double())
     result = torch.from_numpy(out).view(DTYPE[acc]).double()
-    tolerance = {"f32": 1e-4, "f16": 2e-2, "s32": 0}[acc]
+    tolerance = 1e-2 if kind in ("e4m3", "e5m2") else {"f32": 1e-4, "f16": 2e-2, "s32": 0}[acc]
     assert (result - expected).abs().max() <= tolerance * max(1, expected.abs().max().item() / 8)
+
+
+def exponent(x):
+    return math.frexp(x)[1] - 1
+
+
+def truncated(x, bits):
+    """A fraction, towards zero, to `bits` behind the binary point."""
+    return Fraction(math.trunc(x * Fraction(2) ** bits), 1) / Fraction(2) ** bits
+
+
+def tensor_core_sum(c, products, fraction_bits, terms):
+    """A sum as ptx_sums.cpp describes it, in exact fractions. products: pairs of factors, normal numbers or zeros."""
+    for first in range(0, len(products), terms):
+        step = [(x, y) for x, y in products[first : first + terms] if x and y]
+        exponents = [exponent(x) + exponent(y) for x, y in step] + ([exponent(c)] if c else [])
+        bits = fraction_bits - max(exponents, default=0)
+        total = sum((truncated(Fraction(x) * Fraction(y), bits) for x, y in step), truncated(Fraction(c), bits))
+        c = float(truncated(total, 23 - exponent(float(total)))) if total else 0.0
+    return c
+
+
+@pytest.mark.parametrize("guard_bits", [0, 1, 2])
+@pytest.mark.parametrize("name", ["bf16", "f16", "f16_k8", "tf32", "tf32_k4", "e4m3", "e5m2"])
+def test_mma_truncates_as_tensor_cores_do(module, name, guard_bits):
+    """Bit for bit, with terms of very different sizes and signs."""
+    kind, _, k, per = MMA[name]
+    torch.manual_seed(2)
+    a, b, c = values((16, k), kind), values((8, k), kind), 3 * torch.randn(16, 8)
+    a, c = (a.float() * 2.0 ** torch.randint(-3, 4, a.shape)).to(a.dtype), c * 2.0 ** torch.randint(-6, 3, c.shape)
+    out = accumulator(c).numpy().copy()
+    fragments = [fragment(x, rows, per).contiguous().view(torch.uint8).numpy().copy() for x, rows in ((a, 2), (b, 1))]
+    module.launch(f"mma_{name}", 1, 32, [*fragments, out], guard_bits=guard_bits)
+    bits = 13 if per == 4 else 23 + guard_bits
+    a, b = a.float().tolist(), b.float().tolist()
+    expected = [
+        [tensor_core_sum(c[m, n].item(), list(zip(a[m], b[n], strict=True)), bits, 4 * per) for n in range(8)]
+        for m in range(16)
+    ]
+    assert torch.equal(torch.from_numpy(out), accumulator(torch.tensor(expected)))
+
+
+@pytest.mark.parametrize(
+    "guard_bits, c, small, count, expected",
+    [
+        (0, 1.0, 2.0**-24, 2, 1.0),  # each is lost where it is aligned
+        (1, 1.0, 2.0**-24, 2, 1.0 + 2.0**-23),
+        (1, 1.0, 2.0**-24, 3, 1.0 + 2.0**-23),  # the sum is exact, its result is truncated
+        (1, -1.0, -(2.0**-24), 3, -1.0 - 2.0**-23),  # towards zero
+        (0, 1.0, -(2.0**-24), 1, 1.0),
+        (1, 1.0, -(2.0**-24), 1, 1.0 - 2.0**-24),
+        (1, 1.0, 2.0**-25, 4, 1.0),
+        (2, 1.0, 2.0**-25, 4, 1.0 + 2.0**-23),
+    ],
+)
+def test_guard_bits(module, guard_bits, c, small, count, expected):
+    """Probes as in Fasi et al. (2021): how many bits below the accumulator's take part in a sum."""
+    a, b = torch.zeros(16, 16), torch.ones(8, 16)
+    a[:, :count] = small
+    out = accumulator(torch.full((16, 8), c)).numpy().copy()
+    raw = [fragment(x.bfloat16(), rows, 2).view(torch.uint8).numpy().copy() for x, rows in ((a, 2), (b, 1))]
+    module.launch("mma_bf16", 1, 32, [*raw, out], guard_bits=guard_bits)
+    assert (out == np.float32(expected)).all()
+
+
+def test_infinities_and_nan_stay(module):
+    a, b, c = torch.ones(16, 16), torch.ones(8, 16), torch.zeros(16, 8)
+    a[1, 3], b[2, 5], c[4, 4], a[6, 0] = math.inf, -math.inf, math.nan, 3e38
+    out = accumulator(c).numpy().copy()
+    raw = [fragment(x.bfloat16(), rows, 2).view(torch.uint8).numpy().copy() for x, rows in ((a, 2), (8 * b, 1))]
+    module.launch("mma_bf16", 1, 32, [*raw, out])
+    expected = accumulator(a.double() @ (8 * b.double()).T + c)
+    seen = torch.from_numpy(out)
+    torch.testing.assert_close(seen, expected.float(), equal_nan=True, rtol=1e-2, atol=0)
 
 
 def test_matrix_copies(module):

@@ -39,7 +39,7 @@ CHECKS = {"bounds": 1, "uninitialised_shared": 2, "shared_race": 4, "global_race
 _RUNTIME = Path(__file__).parent / "runtime"
 _SOURCES = (
     "ptx_grid.cpp", "ptx_sync.cpp", "ptx_memory.cpp", "ptx_async.cpp", "ptx_counters.cpp", "ptx_print.cpp",
-    "ptx_matrix.cpp",
+    "ptx_matrix.cpp", "ptx_sums.cpp",
 )  # fmt: skip
 _HEADERS = ("ptx_runtime.h", "ptx_internal.h")
 
@@ -56,6 +56,8 @@ class _LaunchConfig(ctypes.Structure):
         ("workers", ctypes.c_uint32),
         ("checks", ctypes.c_uint32),
         ("strict_warp_sync", ctypes.c_uint32),
+        ("guard_bits", ctypes.c_uint32),
+        ("registers", ctypes.c_uint32),
         ("seed", ctypes.c_uint64),
         ("stack_bytes", ctypes.c_uint64),
         ("timeout_seconds", ctypes.c_double),
@@ -315,6 +317,7 @@ class Module:
     def launch(
         self, name, grid, block, args, shared_bytes=0, mode="eager", schedule_seed=0, check=True, *,
         counters=False, buffers=(), workers=None, timeout_seconds=600.0, strict_warp_sync=False,
+        guard_bits=0,
     ):  # fmt: skip
         """Runs a kernel to completion; raises KernelFault when it does something wrong.
 
@@ -325,6 +328,8 @@ class Module:
         buffers: further arrays the kernel may access, e.g. those behind pointers inside structs.
         strict_warp_sync: for the race check, only barriers and bar.warp.sync order memory, not
             shuffles, votes or matrix instructions.
+        guard_bits: bits that tensor cores keep below those of a float when they align the terms of a sum
+            and truncate; published are 0 (V100), 1 (A100) and 2 (H100, B200): see runtime/ptx_sums.cpp.
         """
         if name not in self.kernels:
             raise PtxError(f"no kernel `{name}`; the module has {', '.join(self.kernels) or 'none'}")
@@ -333,6 +338,8 @@ class Module:
         self._check_block(kernel, block)
         if mode not in ("eager", "lazy"):
             raise ValueError(f'mode must be "eager" or "lazy", not {mode!r}')
+        if not 0 <= guard_bits <= 8:
+            raise ValueError(f"guard_bits must be between 0 and 8, got {guard_bits}")
         enabled = self._check_bits(check)
         args = list(args)
         if len(args) != len(kernel.parameters):
@@ -345,6 +352,7 @@ class Module:
         arrays = [x for x in (*args, *buffers, *self._registered.values()) if _is_array(x)]
         ranges = _merge([byte_range(a) for a in arrays] + [byte_range(v) for v in self.variables.values()])
 
+        threads = block[0] * block[1] * block[2]
         level = 2 if counters else 1 if enabled else 0
         library = self._variant(level)
         count = len(self.instructions)
@@ -364,6 +372,8 @@ class Module:
             workers=workers or os.cpu_count() or 1,
             checks=enabled,
             strict_warp_sync=strict_warp_sync,
+            guard_bits=guard_bits,
+            registers=kernel.max_registers or min(256, 65536 // (threads * kernel.min_blocks) // 8 * 8),
             seed=schedule_seed,
             # not a multiple of a power of two: equal strides would collide in the caches
             stack_bytes=(kernel.stack_bytes + 65536 + 4095) // 4096 * 4096 + 4096 + 192,

@@ -6,13 +6,17 @@ namespace ptx {
 // ---------------------------------------------------------------------------------------------
 // cp.async
 
-static void finish_copy(const PendingCopy& c, bool lazy) {
-  Fiber* t = c.issuer;
-  if (lazy) {
-    memcpy(t->shared + c.offset, c.source, c.valid);
-    memset(t->shared + c.offset + c.valid, 0, c.total - c.valid);
-  }
+static void deliver(const PendingCopy& c) {
+  u8* to = c.issuer->shared + c.offset;
+  memcpy(to, c.source, c.valid);
+  memset(to + c.valid, 0, c.total - c.valid);
+}
+
+// From now on, threads that know the issuer's time `time` may access the data.
+static void settle(const PendingCopy& c, u32 time) {
+  (void)time;
 #if PTX_LEVEL >= 1
+  Fiber* t = c.issuer;
   BlockState* b = t->owner;
   memset(&b->initialised[c.offset], 1, c.total);
   b->max_touched = std::max(b->max_touched, c.offset + c.total);
@@ -22,7 +26,7 @@ static void finish_copy(const PendingCopy& c, bool lazy) {
       for (int i = 0; i < 4 && w[i].mask; i++)
         if ((w[i].flags & kInFlightFlag) && w[i].thread == t->linear) {
           w[i].flags &= ~kInFlightFlag;
-          w[i].time = t->now;
+          w[i].time = time;
         }
     }
 #endif
@@ -41,12 +45,9 @@ void async_copy(Thread* thread, u64 shared_address, u64 global_address, u32 tota
   t->records.push_back(MemoryRecord{offset, instr, (u16)total, true});
 #endif
 #endif
-  if (!lazy) {
-    memcpy(t->shared + offset, (const u8*)global_address, valid);
-    memset(t->shared + offset + valid, 0, total - valid);
-  }
-  if (lazy || PTX_LEVEL >= 1)
-    t->copies.push_back(PendingCopy{t, offset, (const u8*)global_address, (u32)valid, total, t->copy_group, instr});
+  PendingCopy c{t, offset, (const u8*)global_address, (u32)valid, total, t->copy_group, instr, 0};
+  if (!lazy) deliver(c);
+  if (lazy || PTX_LEVEL >= 1) t->copies.push_back(c);
 }
 
 void async_commit(Thread* t) { fiber(t)->copy_group++; }
@@ -56,8 +57,12 @@ void async_wait(Thread* thread, int pending_groups) {
   bool lazy = t->owner->launch->config->lazy_copies;
   size_t kept = 0;
   for (PendingCopy& c : t->copies) {
-    if (pending_groups < 0 || c.group + pending_groups < t->copy_group) finish_copy(c, lazy);
-    else t->copies[kept++] = c;
+    if (pending_groups >= 0 && c.group + pending_groups >= t->copy_group) {
+      t->copies[kept++] = c;
+      continue;
+    }
+    if (lazy) deliver(c);
+    settle(c, t->now);
   }
   t->copies.resize(kept);
 }
@@ -73,10 +78,18 @@ static MBarrier& mbarrier_at(Fiber* t, u64 address, int instr) {
   return it->second;
 }
 
+// A thread sees that the phases of the first `count` landed copies are complete.
+static void settle_landed(MBarrier& m, size_t count) {
+  for (size_t i = 0; i < count; i++) settle(m.landed[i], m.landed[i].landed_at);
+  m.landed.erase(m.landed.begin(), m.landed.begin() + count);
+  m.complete = 0;
+}
+
 void mbarrier_init(Thread* thread, u64 address, u32 count, int instr) {
   Fiber* t = fiber(thread);
   shared_access_uncounted(t, (u32)address, 8, instr, kWrite);
   MBarrier& m = t->owner->mbarriers[(u32)address];
+  settle_landed(m, m.landed.size());
   m = MBarrier();
   m.count = m.pending = count;
 }
@@ -94,6 +107,7 @@ static void mbarrier_check(Fiber* t, MBarrier& m) {
   m.arrivals.clear();
   m.pending = m.count;
   m.phase ^= 1;
+  m.complete = m.landed.size();
   for (Fiber* f : m.waiters) wake(f);
   m.waiters.clear();
 }
@@ -128,14 +142,19 @@ void mbarrier_arrive_after_copies(Thread* thread, u64 address, bool no_increment
   else mbarrier_release(fiber(thread), mbarrier_at(fiber(thread), address, instr), instr);
 }
 
+// The data is there, and its bytes are counted. Threads may access it once they have seen the phase complete.
+static void land(MBarrier& m, PendingCopy c) {
+  deliver(c);
+  c.landed_at = c.issuer->now;
+  m.landed.push_back(c);
+  mbarrier_release(c.issuer, m, c.instr);
+  m.bytes -= c.total;
+}
+
 static void land_bulk(MBarrier& m) {
   std::vector<PendingCopy> copies;
   copies.swap(m.copies);
-  for (PendingCopy& c : copies) {
-    finish_copy(c, true);
-    mbarrier_release(c.issuer, m, c.instr);
-    m.bytes -= c.total;
-  }
+  for (PendingCopy& c : copies) land(m, c);
 }
 
 bool mbarrier_test(Thread* thread, u64 address, u64 wanted, bool wait, int instr) {
@@ -144,6 +163,7 @@ bool mbarrier_test(Thread* thread, u64 address, u64 wanted, bool wait, int instr
   for (;;) {
     MBarrier& m = mbarrier_at(t, address, instr);
     if (m.phase != parity) {
+      settle_landed(m, m.complete);
       if (m.completed && (checks(t) & kCheckSharedRace)) {
         Arrival both[2] = {arrival_of(t, true, instr), {t, m.completed, t->now, false, instr}};
         VectorClock* c = joined_clock(t->owner, both, 2);
@@ -159,7 +179,8 @@ bool mbarrier_test(Thread* thread, u64 address, u64 wanted, bool wait, int instr
     }
     if (!wait) {
       yield(t);
-      return mbarrier_at(t, address, instr).phase != parity;
+      if (mbarrier_at(t, address, instr).phase == parity) return false;
+      continue;
     }
     m.waiters.push_back(t);
     block_fiber(t, "mbarrier.try_wait", instr, (u32)address);
@@ -174,21 +195,42 @@ void bulk_copy_in(Thread* thread, u64 shared_address, u64 global_address, u32 by
     fail(t, kMisaligned, instr, offset, bytes, "cp.async.bulk needs 16-byte aligned addresses and size");
 #if PTX_LEVEL >= 1
   check_global(t, global_address, bytes, 16, instr, kRead);
-  if (checks(t) & kCheckSharedRace) race_check(t, offset, bytes, instr, kWrite, kInFlightFlag);
+  if (checks(t) & kCheckSharedRace) race_check(t, offset, bytes, instr, kWrite, kInFlightFlag | kAsyncProxyFlag);
 #endif
   MBarrier& m = mbarrier_at(t, barrier, instr);
-  PendingCopy c{t, offset, (const u8*)global_address, bytes, bytes, 0, instr};
+  PendingCopy c{t, offset, (const u8*)global_address, bytes, bytes, 0, instr, 0};
   if (t->owner->launch->config->lazy_copies) {
     m.copies.push_back(c);
     for (Fiber* f : m.waiters) wake(f);
     m.waiters.clear();
   } else {
-    memcpy(t->shared + offset, c.source, bytes);
-    finish_copy(c, false);
-    mbarrier_release(t, m, instr);
-    m.bytes -= bytes;
+    land(m, c);
     mbarrier_check(t, m);
   }
+}
+
+// Registers that setmaxnreg moves between the warps of a block. A warp that asks for more than are free waits.
+void set_max_registers(Thread* thread, bool more, u32 count, int instr) {
+  Fiber* t = fiber(thread);
+  if (!(checks(t) & kCheckSync)) return;
+  BlockState* b = t->owner;
+  if (count < 24 || count > 256 || count % 8)
+    fail(t, kInvalid, instr, 0, 0, "setmaxnreg takes a multiple of 8 from 24 to 256, got %u", count);
+  if (more ? count < t->register_limit : count > t->register_limit)
+    fail(t, kInvalid, instr, 0, 0, "setmaxnreg.%s to %u registers, but the thread has %u", more ? "inc" : "dec", count,
+         t->register_limit);
+  if (!more) {
+    b->free_registers += t->register_limit - count;
+    for (Fiber* f : b->register_waiters) wake(f);
+    b->register_waiters.clear();
+  } else {
+    while (b->free_registers < count - t->register_limit) {
+      b->register_waiters.push_back(t);
+      block_fiber(t, "setmaxnreg", instr, count);
+    }
+    b->free_registers -= count - t->register_limit;
+  }
+  t->register_limit = count;
 }
 
 void bulk_copy_out(Thread* thread, u64 global_address, u64 shared_address, u32 bytes, int instr) {
@@ -197,7 +239,10 @@ void bulk_copy_out(Thread* thread, u64 global_address, u64 shared_address, u32 b
   if ((u64)offset + bytes > t->shared_bytes) shared_fault(t, offset, bytes, instr);
 #if PTX_LEVEL >= 1
   check_global(t, global_address, bytes, 16, instr, kWrite);
-  if (checks(t) & kCheckSharedRace) race_check(t, offset, bytes, instr, kRead, 0);
+  if (checks(t) & kCheckSharedRace) {
+    race_check(t, offset, bytes, instr, kRead, 0);
+    check_proxy(t, offset, bytes, instr);
+  }
 #endif
   memcpy((u8*)global_address, t->shared + offset, bytes);
 }

@@ -157,6 +157,9 @@ static void report_deadlock(BlockState* b) {
       MBarrier& m = b->mbarriers[(u32)t.waiting_id];
       snprintf(text, sizeof text, "mbarrier.try_wait on shared offset %u at {instr:%d} (phase %u, %u arrivals and %lld bytes missing)",
                (u32)t.waiting_id, t.waiting_instr, m.phase, m.pending, (long long)m.bytes);
+    } else if (name == "setmaxnreg") {
+      snprintf(text, sizeof text, "setmaxnreg at {instr:%d} for %d registers (their thread has %u, and %u are free in the block)",
+               t.waiting_instr, (int)t.waiting_id, t.register_limit, b->free_registers);
     } else {
       snprintf(text, sizeof text, "%s at {instr:%d} for lanes 0x%08x", t.waiting_for, t.waiting_instr, (u32)t.waiting_id);
     }
@@ -180,6 +183,8 @@ static void start_block(BlockState* b, u64 index, u8* stacks) {
   b->queue.clear();
   b->warpgroups.clear();
   b->mbarriers.clear();
+  b->free_registers = 0;
+  b->register_waiters.clear();
   b->aborted = false;
   b->random = (config.seed + 1) * 0x9E3779B97F4A7C15ull + index * 0xD1B54A32D192ED03ull;
   for (Barrier& bar : b->barriers) { bar.arrivals.clear(); bar.expected = 0; }
@@ -209,7 +214,12 @@ static void start_block(BlockState* b, u64 index, u8* stacks) {
     t.copies.clear();
     t.copy_group = 0;
     t.wgmma_reads.clear();
-    t.wgmma_group = 0;
+    t.wgmma_group = t.wgmma_done = 0;
+    t.wgmma_fenced = false;
+    t.proxy_fences.clear();
+    release_clock(t.seen_at_proxy_fence);
+    t.seen_at_proxy_fence = nullptr;
+    t.register_limit = config.registers;
     t.records.clear();
     t.last_range = 0;
     t.now = b->clock_base + 1;
@@ -290,7 +300,7 @@ static void work(Launch* launch, std::mutex* merge) {
     for (size_t i = 0; i < b->stats.size() * sizeof(InstructionStats) / 8; i++) to[i] += from[i];
     config.max_shared_touched = std::max<u64>(config.max_shared_touched, b->max_touched);
   }
-  for (Fiber& t : b->fibers) release_clock(t.seen);
+  for (Fiber& t : b->fibers) release_clock(t.seen), release_clock(t.seen_at_proxy_fence);
   munmap(stacks, stack_total);
   free(b->shared_memory);
   delete b;

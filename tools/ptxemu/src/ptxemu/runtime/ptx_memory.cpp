@@ -155,6 +155,7 @@ void note_wgmma_read(Fiber* t, u32 offset, u32 bytes, int instr) {
 #if PTX_LEVEL >= 1
   if (!(checks(t) & kCheckSharedRace)) return;
   race_check(t, offset, bytes, instr, kRead, kInFlightFlag);
+  check_proxy(t, offset, bytes, instr);
   if (!t->wgmma_reads.empty()) {
     PendingRead& last = t->wgmma_reads.back();
     if (last.group == t->wgmma_group && last.offset + last.bytes == offset) {
@@ -168,11 +169,98 @@ void note_wgmma_read(Fiber* t, u32 offset, u32 bytes, int instr) {
 #endif
 }
 
+void proxy_fence(Thread* thread) {
+  Fiber* t = fiber(thread);
+  if (!t->seen) return;
+  t->proxy_fences.push_back(t->now);
+  t->seen->references++;
+  release_clock(t->seen_at_proxy_fence);
+  t->seen_at_proxy_fence = t->seen;
+  t->now++;
+}
+
+// The writer's fence must come between its write and what orders the reader after it; or the reader has a fence of its
+// own after that.
+static bool fenced(const Fiber* reader, const AccessRecord& write) {
+  const Fiber& writer = reader->owner->fibers[write.thread];
+  auto fence = std::lower_bound(writer.proxy_fences.begin(), writer.proxy_fences.end(), write.time);
+  if (fence != writer.proxy_fences.end() &&
+      (write.thread == reader->linear || *fence <= reader->seen->time[write.thread]))
+    return true;
+  return reader->seen_at_proxy_fence && write.time <= reader->seen_at_proxy_fence->time[write.thread];
+}
+
+void check_proxy(Fiber* t, u32 offset, u32 bytes, int instr) {
+  BlockState* b = t->owner;
+  for (u32 word = offset / 4; word <= (offset + bytes - 1) / 4; word++) {
+    AccessRecord* w = &b->writes[word * 4];
+    for (int i = 0; i < 4 && w[i].mask; i++)
+      if (w[i].time > b->clock_base && !(w[i].flags & kAsyncProxyFlag) && !fenced(t, w[i])) {
+        const Fiber& o = b->fibers[w[i].thread];
+        fault_other_instr = w[i].instr;
+        fail(t, kAsyncHazard, instr, word * 4, 4,
+             "shared memory offset %u, written by thread (%u,%u,%u) at {instr:%d}, is read through the async proxy: no "
+             "fence.proxy.async comes between", word * 4, o.tid[0], o.tid[1], o.tid[2], w[i].instr);
+      }
+  }
+}
+
+// A register of a warpgroup's products: what may still access it, and whether a fence is due.
+static bool in_flight(const Fiber* t, const WgmmaRegister& r) { return r.role && r.group >= t->wgmma_done; }
+
+static void check_register(Fiber* t, const WgmmaRegister& r, int instr) {
+  if (!in_flight(t, r)) return;
+  fault_other_instr = r.instr;
+  fail(t, kAsyncHazard, instr, 0, 0, "a register that the wgmma at {instr:%d} %s is accessed before wgmma.wait_group",
+       r.instr, r.role == kWgmmaResult ? "accumulates in" : "reads");
+}
+
+void wgmma_registers_used(Thread* thread, WgmmaRegister* state, std::initializer_list<u32> used,
+                          std::initializer_list<u32> written, int instr) {
+  Fiber* t = fiber(thread);
+  if (!(checks(t) & kCheckSync)) return;
+  for (u32 k : used) check_register(t, state[k], instr);
+  for (u32 k : written) state[k] = WgmmaRegister{0, 0, true, instr};
+}
+
+void wgmma_register_moved(Thread* thread, WgmmaRegister* state, u32 to, int from, int instr) {
+  Fiber* t = fiber(thread);
+  if (!(checks(t) & kCheckSync)) return;
+  check_register(t, state[to], instr);
+  state[to] = from < 0 ? WgmmaRegister{} : state[from];
+}
+
+void wgmma_registers_taken(Thread* thread, WgmmaRegister* state, std::initializer_list<u32> results,
+                           std::initializer_list<u32> operands, int instr) {
+  Fiber* t = fiber(thread);
+  if (!(checks(t) & kCheckSync)) return;
+  if (!t->wgmma_fenced)
+    fail(t, kAsyncHazard, instr, 0, 0, "the first wgmma.mma_async of a thread needs a wgmma.fence before it");
+  const auto take = [&](u32 k, u8 role) {
+    WgmmaRegister& r = state[k];
+    if (r.dirty) {
+      fault_other_instr = r.instr;
+      fail(t, kAsyncHazard, instr, 0, 0, "a register of this wgmma was written at {instr:%d}: no wgmma.fence comes between",
+           r.instr);
+    }
+    if (r.role != role) check_register(t, r, instr);  // products that accumulate in the same registers are in order
+    r = WgmmaRegister{t->wgmma_group, role, false, instr};
+  };
+  for (u32 k : operands) take(k, kWgmmaOperand);
+  for (u32 k : results) take(k, kWgmmaResult);
+}
+
+void wgmma_fence(Thread* t, WgmmaRegister* state, u32 count) {
+  fiber(t)->wgmma_fenced = true;
+  for (u32 k = 0; k < count; k++) state[k].dirty = false;
+}
+
 void wgmma_commit(Thread* t) { fiber(t)->wgmma_group++; }
 
 void wgmma_wait(Thread* thread, u32 pending_groups) {
   Fiber* t = fiber(thread);
   BlockState* b = t->owner;
+  if (t->wgmma_group > pending_groups) t->wgmma_done = std::max(t->wgmma_done, t->wgmma_group - pending_groups);
   size_t kept = 0;
   for (PendingRead& p : t->wgmma_reads) {
     if (p.group + pending_groups >= t->wgmma_group) {

@@ -283,13 +283,15 @@ static bool arrive_at(Fiber* t, u32 id, u32 count, bool waits, bool aligned, boo
            "barrier %u: this thread expects %u threads but others wait at {instr:%d} for %u", id, count,
            bar.arrivals[0].instr, bar.expected);
     }
+    // Threads of a warp arrive together. Without a count this is __syncthreads, which all threads reach on one path
+    // (CUDA C++ programming guide, synchronization functions).
     if (aligned)
       for (const Arrival& a : bar.arrivals)
-        if (a.fiber->warp == t->warp && a.instr != instr) {
+        if (a.instr != instr && (!count || a.fiber->warp == t->warp)) {
           fault_other_instr = a.instr;
           fail(t, kBarrierDivergence, instr, 0, 0,
-               "barrier %u: thread %u of the same warp waits at a different barrier instruction, "
-               "{instr:%d}", id, a.fiber->linear, a.instr);
+               "barrier %u: thread %u of the same %s waits at a different barrier instruction, {instr:%d}", id,
+               a.fiber->linear, a.fiber->warp == t->warp ? "warp" : "block", a.instr);
         }
   }
   bar.all &= predicate;
@@ -311,9 +313,9 @@ void barrier_sync(Thread* thread, u32 id, u32 count, bool aligned, int instr) {
   if (!arrive_at(t, id, count, true, aligned, false, instr)) block_fiber(t, "bar.sync", instr, id);
 }
 
-u32 barrier_reduce(Thread* thread, u32 id, u32 count, VoteOp op, bool predicate, int instr) {
+u32 barrier_reduce(Thread* thread, u32 id, u32 count, VoteOp op, bool predicate, bool aligned, int instr) {
   Fiber* t = fiber(thread);
-  if (!arrive_at(t, id, count, true, false, predicate, instr)) block_fiber(t, "bar.red", instr, id);
+  if (!arrive_at(t, id, count, true, aligned, predicate, instr)) block_fiber(t, "bar.red", instr, id);
   const Barrier& bar = t->owner->barriers[id];
   return op == kAll ? bar.result_all : op == kAny ? bar.result_any : bar.result_count;
 }

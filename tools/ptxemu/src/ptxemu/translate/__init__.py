@@ -35,6 +35,8 @@ class Kernel:
     stack_bytes: int
     required_threads: tuple[int, ...] = ()
     max_threads: tuple[int, ...] = ()
+    max_registers: int = 0  # .maxnreg; 0: what the register file gives each thread
+    min_blocks: int = 1
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,8 @@ class ModuleTranslator:
                 frames[name],
                 directives.get("reqntid", ()),
                 directives.get("maxntid", ()),
+                *directives.get("maxnreg", (0,)),
+                *directives.get("minnctapersm", (1,)),
             )
             launches.append(
                 f'extern "C" int launch_{symbol}(LaunchConfig* config, Fault* fault) '

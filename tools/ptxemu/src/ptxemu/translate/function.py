@@ -14,6 +14,7 @@ from .. import parser
 from ..errors import ParseError, Unsupported
 from ..parser import TYPE_BITS
 from .table import EMITTERS, UINT
+from .wgmma_registers import Use, instrument, names_in
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,9 @@ class FunctionEmitter:
         self.id = -1
         self.defined_labels = set()
         self.calls = set()
+        self.uses = []  # of registers, if there are wgmma
+        self.has_wgmma = any(isinstance(i, parser.Instruction) and i.opcode[0] == "wgmma" for i in function.body)
+        self.tracked = 0
         self._declare_parameters()
 
     # -- symbols ---------------------------------------------------------------------------
@@ -337,6 +341,10 @@ class FunctionEmitter:
             ) from error
         except (Unsupported, ParseError) as error:
             raise Unsupported(f"{self.function.name}, {i.location.describe()}: {error}") from None
+        if self.has_wgmma:
+            found = [[self.register(name) for name in names_in(operand)] for operand in i.operands]
+            names = tuple(tuple(r.name for r in registers if r) for registers in found)
+            self.uses.append(Use(len(self.lines), self.id, i, names))
         self.lines.append(f"  {condition}{{ PTX_COUNT({self.id}); {code} }}")
 
     def emit(self):
@@ -368,6 +376,7 @@ class FunctionEmitter:
                     raise Unsupported(f"{self.function.name}, PTX line {item.line}: {error}") from None
             else:
                 self._instruction(item)
+        self.tracked = instrument(self.lines, self.uses)
         return self._definition()
 
     def signature(self):
@@ -391,6 +400,8 @@ class FunctionEmitter:
             out.append(f"  alignas(16) u8 local[{self.local_bytes}];")
         else:
             out.append("  u8* const local = nullptr; (void)local;")
+        if self.tracked:
+            out.append(f"  WgmmaRegister wgmma_state[{self.tracked}] = {{}};")
         if any("carry" in line for line in self.lines):
             out.append("  u32 carry = 0; (void)carry;")
         body = "\n".join(self.lines).replace("{LOCAL_BYTES}", str(self.local_bytes))
@@ -398,4 +409,5 @@ class FunctionEmitter:
 
     def frame_bytes(self):
         """A generous estimate of the C++ stack frame."""
-        return self.local_bytes + 16 * len(self.registers) + sum(s + 16 for _, s in self.call_buffers) + 4096
+        registers = 16 * (len(self.registers) + self.tracked)
+        return self.local_bytes + registers + sum(s + 16 for _, s in self.call_buffers) + 4096

@@ -78,9 +78,22 @@ def create_policy(f, i):
     return f.assign_raw(i.operands[0], 64, "0")
 
 
+@emits("fence")
+def fence(f, i):
+    """Of the memory model, only reads of shared memory through the async proxy are checked."""
+    proxies = i.opcode[1] == "proxy" and i.opcode[2].startswith("async") and "global" not in i.opcode
+    return "proxy_fence(t);" if proxies else ""
+
+
+@emits("setmaxnreg")
+def set_max_registers(f, i):
+    more = "true" if i.opcode[1] == "inc" else "false"
+    return f"set_max_registers(t, {more}, {int(i.operands[0], 0)}, {f.id});"
+
+
 @emits(
-    "membar", "fence", "nanosleep", "prefetch", "prefetchu", "pmevent", "griddepcontrol",
-    "applypriority", "discard", "setmaxnreg",
+    "membar", "nanosleep", "prefetch", "prefetchu", "pmevent", "griddepcontrol",
+    "applypriority", "discard",
 )  # fmt: skip
 def no_operation(f, i):
     return ""

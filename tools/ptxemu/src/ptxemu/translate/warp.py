@@ -65,7 +65,7 @@ def barrier(f, i):
         # A cluster is one CTA: the wait is a block-wide barrier of its own.
         return f"barrier_sync(t, 16, 0, false, {f.id});" if "wait" in i.opcode else ""
     identifier = f.raw(i.operands[0], 32)
-    aligned = i.opcode[0] == "bar" or "aligned" in i.opcode
+    aligned = "true" if i.opcode[0] == "bar" or "aligned" in i.opcode else "false"
     if "red" in i.opcode:
         operation = next(m for m in i.opcode if m in ("popc", "and", "or"))
         operands = i.operands[1:]
@@ -73,12 +73,12 @@ def barrier(f, i):
         count = f.raw(operands[1], 32) if len(operands) == 3 else "0"
         vote = {"popc": "kBallot", "and": "kAll", "or": "kAny"}[operation]
         predicate = f.value(operands[-1], "pred")
-        call = f"barrier_reduce(t, {identifier}, {count}, {vote}, {predicate}, {f.id})"
+        call = f"barrier_reduce(t, {identifier}, {count}, {vote}, {predicate}, {aligned}, {f.id})"
         return f.assign(i.operands[0], "b32" if operation == "popc" else "pred", call)
     count = f.raw(i.operands[1], 32) if len(i.operands) > 1 else "0"
     if "arrive" in i.opcode:
         return f"barrier_arrive(t, {identifier}, {count}, {f.id});"
-    return f"barrier_sync(t, {identifier}, {count}, {'true' if aligned else 'false'}, {f.id});"
+    return f"barrier_sync(t, {identifier}, {count}, {aligned}, {f.id});"
 
 
 def _two_results(f, i, first_bits):
