@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import ctkernels as ct
 from ctkernels import dispatch, ops
 from ctkernels.backends import cpu, cuda
-from ctkernels.problem import Problem
+from ctkernels.problem import Prepared, Problem
 from tools.gpu.cuda import build as cuda_build
 
 
@@ -83,9 +83,10 @@ def check_trace() -> None:
     problem, choice = Problem(**{**fields, "softcap": 0.0}), dispatch.Choice("cuda", "cuda")
 
     def step(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        out, lse = ops.prefix_attention(*inputs, None, None, *problem, *choice)
+        settings = *Prepared(), *problem, *choice
+        out, lse = ops.prefix_attention(*inputs, None, None, *settings)
         needs = [True] * len(inputs) + [False, False]  # no bias and no sinks
-        grads = ops.prefix_attention_backward(out * 2, lse, *inputs, None, None, out, lse, needs, *problem, *choice)
+        grads = ops.prefix_attention_backward(out * 2, lse, *inputs, None, None, out, lse, needs, *settings)
         return out, lse, *grads
 
     with FakeTensorMode(), torch.no_grad():

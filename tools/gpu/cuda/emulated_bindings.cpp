@@ -22,15 +22,22 @@ Executor executor() {
           }};
 }
 
+Tensor tables(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_k, const Tensor& prefix_v,
+              const MaybeTensor& prefix_bias, CTK_PROBLEM_ARGS, bool backward) {
+  return cuda_tables(executor(), q, k, v, prefix_k, prefix_v, prefix_bias, CTK_PROBLEM, backward);
+}
+
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_k,
-                                   const Tensor& prefix_v, const MaybeTensor& prefix_bias, CTK_PROBLEM_ARGS) {
-  return cuda_forward(executor(), q, k, v, prefix_k, prefix_v, prefix_bias, CTK_PROBLEM);
+                                   const Tensor& prefix_v, const MaybeTensor& prefix_bias, CTK_PROBLEM_ARGS,
+                                   CTK_PREPARED_ARGS) {
+  return cuda_forward(executor(), q, k, v, prefix_k, prefix_v, prefix_bias, CTK_PROBLEM, CTK_PREPARED);
 }
 
 Gradients backward(const Tensor& dout, const MaybeTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
                    const Tensor& prefix_k, const Tensor& prefix_v, const MaybeTensor& prefix_bias, const Tensor& out,
-                   const Tensor& lse, Needs needs, CTK_PROBLEM_ARGS) {
-  return cuda_backward(executor(), dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, CTK_PROBLEM);
+                   const Tensor& lse, Needs needs, CTK_PROBLEM_ARGS, CTK_PREPARED_ARGS) {
+  return cuda_backward(executor(), dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, CTK_PROBLEM,
+                       CTK_PREPARED);
 }
 
 }  // namespace
@@ -38,6 +45,7 @@ Gradients backward(const Tensor& dout, const MaybeTensor& dlse, const Tensor& q,
 extern "C" __attribute__((visibility("default"))) void set_callback(Callback given) { callback = given; }
 
 TORCH_LIBRARY_FRAGMENT(ctkernels_emulated, m) {
-  m.def("cuda_forward" CTK_FORWARD_SCHEMA, forward);
-  m.def("cuda_backward" CTK_BACKWARD_SCHEMA, backward);
+  m.def("cuda_forward" CTK_CUDA_FORWARD_SCHEMA, forward);
+  m.def("cuda_backward" CTK_CUDA_BACKWARD_SCHEMA, backward);
+  m.def("cuda_tables" CTK_CUDA_TABLES_SCHEMA, tables);
 }
