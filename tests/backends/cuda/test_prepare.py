@@ -5,6 +5,8 @@ import torch
 from torch import Tensor
 
 import ctkernels as ct
+from ctkernels.testing.models import make_model, tokens
+from ctkernels.tuning.adapters.prefix import KVPrefix
 from tools.gpu.cuda.emulated import BACKEND, Emulator, running_on
 
 pytestmark = pytest.mark.needs_nvcc
@@ -77,3 +79,18 @@ def test_launches_and_bits(prefixes, bounds, multiprocessors):
     # the first layer makes the tables of both directions
     assert prepared == [[*SET_UP * 2, *forward], *[forward] * (LAYERS - 1), *[backward] * LAYERS]
     assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+
+
+def test_attached_models_prepare_every_forward_pass():
+    model = make_model("llama", torch.bfloat16)
+    layers = model.config.num_hidden_layers
+    prefix = KVPrefix.from_tokens(model, tokens(12, seed=2), torch.tensor([0, 5, 12]))
+    mask = ct.ContextMask.leave_one_out(prefix.segments, torch.tensor([0, 1]), drop_p=0.2)
+    bounds = torch.tensor([0, 4, 7], dtype=torch.int32)
+    with running_on(Emulator()) as emulator, prefix.attach(model, mask, cu_seqlens=bounds, backend=BACKEND.name):
+        for _ in range(2):
+            emulator.launched.clear()
+            model(tokens(1, 7, seed=3)).logits.float().square().mean().backward()
+            kernels = [name.removeprefix("ctk_").split("_bf16")[0] for name in emulator.launched]
+            backward = ["delta", "query", "keys"] * (layers - 1) + ["delta", "keys"]  # the first layer needs no dq
+            assert kernels == SET_UP * 2 + ["forward"] * layers + backward
