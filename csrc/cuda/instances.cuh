@@ -18,12 +18,7 @@ struct KernelEntry {
 
 // Minimum blocks per multiprocessor, as in __launch_bounds__. 0: none, and the compiler may limit registers to fit one
 // more block. 1: one block is enough, for kernels that would spill to fit a second one.
-constexpr int forward_blocks(int element_bytes, int width) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-  if (element_bytes == 4) return 1;
-#endif
-  return element_bytes == 2 && width == 80;
-}
+constexpr int forward_blocks(int element_bytes, int width) { return element_bytes == 4 || width == 80; }
 
 constexpr int query_blocks(bool general) { return general; }
 

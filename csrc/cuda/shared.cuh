@@ -226,7 +226,7 @@ __device__ __forceinline__ void multiply_columns(float (&acc)[M][W / 8][4], cons
                                                  const ColumnsB<T, W>& b, bool tf32) {
   constexpr int STEPS = 8 * K / STEP<T>;
   if constexpr (sizeof(T) == 4) {
-    constexpr int PART = W % 32 ? 16 : 32;  // columns that share a split of p
+    constexpr int PART = W % 32 || W == 128 ? 16 : 32;  // columns that share a split of p, as registers allow
 #pragma unroll
     for (int part = 0; part < W; part += PART) {
       float sum[M][PART / 8][4] = {};

@@ -119,7 +119,6 @@ DEFAULT = [
     "keys: words of another step",
     "walk: causality one key late",
     "slices: a slice overwrites the one that is multiplied",
-    "slices: results one slice off",
 ]
 
 
