@@ -138,22 +138,12 @@ __device__ __forceinline__ void store_out(const Args& a, Softmax<M>& softmax, fl
   }
 }
 
-// out and lse of tokens that belong to no row, by one of the programs that share a tile and a KV head.
-template <class T>
-__device__ __forceinline__ void fill_idle_out(const Args& a) {
-  const Params& p = a.call.p;
-  if (blockIdx.z || blockIdx.y >= p.Hk) return;
-  fill_idle<T>(a, p.out, a.group, p.Dv, T(0.0f));
-  fill_idle<float>(a, p.lse, a.group, 1, -INFINITY);
-}
-
 template <class T, int W, bool General>
 __device__ __forceinline__ void forward(const Args& a) {
   constexpr ForwardShape SHAPE = forward_shape(sizeof(T), W, General);
   constexpr int N = SHAPE.keys, THREADS = SHAPE.threads(), M = SHAPE.lanes_per_warp() / 16;
   const int warp = threadIdx.x / 32;
   const Params& p = a.call.p;
-  fill_idle_out<T>(a);
 
   extern __shared__ __align__(1024) char memory[];
   using Tile = Shared<T, W>;

@@ -58,6 +58,7 @@ namespace detail {
 
 // a range must be long enough to be worth its partial results, 8 bytes per lane and dimension
 constexpr int BLOCKS_PER_SPLIT = 4, TILES_PER_SPLIT = 8, MAX_SPLITS = 32;
+constexpr int MOST_FILLERS = 16;
 constexpr int GRID_LIMIT = 65535;  // of the second and third dimension
 
 inline const char* name_of(Type t) { return t == Type::bf16 ? "bf16" : t == Type::f16 ? "fp16" : "fp32"; }
@@ -130,6 +131,7 @@ class Planner {
     }
     launch_tiles("forward", a_.tiles, p.Dv, a_.key_splits, shape.threads(), forward_shared(bytes_, width_, general()));
     if (a_.key_splits > 1) launch_typed("merge_out", div_up(a_.lanes, MERGE_LANES), LANE_THREADS);
+    else if (fillers()) launch_typed("fill_out", fillers(), LANE_THREADS);
     return finish();
   }
 
@@ -263,6 +265,13 @@ class Planner {
     const int64_t most = (a_.call.packed ? a_.call.S : p.B * a_.call.S) * a_.group;
     const int64_t used = div_up(most, a_.tile_lanes) + (a_.runs < p.B ? a_.runs : p.B);
     return used < a_.tiles ? used : a_.tiles;
+  }
+
+  // Programs for tokens that may belong to no row.
+  int64_t fillers() const {
+    const Call& call = a_.call;
+    if (call.packed) return 1;
+    return !call.seq_lens.data ? 0 : call.p.B < MOST_FILLERS ? call.p.B : MOST_FILLERS;
   }
 
   // Programs of a block of lanes or keys, for results of so many columns: one for each slice.

@@ -66,6 +66,35 @@ __device__ __forceinline__ void set_lse(float lse, LaneState* state) {
   state->low = fmaf(lse, HIGH, -state->high) + lse * LOW;
 }
 
+// Fills tokens that belong to no row in a tensor laid out as q, or as k and v: those around packed rows, and padding
+// behind a row's queries. `heads` of each KV head, `columns` of each token. The programs (x, y) of a grid share them: y
+// is the KV head.
+template <class T>
+__device__ __forceinline__ void fill_idle(const Args& a, const Tensor4& t, int heads, int64_t columns, T value) {
+  const Call& call = a.call;
+  const int warps = blockDim.x / 32, warp = threadIdx.x / 32, B = int(call.p.B), S = int(call.S);
+  const auto fill = [&](int batch, int first, int end) {
+    for (int64_t i = warp; i < int64_t(end - first) * heads; i += warps) {
+      T* to = static_cast<T*>(t.data) + batch * t.batch + (blockIdx.y * heads + i % heads) * t.head +
+              (first + i / heads) * t.token;
+      for (int64_t d = threadIdx.x % 32; d < columns; d += 32) to[d] = value;
+    }
+  };
+  if (call.packed && blockIdx.x == 0) {
+    fill(0, 0, clamp(read(call.cu_seqlens, 0, 0), 0, S));
+    fill(0, clamp(read(call.cu_seqlens, B, S), 0, S), S);
+  }
+  if (call.seq_lens.data)
+    for (int r = blockIdx.x; r < B; r += gridDim.x) fill(a.rows[r].batch, a.rows[r].queries, S);
+}
+
+// out and lse of tokens that belong to no row. Grid (programs, Hk).
+template <class T>
+__device__ __forceinline__ void fill_out(const Args& a) {
+  fill_idle<T>(a, a.call.p.out, a.group, a.call.p.Dv, T(0.0f));
+  fill_idle<float>(a, a.call.p.lse, a.group, 1, -INFINITY);
+}
+
 // state <- lse, delta = <out, dout> - dlse. Grid (DELTA_LANES lanes, Hk); eight threads per lane, 16 bytes at a time.
 // Also dq, dk, dv of idle tokens: those of padded rows' keys are zeros that the kernel of keys writes.
 template <class T>
@@ -105,10 +134,12 @@ __device__ __forceinline__ void delta(const Args& a) {
   a.state[int64_t(kv) * a.lanes + lane] = state;
 }
 
-// out and lse from the ranges of keys, in order. Grid (MERGE_LANES lanes, Hk); a warp per lane.
+// out and lse from the ranges of keys, in order, and those of tokens that belong to no row. Grid (MERGE_LANES lanes,
+// Hk); a warp per lane.
 template <class T>
 __device__ __forceinline__ void merge_out(const Args& a) {
   const Params& p = a.call.p;
+  fill_out<T>(a);
   const int lane = blockIdx.x * MERGE_LANES + threadIdx.x / 32, kv = blockIdx.y, thread = threadIdx.x % 32;
   if (lane >= a.lanes) return;
   T* to = lane_token<T>(a, p.out, lane, kv);

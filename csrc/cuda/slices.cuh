@@ -131,7 +131,6 @@ __device__ __forceinline__ void forward_slices(const Args& a) {
   const Params& p = a.call.p;
   const Program at;
   const int kv = at.kv % int(p.Hk), mine = at.kv / int(p.Hk), slices = slices_of(p.D, sizeof(T));
-  fill_idle_out<T>(a);
   const TileInfo tile = a.tile_table[at.tile];
   if (tile.lanes == 0) return;
   const int first_lane = at.tile * SHAPE.lanes, warp = threadIdx.x / 32;

@@ -121,28 +121,6 @@ __device__ __forceinline__ T* lane_token(const Args& a, const Tensor4& t, int la
          slot.token * t.token;
 }
 
-// Fills tokens that belong to no row in a tensor laid out as q, or as k and v: those around packed rows, and padding
-// behind a row's queries. `heads` of each KV head, `columns` of each token. The programs (x, y) of a grid share them: y
-// is the KV head.
-template <class T>
-__device__ __forceinline__ void fill_idle(const Args& a, const Tensor4& t, int heads, int64_t columns, T value) {
-  const Call& call = a.call;
-  const int warps = blockDim.x / 32, warp = threadIdx.x / 32, B = int(call.p.B), S = int(call.S);
-  const auto fill = [&](int batch, int first, int end) {
-    for (int64_t i = warp; i < int64_t(end - first) * heads; i += warps) {
-      T* to = static_cast<T*>(t.data) + batch * t.batch + (blockIdx.y * heads + i % heads) * t.head +
-              (first + i / heads) * t.token;
-      for (int64_t d = threadIdx.x % 32; d < columns; d += 32) to[d] = value;
-    }
-  };
-  if (call.packed && blockIdx.x == 0) {
-    fill(0, 0, clamp(read(call.cu_seqlens, 0, 0), 0, S));
-    fill(0, clamp(read(call.cu_seqlens, B, S), 0, S), S);
-  }
-  if (call.seq_lens.data)
-    for (int r = blockIdx.x; r < B; r += gridDim.x) fill(a.rows[r].batch, a.rows[r].queries, S);
-}
-
 // lse of a lane from its largest logit and its sum. In fp64, once per lane: the backward pass multiplies every rounding
 // of lse by its size.
 __device__ __forceinline__ void store_lse(const Args& a, int lane, int kv, float top, float total) {

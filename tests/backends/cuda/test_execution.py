@@ -68,7 +68,7 @@ def mixed_call(types: str, D: int, growth: float = 30.0, **more: object) -> Call
 def test_training():
     _, launched = execute(training_call("bf16+fp32"), SCHEDULES)
     kernels = {f"{name}_bf16_64_plain" for name in ("forward", "query", "keys")}
-    assert names(launched) == {"setup_rows", "setup_tiles", "pack", "delta_bf16", *kernels}
+    assert names(launched) == {"setup_rows", "setup_tiles", "pack", "delta_bf16", "fill_out_bf16", *kernels}
 
 
 def test_whole_partial_and_hidden_blocks():

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.needs_nvcc
 LAYERS, ROWS, H, HK, P, D = 2, (9, 16, 4), 4, 2, 520, 64
 FEW, MANY = 1, 40  # multiprocessors: enough work for all of them, or work that is cut into ranges
 # Beyond the first layer. FlashAttention-2 has 1 and 3.
-FORWARD = {FEW: ["forward_bf16_64_plain"], MANY: ["forward_bf16_64_plain", "merge_out_bf16"]}
+FORWARD = {FEW: ["forward_bf16_64_plain", "fill_out_bf16"], MANY: ["forward_bf16_64_plain", "merge_out_bf16"]}
 BACKWARD = {
     FEW: ["delta_bf16", "query_bf16_64_plain", "keys_bf16_64_plain"],
     MANY: ["delta_bf16", "query_bf16_64_plain", "keys_bf16_64_plain", "sum_parts"],
@@ -93,4 +93,4 @@ def test_attached_models_prepare_every_forward_pass():
             model(tokens(1, 7, seed=3)).logits.float().square().mean().backward()
             kernels = [name.removeprefix("ctk_").split("_bf16")[0] for name in emulator.launched]
             backward = ["delta", "query", "keys"] * (layers - 1) + ["delta", "keys"]  # the first layer needs no dq
-            assert kernels == SET_UP * 2 + ["forward"] * layers + backward
+            assert kernels == SET_UP * 2 + ["forward", "fill_out"] * layers + backward
