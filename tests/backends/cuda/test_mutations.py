@@ -78,7 +78,7 @@ MUTATIONS = {
         "shared.cuh", "thread % 4 * 2 + r, thread / 16", "thread % 4 * 2 + 1 - r, thread / 16", types="fp32"
     ),
     "mma: exact products without their small terms": Mutation(
-        "mma.cuh", "if constexpr (!TF32)", "if constexpr (false)", types="fp32"
+        "mma.cuh", "if constexpr (TF32)", "if constexpr (true)", types="fp32"
     ),
     "walk: a copy that wraps around without changing the row": Mutation(
         "walk.cuh", "chunk -= CHUNKS, ++row;", "chunk -= CHUNKS;", D=80
@@ -122,15 +122,25 @@ DEFAULT = [
 ]
 
 
+def edited(mutation: Mutation) -> str:
+    """The text of the mutation's file after the edit."""
+    parts = (plan.SOURCES / "cuda" / mutation.file).read_text().split(mutation.old)
+    assert len(parts) == mutation.places + 1, f"{mutation.file} has {len(parts) - 1} times {mutation.old!r}"
+    at = mutation.nth + 1
+    return mutation.old.join(parts[:at]) + mutation.new + mutation.old.join(parts[at:])
+
+
 def mutated(folder, mutation: Mutation) -> Build:
     """A build of a copy of the sources with one edit."""
     shutil.copytree(plan.SOURCES, folder / "csrc", ignore=shutil.ignore_patterns("cpu"))
-    path = folder / "csrc" / "cuda" / mutation.file
-    parts = path.read_text().split(mutation.old)
-    assert len(parts) == mutation.places + 1, f"{mutation.file} has {len(parts) - 1} times {mutation.old!r}"
-    at = mutation.nth + 1
-    path.write_text(mutation.old.join(parts[:at]) + mutation.new + mutation.old.join(parts[at:]))
+    (folder / "csrc" / "cuda" / mutation.file).write_text(edited(mutation))
     return Build(folder / "csrc")
+
+
+def test_every_mistake_has_its_place():
+    """Also those that do not run by default."""
+    for mutation in MUTATIONS.values():
+        edited(mutation)
 
 
 @pytest.mark.parametrize("name", MUTATIONS if THOROUGH else DEFAULT)
