@@ -8,6 +8,7 @@ By default each kind of problem runs on one architecture or both, on a few sched
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 
 import ptxemu
@@ -48,11 +49,10 @@ def options_call(D: int = 40, types: str = "bf16", **more: object) -> Call:
     )  # fmt: skip
 
 
-def split_call(D: int = 64, **more: object) -> Call:
+def split_call(D: int = 64, lens: Sequence[int] = (40, 33, 29, 50, 21, 35, 42, 30), **more: object) -> Call:
     """So long a prefix and so many queries that both are cut into ranges, whose results further kernels add up."""
     hidden = torch.arange(0, 8)[:, None] * 64 + torch.tensor([0, 64])
-    lens = [40, 33, 29, 50, 21, 35, 42, 30]
-    return make_call(H=8, Hk=2, P=530, D=D, types="bf16+fp32", lens=lens, mask=dict(hidden=hidden), **more)
+    return make_call(H=8, Hk=2, P=530, D=D, types="bf16+fp32", lens=list(lens), mask=dict(hidden=hidden), **more)
 
 
 def execute(call: Call, architecture: str, schedules: list[tuple[str, int]]) -> tuple[dict, list[str]]:
