@@ -2,6 +2,7 @@
 
 from ctkernels.attention import prefix_attention, prefix_attention_varlen
 from ctkernels.mask import ContextMask
+from ctkernels.prepare import prepare
 
 __version__ = "0.1.0"
-__all__ = ["ContextMask", "__version__", "prefix_attention", "prefix_attention_varlen"]
+__all__ = ["ContextMask", "__version__", "prefix_attention", "prefix_attention_varlen", "prepare"]

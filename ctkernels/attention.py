@@ -1,7 +1,7 @@
 """The public op: attention of many short rows over one shared, trainable KV prefix.
 
 Reading order: this file (arguments and their checks) -> mask.py -> problem.py -> dispatch.py (which backend) -> ops.py
-(registered operators, autograd) -> one backend.
+(registered operators, autograd) -> one backend. prepare.py: what layers share.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 from ctkernels import dispatch, dispatch_table, ops
 from ctkernels.backends import finite, reference
 from ctkernels.mask import ContextMask
+from ctkernels.prepare import NOTHING, PreparedMask
 from ctkernels.problem import Problem, check_values
 
 MAX_HEAD_DIM = 512
@@ -222,6 +223,7 @@ def _attend(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """Both public calls: q `[B, H, S, D]`, or `[1, H, N, D]` with cu_seqlens. Returns (out, lse) in that layout."""
+    passed = prefix_k, prefix_v
     prefix_k, prefix_v = _prefixes(q, k, v, prefix_k, prefix_v)
     G, _, P, D = prefix_k.shape
     Dv = prefix_v.shape[3]
@@ -277,7 +279,10 @@ def _attend(
                 finite.check_inputs(q, k, v, prefix_k, prefix_v, prefix_bias, sinks, problem)
         with torch.autocast(q.device.type, enabled=False):
             return reference.prefix_attention(q, k, v, prefix_k, prefix_v, prefix_bias, sinks, problem)
-    return ops.attend(q, k, v, prefix_k, prefix_v, prefix_bias, sinks, *problem, choice.forward, choice.backward)
+    inputs, prepared = (q, k, v, prefix_k, prefix_v, prefix_bias), NOTHING
+    if isinstance(mask, PreparedMask):
+        prepared = mask.of_call(choice, passed, inputs, problem)
+    return ops.attend(*inputs, sinks, *prepared, *problem, *choice)
 
 
 def _rows(q: Tensor, k: Tensor, v: Tensor, q_shape: str, k_shape: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -41,7 +41,8 @@ def load(name: str) -> ModuleType:
     `forward(q, k, v, prefix_k, prefix_v, prefix_bias, problem)` and `backward(...)` as `ops.py` calls them. If it
     cannot serve every call on its devices, it also provides `refusal(device, dtype, wide) -> str | None`. If its
     backward relies on ds adding up to dlse over the keys of a query, it sets `USES_DS_SUM = True`; with sinks it then
-    gets `ds_sum`, what ds adds up to instead.
+    gets `ds_sum`, what ds adds up to instead. If calls of a step can share what it computes first, it has `tables` and
+    `order`, and both passes take `prepared` (`problem.Prepared`).
     """
     return importlib.import_module(BACKENDS[name][0])
 

@@ -5,13 +5,15 @@ by name. Arguments:
 
     q [B, H, S, D], k [B, Hk, T, D], v [B, Hk, T, Dv]   with cu_seqlens: B = 1, and the rows packed along S and T
     prefix_k [G, Hk, P, D], prefix_v [G, Hk, P, Dv], prefix_bias [1 or G, 1 or H, P], sinks [H]
-    the fields of Problem, then those of Choice
+    the fields of Prepared, those of Problem, then those of Choice
 
 An operator calls the backend that Choice names. The backend checks values that could make it read outside of a tensor.
 Backends know nothing of sinks: `backends/sinks.py` puts them around any of them.
 """
 
 from __future__ import annotations
+
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -22,17 +24,18 @@ from ctkernels.backends import finite
 from ctkernels.backends import sinks as sink
 from ctkernels.backends.check import expect
 from ctkernels.dispatch import Choice
-from ctkernels.problem import Problem, compute_dtype
+from ctkernels.problem import PROBLEM_TENSORS, Prepared, Problem, compute_dtype
 
 INPUTS_SCHEMA = "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor? prefix_bias, Tensor? sinks"
 INPUT_COUNT = 7
-SETTINGS_SCHEMA = (  # the fields of Problem, then those of Choice
+SETTINGS_SCHEMA = (  # the fields of Prepared, of Problem, and of Choice
+    "Tensor? forward_tables, Tensor? backward_tables, Tensor? prepared_prefix_k, Tensor? prepared_prefix_v, "
     "Tensor? alibi_slopes, Tensor? cu_seqlens, Tensor? seq_lens, Tensor? prefix_index, Tensor? prefix_lens, "
     "Tensor? hidden, Tensor? row_ids, Tensor? keep, SymInt context_length, float drop_p, SymInt seed, float scale, "
     "bool causal, SymInt window, bool window_prefix, float softcap, str forward_backend, str backward_backend"
 )
-PROBLEM_TENSORS = 8
-SETTINGS_COUNT = len(Problem._fields) + len(Choice._fields)
+SETTINGS_TENSORS = len(Prepared._fields) + PROBLEM_TENSORS
+SETTINGS_COUNT = len(Prepared._fields) + len(Problem._fields) + len(Choice._fields)
 
 torch.library.define("ctkernels::prefix_attention", f"({INPUTS_SCHEMA}, {SETTINGS_SCHEMA}) -> (Tensor out, Tensor lse)")
 torch.library.define(
@@ -45,17 +48,22 @@ prefix_attention = torch.ops.ctkernels.prefix_attention.default
 prefix_attention_backward = torch.ops.ctkernels.prefix_attention_backward.default
 
 
-def _split(settings) -> tuple[Problem, Choice]:
-    count = len(Problem._fields)
-    return Problem(*settings[:count]), Choice(*settings[count:])
+def _split(settings) -> tuple[Prepared, Problem, Choice]:
+    first, end = len(Prepared._fields), len(Prepared._fields) + len(Problem._fields)
+    return Prepared(*settings[:first]), Problem(*settings[first:end]), Choice(*settings[end:])
+
+
+def _known(backend: ModuleType, prepared: Prepared) -> dict[str, Prepared]:
+    return {"prepared": prepared} if hasattr(backend, "tables") and any(x is not None for x in prepared) else {}
 
 
 @torch.library.impl("ctkernels::prefix_attention", ("cpu", "cuda"))
 def _forward(q, k, v, prefix_k, prefix_v, prefix_bias, sinks, *settings):
-    problem, choice = _split(settings)
+    prepared, problem, choice = _split(settings)
     if finite.enabled():
         finite.check_inputs(q, k, v, prefix_k, prefix_v, prefix_bias, sinks, problem)
-    out, lse = dispatch.load(choice.forward).forward(q, k, v, prefix_k, prefix_v, prefix_bias, problem)
+    backend = dispatch.load(choice.forward)
+    out, lse = backend.forward(q, k, v, prefix_k, prefix_v, prefix_bias, problem, **_known(backend, prepared))
     if sinks is not None:
         sink.apply(out, lse, sinks)
     return out, lse
@@ -63,7 +71,7 @@ def _forward(q, k, v, prefix_k, prefix_v, prefix_bias, sinks, *settings):
 
 @torch.library.impl("ctkernels::prefix_attention_backward", ("cpu", "cuda"))
 def _backward(dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, sinks, out, lse, needs, *settings):
-    problem, choice = _split(settings)
+    prepared, problem, choice = _split(settings)
     if finite.enabled():
         finite.check_gradients(dout, dlse, lse)
     inputs = (q, k, v, prefix_k, prefix_v, prefix_bias)
@@ -74,12 +82,13 @@ def _backward(dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, sinks, out, 
         dsinks = sink.gradient(dout, out, lse, sinks)
     if not any(kernel_needs):
         return *empty_gradients(*inputs, kernel_needs), dsinks
-    backend, sums = dispatch.load(choice.backward), {}
+    backend = dispatch.load(choice.backward)
+    extra = _known(backend, prepared)
     if sinks is not None:
         if getattr(backend, "USES_DS_SUM", False):
-            sums["ds_sum"] = sink.sum_of_ds(dout, dlse, out, lse, sinks)
+            extra["ds_sum"] = sink.sum_of_ds(dout, dlse, out, lse, sinks)
         dout, lse = sink.before_backward(dout, dlse, out, lse, sinks)
-    grads = backend.backward(dout, dlse, *inputs, out, lse, kernel_needs, problem, **sums)
+    grads = backend.backward(dout, dlse, *inputs, out, lse, kernel_needs, problem, **extra)
     return *grads, dsinks
 
 
@@ -112,8 +121,8 @@ def empty_gradients(q, k, v, prefix_k, prefix_v, prefix_bias, needs) -> tuple[Te
 
 
 def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[: INPUT_COUNT + PROBLEM_TENSORS], *output)
-    ctx.settings = inputs[INPUT_COUNT + PROBLEM_TENSORS :]
+    ctx.save_for_backward(*inputs[: INPUT_COUNT + SETTINGS_TENSORS], *output)
+    ctx.settings = inputs[INPUT_COUNT + SETTINGS_TENSORS :]
     ctx.set_materialize_grads(False)
 
 
@@ -123,8 +132,8 @@ def _gradients(ctx, backward, dout: Tensor | None, dlse: Tensor | None, needs: l
     if dout is None and dlse is None:
         return (None,) * INPUT_COUNT + nothing
     saved = ctx.saved_tensors
-    inputs, tensors = saved[:INPUT_COUNT], saved[INPUT_COUNT : INPUT_COUNT + PROBLEM_TENSORS]
-    out, lse = saved[INPUT_COUNT + PROBLEM_TENSORS :]
+    inputs, tensors = saved[:INPUT_COUNT], saved[INPUT_COUNT : INPUT_COUNT + SETTINGS_TENSORS]
+    out, lse = saved[INPUT_COUNT + SETTINGS_TENSORS :]
     if dout is None:
         dout = torch.zeros_like(out)
     grads = backward(dout, dlse, *inputs, out, lse, needs, *tensors, *ctx.settings)

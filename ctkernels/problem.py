@@ -35,6 +35,23 @@ class Problem(NamedTuple):
     softcap: float  # 0: none
 
 
+PROBLEM_TENSORS = 8  # the first fields
+
+
+class Prepared(NamedTuple):
+    """What earlier calls of a step have computed, from `prepare`. None: the call computes it.
+
+    Backends that know of it have two functions. `tables(q, k, v, prefix_k, prefix_v, prefix_bias, problem, backward)`
+    depends on the problem, and on sizes and types, but not on what the other tensors hold. `order(q)` says which calls
+    may use what another one has computed: those of the same value.
+    """
+
+    forward_tables: Tensor | None = None
+    backward_tables: Tensor | None = None
+    prefix_k: Tensor | None = None  # in the rows' type, in the place of an fp32 one
+    prefix_v: Tensor | None = None
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Type of the softmax and of all accumulation for inputs of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32

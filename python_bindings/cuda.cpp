@@ -60,26 +60,45 @@ Executor executor() {
   return {{multiprocessors}, launch};
 }
 
+Tensor tables(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_k, const Tensor& prefix_v,
+              const MaybeTensor& prefix_bias, CTK_PROBLEM_ARGS, bool backward) {
+  const c10::cuda::CUDAGuard guard(q.device());
+  return cuda_tables(executor(), q, k, v, prefix_k, prefix_v, prefix_bias, CTK_PROBLEM, backward);
+}
+
+// The current stream of x's device, and the graph that it is captured into, 0 for none.
+std::vector<int64_t> order(const Tensor& x) {
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(x.device().index());
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  unsigned long long id = 0;
+  C10_CUDA_CHECK(cudaStreamGetCaptureInfo(stream, &status, &id));
+  return {int64_t(reinterpret_cast<uintptr_t>(stream)), status == cudaStreamCaptureStatusNone ? 0 : int64_t(id)};
+}
+
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_k,
-                                   const Tensor& prefix_v, const MaybeTensor& prefix_bias, CTK_PROBLEM_ARGS) {
+                                   const Tensor& prefix_v, const MaybeTensor& prefix_bias, CTK_PROBLEM_ARGS,
+                                   CTK_PREPARED_ARGS) {
   TORCH_CHECK_VALUE(q.is_cuda(), "expected CUDA tensors, got q on ", q.device());
   const c10::cuda::CUDAGuard guard(q.device());
-  return cuda_forward(executor(), q, k, v, prefix_k, prefix_v, prefix_bias, CTK_PROBLEM);
+  return cuda_forward(executor(), q, k, v, prefix_k, prefix_v, prefix_bias, CTK_PROBLEM, CTK_PREPARED);
 }
 
 Gradients backward(const Tensor& dout, const MaybeTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
                    const Tensor& prefix_k, const Tensor& prefix_v, const MaybeTensor& prefix_bias, const Tensor& out,
-                   const Tensor& lse, Needs needs, CTK_PROBLEM_ARGS) {
+                   const Tensor& lse, Needs needs, CTK_PROBLEM_ARGS, CTK_PREPARED_ARGS) {
   TORCH_CHECK_VALUE(q.is_cuda(), "expected CUDA tensors, got q on ", q.device());
   const c10::cuda::CUDAGuard guard(q.device());
-  return cuda_backward(executor(), dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, CTK_PROBLEM);
+  return cuda_backward(executor(), dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, CTK_PROBLEM,
+                       CTK_PREPARED);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(ctkernels, m) {
-  m.def("cuda_forward" CTK_FORWARD_SCHEMA);
-  m.def("cuda_backward" CTK_BACKWARD_SCHEMA);
+  m.def("cuda_forward" CTK_CUDA_FORWARD_SCHEMA);
+  m.def("cuda_backward" CTK_CUDA_BACKWARD_SCHEMA);
+  m.def("cuda_tables" CTK_CUDA_TABLES_SCHEMA);
+  m.def("cuda_order(Tensor x) -> int[]");
   m.def("cuda_has_kernel(str name) -> bool",
         [](std::string name) { return ctk::cuda::find_kernel(name.c_str()) != nullptr; });
 }
@@ -87,4 +106,6 @@ TORCH_LIBRARY_FRAGMENT(ctkernels, m) {
 TORCH_LIBRARY_IMPL(ctkernels, CUDA, m) {
   m.impl("cuda_forward", forward);
   m.impl("cuda_backward", backward);
+  m.impl("cuda_tables", tables);
+  m.impl("cuda_order", order);
 }

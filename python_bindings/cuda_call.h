@@ -20,6 +20,22 @@ struct Executor {
   std::function<void(const cuda::Plan&)> run;  // its launches in order, on the current stream
 };
 
+// What the caller has already: the tables of this pass (cuda_tables), and the prefix in the rows' type.
+struct Prepared {
+  MaybeTensor tables, prefix_k, prefix_v;
+};
+#define CTK_PREPARED_ARGS \
+  const MaybeTensor &tables, const MaybeTensor &prepared_prefix_k, const MaybeTensor &prepared_prefix_v
+#define CTK_PREPARED \
+  ctk::bindings::Prepared { tables, prepared_prefix_k, prepared_prefix_v }
+#define CTK_PREPARED_SCHEMA "Tensor? tables=None, Tensor? prepared_prefix_k=None, Tensor? prepared_prefix_v=None"
+#define CTK_CUDA_INPUTS "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor? prefix_bias, "
+#define CTK_CUDA_FORWARD_SCHEMA "(" CTK_CUDA_INPUTS CTK_PROBLEM_SCHEMA ", " CTK_PREPARED_SCHEMA ") -> (Tensor, Tensor)"
+#define CTK_CUDA_BACKWARD_SCHEMA                                                                              \
+  "(Tensor dout, Tensor? dlse, " CTK_CUDA_INPUTS "Tensor out, Tensor lse, bool[6] needs, " CTK_PROBLEM_SCHEMA \
+  ", " CTK_PREPARED_SCHEMA ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+#define CTK_CUDA_TABLES_SCHEMA "(" CTK_CUDA_INPUTS CTK_PROBLEM_SCHEMA ", bool backward) -> Tensor"
+
 // Whether the user allows TF32 in fp32 matrix products. Reading the old setting raises once the new one was written.
 inline bool tf32_allowed() {
 #if TORCH_VERSION_MAJOR > 2 || (TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR >= 10)
@@ -30,18 +46,14 @@ inline bool tf32_allowed() {
 #endif
 }
 
-// Whether tokens may belong to no row: padding, or tokens after the last packed row. No kernel writes there.
-inline bool may_have_idle_tokens(const Problem& problem) {
-  return problem.seq_lens.has_value() || problem.cu_seqlens.has_value();
-}
-
 // Params of one call, and the tensors that its pointers point into.
 class CudaCall {
  public:
   cuda::Call call{};  // all zero: absent tensors, no options
 
   CudaCall(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_k, const Tensor& prefix_v,
-           const MaybeTensor& prefix_bias, const Problem& problem) {
+           const MaybeTensor& prefix_bias, const Problem& problem, const Prepared& prepared = {})
+      : tables_(prepared.tables) {
     check_inputs(q, k, v, prefix_k, prefix_v, prefix_bias, problem);
     TORCH_CHECK_TYPE(q.scalar_type() != at::kDouble, "q must be fp32, bf16 or fp16, got ", q.scalar_type());
     Params& p = call.p;
@@ -55,7 +67,8 @@ class CudaCall {
     TORCH_CHECK_VALUE(longest < LIMIT, "rows and prefixes must have fewer than ", LIMIT,
                       " queries x heads per KV head, and keys, got ", longest);
     p.q = tensor4(q), p.k = tensor4(k), p.v = tensor4(v);
-    p.prefix_k = tensor4(prefix_k), p.prefix_v = tensor4(prefix_v);
+    p.prefix_k = tensor4(in_place_of("prefix_k", prefix_k, prepared.prefix_k, q));
+    p.prefix_v = tensor4(in_place_of("prefix_v", prefix_v, prepared.prefix_v, q));
     if (prefix_bias) {
       const Tensor bias = keep_alive(prefix_bias->detach().to(at::kFloat).contiguous());
       p.bias = bias.const_data_ptr();
@@ -76,13 +89,33 @@ class CudaCall {
   }
 
   // Plans the call, first for the size of its workspace, and runs it. False: there was nothing to run.
-  template <class Planner>
-  bool run(const Executor& executor, Planner plan_pass, const Tensor& q) const try {
-    const int64_t bytes = plan_pass(call, executor.device, nullptr).workspace_bytes;
+  bool run(const Executor& executor, bool backward, const Tensor& q) const try {
+    void* tables = nullptr;
+    if (tables_) {
+      const int64_t bytes = cuda::plan_tables(call, executor.device, nullptr, backward).workspace_bytes;
+      TORCH_CHECK_VALUE(tables_->scalar_type() == at::kByte && tables_->device() == q.device() &&
+                            tables_->is_contiguous() && tables_->numel() == bytes,
+                        "tables must be uint8 [", bytes, "] on ", q.device(), ", made for a call of these sizes, got ",
+                        tables_->scalar_type(), " ", tables_->sizes(), " on ", tables_->device());
+      tables = tables_->data_ptr();
+    }
+    const auto plan_pass = backward ? cuda::plan_backward : cuda::plan_forward;
+    const int64_t bytes = plan_pass(call, executor.device, nullptr, tables).workspace_bytes;
     const Tensor workspace = at::empty({bytes}, q.options().dtype(at::kByte));
-    const cuda::Plan plan = plan_pass(call, executor.device, workspace.data_ptr());
+    const cuda::Plan plan = plan_pass(call, executor.device, workspace.data_ptr(), tables);
     if (!plan.launches.empty()) executor.run(plan);
     return !plan.launches.empty();
+  } catch (const std::invalid_argument& error) {
+    TORCH_CHECK_VALUE(false, error.what());
+  }
+
+  // The tables of a pass alone.
+  Tensor make_tables(const Executor& executor, bool backward, const Tensor& q) const try {
+    const int64_t bytes = cuda::plan_tables(call, executor.device, nullptr, backward).workspace_bytes;
+    const Tensor tables = at::empty({bytes}, q.options().dtype(at::kByte));
+    const cuda::Plan plan = cuda::plan_tables(call, executor.device, tables.data_ptr(), backward);
+    if (!plan.launches.empty()) executor.run(plan);
+    return tables;
   } catch (const std::invalid_argument& error) {
     TORCH_CHECK_VALUE(false, error.what());
   }
@@ -93,6 +126,18 @@ class CudaCall {
   // slots and lanes are counted in 32 bits, with some to spare for tiles that are not full
   static constexpr int64_t LIMIT = int64_t(1) << 30;
 
+  // The prefix in the rows' type, if there is one.
+  static const Tensor& in_place_of(const char* name, const Tensor& prefix, const MaybeTensor& prepared,
+                                   const Tensor& q) {
+    if (!prepared) return prefix;
+    TORCH_CHECK_VALUE(prepared->sizes() == prefix.sizes() && prepared->scalar_type() == q.scalar_type() &&
+                          prepared->device() == q.device() && (prefix.size(3) <= 1 || prepared->stride(3) == 1),
+                      "a prepared ", name, " must be ", q.scalar_type(), " ", prefix.sizes(), " on ", q.device(),
+                      " with a contiguous last dimension, got ", prepared->scalar_type(), " ", prepared->sizes(),
+                      " on ", prepared->device());
+    return *prepared;
+  }
+
   cuda::Index index(const char* name, const MaybeTensor& t) {
     if (!t) return {};
     const at::ScalarType type = t->scalar_type();
@@ -101,26 +146,32 @@ class CudaCall {
   }
 
   std::vector<Tensor> kept_;
+  MaybeTensor tables_;
 };
+
+inline Tensor cuda_tables(const Executor& executor, const Tensor& q, const Tensor& k, const Tensor& v,
+                          const Tensor& prefix_k, const Tensor& prefix_v, const MaybeTensor& prefix_bias,
+                          const Problem& problem, bool backward) {
+  return CudaCall(q, k, v, prefix_k, prefix_v, prefix_bias, problem).make_tables(executor, backward, q);
+}
 
 inline std::tuple<Tensor, Tensor> cuda_forward(const Executor& executor, const Tensor& q, const Tensor& k,
                                                const Tensor& v, const Tensor& prefix_k, const Tensor& prefix_v,
-                                               const MaybeTensor& prefix_bias, const Problem& problem) {
-  CudaCall call(q, k, v, prefix_k, prefix_v, prefix_bias, problem);
-  const bool idle = may_have_idle_tokens(problem);
-  const Tensor out = empty_rows(q, v.size(3), idle);
+                                               const MaybeTensor& prefix_bias, const Problem& problem,
+                                               const Prepared& prepared) {
+  CudaCall call(q, k, v, prefix_k, prefix_v, prefix_bias, problem, prepared);
+  const Tensor out = empty_rows(q, v.size(3), false);
   const Tensor lse = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat));
-  if (idle) lse.fill_(-std::numeric_limits<float>::infinity());
   call.call.p.out = tensor4(out), call.call.p.lse = tensor4(lse);
-  call.run(executor, cuda::plan_forward, q);
+  if (!call.run(executor, false, q)) out.zero_(), lse.fill_(-std::numeric_limits<float>::infinity());
   return {out, lse};
 }
 
 inline Gradients cuda_backward(const Executor& executor, const Tensor& dout, const MaybeTensor& dlse, const Tensor& q,
                                const Tensor& k, const Tensor& v, const Tensor& prefix_k, const Tensor& prefix_v,
                                const MaybeTensor& prefix_bias, const Tensor& out, const Tensor& lse, const Needs& needs,
-                               const Problem& problem) {
-  CudaCall call(q, k, v, prefix_k, prefix_v, prefix_bias, problem);
+                               const Problem& problem, const Prepared& prepared) {
+  CudaCall call(q, k, v, prefix_k, prefix_v, prefix_bias, problem, prepared);
   check_gradients(q, v, dout, dlse, prefix_bias, out, lse, needs);
   Params& p = call.call.p;
   p.out = tensor4(out);
@@ -128,11 +179,10 @@ inline Gradients cuda_backward(const Executor& executor, const Tensor& dout, con
   p.lse = tensor4(call.keep_alive(lse.contiguous()));
   if (dlse) p.dlse = tensor4(call.keep_alive(dlse->to(at::kFloat).contiguous()));
 
-  const bool idle = may_have_idle_tokens(problem);
   Tensor dq, dk, dv, dprefix_k, dprefix_v, dbias;
-  if (needs[0]) dq = empty_rows(q, q.size(3), idle), p.dq = tensor4(dq);
-  if (needs[1]) dk = empty_rows(k, k.size(3), idle), p.dk = tensor4(dk);
-  if (needs[2]) dv = empty_rows(v, v.size(3), idle), p.dv = tensor4(dv);
+  if (needs[0]) dq = empty_rows(q, q.size(3), false), p.dq = tensor4(dq);
+  if (needs[1]) dk = empty_rows(k, k.size(3), false), p.dk = tensor4(dk);
+  if (needs[2]) dv = empty_rows(v, v.size(3), false), p.dv = tensor4(dv);
   // accumulated in fp32 and rounded once, when they are stored
   if (needs[3]) dprefix_k = at::empty(prefix_k.sizes(), prefix_k.options()), p.dprefix_k = tensor4(dprefix_k);
   if (needs[4]) dprefix_v = at::empty(prefix_v.sizes(), prefix_v.options()), p.dprefix_v = tensor4(dprefix_v);
@@ -143,7 +193,7 @@ inline Gradients cuda_backward(const Executor& executor, const Tensor& dout, con
     p.dbias_head = dbias.size(1) > 1 ? dbias.stride(1) : 0;
   }
   const bool any = std::any_of(needs.begin(), needs.end(), [](bool need) { return need; });
-  if (any && !call.run(executor, cuda::plan_backward, q))
+  if (any && !call.run(executor, true, q))
     for (Tensor* gradient : {&dq, &dk, &dv, &dprefix_k, &dprefix_v, &dbias})
       if (gradient->defined()) gradient->zero_();
   return {gradient_as(dq, q),

@@ -51,7 +51,6 @@ struct Problem {
 #define CTK_BACKWARD_SCHEMA_END                                                           \
   "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor? prefix_bias, " \
   "Tensor out, Tensor lse, bool[6] needs, " CTK_PROBLEM_SCHEMA ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-#define CTK_BACKWARD_SCHEMA "(Tensor dout, Tensor? dlse, " CTK_BACKWARD_SCHEMA_END
 
 inline Type type_of(const Tensor& t) {
   switch (t.scalar_type()) {

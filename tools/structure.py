@@ -25,6 +25,7 @@ ORDER = (
     ("ctkernels.problem",),
     ("ctkernels.backends",),
     ("ctkernels.dispatch",),
+    ("ctkernels.prepare",),
     ("ctkernels.ops",),
     ("ctkernels.attention",),
     ("ctkernels",),  # the package itself, which exports the op

@@ -26,12 +26,12 @@ constexpr int query_blocks(bool general) { return general; }
   extern "C" __global__ void __launch_bounds__ BOUNDS NAME(const __grid_constant__ Args args) { __VA_ARGS__(args); }
 
 // TYPE: of the rows, NAME: its name.
-#define CTK_DEFINE_SMALL(TYPE, NAME)                                \
-  CTK_KERNEL(ctk_delta_##NAME, (LANE_THREADS), delta<TYPE>)         \
-  CTK_KERNEL(ctk_merge_out_##NAME, (LANE_THREADS), merge_out<TYPE>) \
-  CTK_KERNEL(ctk_merge_dq_##NAME, (LANE_THREADS), merge_dq<TYPE>)
+#define CTK_DEFINE_SMALL(TYPE, NAME)                              \
+  CTK_KERNEL(ctk_delta_##NAME, (LANE_THREADS), delta<TYPE>)       \
+  CTK_KERNEL(ctk_fill_out_##NAME, (LANE_THREADS), fill_out<TYPE>) \
+  CTK_KERNEL(ctk_merge_out_##NAME, (LANE_THREADS), merge_out<TYPE>)
 #define CTK_LIST_SMALL(TYPE, NAME) \
-  CTK_ENTRY(ctk_delta_##NAME) CTK_ENTRY(ctk_merge_out_##NAME) CTK_ENTRY(ctk_merge_dq_##NAME)
+  CTK_ENTRY(ctk_delta_##NAME) CTK_ENTRY(ctk_fill_out_##NAME) CTK_ENTRY(ctk_merge_out_##NAME)
 
 // W: padded head dimension, VARIANT: plain or general, GENERAL: whether it is the latter.
 #define CTK_DEFINE_FORWARD(TYPE, NAME, W, VARIANT, GENERAL)                                        \

@@ -8,12 +8,11 @@ namespace ctk::cuda {
 CTK_KERNEL(ctk_setup_rows, (SETUP_THREADS), setup_rows)
 CTK_KERNEL(ctk_setup_tiles, (SETUP_THREADS), setup_tiles)
 CTK_KERNEL(ctk_pack, (PACK_THREADS), pack)
-CTK_KERNEL(ctk_sum_prefix, (SUM_THREADS), sum_prefix)
-CTK_KERNEL(ctk_sum_bias, (SUM_THREADS), sum_bias)
+CTK_KERNEL(ctk_sum_parts, (LANE_THREADS), sum_parts)
 
 extern const KernelEntry bf16_kernels[], fp16_kernels[], fp32_kernels[];
 static const KernelEntry common[] = {CTK_ENTRY(ctk_setup_rows) CTK_ENTRY(ctk_setup_tiles) CTK_ENTRY(ctk_pack)
-                                         CTK_ENTRY(ctk_sum_prefix) CTK_ENTRY(ctk_sum_bias){nullptr, nullptr}};
+                                         CTK_ENTRY(ctk_sum_parts){nullptr, nullptr}};
 
 const KernelEntry* kernels_of(Type rows) {
   return rows == Type::bf16 ? bf16_kernels : rows == Type::f16 ? fp16_kernels : fp32_kernels;

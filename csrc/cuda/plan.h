@@ -10,18 +10,22 @@
 //
 // `kernels.h` finds a kernel by its name in a build; kernels that use more than 48 KiB need the attribute for it.
 //
+// The tables of setup.cuh depend on the rows, the mask and the sizes, not on what q, k, v and the prefix hold. Calls
+// that agree in those can share them, a set for forward and one for backward:
+//
+//     Plan tables = plan_tables(call, device, memory, backward);  // run once; `memory` as `workspace` above
+//     Plan plan = plan_forward(call, device, workspace, memory);  // launches no set-up
+//
 // What the caller prepares:
 //   - Call.p: B, H, Hk, D, Dv, G, P; rule; q, k, v, prefix_k, prefix_v (any strides with a contiguous last dimension;
 //   the
 //     prefix in any of the three types); bias fp32 with its strides; alibi fp32 [H]; scale, softcap, causal, window,
 //     window_prefix.
-//   - forward: out in q's type, lse fp32 with token stride 1. Queries that are padding (seq_lens) are not written:
-//     fill out with 0 and lse with -inf before.
+//   - forward: out in q's type, lse fp32 with token stride 1. Tokens of no row get 0 and -inf.
 //   - backward: out, lse, dout, dlse (fp32, optional), and the gradients that are wanted, others null: dq, dk, dv in
 //     q's type; dprefix_k, dprefix_v contiguous [G, Hk, P, D | Dv] in fp32 or q's type; dbias fp32 [G or 1, H or 1, P]
-//     with dbias_prefix, dbias_head = 0 where it is shared. dq of padding queries is not written: fill it with 0
-//     before.
-//   - If there are no queries, `launches` is empty, and all gradients are 0.
+//     with dbias_prefix, dbias_head = 0 where it is shared. All are written whole.
+//   - If there are no queries, `launches` is empty: out and all gradients are 0, lse is -inf.
 #pragma once
 #include <cmath>
 #include <cstdio>
@@ -54,6 +58,7 @@ namespace detail {
 
 // a range must be long enough to be worth its partial results, 8 bytes per lane and dimension
 constexpr int BLOCKS_PER_SPLIT = 4, TILES_PER_SPLIT = 8, MAX_SPLITS = 32;
+constexpr int MOST_FILLERS = 16;
 constexpr int GRID_LIMIT = 65535;  // of the second and third dimension
 
 inline const char* name_of(Type t) { return t == Type::bf16 ? "bf16" : t == Type::f16 ? "fp16" : "fp32"; }
@@ -77,8 +82,8 @@ class Arena {
 
 class Planner {
  public:
-  Planner(const Call& call, const Device& device, void* workspace, bool backward)
-      : arena_(workspace), device_(device), backward_(backward), a_(plan_.args) {
+  Planner(const Call& call, const Device& device, void* workspace, void* tables, bool backward)
+      : arena_(workspace), device_(device), tables_(tables), backward_(backward), a_(plan_.args) {
     a_ = Args{};
     a_.call = call;
     const Params& p = call.p;
@@ -105,6 +110,14 @@ class Planner {
     empty_ = most == 0 || p.B == 0;
   }
 
+  // The tables alone, in the workspace.
+  Plan tables() {
+    if (empty_) return finish();
+    take_tables(arena_);
+    launch_tables();
+    return finish();
+  }
+
   Plan forward() {
     if (empty_) return finish();
     Params& p = a_.call.p;
@@ -118,6 +131,7 @@ class Planner {
     }
     launch_tiles("forward", a_.tiles, p.Dv, a_.key_splits, shape.threads(), forward_shared(bytes_, width_, general()));
     if (a_.key_splits > 1) launch_typed("merge_out", div_up(a_.lanes, MERGE_LANES), LANE_THREADS);
+    else if (fillers()) launch_typed("fill_out", fillers(), LANE_THREADS);
     return finish();
   }
 
@@ -142,9 +156,9 @@ class Planner {
       split_keys(p.D);
       const QueryShape shape = query_shape(bytes_, width_);
       launch_tiles("query", a_.tiles, p.D, a_.key_splits, shape.threads(), query_shared(bytes_, width_));
-      if (a_.key_splits > 1) launch_typed("merge_dq", div_up(a_.lanes, MERGE_LANES), LANE_THREADS);
     }
     launch_keys();
+    if (const int64_t blocks = sum_blocks(a_).total()) launch_common("sum_parts", blocks, 1, 1, LANE_THREADS);
     return finish();
   }
 
@@ -193,22 +207,37 @@ class Planner {
     *t = {to, type, heads * tokens * stride, tokens * stride, stride};
   }
 
-  // The tables, and inputs in the form that the kernels read.
-  void set_up() {
-    const Call& call = a_.call;
-    Params& p = a_.call.p;
-    a_.rows = arena_.take<RowInfo>(p.B);
-    a_.run_first = arena_.take<int32_t>(a_.runs + 1);
-    a_.run_end = arena_.take<int32_t>(a_.runs);
-    a_.slot_table = arena_.take<Slot>(a_.slots);
-    a_.own_table = arena_.take<OwnBlock>(a_.own_blocks);
-    a_.bits = arena_.take<uint64_t>(p.B * a_.words);
-    a_.tile_table = arena_.take<TileInfo>(a_.tiles);
-    a_.seen = arena_.take<Seen>(int64_t(a_.tiles) * a_.prefix_blocks);
+  void take_tables(Arena& arena) {
+    const Params& p = a_.call.p;
+    a_.rows = arena.take<RowInfo>(p.B);
+    a_.run_first = arena.take<int32_t>(a_.runs + 1);
+    a_.run_end = arena.take<int32_t>(a_.runs);
+    a_.slot_table = arena.take<Slot>(a_.slots);
+    a_.own_table = arena.take<OwnBlock>(a_.own_blocks);
+    a_.bits = arena.take<uint64_t>(p.B * a_.words);
+    a_.tile_table = arena.take<TileInfo>(a_.tiles);
+    a_.seen = arena.take<Seen>(int64_t(a_.tiles) * a_.prefix_blocks);
+  }
+
+  void launch_tables() {
+    const Params& p = a_.call.p;
     // a warp per row, per prefix, and per two words of the mask
     const int64_t jobs = p.B + a_.runs + div_up(p.B * a_.words, 2), blocks = a_.prefix_blocks ? a_.prefix_blocks : 1;
     launch_common("setup_rows", div_up(jobs, SETUP_WARPS), 1, 1, SETUP_THREADS);
     launch_common("setup_tiles", a_.tiles, div_up(blocks, SETUP_THREADS), 1, SETUP_THREADS);
+  }
+
+  // The tables, and inputs in the form that the kernels read.
+  void set_up() {
+    const Call& call = a_.call;
+    Params& p = a_.call.p;
+    if (tables_) {
+      Arena made(tables_);
+      take_tables(made);
+    } else {
+      take_tables(arena_);
+      launch_tables();
+    }
     const int64_t batches = call.packed ? 1 : p.B;
     pack(&p.q, batches, p.H, call.S, p.D, read(p.D));
     pack(&p.k, batches, p.Hk, call.T, p.D, read(p.D)), pack(&p.v, batches, p.Hk, call.T, p.Dv, read(p.Dv));
@@ -236,6 +265,13 @@ class Planner {
     const int64_t most = (a_.call.packed ? a_.call.S : p.B * a_.call.S) * a_.group;
     const int64_t used = div_up(most, a_.tile_lanes) + (a_.runs < p.B ? a_.runs : p.B);
     return used < a_.tiles ? used : a_.tiles;
+  }
+
+  // Programs for tokens that may belong to no row.
+  int64_t fillers() const {
+    const Call& call = a_.call;
+    if (call.packed) return 1;
+    return !call.seq_lens.data ? 0 : call.p.B < MOST_FILLERS ? call.p.B : MOST_FILLERS;
   }
 
   // Programs of a block of lanes or keys, for results of so many columns: one for each slice.
@@ -276,12 +312,6 @@ class Planner {
     if (!keys_apart(width_)) launch_tiles("keys", programs, p.D, 1, shape.threads(), shared);
     if (keys_apart(width_) && k) launch_tiles("keys_dk", programs, p.D, 1, shape.threads(), shared);
     if (keys_apart(width_) && v) launch_tiles("keys_dv", programs, p.Dv, 1, shape.threads(), shared);
-    if (a_.part_dk || a_.part_dv) {
-      launch_common("sum_prefix", div_up(p.G * p.Hk * p.P * widest(), SUM_THREADS), 2, 1, SUM_THREADS);
-    }
-    if (prefix && p.dbias)
-      launch_common("sum_bias", div_up(p.P, SUM_THREADS), p.dbias_head ? p.H : 1, p.dbias_prefix ? p.G : 1,
-                    SUM_THREADS);
   }
 
   void add(const char* name, int64_t x, int64_t y, int64_t z, int64_t threads, int64_t shared) {
@@ -323,6 +353,7 @@ class Planner {
   Plan plan_;
   Arena arena_;
   Device device_;
+  void* tables_;
   bool backward_, empty_ = false;
   Args& a_;
   int bytes_ = 2, width_ = 64, packs_ = 0;
@@ -331,12 +362,18 @@ class Planner {
 
 }  // namespace detail
 
-inline Plan plan_forward(const Call& call, const Device& device, void* workspace) {
-  return detail::Planner(call, device, workspace, false).forward();
+// tables: made by plan_tables for a call of the same rows, mask and sizes; null: this pass makes its own.
+inline Plan plan_forward(const Call& call, const Device& device, void* workspace, void* tables = nullptr) {
+  return detail::Planner(call, device, workspace, tables, false).forward();
 }
 
-inline Plan plan_backward(const Call& call, const Device& device, void* workspace) {
-  return detail::Planner(call, device, workspace, true).backward();
+inline Plan plan_backward(const Call& call, const Device& device, void* workspace, void* tables = nullptr) {
+  return detail::Planner(call, device, workspace, tables, true).backward();
+}
+
+// Makes the tables of a pass in the workspace.
+inline Plan plan_tables(const Call& call, const Device& device, void* workspace, bool backward) {
+  return detail::Planner(call, device, workspace, nullptr, backward).tables();
 }
 
 }  // namespace ctk::cuda

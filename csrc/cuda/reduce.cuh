@@ -1,5 +1,5 @@
 // The small kernels around the large ones: aligned copies of inputs, delta, and sums of partial results in a fixed
-// order.
+// order. All sums of the backward pass are one launch.
 #pragma once
 #include "tile.cuh"
 
@@ -66,10 +66,43 @@ __device__ __forceinline__ void set_lse(float lse, LaneState* state) {
   state->low = fmaf(lse, HIGH, -state->high) + lse * LOW;
 }
 
+// Fills tokens that belong to no row in a tensor laid out as q, or as k and v: those around packed rows, and padding
+// behind a row's queries. `heads` of each KV head, `columns` of each token. The programs (x, y) of a grid share them: y
+// is the KV head.
+template <class T>
+__device__ __forceinline__ void fill_idle(const Args& a, const Tensor4& t, int heads, int64_t columns, T value) {
+  const Call& call = a.call;
+  const int warps = blockDim.x / 32, warp = threadIdx.x / 32, B = int(call.p.B), S = int(call.S);
+  const auto fill = [&](int batch, int first, int end) {
+    for (int64_t i = warp; i < int64_t(end - first) * heads; i += warps) {
+      T* to = static_cast<T*>(t.data) + batch * t.batch + (blockIdx.y * heads + i % heads) * t.head +
+              (first + i / heads) * t.token;
+      for (int64_t d = threadIdx.x % 32; d < columns; d += 32) to[d] = value;
+    }
+  };
+  if (call.packed && blockIdx.x == 0) {
+    fill(0, 0, clamp(read(call.cu_seqlens, 0, 0), 0, S));
+    fill(0, clamp(read(call.cu_seqlens, B, S), 0, S), S);
+  }
+  if (call.seq_lens.data)
+    for (int r = blockIdx.x; r < B; r += gridDim.x) fill(a.rows[r].batch, a.rows[r].queries, S);
+}
+
+// out and lse of tokens that belong to no row. Grid (programs, Hk).
+template <class T>
+__device__ __forceinline__ void fill_out(const Args& a) {
+  fill_idle<T>(a, a.call.p.out, a.group, a.call.p.Dv, T(0.0f));
+  fill_idle<float>(a, a.call.p.lse, a.group, 1, -INFINITY);
+}
+
 // state <- lse, delta = <out, dout> - dlse. Grid (DELTA_LANES lanes, Hk); eight threads per lane, 16 bytes at a time.
+// Also dq, dk, dv of idle tokens: those of padded rows' keys are zeros that the kernel of keys writes.
 template <class T>
 __device__ __forceinline__ void delta(const Args& a) {
   const Params& p = a.call.p;
+  if (p.dq.data) fill_idle<T>(a, p.dq, a.group, p.D, T(0.0f));
+  if (p.dk.data && a.call.packed) fill_idle<T>(a, p.dk, 1, p.D, T(0.0f));
+  if (p.dv.data && a.call.packed) fill_idle<T>(a, p.dv, 1, p.Dv, T(0.0f));
   const int lane = blockIdx.x * DELTA_LANES + threadIdx.x / 8, kv = blockIdx.y, part = threadIdx.x % 8;
   const Slot slot = lane < a.lanes ? a.slot_table[lane / a.group] : Slot{-1, 0, 0, 0};
   const int head = kv * a.group + lane % a.group;
@@ -101,10 +134,12 @@ __device__ __forceinline__ void delta(const Args& a) {
   a.state[int64_t(kv) * a.lanes + lane] = state;
 }
 
-// out and lse from the ranges of keys, in order. Grid (MERGE_LANES lanes, Hk); a warp per lane.
+// out and lse from the ranges of keys, in order, and those of tokens that belong to no row. Grid (MERGE_LANES lanes,
+// Hk); a warp per lane.
 template <class T>
 __device__ __forceinline__ void merge_out(const Args& a) {
   const Params& p = a.call.p;
+  fill_out<T>(a);
   const int lane = blockIdx.x * MERGE_LANES + threadIdx.x / 32, kv = blockIdx.y, thread = threadIdx.x % 32;
   if (lane >= a.lanes) return;
   T* to = lane_token<T>(a, p.out, lane, kv);
@@ -124,47 +159,62 @@ __device__ __forceinline__ void merge_out(const Args& a) {
   if (thread == 0) store_lse(a, lane, kv, top, total);
 }
 
-// dq as the sum over the ranges of keys, in order. Grid (MERGE_LANES lanes, Hk); a warp per lane.
-template <class T>
-__device__ __forceinline__ void merge_dq(const Args& a) {
+// dq as the sum over the ranges of keys. A warp per lane.
+__device__ __forceinline__ void sum_dq(const Args& a, int64_t block) {
   const Params& p = a.call.p;
-  const int lane = blockIdx.x * MERGE_LANES + threadIdx.x / 32, kv = blockIdx.y;
+  const int64_t blocks = div_up(a.lanes, MERGE_LANES);
+  const int lane = int(block % blocks) * MERGE_LANES + threadIdx.x / 32, kv = int(block / blocks);
   if (lane >= a.lanes) return;
-  T* to = lane_token<T>(a, p.dq, lane, kv);
-  if (!to) return;
+  const Slot slot = a.slot_table[lane / a.group];
+  if (slot.row < 0) return;
+  const int64_t to =
+      slot.batch * p.dq.batch + (kv * a.group + lane % a.group) * p.dq.head + int64_t(slot.token) * p.dq.token;
   for (int d = threadIdx.x % 32; d < p.D; d += 32) {
     float sum = 0.0f;
     for (int split = 0; split < a.key_splits; ++split)
       sum += a.part[((int64_t(split) * p.Hk + kv) * a.lanes + lane) * p.D + d];
-    to[d] = T(sum);
+    store_number(p.dq.data, p.dq.type, to + d, sum);
   }
 }
 
-// dprefix_k, dprefix_v as sums over the ranges of tiles, in order. Grid (SUM_THREADS numbers, 2).
-__device__ __forceinline__ void sum_prefix(const Args& a) {
+// dprefix_k or dprefix_v, of `columns`, as the sum over the ranges of tiles. A thread per number.
+__device__ __forceinline__ void sum_prefix(const Args& a, int64_t block, const float* part, const Tensor4& to,
+                                           int64_t columns) {
   const Params& p = a.call.p;
-  const float* part = blockIdx.y ? a.part_dv : a.part_dk;
-  const Tensor4& to = blockIdx.y ? p.dprefix_v : p.dprefix_k;
-  const int64_t size = p.G * p.Hk * p.P * (blockIdx.y ? p.Dv : p.D),
-                i = int64_t(blockIdx.x) * SUM_THREADS + threadIdx.x;
-  if (!part || i >= size) return;
+  const int64_t size = p.G * p.Hk * p.P * columns, i = block * LANE_THREADS + threadIdx.x;
+  if (i >= size) return;
   float sum = 0.0f;
   for (int split = 0; split < a.tile_splits; ++split) sum += part[split * size + i];
   store_number(to.data, to.type, i, sum);
 }
 
-// dbias, also over the prefixes and heads that share it. Grid (SUM_THREADS keys, H or 1, G or 1).
-__device__ __forceinline__ void sum_bias(const Args& a) {
+// dbias, also over the prefixes and heads that share it. A thread per key.
+__device__ __forceinline__ void sum_bias(const Args& a, int64_t block) {
   const Params& p = a.call.p;
-  const int64_t key = int64_t(blockIdx.x) * SUM_THREADS + threadIdx.x;
+  const int64_t blocks = div_up(p.P, LANE_THREADS), heads = p.dbias_head ? p.H : 1;
+  const int64_t key = block % blocks * LANE_THREADS + threadIdx.x;
   if (key >= p.P) return;
-  const int64_t head_end = p.dbias_head ? blockIdx.y + 1 : p.H, prefix_end = p.dbias_prefix ? blockIdx.z + 1 : p.G;
+  const int64_t first_head = block / blocks % heads, first_prefix = block / blocks / heads;
+  const int64_t head_end = p.dbias_head ? first_head + 1 : p.H, prefix_end = p.dbias_prefix ? first_prefix + 1 : p.G;
   float sum = 0.0f;
   for (int split = 0; split < a.tile_splits; ++split)
-    for (int64_t prefix = blockIdx.z; prefix < prefix_end; ++prefix)
-      for (int64_t head = blockIdx.y; head < head_end; ++head)
+    for (int64_t prefix = first_prefix; prefix < prefix_end; ++prefix)
+      for (int64_t head = first_head; head < head_end; ++head)
         sum += a.part_dbias[((split * p.G + prefix) * p.H + head) * p.P + key];
-  static_cast<float*>(p.dbias)[blockIdx.z * p.dbias_prefix + blockIdx.y * p.dbias_head + key] = sum;
+  static_cast<float*>(p.dbias)[first_prefix * p.dbias_prefix + first_head * p.dbias_head + key] = sum;
+}
+
+// All partial results of the backward pass, each summed in order. Grid (total of `sum_blocks`).
+__device__ __forceinline__ void sum_parts(const Args& a) {
+  const Params& p = a.call.p;
+  const SumBlocks blocks = sum_blocks(a);
+  int64_t block = blockIdx.x;
+  if (block < blocks.dq) return sum_dq(a, block);
+  block -= blocks.dq;
+  if (block < blocks.dprefix_k) return sum_prefix(a, block, a.part_dk, p.dprefix_k, p.D);
+  block -= blocks.dprefix_k;
+  if (block < blocks.dprefix_v) return sum_prefix(a, block, a.part_dv, p.dprefix_v, p.Dv);
+  sum_bias(a, block - blocks.dprefix_v);
 }
 
 }  // namespace ctk::cuda

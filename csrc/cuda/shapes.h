@@ -44,11 +44,25 @@ CTK_HOST_DEVICE constexpr int tile_bytes(int element_bytes, int width, int kept,
 constexpr int LANE_INFO_BYTES = 16, LANE_TERMS_BYTES = 16;
 
 // Blocks of the small kernels: their threads, and how many lanes they take. setup_rows has a warp per row, per prefix,
-// and per two words of the mask; setup_tiles a thread per word of the prefix; pack a thread per 16 bytes; the sums a
-// thread per number; delta and the merges take lanes.
+// and per two words of the mask; setup_tiles a thread per word of the prefix; pack a thread per 16 bytes; delta, the
+// merge and the sum of dq take lanes, other sums a thread per number.
 constexpr int SETUP_THREADS = 128, SETUP_WARPS = SETUP_THREADS / 32;
-constexpr int PACK_THREADS = 256, SUM_THREADS = 256;
+constexpr int PACK_THREADS = 256;
 constexpr int LANE_THREADS = 128, DELTA_LANES = 16, MERGE_LANES = LANE_THREADS / 32;
+
+// Blocks of sum_parts: those that sum up dq, dprefix_k, dprefix_v and dbias, in this order; 0 where nothing was cut.
+struct SumBlocks {
+  int64_t dq, dprefix_k, dprefix_v, dbias;
+  CTK_HOST_DEVICE int64_t total() const { return dq + dprefix_k + dprefix_v + dbias; }
+};
+
+CTK_HOST_DEVICE SumBlocks sum_blocks(const Args& a) {
+  const Params& p = a.call.p;
+  const int64_t keys = p.G * p.Hk * p.P, biases = (p.dbias_head ? p.H : 1) * (p.dbias_prefix ? p.G : 1);
+  return {p.dq.data && a.key_splits > 1 ? div_up(a.lanes, MERGE_LANES) * p.Hk : 0,
+          a.part_dk ? div_up(keys * p.D, LANE_THREADS) : 0, a.part_dv ? div_up(keys * p.Dv, LANE_THREADS) : 0,
+          a.part_dbias ? div_up(p.P, LANE_THREADS) * biases : 0};
+}
 
 struct ForwardShape {
   int lanes, warps, keys;

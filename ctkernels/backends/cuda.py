@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ctkernels.backends import extension
-from ctkernels.problem import Problem
+from ctkernels.problem import Prepared, Problem
 
 LEAST_CAPABILITY = (8, 0)  # mma.sync of bf16 and cp.async
 
@@ -40,10 +40,38 @@ def refusal(device: torch.device, dtype: torch.dtype, wide: int = 0) -> str | No
     return None
 
 
+def tables(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    prefix_bias: Tensor | None,
+    problem: Problem,
+    backward: bool,
+) -> Tensor:
+    """The rows, tiles and visible positions of one direction of a call (csrc/cuda/setup.cuh), uint8."""
+    return torch.ops.ctkernels.cuda_tables(q, k, v, prefix_k, prefix_v, prefix_bias, *problem, backward)
+
+
+def order(x: Tensor) -> tuple[int, ...]:
+    """The current stream of x's device and the CUDA graph that it is captured into, 0 for none: what was launched under
+    one order is complete for later launches under the same, and for no other."""
+    return tuple(torch.ops.ctkernels.cuda_order(x))
+
+
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, prefix_bias: Tensor | None, problem: Problem
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    prefix_bias: Tensor | None,
+    problem: Problem,
+    prepared: Prepared = Prepared(),  # noqa: B008 (immutable)
 ) -> tuple[Tensor, Tensor]:
-    return torch.ops.ctkernels.cuda_forward(q, k, v, prefix_k, prefix_v, prefix_bias, *problem)
+    made, _, *prefixes = prepared
+    return torch.ops.ctkernels.cuda_forward(q, k, v, prefix_k, prefix_v, prefix_bias, *problem, made, *prefixes)
 
 
 def backward(
@@ -59,7 +87,9 @@ def backward(
     lse: Tensor,
     needs: list[bool],
     problem: Problem,
+    prepared: Prepared = Prepared(),  # noqa: B008 (immutable)
 ) -> tuple[Tensor, ...]:
+    _, made, *prefixes = prepared
     return torch.ops.ctkernels.cuda_backward(
-        dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, *problem
+        dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, *problem, made, *prefixes
     )

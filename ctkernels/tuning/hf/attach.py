@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ctkernels import ContextMask
+from ctkernels import ContextMask, prepare
 from ctkernels.tuning.hf.attention import (
     ATTACHED,
     ATTACHED_IMPLEMENTATION,
@@ -265,10 +265,13 @@ class Attachment:
         index = self._index_of_rows(tokens, cu_seqlens)
         first = self.prefix.first_position if index is None else self._first_positions(index, tokens, cu_seqlens)
         self._check_positions(positions, first, tokens.shape[1], kwargs)
+        keys, values, mask = tuple(self.prefix.keys), tuple(self.prefix.values), self.mask
+        if not torch.compiler.is_compiling():
+            mask = prepare(mask, zip(keys, values, strict=True))
         state = ForwardState(
-            tuple(self.prefix.keys),
-            tuple(self.prefix.values),
-            self.mask,
+            keys,
+            values,
+            mask,
             cu_seqlens,
             self.backend,
             self._decoder.reaches,

@@ -38,10 +38,10 @@ class ForwardState:
     a layer again with the mask of its own forward pass, and two threads can run one model.
 
     keys, values: per layer `[Hk, P, D]`, or `[G, Hk, P, D]` with prefix_index (int `[B]`) and prefix_lens (int `[G]`).
-    reaches: what the mask of each layer hides.  own: position of each token in its row, int `[B or 1, S]`.  past: how
-    many own tokens are in the cache.  group: see `parallel.head_group`.  recording: whether gradients are recorded
-    around the model.  layout: that of the batch, for classes of `own.py`.  consumed: the layers whose attention has
-    read keys and values.
+    mask: from `prepare`, so that layers share what follows from it.  reaches: what the mask of each layer hides.  own:
+    position of each token in its row, int `[B or 1, S]`.  past: how many own tokens are in the cache.  group: see
+    `parallel.head_group`.  recording: whether gradients are recorded around the model.  layout: that of the batch, for
+    classes of `own.py`.  consumed: the layers whose attention has read keys and values.
     """
 
     keys: tuple[Tensor, ...]

@@ -10,6 +10,7 @@ import torch
 import ctkernels as ct
 from ctkernels import dispatch
 from ctkernels.backends.triton.plan import tf32_allowed
+from ctkernels.prepare import NOTHING
 from ctkernels.problem import Problem
 from ctkernels.testing.backends import Backend
 from ctkernels.testing.calls import Call, cotangents_for, make_call, run
@@ -56,14 +57,25 @@ def unavailable() -> None:
     return None
 
 
-def forward(*args):
-    *tensors, problem = fake_gpu.to_gpu(args)
-    return fake_gpu.to_cpu(torch.ops.ctkernels.cuda_forward(*tensors, *problem))
+def tables(*args):
+    *tensors, problem, backward = fake_gpu.to_gpu(args)
+    return fake_gpu.to_cpu(torch.ops.ctkernels.cuda_tables(*tensors, *problem, backward))
 
 
-def backward(*args):
+def order(x):
+    return torch.ops.ctkernels.cuda_order(fake_gpu.to_gpu(x))
+
+
+def forward(*args, prepared=NOTHING):
     *tensors, problem = fake_gpu.to_gpu(args)
-    return fake_gpu.to_cpu(torch.ops.ctkernels.cuda_backward(*tensors, *problem))
+    made, _, *prefixes = fake_gpu.to_gpu(prepared)
+    return fake_gpu.to_cpu(torch.ops.ctkernels.cuda_forward(*tensors, *problem, made, *prefixes))
+
+
+def backward(*args, prepared=NOTHING):
+    *tensors, problem = fake_gpu.to_gpu(args)
+    _, made, *prefixes = fake_gpu.to_gpu(prepared)
+    return fake_gpu.to_cpu(torch.ops.ctkernels.cuda_backward(*tensors, *problem, made, *prefixes))
 
 
 def check(call: Call, layout: str = "plain") -> dict[str, torch.Tensor]:
@@ -113,6 +125,48 @@ def test_padding():
     got = check(make_call(B=3, H=4, Hk=2, S=20, P=70, D=64, types="bf16", seq_lens=torch.tensor([20, 0, 7])))
     assert got["out"][1].eq(0).all() and got["lse"][2, :, 7:].isneginf().all()
     assert all(got[name][2, :, 7:].eq(0).all() for name in ("dq", "dk", "dv"))
+
+
+@pytest.mark.parametrize("sizes", [dict(lens=[5, 9, 7]), dict(B=2, S=9, seq_lens=torch.tensor([9, 4]))], ids=str)
+def test_nothing_is_filled_before_the_kernels_run(sizes):
+    """Also not what belongs to no row: the kernels write it."""
+    torch.use_deterministic_algorithms(False)  # which fills new memory
+    call = make_call(H=4, Hk=2, P=20, D=64, types="bf16", **sizes)
+    cotangents = cotangents_for(call)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run(call, BACKEND, cotangents)
+    names = [event.name for event in profile.events()]
+    kernels = ("cuda_forward", "cuda_backward")
+    inside = [x for x in profile.events() if x.name.endswith(kernels)]
+    assert len(inside) == 2, names
+    assert not {child.name for x in inside for child in x.cpu_children} & {"aten::fill_", "aten::zero_", "aten::zeros"}
+
+
+def test_what_is_prepared():
+    """Tables of both directions and a rounded prefix give the same bits; those of another call are refused."""
+    call = make_call(H=4, Hk=2, P=100, D=64, types="bf16+fp32", lens=[5, 17, 3], mask=dict(drop_p=0.3, seed=3))
+    cotangents = cotangents_for(call)
+    expected = run(call, BACKEND, cotangents)
+    launched.clear()
+    t = {name: x.detach().requires_grad_() for name, x in call.tensors.items()}
+    mask = ct.prepare(ct.ContextMask(**call.mask), [(t["prefix_k"], t["prefix_v"])])
+    for _ in range(2):
+        launched.clear()
+        out, lse = ct.prefix_attention_varlen(
+            t["q"], t["k"], t["v"], call.cu_seqlens, t["prefix_k"], t["prefix_v"], mask, return_lse=True,
+            backend=BACKEND.name,
+        )  # fmt: skip
+        gradients = torch.autograd.grad((out, lse), list(t.values()), cotangents)
+    assert not {"ctk_setup_rows", "ctk_setup_tiles", "ctk_pack"} & set(launched)
+    assert torch.equal(out, expected["out"]) and torch.equal(lse, expected["lse"])
+    assert all(torch.equal(x, expected[f"d{name}"]) for name, x in zip(t, gradients, strict=True))
+    for name, wrong in (
+        ("tables", torch.zeros(8, dtype=torch.uint8)),
+        ("prepared_prefix_k", torch.zeros(1, 2, 10, 64)),
+        ("prepared_prefix_v", torch.zeros(1, 2, 11, 64, dtype=torch.bfloat16)),
+    ):
+        with pytest.raises(ValueError, match=name.removeprefix("prepared_")):
+            call_directly(**{name: wrong})
 
 
 def test_a_window_without_end():
@@ -196,6 +250,7 @@ def call_directly(**changes):
     )
     t = {name: x[None] if x.dim() == 3 else x for name, x in call.tensors.items()}
     arguments = t | dict(prefix_bias=None) | problem
+    arguments |= dict(tables=None, prepared_prefix_k=None, prepared_prefix_v=None)
     assert changes.keys() <= arguments.keys()
 
     def place(x):

@@ -68,7 +68,7 @@ def mixed_call(types: str, D: int, growth: float = 30.0, **more: object) -> Call
 def test_training():
     _, launched = execute(training_call("bf16+fp32"), SCHEDULES)
     kernels = {f"{name}_bf16_64_plain" for name in ("forward", "query", "keys")}
-    assert names(launched) == {"setup_rows", "setup_tiles", "pack", "delta_bf16", *kernels}
+    assert names(launched) == {"setup_rows", "setup_tiles", "pack", "delta_bf16", "fill_out_bf16", *kernels}
 
 
 def test_whole_partial_and_hidden_blocks():
@@ -77,12 +77,12 @@ def test_whole_partial_and_hidden_blocks():
 
 def test_every_option():
     _, launched = execute(options_call(), SCHEDULES[:2])
-    assert {"forward_bf16_64_general", "query_bf16_64_general", "keys_bf16_64_general", "sum_bias"} <= names(launched)
+    assert {"forward_bf16_64_general", "query_bf16_64_general", "keys_bf16_64_general", "sum_parts"} <= names(launched)
 
 
 def test_work_cut_into_ranges():
     _, launched = execute(split_call(), SCHEDULES[:2], multiprocessors=40)
-    assert {"merge_out_bf16", "merge_dq_bf16", "sum_prefix"} <= names(launched)
+    assert {"merge_out_bf16", "sum_parts"} <= names(launched)
 
 
 @pytest.mark.parametrize("types, D", PLAIN if THOROUGH else DEFAULT)
@@ -124,14 +124,14 @@ def test_head_dimensions_above_256(types, D, Dv):
 def test_head_dimensions_above_256_with_every_option(types):
     call = options_call(D=264, Dv=72, types=types)
     _, launched = execute(call, SCHEDULES[:2])
-    assert {f"keys_dk_{types}_512_general", "sum_bias"} <= names(launched)
+    assert {f"keys_dk_{types}_512_general", "sum_parts"} <= names(launched)
 
 
 def test_head_dimensions_above_256_cut_into_ranges():
     """Parts of keys and of rows, with as many columns as the results: D and Dv apart."""
     call = split_call(D=72, Dv=264, lens=(20, 17, 15, 25, 11, 18, 21, 15))  # enough tiles of 32 lanes for two ranges
     _, launched = execute(call, SCHEDULES[:1], multiprocessors=80)
-    assert {"merge_out_bf16", "merge_dq_bf16", "sum_prefix", "query_bf16_512_general"} <= names(launched)
+    assert {"merge_out_bf16", "sum_parts", "query_bf16_512_general"} <= names(launched)
 
 
 def test_hidden_and_dropped_tokens_get_exactly_no_gradient():

@@ -21,7 +21,7 @@ from ptxemu.launch import cache_directory
 from torch import Tensor
 
 from ctkernels import dispatch
-from ctkernels.problem import Problem
+from ctkernels.problem import Prepared, Problem
 from ctkernels.testing.backends import Backend
 from tools.gpu.cuda import plan
 
@@ -146,17 +146,30 @@ def unavailable() -> None:
     return None
 
 
-def forward(*args: Tensor | Problem | None) -> tuple[Tensor, ...]:
+def tables(*args: Tensor | Problem | bool | None) -> Tensor:
+    """As `ctkernels.problem.Prepared` asks of a backend."""
+    emulator = _current[-1]
+    made, planned = plan.tables(*args, emulator.multiprocessors)
+    emulator.run(planned)
+    return made
+
+
+def order(x: Tensor) -> tuple[int, ...]:
+    """The CPU has one stream, and no graphs."""
+    return ()
+
+
+def forward(*args: Tensor | Problem | None, prepared: Prepared = plan.NOTHING) -> tuple[Tensor, ...]:
     """As `ops.py` asks of a backend."""
     emulator = _current[-1]
-    outputs, planned = plan.forward(*args, emulator.multiprocessors, emulator.tf32)
+    outputs, planned = plan.forward(*args, emulator.multiprocessors, emulator.tf32, prepared)
     emulator.run(planned)
     return outputs
 
 
-def backward(*args: Tensor | list[bool] | Problem | None) -> tuple[Tensor, ...]:
+def backward(*args: Tensor | list[bool] | Problem | None, prepared: Prepared = plan.NOTHING) -> tuple[Tensor, ...]:
     """As `ops.py` asks of a backend."""
     emulator = _current[-1]
-    outputs, planned = plan.backward(*args, emulator.multiprocessors, emulator.tf32)
+    outputs, planned = plan.backward(*args, emulator.multiprocessors, emulator.tf32, prepared)
     emulator.run(planned)
     return outputs

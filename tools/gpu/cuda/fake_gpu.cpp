@@ -243,6 +243,14 @@ cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** a
       fake::callback(name, blocks, block.x, uint32_t(shared), arguments[0], int64_t(sizeof(ctk::cuda::Args)));
   return failed ? cudaErrorLaunchFailure : cudaSuccess;
 }
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status, unsigned long long* id,
+                                     cudaGraph_t*, const cudaGraphNode_t**, const cudaGraphEdgeData**, size_t*) {
+  const int64_t device = (reinterpret_cast<int64_t>(stream) >> 16) - 1;
+  const bool capturing = fake::devices[device].capturing;
+  *status = capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  *id = capturing ? 1 + device : 0;
+  return cudaSuccess;
+}
 const char* cudaGetErrorString(cudaError_t) { return "an error of the fake runtime"; }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 

@@ -20,11 +20,12 @@ import torch
 from ptxemu.launch import cache_directory
 from torch import Tensor
 
-from ctkernels.problem import Problem, row_count
+from ctkernels.problem import Prepared, Problem, row_count
 
 SOURCES = Path(__file__).parents[3] / "csrc"
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 MOST_LAUNCHES = 16
+NOTHING = Prepared()
 
 
 class Tensor4(ctypes.Structure):
@@ -116,6 +117,7 @@ class Builder:
 
     def __init__(self) -> None:
         self.call = Call()
+        self.tables: int | None = None
         self.buffers: list[Tensor] = []
 
     def pointer(self, x: Tensor | None) -> int | None:
@@ -155,7 +157,13 @@ class Builder:
         p.scale, p.softcap, p.causal = problem.scale, problem.softcap, problem.causal
         p.window, p.window_prefix = problem.window, problem.window_prefix
 
-    def plan(self, backward: bool, multiprocessors: int) -> Plan:
+    def prepared(self, tables: Tensor | None, prefix_k: Tensor | None, prefix_v: Tensor | None) -> None:
+        """What is there already: `ctkernels.problem.Prepared`, for one direction."""
+        self.tables = self.pointer(tables)
+        for name, x in (("prefix_k", prefix_k), ("prefix_v", prefix_v)):
+            self.tensor(name, x)
+
+    def plan(self, backward: bool, multiprocessors: int, only_tables: bool = False) -> Plan:
         """The launches, on a workspace of exactly the size that they ask for, filled with NaN."""
         library = _library()
         args = ctypes.create_string_buffer(library.size_of_args())
@@ -164,8 +172,8 @@ class Builder:
 
         def build(workspace: int | None) -> int:
             return library.plan(
-                ctypes.byref(self.call), c_int(multiprocessors), int(backward), c_void_p(workspace), args, launches,
-                MOST_LAUNCHES, ctypes.byref(size),
+                ctypes.byref(self.call), c_int(multiprocessors), int(backward), int(only_tables), c_void_p(workspace),
+                c_void_p(self.tables), args, launches, MOST_LAUNCHES, ctypes.byref(size),
             )  # fmt: skip
 
         build(None)
@@ -177,37 +185,50 @@ class Builder:
         return Plan(list(launches[:count]), args.raw, [*self.buffers, workspace])
 
 
+def tables(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, bias: Tensor | None, problem: Problem,
+    backward: bool, multiprocessors: int,
+) -> tuple[Tensor, Plan]:  # fmt: skip
+    """The tables of a direction, and what makes them; as `Prepared` asks of a backend."""
+    builder = Builder()
+    builder.inputs(q, k, v, prefix_k, prefix_v, bias, problem, False)
+    plan = builder.plan(backward, multiprocessors, only_tables=True)
+    return plan.buffers[-1], plan
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, bias: Tensor | None, problem: Problem,
-    multiprocessors: int, tf32: bool = False,
+    multiprocessors: int, tf32: bool = False, prepared: Prepared = NOTHING,
 ) -> tuple[tuple[Tensor, Tensor], Plan]:  # fmt: skip
     """out and lse, and what computes them; as `ops.py` asks of a backend."""
     B, H, S, _ = q.shape
     out = torch.full((B, S, H, v.shape[3]), math.nan, dtype=q.dtype).transpose(1, 2)
     lse = torch.full((B, H, S), math.nan)
-    if problem.seq_lens is not None:
-        out.fill_(0), lse.fill_(-math.inf)
     builder = Builder()
     builder.inputs(q, k, v, prefix_k, prefix_v, bias, problem, tf32)
+    builder.prepared(prepared.forward_tables, prepared.prefix_k, prepared.prefix_v)
     builder.tensor("out", out), builder.tensor("lse", lse)
-    return (out, lse), builder.plan(False, multiprocessors)
+    plan = builder.plan(False, multiprocessors)
+    if not plan.launches:
+        out.fill_(0), lse.fill_(-math.inf)
+    return (out, lse), plan
 
 
 def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor,
     bias: Tensor | None, out: Tensor, lse: Tensor, needs: list[bool], problem: Problem, multiprocessors: int,
-    tf32: bool = False,
+    tf32: bool = False, prepared: Prepared = NOTHING,
 ) -> tuple[tuple[Tensor, ...], Plan]:  # fmt: skip
     """The gradients that `needs` asks for (others are empty), and what computes them; as `ops.py` asks of a backend."""
     builder = Builder()
     builder.inputs(q, k, v, prefix_k, prefix_v, bias, problem, tf32)
+    builder.prepared(prepared.backward_tables, prepared.prefix_k, prepared.prefix_v)
     builder.tensor("out", out), builder.tensor("lse", lse)
     builder.tensor("dout", dout if dout.stride(-1) == 1 else dout.contiguous())
     builder.tensor("dlse", None if dlse is None else dlse.float())
     gradients = []
     for name, x, need in zip(("dq", "dk", "dv"), (q, k, v), needs[:3], strict=True):
-        fill = 0 if name == "dq" and problem.seq_lens is not None else math.nan
-        grad = torch.full((x.shape[0], x.shape[2], x.shape[1], x.shape[3]), fill, dtype=x.dtype).transpose(1, 2)
+        grad = torch.full((x.shape[0], x.shape[2], x.shape[1], x.shape[3]), math.nan, dtype=x.dtype).transpose(1, 2)
         gradients.append(grad if need else x.new_empty(0))
         builder.tensor(name, grad if need else None)
     for name, x, need in zip(("dprefix_k", "dprefix_v"), (prefix_k, prefix_v), needs[3:5], strict=True):

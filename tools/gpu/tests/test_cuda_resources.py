@@ -100,7 +100,7 @@ def test_the_committed_table_is_of_the_launches_that_plans_make(table):
 
 def test_kernels_are_those_that_a_plan_names():
     kernels = {kernel.name: kernel for kernel in cuda_build.kernels()}
-    assert {"ctk_setup_rows", "ctk_pack", "ctk_sum_prefix", "ctk_sum_bias", "ctk_merge_dq_fp32"} <= kernels.keys()
+    assert {"ctk_setup_rows", "ctk_pack", "ctk_sum_parts", "ctk_merge_out_fp32"} <= kernels.keys()
     assert {kernel.D for kernel in kernels.values()} == {None, 64, 80, 96, 128, 256, 512}
     assert kernels["ctk_forward_bf16_64_plain"].shared >= 3 * 64 * 64 * 2  # queries, keys and values at the least
 
