@@ -34,6 +34,7 @@ class PrefixSet:
 
     Raises:
         ValueError: none, or prefixes that do not belong to one model.
+        PrefixFileError: as `KVPrefix.check_file`.
     """
 
     def __init__(self, prefixes: Sequence[KVPrefix]) -> None:
@@ -42,6 +43,7 @@ class PrefixSet:
             raise ValueError("prefixes must hold at least one KVPrefix, got none")
         first = self.prefixes[0]
         for index, prefix in enumerate(self.prefixes):
+            prefix.check_file()
             other = other_architecture(first.metadata, prefix.metadata)
             if other is None and len(prefix.keys) != len(first.keys):
                 other = f"{len(prefix.keys)} layers instead of {len(first.keys)}"
