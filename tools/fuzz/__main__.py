@@ -25,7 +25,7 @@ import torch
 
 from ctkernels import dispatch
 from ctkernels.tuning.storage import atomic_write_bytes, atomic_write_json
-from tools.fuzz.engine import BATCH, Engine, Tally
+from tools.fuzz.engine import Engine, Tally
 
 NAMES = {"cpu": "the CPU kernels", "triton": "Triton's interpreter", "cuda": "the PTX emulator"}
 
@@ -94,7 +94,7 @@ def main() -> int:
         return int(bool(tally.wrong))
     calls = -(-options.cases // len(engine.builds))
     while tally.calls < calls and not (options.until and time.monotonic() - started > options.until):
-        found = engine.many(options.first + tally.calls, min(BATCH, calls - tally.calls))
+        found = engine.many(options.first + tally.calls, min(engine.batch, calls - tally.calls))
         tally.add(found)
         print("\n".join(found.wrong) or f"{tally.cases.total()} cases", flush=True)
         record, text = report(options.on, options.first, tally, time.monotonic() - started)

@@ -21,7 +21,7 @@ from ctkernels.testing.calls import TYPES
 from tools.fuzz.cases import INTERPRETED, SIZES, Case, check
 from tools.fuzz.guard import Guard
 
-BATCH = 250  # calls per process
+BATCH, SLOW_BATCH = 250, 50  # calls per process
 
 
 @dataclass
@@ -50,6 +50,7 @@ class Engine:
 
     def __init__(self, on: str) -> None:
         self.types, self.sizes = [types for types in TYPES if types != "fp64"], INTERPRETED
+        self.batch = BATCH if on == "cpu" else SLOW_BATCH
         self._running: Callable[[int], AbstractContextManager] = lambda number: nullcontext()
         if on == "cpu":
             self.builds, self.types, self.sizes = [b for b in builds() if b.isa], list(TYPES), SIZES
