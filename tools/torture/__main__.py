@@ -53,6 +53,8 @@ def run(campaign: Campaign, kinds: list[Target], count: int) -> None:
         events.reads(campaign, target)
         events.damage(campaign, target, 25)
         print(f"{target.name}: {campaign.total()} events", flush=True)
+    if not count:
+        return
     chance, runs = campaign.random, Runs(campaign)
     with events.small_disk(campaign) as disk:
         on_disk: list[tuple[float, Callable[[], None]]] = []
@@ -98,7 +100,8 @@ def report(campaign: Campaign, seed: int, count: int, seconds: float) -> tuple[d
     head = (
         f"# Files under attack\n\n`make torture EVENTS={count} SEED={seed}`: {campaign.total()} events, of which "
         f"{bad} lost a file, left an unreadable one or a temporary one, or ended with a traceback. What the families "
-        "are: `tools/torture/__main__.py`.\n\n"
+        "are: `tools/torture/__main__.py`. Cells of a sweep and files in peft's format have no checksum: a changed "
+        "byte may be read with other values.\n\n"
     )
     table = f"| family | events | {' | '.join(outcomes)} |\n|{' --- |' * (2 + len(outcomes))}\n" + "\n".join(rows)
     return record, f"{head}{table}\n"
