@@ -29,7 +29,8 @@ from ctkernels.tuning import Adapter, KVPrefix
 from ctkernels.tuning.adapters.file import PrefixFileError, write_file
 from ctkernels.tuning.evaluation.sweep.cells import SweepError
 from ctkernels.tuning.storage import TEMPORARY, OutputError, atomic_write_bytes
-from tools.torture.processes import FINE, OTHER, READS, SENTENCE, WRITES, Child, Faults, child, is_sentence
+from tools.torture.preload import READS, WRITES, Faults
+from tools.torture.processes import FINE, OTHER, SENTENCE, Child, child, is_sentence
 from tools.torture.targets import OtherValues, Target
 
 ERRORS = (errno.EIO, errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EMFILE)
