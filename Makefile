@@ -23,14 +23,14 @@ NEWEST ?= torch==2.14.1
 OP_TESTS := hypothesis|iniconfig|ninja|numpy|packaging|pluggy|psutil|pygments|Pygments|pytest|setuptools|sortedcontainers
 PIP := .venv/bin/pip --quiet --disable-pip-version-check
 CXX_FILES := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh \
-  python_bindings/*.h python_bindings/*.cpp tools/gpu/cuda/*.h tools/gpu/cuda/*.cpp)
+  python_bindings/*.h python_bindings/*.cpp tools/gpu/cuda/*.h tools/gpu/cuda/*.cpp tools/torture/*.c)
 SOURCES := setup.py $(filter csrc/% python_bindings/%,$(CXX_FILES))
 # a CUDA build of torch depends on the Triton that its own compiler needs, and on its CUDA runtime: those stay
 TORCH_BRINGS_TRITON := import importlib.metadata as m, sys; sys.exit(not any(r.startswith('triton') for r in m.requires('torch') or []))
 SANITIZE := -g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-.PHONY: demo test test-models test-gpu-full bench bench-full bench-many profile reproduce gpu-check gpu-report cuda-bindings mutations-cuda lint \
-  format sanitize wheel wheel-check test-bounds test-torch docs clean
+.PHONY: demo test test-models test-gpu-full bench bench-full bench-many profile reproduce torture fuzz gpu-check gpu-report \
+  cuda-bindings mutations-cuda lint format sanitize wheel wheel-check test-bounds test-torch docs clean
 
 demo: .venv/built
 	@if [ -z "$(MODEL)" ]; then .venv/bin/python examples/fetch_smollm2.py .models/smollm2-135m; fi
@@ -94,6 +94,20 @@ reproduce: .venv/built
 	  $(if $(DTYPE),--dtype $(DTYPE)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(BUDGET),--budget $(BUDGET)) \
 	  $(if $(UNTIL),--until $(UNTIL)) $(if $(REPORT),--report) $(if $(KEEP),--out $(KEEP)) \
 	  $(if $(OUT),--results $(OUT)) $(if $(DOCS),--docs $(DOCS))
+
+# Files under attack: each system call of each kind of file killed and failed, each thousandth byte damaged, and EVENTS more
+# at random: kills, full and read-only disks, several writers, hostile headers, runs. The counts go to tools/torture/results.
+# As root on Linux, who may mount; some minutes.
+torture: .venv/built
+	OMP_NUM_THREADS=1 .venv/bin/python -m tools.torture --events $(or $(EVENTS),1000) --seed $(or $(SEED),0) \
+	  $(if $(OUT),--out $(OUT))
+
+# The op at random against fp64, N cases on the instruction sets of this machine, from the call of number FIRST on; ON=triton
+# under Triton's interpreter, ON=cuda in the PTX emulator. The report goes to tools/fuzz/results. 2,000 cases of ON=cpu take
+# some twenty seconds, of the others hours.
+fuzz: .venv/built
+	OMP_NUM_THREADS=1 .venv/bin/python -m tools.fuzz --cases $(or $(N),2000) --first $(or $(FIRST),0) \
+	  --on $(or $(ON),cpu) --out $(or $(OUT),tools/fuzz/results)
 
 # On a machine with a GPU: all tests on it, then the op against its peers. Writes runs/gpu-check/gpu_check.md and .json.
 gpu-check: .venv/built

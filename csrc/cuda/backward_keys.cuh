@@ -112,7 +112,7 @@ __device__ __forceinline__ void key_probabilities(const Args& a, const KeyBlock&
       const float gradient = sees ? x * delta : 0.0f;
       if constexpr (General)
         if (need_bias) gradients[(i + e % 2) * (N + 1) + warp * 16 + thread / 4 + e / 2 * 8] = gradient;
-      ds[0][n][e] = gradient * derivative;
+      ds[0][n][e] = sees ? gradient * derivative : 0.0f;  // the derivative is NaN where a hidden key is
     }
   }
 }

@@ -161,6 +161,7 @@ __device__ __forceinline__ void setup_tiles(const Args& a) {
   const bool near = p.window > 0 && p.window_prefix;
   for (int r = max(info.row_begin, 0); r < info.row_end; ++r) {
     const RowInfo row = a.rows[r];
+    if (row.queries == 0) continue;  // it reads no key
     const uint64_t bits = a.bits[int64_t(row.index) * a.words + word] & low_bits(info.prefix_len - word * BLOCK);
     uint64_t any = bits, all = bits;
     if (near) {  // a query at own position i sees prefix keys from prefix_len + i - window + 1 on

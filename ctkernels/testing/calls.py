@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,6 +13,7 @@ import ctkernels as ct
 from ctkernels.testing import oracle
 
 DIFFERENTIABLE = ("q", "k", "v", "prefix_k", "prefix_v", "prefix_bias", "sinks")
+Seen = tuple[Tensor, Tensor]  # what `oracle.visible_keys` gives
 TYPES = {
     "fp64": (torch.float64, torch.float64),
     "fp32": (torch.float32, torch.float32),
@@ -144,39 +146,69 @@ def results(outputs: tuple[Tensor, ...], tensors: dict[str, Tensor], cotangents:
     return {name: x.detach().cpu() for name, x in values.items()}
 
 
-def run(call: Call, backend, cotangents: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
-    """The op on one build. `cotangents` are the gradients of out and lse; None runs the forward pass only."""
+def run(
+    call: Call,
+    backend,
+    cotangents: tuple[Tensor, Tensor] | None = None,
+    wanted: Collection[str] = DIFFERENTIABLE,
+) -> dict[str, Tensor]:
+    """The op on one build. `cotangents` are the gradients of out and lse; None runs the forward pass only.
+
+    wanted: tensors whose gradients are asked for.
+    """
     moved = call.to(backend.device)
-    leaves = {name: x.detach().requires_grad_(cotangents is not None) for name, x in moved.tensors.items()}
+    asked = wanted if cotangents is not None else ()
+    leaves = {name: x.detach().requires_grad_(name in asked) for name, x in moved.tensors.items()}
     outputs = call_op(replace(moved, tensors=leaves), backend.name)
     if cotangents is not None:
         cotangents = tuple(c.to(device=o.device, dtype=o.dtype) for c, o in zip(cotangents, outputs, strict=True))
-    return results(outputs, leaves, cotangents)
+    return results(outputs, {name: x for name, x in leaves.items() if x.requires_grad}, cotangents)
 
 
-def run_dense(call: Call, cotangents: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The oracle in `dtype`, fed with what a kernel of the call's type sees: prefix rounded to q's type."""
+def run_dense(
+    call: Call, cotangents: tuple[Tensor, Tensor] | None, dtype: torch.dtype, seen: Seen | None = None
+) -> dict[str, Tensor]:
+    """The oracle in `dtype`, fed with what a kernel of the call's type sees: prefix rounded to q's type.
+
+    seen: `visibility(call)`, if it is known already.
+    """
     q_dtype = call.tensors["q"].dtype
     leaves = {}
     for name, x in call.tensors.items():
         rounded = x.to(q_dtype) if name in ("prefix_k", "prefix_v") else x
         leaves[name] = rounded.detach().to(dtype).clone().requires_grad_()
-    outputs = dense(replace(call, tensors=leaves))
+    outputs = dense(replace(call, tensors=leaves), seen)
     if cotangents is not None:
         cotangents = tuple(c.to(o.dtype) for c, o in zip(cotangents, outputs, strict=True))
     return results(outputs, leaves, cotangents)
 
 
-def dense(call: Call) -> tuple[Tensor, Tensor]:
+def dense(call: Call, seen: Seen | None = None) -> tuple[Tensor, Tensor]:
     """The oracle's out and lse. A packed call is unpacked into padded rows by indexing and packed again."""
-    t = dict(call.tensors)
+    padded = unpacked(call)
+    out, lse, _ = oracle.attention(**padded.tensors, mask=call.mask, **padded.options, seen=seen)
     if call.cu_seqlens is None:
-        return oracle.attention(**t, mask=call.mask, **call.options)[:2]
-    lens = call.cu_seqlens.diff().tolist()
-    for name in ("q", "k", "v"):
-        t[name] = unpack(t[name], lens)
-    out, lse, _ = oracle.attention(**t, mask=call.mask, **call.options, seq_lens=torch.tensor(lens))
+        return out, lse
+    lens = padded.options["seq_lens"].tolist()
     return pack(out, lens), pack(lse, lens)
+
+
+def unpacked(call: Call) -> Call:
+    """A packed call with its rows side by side, zeros in the padding; a padded one is itself."""
+    if call.cu_seqlens is None:
+        return call
+    lens = call.cu_seqlens.diff()
+    rows = {name: unpack(call.tensors[name], lens.tolist()) for name in ("q", "k", "v")}
+    return replace(call, cu_seqlens=None).with_tensors(**rows).with_options(seq_lens=lens)
+
+
+def visibility(call: Call) -> Seen:
+    """bool [B, S, P + T] and the distances, of the rows side by side."""
+    call = unpacked(call)
+    t, o = call.tensors, call.options
+    (B, _, S, _), T, P = t["q"].shape, t["k"].shape[2], t["prefix_k"].shape[-2]
+    rules = (o.get("prefix_index"), o.get("prefix_lens"), o.get("seq_lens"), o.get("causal", True), o.get("window"))
+    return oracle.visible_keys(B, S, T, P, call.mask, *rules, o.get("window_prefix", True))
 
 
 def unpack(x: Tensor, lens: list[int]) -> Tensor:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from ctkernels import dispatch, dispatch_table
 from ctkernels.testing import oracle
 from ctkernels.testing.backends import Backend
-from ctkernels.testing.calls import Call, run, run_dense, unpack
+from ctkernels.testing.calls import Call, Seen, run, run_dense, unpack, unpacked, visibility
 
 
 def assert_right_or_refused(call: Call, backend: Backend, cotangents: tuple[Tensor, Tensor] | None) -> None:
@@ -26,67 +29,104 @@ def assert_right_or_refused(call: Call, backend: Backend, cotangents: tuple[Tens
 
 
 def assert_matches(
-    call: Call, got: dict[str, Tensor], cotangents: tuple[Tensor, Tensor] | None, names: tuple[str, ...] | None = None
+    call: Call, got: dict[str, Tensor], cotangents: tuple[Tensor, Tensor] | None, names: Collection[str] | None = None
 ) -> None:
     """Hold results against the oracle in fp64; the tolerance is measured with eager PyTorch in the call's own type."""
-    truth = run_dense(call, cotangents, torch.float64)
-    dtype = call.tensors["q"].dtype
-    eager = run_dense(call, cotangents, dtype)
-    if dtype in (torch.bfloat16, torch.float16):
-        # lse is fp32 whatever the rows' type: it is measured against eager PyTorch in fp32
-        eager["lse"] = run_dense(call, None, torch.float32)["lse"]
-    units = rounding_units(call, cotangents)
-    assert got.keys() == truth.keys()
-    for name in names or truth:
-        expect_close(name, got[name], truth[name], eager[name], units[name], dtype)
+    Judge(call, cotangents).check(got, names)
 
 
-def expect_close(name: str, got: Tensor, truth: Tensor, eager: Tensor, unit: float, dtype: torch.dtype) -> None:
-    """max |got - truth| <= 2 max |eager - truth| + one rounding unit of the result + one of what it is computed from.
+class Judge:
+    """What the results of a call are held against, computed once for any number of builds.
+
+    max |got - truth| <= 2 max |eager - truth| + one rounding unit of the result + one of what it is computed from.
 
     In fp64 the truth itself has such errors, so that eager PyTorch measures nothing: there, 1000 units are allowed.
     """
-    assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
-    finite = truth.isfinite()
-    assert torch.equal(got.isfinite(), finite), f"{name}: not finite where it must be, or the other way round"
-    assert torch.equal(got[~finite].double(), truth[~finite]), f"{name}: wrong infinities"
-    truth, got, eager = (x[finite].double() for x in (truth, got, eager))
-    if not truth.numel():
-        return
-    own = arithmetic_type(dtype) if name == "lse" else dtype
-    unit += torch.finfo(own).eps * float(truth.abs().max())
-    error = float((got - truth).abs().max())
-    tolerance = 1000 * unit if dtype == torch.float64 else 2 * float((eager - truth).abs().max()) + unit
-    assert error <= tolerance, (
-        f"{name}: error {error:.3g} > {tolerance:.3g} (largest value {float(truth.abs().max()):.3g})"
-    )
+
+    def __init__(self, call: Call, cotangents: tuple[Tensor, Tensor] | None) -> None:
+        seen = visibility(call)
+        truth, dtype = run_dense(call, cotangents, torch.float64, seen), call.tensors["q"].dtype
+        eager = truth if dtype == torch.float64 else run_dense(call, cotangents, dtype, seen)
+        if dtype in (torch.bfloat16, torch.float16):
+            # lse is fp32 whatever the rows' type: it is measured against eager PyTorch in fp32
+            eager["lse"] = run_dense(call, None, torch.float32, seen)["lse"]
+        units = rounding_units(call, cotangents, seen)
+        self._expected = {
+            name: Expected.of(x, eager[name], units[name], arithmetic_type(dtype) if name == "lse" else dtype)
+            for name, x in truth.items()
+        }
+
+    def check(self, got: dict[str, Tensor], names: Collection[str] | None = None) -> dict[str, float]:
+        """The largest error of each result, as a part of what is allowed.
+
+        Raises AssertionError, which names the result, its error and what is allowed.
+        """
+        assert names or got.keys() == self._expected.keys()
+        return {name: self._expected[name].check(name, got[name]) for name in names or got}
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A result in fp64, and how far from it one may be."""
+
+    truth: Tensor
+    finite: Tensor
+    infinities: Tensor  # the values that are not finite
+    largest: float
+    tolerance: float
+
+    @classmethod
+    def of(cls, truth: Tensor, eager: Tensor, unit: float, dtype: torch.dtype) -> Expected:
+        finite = truth.isfinite()
+        filled = truth.masked_fill(~finite, 0)
+        largest = _largest(filled)
+        unit += torch.finfo(dtype).eps * largest
+        theirs = _largest((eager.double() - filled).masked_fill(~finite, 0))
+        tolerance = 1000 * unit if dtype == torch.float64 else 2 * theirs + unit
+        return cls(filled, finite, truth[~finite], largest, tolerance)
+
+    def check(self, name: str, got: Tensor) -> float:
+        assert got.shape == self.truth.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(self.truth.shape)}"
+        finite = got.isfinite()
+        assert torch.equal(finite, self.finite), f"{name}: not finite where it must be, or the other way round"
+        difference = got.double() - self.truth
+        if len(self.infinities):
+            assert torch.equal(got[~finite].double(), self.infinities), f"{name}: wrong infinities"
+            difference.masked_fill_(~finite, 0)
+        error = _largest(difference)
+        assert error <= self.tolerance, (
+            f"{name}: error {error:.3g} > {self.tolerance:.3g} (largest value {self.largest:.3g})"
+        )
+        return error / self.tolerance if error else 0.0
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
 
 
 def arithmetic_type(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def rounding_units(call: Call, cotangents: tuple[Tensor, Tensor] | None) -> dict[str, float]:
+def rounding_units(call: Call, cotangents: tuple[Tensor, Tensor] | None, seen: Seen) -> dict[str, float]:
     """By result, how far roundings in the arithmetic's type move it: of the terms that are summed up, and of the sums.
 
     Needed beside eager PyTorch's error, which may be zero by luck where terms cancel or are all equal. The terms are
     rounded once each (`out`, where delta = <out, dout> reads it, in its own type); n additions err like a random walk
     of half a unit's step. First order, by sums of absolute values. `test_accuracy.py` does without this.
     """
-    t = {name: x.detach().double() for name, x in call.tensors.items()}
     dtype = call.tensors["q"].dtype
     eps = torch.finfo(arithmetic_type(dtype)).eps
-    options = dict(call.options)
+    padded = unpacked(call)
+    options = padded.options
+    t = {name: x.detach().double() for name, x in padded.tensors.items()}
     if cotangents is not None:
         dout, dlse = (c.double() for c in cotangents)
-    sinks = t.get("sinks", torch.tensor(-torch.inf, dtype=torch.float64)).reshape(-1, 1)  # [H or 1, 1]
-    if call.cu_seqlens is not None:
-        lens = call.cu_seqlens.diff().tolist()
-        options["seq_lens"] = torch.tensor(lens)
-        t |= {name: unpack(t[name], lens) for name in ("q", "k", "v")}
-        if cotangents is not None:
+        if call.cu_seqlens is not None:
+            lens = options["seq_lens"].tolist()
             dout, dlse = unpack(dout, lens), unpack(dlse[..., None], lens)[..., 0]
-    out, lse, p = oracle.attention(**t, mask=call.mask, **options)
+    sinks = t.get("sinks", torch.tensor(-torch.inf, dtype=torch.float64)).reshape(-1, 1)  # [H or 1, 1]
+    out, lse, p = oracle.attention(**t, mask=call.mask, **options, seen=seen)
     free = p / p.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)  # without sinks, as lse has it
     B, H, _, D = t["q"].shape
     P, Hk = t["prefix_k"].shape[-2], t["k"].shape[1]
@@ -125,7 +165,7 @@ def rounding_units(call: Call, cotangents: tuple[Tensor, Tensor] | None) -> dict
             of_out = (units["out"] * dout.abs()).sum(-1, keepdim=True)  # what errors of out do to delta
             roundings = relative + torch.finfo(dtype).eps / 2 + over_queries
             units["dsinks"] = (taken * (roundings * delta + of_out)).sum((0, 2))
-    return {name: float(x.max()) if x.numel() else 0.0 for name, x in units.items()}
+    return {name: _largest(x) for name, x in units.items()}
 
 
 def _row_max(x: Tensor) -> Tensor:

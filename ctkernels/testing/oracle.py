@@ -83,6 +83,7 @@ def visible_keys(
     in_context = torch.ones(batch, P + T, dtype=torch.bool)
     in_context[:, :length] = context_visible(batch, length, **mask)[:, : P + T]
 
+    own = torch.arange(P + T) - P  # own index t; negative for the prefix
     for b in range(batch):
         g = 0 if prefix_index is None else int(prefix_index[b])
         prefix_len = P if prefix_lens is None else int(prefix_lens[g])
@@ -91,21 +92,18 @@ def visible_keys(
         # Own keys follow the valid part of the prefix directly: that is where the model would see them.
         position = torch.cat([torch.arange(P), prefix_len + torch.arange(T)])  # [P + T]
         valid = torch.cat([torch.arange(P) < prefix_len, torch.arange(T) < row_len])  # [P + T]
-        own = torch.arange(P + T) - P  # own index t; negative for the prefix
-        for i in range(S):
-            if i + offset >= row_len:
-                continue  # padding query
-            behind = prefix_len + i + offset - position
-            sees = valid & in_context[b]
-            if causal:
-                sees = sees & ((own < 0) | (own <= i + offset))
-            if window is not None:
-                near = behind < window
-                if not window_prefix:
-                    near = near | (own < 0)
-                sees = sees & near
-            visible[b, i] = sees
-            distance[b, i] = behind
+        i = torch.arange(S)[:, None] + offset  # own positions of the queries, [S, 1]
+        behind = prefix_len + i - position
+        sees = valid & in_context[b] & (i < row_len)  # no key, for a padding query
+        if causal:
+            sees = sees & ((own < 0) | (own <= i))
+        if window is not None:
+            near = behind < window
+            if not window_prefix:
+                near = near | (own < 0)
+            sees = sees & near
+        visible[b] = sees
+        distance[b] = behind
     return visible, distance
 
 
@@ -128,8 +126,12 @@ def attention(
     window_prefix: bool = True,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
+    seen: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out [B, H, S, Dv], lse [B, H, S], probabilities [B, H, S, P + T]; every step in q's type, for autograd."""
+    """out [B, H, S, Dv], lse [B, H, S], probabilities [B, H, S, P + T]; every step in q's type, for autograd.
+
+    seen: what `visible_keys` gives for these arguments, if it is known already.
+    """
     B, H, S, D = q.shape
     Hk, T = k.shape[1:3]
     if prefix_k.dim() == 3:
@@ -139,7 +141,7 @@ def attention(
     keys = torch.cat([prefix_k.to(q.dtype)[index], k], 2).repeat_interleave(H // Hk, 1)  # [B, H, P + T, D]
     values = torch.cat([prefix_v.to(q.dtype)[index], v], 2).repeat_interleave(H // Hk, 1)  # [B, H, P + T, Dv]
 
-    visible, distance = visible_keys(
+    visible, distance = seen or visible_keys(
         B, S, T, P, mask, prefix_index, prefix_lens, seq_lens, causal, window, window_prefix
     )
     logits = (q @ keys.transpose(-1, -2)) * (D**-0.5 if scale is None else scale)

@@ -194,8 +194,18 @@ def test_keys_hidden_from_everybody_may_hold_nan(build):
     """Span, keep, a short prefix, an unread prefix and the context part of own keys: what nobody sees is not read."""
     keep = torch.ones(3, 40, dtype=torch.bool)
     keep[:, [0, 7, 8, 33]] = False  # 33 is own key 3
-    call = make_call(types="fp32", P=30, S=10, mask=dict(keep=keep, length=40, hidden=torch.tensor([[12, 20]] * 3)))
-    _expect_poison_ignored(call, build, prefix=[0, 7, 8, *range(12, 20)], own=[3])
+    mask = dict(keep=keep, length=40, hidden=torch.tensor([[12, 20]] * 3))
+    for options in ({}, dict(softcap=3.0, bias=(4, 30))):
+        call = make_call(types="fp32", P=30, S=10, mask=mask, **options)
+        _expect_poison_ignored(call, build, prefix=[0, 7, 8, *range(12, 20)], own=[3])
+
+    hidden = torch.tensor([[4, 9], [0, 0], [3, 12]])  # 4 to 8 are seen by a row alone that has no tokens
+    packed_rows = make_call(types="fp32", P=30, lens=[5, 0, 3], mask=dict(hidden=hidden))
+    poisoned = packed_rows.clone()
+    for name in ("prefix_k", "prefix_v"):
+        poisoned.tensors[name][:, 4:9] = NAN
+    cotangents = cotangents_for(packed_rows)
+    _expect_same(run(packed_rows, build, cotangents), run(poisoned, build, cotangents))
 
     short = make_call(
         types="fp32", P=30, G=3, prefix_index=torch.tensor([0, 2, 0]), prefix_lens=torch.tensor([20, 30, 0])

@@ -18,6 +18,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -50,6 +51,48 @@ class Saved(NamedTuple):
     path: Path
     description: dict[str, Any]
     tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class MappedFile:
+    """A file whose tensors are mapped, as it was then. Copies of the tensors have no file."""
+
+    path: Path
+    inode: tuple[int, int]
+    size: int
+    changed: int
+
+    @classmethod
+    def at(cls, path: Path) -> MappedFile:
+        """Raises PrefixFileError for a missing file."""
+        with faults(path):
+            status = path.stat()
+        return cls(path, (status.st_dev, status.st_ino), status.st_size, status.st_mtime_ns)
+
+    def check(self) -> None:
+        """Refuse to go on with a file that another program has written into. One that was replaced or removed is kept
+        by the system, out of everybody's reach.
+
+        Raises:
+            PrefixFileError: a file of another size, which would end this process (SIGBUS), or of another time.
+        """
+        try:
+            now = MappedFile.at(self.path)
+        except PrefixFileError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return
+            raise
+        if now.inode == self.inode and now != self:
+            raise PrefixFileError(
+                f"{self.path}: another program has written into it while it was mapped ({self.size} bytes then, "
+                f"{now.size} now)"
+            )
+
+    def __deepcopy__(self, memo: dict) -> None:
+        return None
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
 
 
 def write_file(
@@ -91,8 +134,7 @@ def write_folder(
     while (with_card or (directory / card.FILE_NAME).is_file()) and before != (now := _version(path)):
         # once more if another process saved meanwhile: the card that stays must be of the adapter that stays
         before = now
-        saved = read_file(path, "adapter", mapped=True, verify=False).description
-        card.write(directory, saved, FILE_NAME, ctkernels.__version__, with_card)
+        card.write(directory, read_header(path), FILE_NAME, ctkernels.__version__, with_card)
 
 
 def read_file(path: str | os.PathLike, kind: Kind, mapped: bool = False, verify: bool = True) -> Saved:
@@ -100,8 +142,9 @@ def read_file(path: str | os.PathLike, kind: Kind, mapped: bool = False, verify:
     converted.
 
     Args:
-        mapped: the tensors are views of the file, read when they are used, and must not be changed. Otherwise they have
-            memory of their own.
+        mapped: the tensors are views of the file, read when they are used, and must not be changed. A program that cuts
+            the file off ends the process that reads them then: see `MappedFile`. Otherwise they have memory of their
+            own.
         verify: compare the checksum and look for values that are not finite, which reads all of the file.
 
     Raises:
@@ -241,10 +284,20 @@ def _load(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def _map(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    with open_regular(path) as opened:
-        metadata(opened)
-    with safe_open(path, "pt") as file:
-        return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    """As `_load`. safetensors opens the file twice, for its header and for its tensors; both must be of one file."""
+    while True:
+        file = MappedFile.at(path)
+        try:
+            with open_regular(path) as opened:
+                metadata(opened)
+            with safe_open(path, "pt") as opened:
+                found = opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        except Exception:
+            if MappedFile.at(path) == file:
+                raise
+        else:
+            if MappedFile.at(path) == file:
+                return found
 
 
 def _description(header: Mapping[str, str]) -> Any:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -119,9 +118,8 @@ def write_peft(
 ) -> None:
     """The two files of a peft adapter. Both are complete on the disk before either replaces its predecessor."""
     directory = Path(directory)
-    with tempfile.TemporaryDirectory() as folder:  # peft itself says how a configuration is written
-        config.save_pretrained(folder)
-        described = (Path(folder) / CONFIG).read_bytes()
+    # not `config.save_pretrained`: it writes a file that is neither flushed nor replaced in one step
+    described = json.dumps(config.to_dict(), indent=2, sort_keys=True, default=sorted).encode()  # sets of names
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     check_finite(own, directory)
     if header:  # so that the weights alone say all, should the two files ever be of two exports

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ctkernels import ContextMask
-from ctkernels.tuning.adapters.file import Saved, faults, read_file, write_folder
+from ctkernels.tuning.adapters.file import MappedFile, Saved, faults, read_file, write_folder
 from ctkernels.tuning.data.demonstrations import Demonstration
 from ctkernels.tuning.data.formats import TextFormat, encode_context
 from ctkernels.tuning.hf.attach import Attachment
@@ -190,6 +190,7 @@ class KVPrefix(nn.Module):
             self.register_buffer("segments", _trainable(segments).to(keys[0].device, torch.int64))
         self.first_position = first_position
         self.metadata = metadata
+        self.file: MappedFile | None = None  # that its tensors are views of
 
     @property
     def length(self) -> int:
@@ -307,6 +308,15 @@ class KVPrefix(nn.Module):
         """Take the model's weights for those that the prefix was made for, without reading them."""
         _compared.setdefault(self, WeakSet()).add(find_decoder(model).model)
 
+    def check_file(self) -> None:
+        """Refuse to read a mapped file that another program has written into.
+
+        Raises:
+            PrefixFileError: such a file.
+        """
+        if self.file is not None:
+            self.file.check()
+
     def place(self, devices: Sequence[torch.device]) -> KVPrefix:
         """Move each layer to its device, and the segments to the first. Returns the prefix itself."""
         self.to(devices[0])
@@ -359,7 +369,8 @@ class KVPrefix(nn.Module):
         return prefix
 
     def parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Its description and its tensors, as `file.py` stores them."""
+        """Its description and its tensors, as `file.py` stores them. Raises PrefixFileError as `check_file`."""
+        self.check_file()
         description = {
             "segments": self.segments.tolist(),
             "first_position": self.first_position,

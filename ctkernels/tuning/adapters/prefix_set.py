@@ -36,6 +36,7 @@ class PrefixSet:
 
     Raises:
         ValueError: none, or prefixes that do not belong to one model.
+        PrefixFileError: as `KVPrefix.check_file`.
     """
 
     def __init__(self, prefixes: Sequence[PrefixLike], trainable: bool = False) -> None:
@@ -44,6 +45,7 @@ class PrefixSet:
             raise ValueError("prefixes must hold at least one KVPrefix, got none")
         first, layers = self.prefixes[0], list(self.prefixes[0].keys)
         for index, prefix in enumerate(self.prefixes):
+            prefix.check_file()
             other = other_architecture(first.metadata, prefix.metadata)
             if other is None and (count := len(list(prefix.keys))) != len(layers):
                 other = f"{count} layers instead of {len(layers)}"

@@ -24,7 +24,7 @@ from urllib.parse import unquote
 
 import torch
 
-from ctkernels.tuning.adapters.file import PrefixFileError, faults, read_file, write_file
+from ctkernels.tuning.adapters.file import MappedFile, PrefixFileError, faults, read_file, write_file
 from ctkernels.tuning.adapters.prefix import KVPrefix
 from ctkernels.tuning.adapters.prefix_set import PrefixSet
 from ctkernels.tuning.hf.attach import Attachment, check_fit
@@ -48,9 +48,10 @@ class PrefixStore:
         memory_bytes: how much the prefixes kept in memory may take together, the least recently used leaving first. A
             larger prefix is read anew each time. What a batch uses stays until the batch is done with it.
         dtype: how prefixes are written; None keeps their own type. bfloat16 halves fp32, and equals it in a bf16 model.
-        mapped: prefixes are views of their files, read as their keys are used and shared with other processes. Then no
-            other program may cut a file off while it is in use, which would end this process (SIGBUS); a store never
-            does. Otherwise a prefix has memory of its own.
+        mapped: prefixes are views of their files, read as their keys are used and shared with other processes. No other
+            program may write into such a file; a store never does, it replaces it. Before each forward pass a file that
+            was cut off or changed raises PrefixFileError. One that is cut off during a pass ends this process (SIGBUS),
+            and compiled models do not look. Otherwise a prefix has memory of its own.
         verify: compare the checksum of each file, and look for values that are not finite, when it is first read.
         allow_other_weights: as in `KVPrefix.from_pretrained`.
 
@@ -189,7 +190,10 @@ class PrefixStore:
         path, decoder = self._path(name), self._decoder
         first = self._seen.get(name) != version
         try:
-            saved = read_file(path, "adapter", mapped=self.mapped, verify=first and self.verify)
+            file, saved = None, None
+            while saved is None or (self.mapped and MappedFile.at(path) != file):  # not that one, if it was replaced
+                file = MappedFile.at(path)
+                saved = read_file(path, "adapter", mapped=self.mapped, verify=first and self.verify)
         except PrefixFileError as error:
             raise (self._unknown(name) if isinstance(error.__cause__, FileNotFoundError) else error) from None
         with faults(path):
@@ -199,6 +203,9 @@ class PrefixStore:
             own = {key: x if x.dtype in dtypes else x.to(dtypes[1]) for key, x in saved.tensors.items()}
             prefix = KVPrefix.from_parts(saved._replace(tensors=own))
             prefix.place(decoder.devices).requires_grad_(False)
+            views = {x.untyped_storage().data_ptr() for x in saved.tensors.values()}
+            if self.mapped and any(p.untyped_storage().data_ptr() in views for p in prefix.parameters()):
+                prefix.file = file
             check_fit(prefix, decoder)
             if not first:
                 prefix.assume_weights(decoder.model)

@@ -240,6 +240,8 @@ class Attachment:
         if isinstance(kwargs.get("logits_to_keep"), int):
             kwargs["logits_to_keep"] = 0  # some bases drop queries, and a layout tells the last ones by the keys alone
         self._check_implementation(base)
+        if not torch.compiler.is_compiling() and (check_file := getattr(self.prefix, "check_file", None)) is not None:
+            check_file()
         _check_mask_argument(kwargs.get("attention_mask"))
         tokens = kwargs.get("input_ids")
         if tokens is None and kwargs.get("inputs_embeds") is not None:

@@ -79,6 +79,32 @@ def test_several_writers_beside_a_reader(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["README.md", FILE_NAME]
 
 
+def test_a_mapped_file_beside_a_writer(tmp_path):
+    """The header and the tensors are of one file, also without the checksum."""
+    prefix = KVPrefix.from_tokens(make_model("llama", torch.float32), tokens(6), torch.tensor([0, 2, 6]))
+    described, tensors = prefix.parts()
+    path, contents = tmp_path / FILE_NAME, []
+    for number in range(1, 5):
+        own = {name: torch.full((2, number, 8), float(number)) for name in tensors}  # of other shapes, too
+        write_file(path, "adapter", {**described, "number": number}, own)
+        contents.append(path.read_bytes())
+
+    def write() -> None:  # as `write_file`, but faster: nothing is flushed
+        while True:
+            for content in contents:
+                (tmp_path / "new").write_bytes(content)
+                (tmp_path / "new").replace(path)
+
+    seen = set()
+    with processes(write):
+        for _ in range(400):
+            _, description, found = read_file(path, "adapter", mapped=True, verify=False)
+            number = description["number"]
+            seen.add(number)
+            assert all(torch.equal(x, torch.full((2, number, 8), float(number))) for x in found.values())
+    assert len(seen) > 1
+
+
 def wait_for(condition: Callable[[], object]) -> None:
     end = time.monotonic() + 60
     while not condition():

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 from ctkernels.testing.models import make_model, tokens
-from ctkernels.tuning import Adapter, KVPrefix, PrefixStore
+from ctkernels.tuning import Adapter, KVPrefix, PrefixSet, PrefixStore
 from ctkernels.tuning.adapters import file
 from ctkernels.tuning.adapters.file import PrefixFileError
 from ctkernels.tuning.adapters.lora import Lora
@@ -136,6 +136,65 @@ def test_a_file_that_is_cut_off_while_it_is_in_use(store, model, prefixes):
         assert torch.equal(model(ROWS).logits, expected)
     with pytest.raises(PrefixFileError, match=r"routing\.safetensors: damaged or cut off"):
         store.attach([NAMES[0]] * 3)
+
+
+@pytest.mark.parametrize("batch", [[0, 0, 0], [0, 1, 1]])
+@pytest.mark.parametrize("size", [0, 200, None])
+@torch.no_grad()
+def test_a_mapped_file_that_another_program_writes_into(store, model, batch, size):
+    """A process that reads it gets an error before its next pass, where the memory would end it (SIGBUS). A batch of
+    several prefixes is a copy, which stays."""
+    mapped, names = PrefixStore(store.directory, model, mapped=True), [NAMES[i] for i in batch]
+    path = store._path(NAMES[0])
+    to_child, from_parent = os.pipe()
+    from_child, to_parent = os.pipe()
+    reader = os.fork()
+    if reader == 0:
+        status = 1
+        try:
+            with mapped.attach(names):
+                expected = model(ROWS).logits
+                os.write(to_parent, b"x")
+                os.read(to_child, 1)
+                try:
+                    status = 3 if torch.equal(model(ROWS).logits, expected) else 4
+                except PrefixFileError as error:
+                    status = 5 if f"{path}: another program has written into it" in str(error) else 6
+            with pytest.raises(PrefixFileError, match=rf"{NAMES[0]}\.safetensors: "):
+                mapped.attach(names)
+        finally:
+            os._exit(status)
+    os.read(from_child, 1)
+    if size is None:
+        with open(path, "r+b") as opened:
+            opened.write(b"other bytes")
+    else:
+        os.truncate(path, size)
+    os.write(from_parent, b"x")
+    assert os.waitstatus_to_exitcode(os.waitpid(reader, 0)[1]) == (5 if len(set(batch)) == 1 else 3)
+    for pipe in (to_child, from_parent, from_child, to_parent):
+        os.close(pipe)
+
+
+@torch.no_grad()
+def test_a_mapped_file_that_is_replaced_or_removed(store, model, prefixes):
+    """What is mapped stays; so does what was copied from a file that is changed."""
+    with prefixes[0].attach(model):
+        expected = model(ROWS).logits
+    mapped = PrefixStore(store.directory, model, mapped=True)
+    prefix = mapped.get(NAMES[0])
+    own = copy.deepcopy(prefix)
+    with prefix.attach(model):
+        store.put(NAMES[0], prefixes[1])
+        assert torch.equal(model(ROWS).logits, expected)
+        store.remove(NAMES[0])
+        assert torch.equal(model(ROWS).logits, expected)
+    prefix = mapped.get(NAMES[1])
+    os.truncate(store._path(NAMES[1]), 0)
+    for work in (prefix.parts, lambda: PrefixSet([own, prefix])):
+        with pytest.raises(PrefixFileError, match="another program has written into it while it was mapped"):
+            work()
+    assert own.file is None and same(own, prefixes[0])
 
 
 def test_replaced_and_removed(store, model, prefixes):

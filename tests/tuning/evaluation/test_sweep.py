@@ -254,6 +254,14 @@ def test_finished_cells_of_another_sweep_are_refused(model, folder, tmp_path):
     files[1].write_text("{}")
     with pytest.raises(SweepError, match=r"taste/icl/21\.json is not the result of a cell .* remove it"):
         run_sweep(model, TOKENIZER, sweep, Workers(), Quiet())
+    files[1].unlink()
+    for make in (Path.mkdir, os.mkfifo, lambda path: path.write_text("[" * 100_000)):
+        make(files[1])
+        with pytest.raises(
+            SweepError, match=r"icl/21\.json (cannot be read: Is a directory|is not the result of a cell)"
+        ):
+            run_sweep(model, TOKENIZER, sweep, Workers(), Quiet())
+        files[1].rmdir() if files[1].is_dir() else files[1].unlink()
     # other settings of a method are another method, so that both may lie in one folder
     assert Cell("t", MethodSpec.parse("icl:seed=3"), 1).path(tmp_path) != Cell("t", MethodSpec("icl"), 1).path(tmp_path)
 

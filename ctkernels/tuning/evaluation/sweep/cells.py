@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ctkernels.tuning.evaluation.sweep.spec import MethodSpec
-from ctkernels.tuning.storage import atomic_write_json
+from ctkernels.tuning.storage import atomic_write_json, open_regular
 
 LONGEST_NAME = 200  # bytes; file systems take 255
 
@@ -97,11 +97,14 @@ def read_cell(path: Path) -> CellResult | None:
     """The result in a cell's file, or None if there is no such file.
 
     Raises:
-        SweepError: a file that is not the result of a cell.
+        SweepError: a file that is not the result of a cell, or that cannot be read.
     """
     try:
-        return CellResult(**json.loads(path.read_text(encoding="utf-8")))
+        with open_regular(path) as file:
+            return CellResult(**json.loads(file.read()))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
+    except OSError as error:
+        raise SweepError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, TypeError, RecursionError) as error:
         raise SweepError(f"{path} is not the result of a cell ({error}); remove it to compute it again") from None
