@@ -283,6 +283,8 @@ def test_reentrant_checkpoints_pass_the_gradients_on():
     model, tasks = make_model("llama"), {"a": TuneTask(DEMONSTRATIONS), "b": TuneTask(DEMONSTRATIONS[1:])}
     plain = together_(model, tasks)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    if hasattr(model, "_require_grads_hook"):
+        model.disable_input_require_grads()  # which newer versions of transformers switch on
     result = together_(model.train(), tasks)
     for name in tasks:
         assert_equal(result[name], plain[name])
