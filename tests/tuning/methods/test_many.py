@@ -128,10 +128,11 @@ def test_variants_of_training_and_objectives_side_by_side(model):
         {"objective": "mixed", "score": "sum", "mixed": 0.2},
     ]
     tasks = {str(own): TuneTask(DEMONSTRATIONS[number % 3 :], own) for number, own in enumerate(variants)}
-    result = together_(model, tasks)
+    base = {**BASE, "epochs": 2}
+    result = together_(model, tasks, base=base)
     assert not result.errors
     for name, task in tasks.items():
-        assert_equal(result[name], alone(model, task))
+        assert_equal(result[name], alone(model, task, base=base))
 
 
 @pytest.mark.parametrize("method", ["prefix-tuning", "meta-prefix", "ct-prompt", "icl"])
@@ -283,6 +284,8 @@ def test_reentrant_checkpoints_pass_the_gradients_on():
     model, tasks = make_model("llama"), {"a": TuneTask(DEMONSTRATIONS), "b": TuneTask(DEMONSTRATIONS[1:])}
     plain = together_(model, tasks)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    if hasattr(model, "_require_grads_hook"):
+        model.disable_input_require_grads()  # which newer versions of transformers switch on
     result = together_(model.train(), tasks)
     for name in tasks:
         assert_equal(result[name], plain[name])
