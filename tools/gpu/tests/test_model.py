@@ -59,7 +59,8 @@ def test_the_model_is_silent_where_nothing_was_counted():
     assert model.predict(replace(CASE, D=128), "both", DEVICE, RECORD) is None
     assert model.predict(replace(CASE, dtype=torch.float32), "both", DEVICE, RECORD) is None
     assert model.predict(CASE, "both", replace(DEVICE, architecture="sm_86"), RECORD) is None
-    assert model.predict_for_device(CASE, True, "NVIDIA GeForce RTX 4090") is None
+    assert model.predicted_us(CASE, True, "NVIDIA GeForce RTX 4090", model.OURS) == {}
+    assert model.predicted_us(CASE, True, "NVIDIA H100 80GB HBM3", "flash") == {}
 
 
 def test_peers_pay_for_padding_expansion_and_sums():
