@@ -126,6 +126,8 @@ def run(session: Session, stages: Sequence[str]) -> None:
         waiting = []
         with measured(session, [stage]):
             work(session)
+        if stage == "build" and "failure" in session.records.results()[stage, "extensions"]:
+            return  # all that follows would fail for the same reason
     run_worker(session, waiting)
 
 

@@ -19,6 +19,7 @@ from tools.gpu.check.session import ROOT, Session, last_lines, python
 STAGE, CASES = "build", ("extensions", "machine")
 PACKAGE = ROOT / "ctkernels"
 STAMP = ROOT / "build" / "gpu-check" / "extensions.json"  # which sources the extensions in the package are of
+TREE = ROOT / "build" / "gpu-check" / "tree"
 SUMMARY = "gpu_check.json"  # in a folder of prebuilt extensions, the record of the check that built them
 SOURCES = ("setup.py", "csrc/**/*", "python_bindings/*")
 MOST_BYTES = 16 << 20
@@ -45,32 +46,31 @@ def build(session: Session) -> None:
 
 def obtain(session: Session) -> dict[str, Any]:
     """The extensions that load, how they came, and the `machine`; or a failure."""
-    refused = []
+    loaded, refused = probe(session), []
     if not session.rebuild:
-        loaded = probe(session)
-        if loaded["works"] and (stale := is_stale(session)) is None:
+        why = is_stale() if loaded["works"] else loaded["why"]
+        if why is None:
             return {"how": "in place", "sources": known_sources(), "machine": loaded["machine"]}
-        refused.append(f"in place: {stale if loaded['works'] else loaded['why']}")
-        if session.prebuilt is not None and (why := take(session.prebuilt)) is not None:
-            refused.append(f"prebuilt: {why}")
-        elif session.prebuilt is not None:
+        refused.append(f"in place: {why}")
+    if not session.rebuild and session.prebuilt is not None:
+        why = take(session.prebuilt)
+        if why is None:
             loaded = probe(session)
             if loaded["works"]:
-                return {"how": f"prebuilt in {session.prebuilt}", "sources": known_sources(), **machine(loaded)}
-            refused.append(f"prebuilt: {loaded['why']}")
+                found = {"how": f"prebuilt in {session.prebuilt}", "sources": known_sources()}
+                return {**found, "refused": refused, "machine": loaded["machine"]}
+            why = loaded["why"]
+        refused.append(f"prebuilt: {why}")
     why = compile_all(session)
     if why is not None:
-        return {"failure": f"the build failed: {why}", "refused": refused}
+        return {"failure": f"the build failed: {why}", "refused": refused, "machine": loaded["machine"]}
     loaded = probe(session)
+    found = {"refused": refused, "machine": loaded["machine"]}
     if not loaded["works"]:
-        return {"failure": f"what was built does not load: {loaded['why']}", "refused": refused}
+        return {"failure": f"what was built does not load: {loaded['why']}", **found}
     write_stamp(digest())
     keep(session)
-    return {"how": "compiled", "sources": digest(), "refused": refused, **machine(loaded)}
-
-
-def machine(loaded: dict[str, Any]) -> dict[str, Any]:
-    return {"machine": loaded["machine"]}
+    return {"how": "compiled", "sources": digest(), **found}
 
 
 def probe(session: Session) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def known_sources() -> str:
     return stamp["sources"] if stamp["files"] == hashes() else "unknown"
 
 
-def is_stale(session: Session) -> str | None:
+def is_stale() -> str | None:
     """Why the extensions in the package must be built again, or None: they are known to be of other sources.
 
     Of those that another build made nothing is known; the report says so.
@@ -149,8 +149,19 @@ def compile_all(session: Session) -> str | None:
         if "CUDA_HOME" not in os.environ and (home := find_toolkit()) is not None:
             env["CUDA_HOME"] = str(home)
     print(f"compiling ({', '.join(f'{name}={value}' for name, value in env.items())})", flush=True)
-    status, text = session.run(python("setup.py", "--quiet", "build_ext", "--inplace"), env, hangs=False)
+    command = python("setup.py", "--quiet", "build_ext", "--inplace")
+    status, text = session.run(command, env, hangs=False, folder=build_tree())
     return None if status == 0 else f"status {status}: {last_lines(text, 8)}"
+
+
+def build_tree() -> Path:
+    """A folder with links to what setup.py reads, and without pyproject.toml: setuptools before 77, which a system may
+    have, cannot read that, and compiling needs nothing of it."""
+    TREE.mkdir(parents=True, exist_ok=True)
+    for name in ("setup.py", "csrc", "python_bindings", "ctkernels"):
+        if not (TREE / name).is_symlink():
+            (TREE / name).symlink_to(ROOT / name)
+    return TREE
 
 
 def architecture(session: Session) -> str:

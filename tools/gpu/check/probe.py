@@ -1,4 +1,4 @@
-"""Whether the extensions load, and what this machine is, as a line of JSON:
+"""Whether the extensions load and compute, and what this machine is, as a line of JSON:
 
 python -m tools.gpu.check.probe DEVICE
 """
@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import harness
+from benchmarks import harness, peers
+from benchmarks.cases import Case, Inputs
 from ctkernels import dispatch
 from ctkernels.backends import cpu, cuda
+from tools.gpu.check import session
 
 PACKAGES = (
     "torch",
@@ -35,11 +37,22 @@ PACKAGES = (
 
 
 def describe(device: str) -> dict[str, Any]:
-    """Why an extension does not load, by name, None where it does; and the machine."""
-    extensions = {"_C": cpu.unavailable()}
+    """Why an extension does not load or compute, by name, None where it does; and the machine."""
+    extensions = {"_C": cpu.unavailable() or call("cpu", "cpu")}
     if device == "cuda":
-        extensions["_cuda"] = cuda.load_library()
+        extensions["_cuda"] = cuda.load_library() or (call("cuda", "cuda") if torch.cuda.is_available() else None)
     return {"extensions": extensions, "machine": machine(device)}
+
+
+def call(backend: str, device: str) -> str | None:
+    """Why a tiny call fails, or None: extensions of older sources load, and do not know what they are asked."""
+    x = Inputs(Case("probe", B=1, H=1, Hk=1, S=1, P=1, D=16), device, backend)
+    x.require_grad(True)
+    try:
+        peers.results(peers.ours(x), x, x.dout)
+    except (RuntimeError, ValueError) as error:
+        return session.describe(error)
+    return None
 
 
 def machine(device: str) -> dict[str, Any]:

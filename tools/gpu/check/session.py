@@ -74,11 +74,11 @@ class Session:
         return {**found, "PYTHONUNBUFFERED": "1", **(more or {})}
 
     def run(
-        self, command: Sequence[str], env: Mapping[str, str] | None = None, hangs: bool = True
+        self, command: Sequence[str], env: Mapping[str, str] | None = None, hangs: bool = True, folder: Path = ROOT
     ) -> tuple[int | str, str]:
-        """Run a process of the check in the repository's root until it ends.
+        """Run a process of the check until it ends.
 
-        hangs: end it where no record comes for `quiet_limit` seconds.
+        hangs: end it where no record comes for `quiet_limit` seconds.  folder: where it runs.
 
         Returns:
             its exit status, or `HUNG`; and what it printed, which also goes to the log.
@@ -90,7 +90,7 @@ class Session:
             log.write(f"\n$ {' '.join(command)}\n")
             log.flush()
             start = log.tell()
-            process = self._start(command, log, env)
+            process = self._start(command, log, env, folder)
             try:
                 why = self._watch(process, hangs)
             finally:
@@ -102,10 +102,12 @@ class Session:
             raise Ended
         return why or process.returncode, text
 
-    def _start(self, command: Sequence[str], log: IO[str], env: Mapping[str, str] | None) -> subprocess.Popen:
+    def _start(
+        self, command: Sequence[str], log: IO[str], env: Mapping[str, str] | None, folder: Path
+    ) -> subprocess.Popen:
         return subprocess.Popen(
             command,
-            cwd=ROOT,
+            cwd=folder,
             env=self.environment(env),
             stdin=subprocess.DEVNULL,
             stdout=log,

@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from benchmarks import harness, peers
 from benchmarks.cases import Case, Inputs
 from tools.gpu.check import __main__ as command
-from tools.gpu.check import bench, build, report, smoke, timing, watched
+from tools.gpu.check import bench, build, probe, report, smoke, timing, watched
 from tools.gpu.check.records import Records
 from tools.gpu.check.session import Ended, Session
 
@@ -182,17 +182,18 @@ def builder(monkeypatch, package):
     """What loads are files that say "good"; compiling writes one."""
     calls = []
 
-    def probe(session):
+    def loads(session):
         found = {name: path.read_text() for name, path in build.extensions(package).items()}
         works = found.get("_C") == "good"
         return {"works": works, "why": "" if works else f"{found or 'nothing'} does not load", "machine": MACHINE}
 
-    def run(session, words, env=None, hangs=True):
+    def run(session, words, env=None, hangs=True, folder=None):
+        assert (folder / words[1]).exists() and not (folder / "pyproject.toml").exists()
         calls.append((words[1:], env))
         (package / f"_C{build.EXTENSION_SUFFIXES[0]}").write_text("good")
         return 0, ""
 
-    monkeypatch.setattr(build, "probe", probe)
+    monkeypatch.setattr(build, "probe", loads)
     monkeypatch.setattr(Session, "run", run)
     return calls
 
@@ -253,9 +254,24 @@ def test_prebuilt_extensions_are_used_if_they_load(tmp_path, package, builder):
     assert result["how"] == "compiled" and "built from other sources" in result["refused"][1]
 
 
+def test_extensions_that_load_must_compute(monkeypatch):
+    """Those of older sources load, and their operators take other arguments."""
+    assert probe.describe("cpu")["extensions"] == {"_C": None}
+    monkeypatch.setattr(peers, "ours", lambda x: torch.ones(()).view(2))
+    assert probe.describe("cpu")["extensions"]["_C"].startswith("RuntimeError: shape '[2]' is invalid")
+
+
 def test_a_build_that_fails_is_told(tmp_path, package, builder, monkeypatch):
     monkeypatch.setattr(Session, "run", lambda *_, **__: (1, "mma.cuh(7): error: no\nninja: build stopped"))
     assert built(tmp_path)["failure"] == "the build failed: status 1: mma.cuh(7): error: no / ninja: build stopped"
+
+
+def test_nothing_runs_behind_a_build_that_failed(tmp_path, package, builder, monkeypatch):
+    monkeypatch.setattr(Session, "run", lambda *_, **__: (1, "no"))
+    assert command.main(["--dry", "--out", str(tmp_path / "out"), "--stages", "build", "smoke"]) == command.FAILED
+    summary = json.loads((tmp_path / "out" / "gpu_check.json").read_text())
+    assert list(summary["results"]) == ["build"] and summary["missing"] == {"smoke": None}
+    assert summary["machine"] == MACHINE  # which is known all the same
 
 
 def test_a_build_that_is_stopped_leaves_no_result(tmp_path, package, builder, monkeypatch):
