@@ -57,10 +57,10 @@ def test_records_outlive_their_writer(records):
         raise ZeroDivisionError
     with records.path.open("a") as file:
         file.write('{"stage": "bench", "case": "c", "se')  # killed
-    records.begin("bench", "b")  # on a line of its own
+    records.begin("bench", "c")  # on a line of its own
     assert [key for key, result in records.results().items()] == [("bench", "a")]
     assert records.results()["bench", "a"]["x"] == 1
-    assert records.unfinished() == [("bench", "b")] and records.missing("bench") == ["b", "c"]
+    assert records.unfinished() == [("bench", "b"), ("bench", "c")] and records.missing("bench") == ["b", "c"]
     assert records.missing("train") is None
     records.end("bench", "b", 1.0, {"failure": "wrong"})
     records.append(ran=["bench"], seconds=1.0, cpu_seconds=1.0)
