@@ -7,9 +7,11 @@
 #   OUT             where benchmarks leave results                  make bench OUT=runs/bench
 #   DATA            tasks in the MetaICL layout                     make reproduce DATA=metaicl/data TASKS="sick qasc" SEEDS="13 21" FULL=1
 #   MOST_SECONDS    longest epoch of the scaling                    make reproduce MOST_SECONDS=600
+#   STAGES, DEADLINE, RESUME, RETRY, PREBUILT, DRY   of gpu-check       make gpu-check STAGES="bench train" DEADLINE=540
 #   CUDA_TORCH      a CUDA build of torch                           make cuda-bindings CUDA_TORCH=torch==2.13.0
 #   OLDEST, BETWEEN, NEWEST  the bounds of torch and one between    make test-bounds
 
+GIVEN_PYTHON := $(if $(filter environment command,$(origin PYTHON)),$(PYTHON))
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 MODEL ?=
@@ -29,8 +31,8 @@ SOURCES := setup.py $(filter csrc/% python_bindings/%,$(CXX_FILES))
 TORCH_BRINGS_TRITON := import importlib.metadata as m, sys; sys.exit(not any(r.startswith('triton') for r in m.requires('torch') or []))
 SANITIZE := -g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-.PHONY: demo test test-models test-gpu-full bench bench-full bench-many profile reproduce torture fuzz gpu-check gpu-report \
-  cuda-bindings mutations-cuda lint format sanitize wheel wheel-check test-bounds test-torch docs clean
+.PHONY: demo test test-models test-gpu-full bench bench-full bench-many profile reproduce torture fuzz gpu-check gpu-check-dry \
+  gpu-report cuda-bindings mutations-cuda lint format sanitize wheel wheel-check test-bounds test-torch docs clean
 
 demo: .venv/built
 	@if [ -z "$(MODEL)" ]; then .venv/bin/python examples/fetch_smollm2.py .models/smollm2-135m; fi
@@ -109,9 +111,18 @@ fuzz: .venv/built
 	OMP_NUM_THREADS=1 .venv/bin/python -m tools.fuzz --cases $(or $(N),2000) --first $(or $(FIRST),0) \
 	  --on $(or $(ON),cpu) --out $(or $(OUT),tools/fuzz/results)
 
-# On a machine with a GPU: all tests on it, then the op against its peers. Writes runs/gpu-check/gpu_check.md and .json.
-gpu-check: .venv/built
-	.venv/bin/python tools/gpu/check.py --out runs/gpu-check
+# On a machine with a GPU: is the op right there, and how fast. Writes runs/gpu-check/gpu_check.md and .json (docs/gpu.md).
+# Where PYTHON is given, it runs as it is, without .venv and without a network:
+#   PYTHON=python3 make gpu-check STAGES="build smoke" DEADLINE=540
+# RESUME=1 goes on with what an earlier command left; RETRY=1 also repeats what failed.
+gpu-check: $(if $(GIVEN_PYTHON),,.venv/built)
+	$(or $(GIVEN_PYTHON),.venv/bin/python) -m tools.gpu.check --out $(or $(OUT),runs/gpu-check) \
+	  $(if $(STAGES),--stages $(STAGES)) $(if $(DEADLINE),--deadline $(DEADLINE)) $(if $(RESUME),--resume) \
+	  $(if $(RETRY),--retry) $(if $(PREBUILT),--prebuilt $(PREBUILT)) $(if $(DRY),--dry)
+
+# The same, rehearsed on the CPU at toy sizes: every stage, killed and resumed, and stopped by a deadline. A minute of CPU.
+gpu-check-dry: .venv/built
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q tools/gpu/tests/whole_check.py
 
 # What the GPU kernels need on every architecture, and what they execute: the tables in tools/gpu/results. Needs no GPU.
 # Compiling everything takes long the first time, and seconds after that.

@@ -49,7 +49,7 @@ class Case:
         sizes = " ".join(f"{name}={getattr(self, name)}" for name in ("B", "H", "Hk", "P", "S", "D"))
         return ", ".join([sizes, *more, str(self.dtype).removeprefix("torch.")])
 
-    def mask(self, device: str = "cpu") -> ContextMask:
+    def mask(self, device: str = "cpu", seed: int = 1) -> ContextMask:
         """The context mask of all rows."""
         if self.segments:
             offsets = torch.linspace(0, self.P, self.segments + 1).long()
@@ -57,7 +57,7 @@ class Case:
             hidden = ContextMask.leave_one_out(offsets, held_out).hidden
         else:
             hidden = torch.tensor([[0, int(self.hidden_share * self.P)]]).expand(self.B, 2).contiguous()
-        return ContextMask(hidden=hidden.to(device), drop_p=self.drop_p, seed=1)
+        return ContextMask(hidden=hidden.to(device), drop_p=self.drop_p, seed=seed)
 
     @property
     def kept_pairs(self) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from benchmarks.cases import FLOPS, Case, Inputs
 
 # largest relative error (norms over all values) against the fp64 reference; a wrong mask gives a far larger one
 AGREEMENT = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+COMPILER = "inductor"  # of torch.compile; rehearsals take "eager", which compiles nothing
 CHECK_FLOPS = 5e8  # a larger problem is checked on as many rows and KV heads as this allows
 
 
@@ -56,7 +59,7 @@ def sdpa(x: Inputs) -> Tensor:
 @cache
 def compile_once(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`torch.compile` for one shape at a time, which gives the fastest code."""
-    return torch.compile(function, dynamic=False)
+    return torch.compile(function, dynamic=False, backend=COMPILER)
 
 
 def compiled(x: Inputs) -> Tensor:
@@ -71,6 +74,7 @@ def flex(x: Inputs) -> Tensor:
     if not hasattr(x, "block_mask"):
         visible = x.visible[:, 0].contiguous()
 
+        # a tensor of the rule: code that is compiled for one mask serves all masks of its shape
         def rule(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return visible[b, i, j]
 
@@ -85,11 +89,29 @@ def flash(x: Inputs) -> Tensor:
     Raises:
         RuntimeError: it is not installed, or cannot compute this type on this device.
     """
-    case = x.case
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError as error:
         raise RuntimeError("flash-attn is not installed") from error
+    return _flash(x, flash_attn_varlen_func)
+
+
+def flash4(x: Inputs) -> Tensor:
+    """flash-attn-4 (CuTe DSL), on the same packed keys as `flash`.
+
+    Raises:
+        RuntimeError: it is not installed, or cannot compute this type on this device.
+    """
+    try:
+        from flash_attn.cute import flash_attn_varlen_func
+    except ImportError as error:
+        raise RuntimeError("flash-attn-4 is not installed") from error
+    return _flash(x, flash_attn_varlen_func)
+
+
+def _flash(x: Inputs, attend: Callable[..., Any]) -> Tensor:
+    """One of the two packages on the keys that each row sees."""
+    case = x.case
     if not hasattr(x, "visible_keys"):
         x.visible_keys = _visible_keys(x)
     index, starts, longest = x.visible_keys
@@ -98,17 +120,21 @@ def flash(x: Inputs) -> Tensor:
         shared = prefix.reshape(-1, case.Hk, case.P, case.D).transpose(1, 2).flatten(0, 1)
         return torch.cat((shared, own.transpose(1, 2).flatten(0, 1)))[index]
 
-    queries = torch.arange(0, case.B * case.S + 1, case.S, dtype=torch.int32, device=x.device)
-    out = flash_attn_varlen_func(
+    sizes = {
+        "cu_seqlens_q": torch.arange(0, case.B * case.S + 1, case.S, dtype=torch.int32, device=x.device),
+        "cu_seqlens_k": starts,
+        "max_seqlen_q": case.S,
+        "max_seqlen_k": longest,
+    }
+    known = inspect.signature(attend).parameters  # some versions of flash-attn-4 find the longest rows themselves
+    out = attend(
         x.q.transpose(1, 2).flatten(0, 1),
         packed(x.prefix_k, x.k),
         packed(x.prefix_v, x.v),
-        cu_seqlens_q=queries,
-        cu_seqlens_k=starts,
-        max_seqlen_q=case.S,
-        max_seqlen_k=longest,
+        **{name: value for name, value in sizes.items() if name in known},
         causal=True,  # aligned to the last key, so that every prefix key is in the past
     )
+    out = out[0] if isinstance(out, tuple) else out  # flash-attn-4 may also return the log-sum-exp
     return out.unflatten(0, (case.B, case.S)).transpose(1, 2)
 
 
@@ -131,8 +157,9 @@ PEERS: dict[str, Callable[[Inputs], Tensor]] = {
     "compiled": compiled,
     "flex": flex,
     "flash": flash,
+    "flash4": flash4,
 }
-UNREPEATED = ("sdpa", "flex", "flash")  # peers that need no copy of the keys for each head of a group
+UNREPEATED = ("sdpa", "flex", "flash", "flash4")  # peers that need no copy of the keys for each head of a group
 
 
 def needed_bytes(name: str, case: Case) -> int:

@@ -64,16 +64,16 @@ def pad_rows(rows: Sequence[PlainRow]) -> tuple[Tensor, Tensor]:
 def attention_mask(visible: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     """Additive mask [B, 1, S, P + S] from the visible prefix tokens [B, P] and causality among the row's own."""
     batch, prefix = visible.shape
-    own = torch.ones(batch, size, size, dtype=torch.bool).tril()
+    own = torch.ones(batch, size, size, dtype=torch.bool, device=visible.device).tril()
     seen = torch.cat([visible[:, None, :].expand(batch, size, prefix), own], dim=-1)
-    return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
 
 
 def row_losses(
     model: PreTrainedModel, keys: list[Tensor], values: list[Tensor], rows: Sequence[PlainRow], visible: Tensor
 ) -> Tensor:
     """Mean cross-entropy of each row's answer tokens, [B]; a row sees the prefix tokens of `visible`, bool [B, P]."""
-    tokens, labels = pad_rows(rows)
+    tokens, labels = (x.to(keys[0].device) for x in pad_rows(rows))
     batch, size = tokens.shape
     length = visible.shape[1]
     cache = DynamicCache()
@@ -82,12 +82,30 @@ def row_losses(
     logits = model(
         input_ids=tokens,
         attention_mask=attention_mask(visible, size, keys[0].dtype),
-        position_ids=torch.arange(length, length + size).expand(batch, size),
+        position_ids=torch.arange(length, length + size, device=tokens.device).expand(batch, size),
         past_key_values=cache,
         use_cache=True,
     ).logits
     loss = cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
     return loss.sum(1) / (labels != -100).sum(1)
+
+
+def step(
+    model: PreTrainedModel,
+    keys: list[Tensor],
+    values: list[Tensor],
+    rows: Sequence[PlainRow],
+    visible: Tensor,
+    optimizer: torch.optim.Optimizer,
+    clip_norm: float = 1.0,
+) -> tuple[float, Tensor]:
+    """One epoch: the loss, and the norm of its gradient before it is clipped. Arguments as in `row_losses`."""
+    loss = row_losses(model, keys, values, rows, visible).mean()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_([*keys, *values], clip_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item(), norm
 
 
 def tune(
@@ -119,11 +137,7 @@ def tune(
     for epoch in range(epochs if stop_after is None else min(stop_after, epochs)):
         started = time.perf_counter()
         optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
-        loss = row_losses(model, keys, values, rows, shown if keep is None else shown & keep(epoch)).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        result.losses.append(loss.item())
+        visible = shown if keep is None else shown & keep(epoch)
+        result.losses.append(step(model, keys, values, rows, visible, optimizer, clip_norm)[0])
         result.seconds.append(time.perf_counter() - started)
     return result

@@ -17,17 +17,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
+from benchmarks.bench_attention import OURS
 from benchmarks.cases import FLOPS, Case
 
 COUNTERS = Path(__file__).resolve().parent / "results" / "triton_counters.json"
 LAUNCH = 3e-6  # seconds from one kernel of a CUDA graph to the next, with the tail of the first
 SCHEDULERS = 4  # warp instructions per clock of a multiprocessor
+PRODUCTS = 0.6  # of the tensor peak: the model's own matrix products in a step of some hundred tokens (an assumption)
+SMALL_KERNELS = 60  # of a frozen layer, forward and backward, that only wait for their launch (an assumption)
 SPECIAL_PER_CLOCK = 16  # exp2 and the like, of threads
 SECTOR = 32
 
@@ -56,6 +59,7 @@ DEVICES = (
     Device("A100", "sm_80", 108, 1.41e9, 2048, 1.9e12, 4.5e12),
     Device("H100", "sm_90", 132, 1.83e9, 4096, 3.2e12, 5.5e12),
 )
+H200 = replace(DEVICES[1], name="H200", memory=4.6e12)  # the H100's chip with other memory; not in the tables
 
 
 @dataclass(frozen=True)
@@ -184,11 +188,45 @@ def load() -> dict[str, Any]:
     return json.loads(COUNTERS.read_text())
 
 
-def predict_for_device(case: Case, backward: bool, gpu: str, devices: Iterable[Device] = DEVICES) -> float | None:
-    """Predicted seconds of ours on the GPU of that name; None where there is no model of it, or nothing was counted."""
-    device = next((device for device in devices if device.name in gpu), None)
-    return (
-        None
-        if device is None or not COUNTERS.exists()
-        else predict(case, "both" if backward else "forward", device, load())
-    )
+def device_of(gpu: str) -> Device | None:
+    """The model of the GPU of that name, as torch reports it, or None."""
+    return next((device for device in (*DEVICES, H200) if device.name in gpu), None)
+
+
+def predicted_us(case: Case, backward: bool, gpu: str, name: str) -> dict[str, float]:
+    """Predicted microseconds of ours or of a peer on a GPU, by phase; nothing where there is no model of them."""
+    device, found = device_of(gpu), {}
+    for phase in ("forward", "both") if backward else ("forward",):
+        seconds = None
+        if device is not None and name in PEERS:
+            seconds = peer_seconds(name, case, phase, device)
+        elif device is not None and name == OURS and COUNTERS.exists():
+            seconds = predict(case, phase, device, load())
+        if seconds is not None:
+            found[phase] = 1e6 * seconds
+    return found
+
+
+def step_ms(case: Case, layers: int, weights: int, head: int, gpu: str) -> dict[str, float] | None:
+    """Predicted milliseconds of the device in an optimiser step of a captured graph, by part and in all.
+
+    Frozen layers multiply forward and to the gradient of their input, and read their weights twice; the head serves one
+    token of each row and is limited by reading it twice; AdamW in fp32 reads four numbers and writes three for each one
+    of the prefix, and clipping reads two and writes one.
+
+    case: attention of one layer.  weights, head: numbers in all layers, and in the output head.
+    """
+    device = device_of(gpu)
+    attention = predicted_us(case, True, gpu, OURS).get("both")
+    if device is None or attention is None:
+        return None
+    size = case.dtype.itemsize
+    products = 4 * case.B * case.S * weights / (PRODUCTS * device.peak)
+    prefix = 2 * layers * case.Hk * case.P * case.D
+    parts = {
+        "attention": 1e-6 * layers * attention,
+        "layers": max(products, 2 * size * weights / device.memory) + layers * SMALL_KERNELS * LAUNCH,
+        "head": 2 * size * head / device.memory,
+        "optimiser": 10 * 4 * prefix / device.memory,
+    }
+    return {name: 1e3 * seconds for name, seconds in {**parts, "step": sum(parts.values())}.items()}

@@ -22,13 +22,16 @@ class full_precision(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         first = args[0] if args else None
-        makes = getattr(func, "__name__", "").startswith("new_")  # of a type that somebody relies on
+        name = getattr(func, "__name__", "")
+        makes = name.startswith("new_")  # of a type that somebody relies on
         if isinstance(first, Tensor) and first.dtype == torch.float64 and not makes:
             if func is Tensor.float:
                 return first
             args = tuple(torch.float64 if value is torch.float32 else value for value in args)
             if kwargs.get("dtype") is torch.float32:
                 kwargs = {**kwargs, "dtype": torch.float64}
+        if name in ("matmul", "__matmul__") and {x.dtype for x in args} == {torch.float32, torch.float64}:
+            args = tuple(x.double() for x in args)  # angles of transformers 5.17: integers that became fp32 are exact
         if func is torch.full and isinstance(args[-1], float) and abs(args[-1]) > LARGEST:  # such as the least fp64
             kwargs = {"dtype": torch.float64, **kwargs}
         return func(*args, **kwargs)

@@ -36,6 +36,15 @@ def verdict_of(model_class, config=CONFIG) -> served.Verdict:
     return proof.prove(model_class, config, find_layout(model_class(config)))
 
 
+def test_rotary_angles_as_older_transformers_compute_them():
+    """An fp64 table times positions that were integers and became fp32, as in transformers 5.17."""
+    table, positions = torch.rand(3, 1, dtype=torch.float64), torch.arange(4)[None].float()
+    with full_precision():
+        assert torch.equal(table @ positions, table @ positions.double())
+    with pytest.raises(RuntimeError, match=r"Double but found Float|same dtype"):
+        table @ positions
+
+
 # classes of a user, with one mistake each
 
 

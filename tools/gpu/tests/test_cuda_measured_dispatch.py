@@ -1,6 +1,5 @@
 """The measured dispatch file: the faster of two backends in every case, with fakes in the place of both."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -9,7 +8,8 @@ import torch
 from benchmarks import peers
 from benchmarks.cases import Case
 from ctkernels import dispatch, dispatch_table
-from tools.gpu import check
+from tools.gpu.check import bench, report
+from tools.gpu.check.session import Session
 from tools.gpu.cuda import dispatch as cuda_dispatch
 
 ALL = cuda_dispatch.CASES
@@ -88,45 +88,30 @@ def test_nothing_is_written_where_both_are_wrong(monkeypatch):
     assert rows == [] and len(failures) == 2
 
 
-def run_gpu_check(tmp_path) -> tuple[int, dict, str]:
-    arguments = ["--device", "cpu", "--toy", "--seconds", "0", "--out", str(tmp_path), "--tests", "--peers"]
-    status = check.main([*arguments, "--only", "toy decoding"])
-    record = json.loads((tmp_path / "gpu_check.json").read_text())["results"]
-    return status, record, (tmp_path / "gpu_check.md").read_text()
-
-
-@pytest.fixture
-def small_ceiling(monkeypatch):
-    monkeypatch.setattr(check.harness.MatrixProduct, "SIZES", (64,))
-    monkeypatch.setattr(check.harness.MatrixProduct, "LAP", 1e-4)
-
-
-def test_gpu_check_writes_the_file(monkeypatch, tmp_path, small_ceiling):
+def test_gpu_check_writes_the_file(monkeypatch, tmp_path):
     monkeypatch.setattr(cuda_dispatch, "refused", lambda device: None)
-    status, record, markdown = run_gpu_check(tmp_path)
-    assert status == 0 and len(record["dispatch"]) == 4
-    assert "**cuda against triton**" in markdown
+    session = Session(tmp_path)
+    for case in cuda_dispatch.CASES:
+        session.records.end("bench", f"dispatch: {case.sizes}", 1.0, bench.choose(case, "cpu"))
+    assert report.write(session, [])["failures"] == []
+    assert "## cuda against triton" in (tmp_path / report.MARKDOWN).read_text()
     assert len(dispatch_table.read(tmp_path / "dispatch.json")) == 4
-    assert json.loads((tmp_path / "dispatch.json").read_text())["machine"]["torch"] == torch.__version__
 
 
-def test_gpu_check_without_a_choice_writes_none(tmp_path, small_ceiling, capsys):
-    status, record, markdown = run_gpu_check(tmp_path)
-    assert status == 0 and record["dispatch"] == [] and "cuda against triton" not in markdown
-    assert not (tmp_path / "dispatch.json").exists()
-    assert "no choice between the GPU backends (cuda: it computes on cuda tensors, got cpu" in capsys.readouterr().out
-
-
-def test_a_failure_while_choosing_fails_the_check_and_the_rest_is_reported(monkeypatch, tmp_path, small_ceiling):
+def test_a_wrong_backend_is_a_failure_of_its_case(monkeypatch):
     monkeypatch.setattr(cuda_dispatch, "refused", lambda device: None)
+    asked, right = [], peers.check
 
-    def broken(*_):
-        raise RuntimeError("out of memory")
+    def check(name, *more):
+        asked.append(name)
+        if name == "cuda":
+            raise ArithmeticError("dq differs")
+        return right(name, *more)
 
-    monkeypatch.setattr(cuda_dispatch, "measure", broken)
-    status, record, _ = run_gpu_check(tmp_path)
-    assert status == 1 and any("out of memory" in failure for failure in record["failures"])
-    assert record["results"]
+    monkeypatch.setattr(peers, "check", check)
+    found = bench.choose(CASE, "cpu")
+    assert asked == ["cuda", "triton"] and "dq differs" in found["failure"]
+    assert {row["backend"] for row in found["rows"]} == {"triton"}
 
 
 def test_a_measurement_covers_every_type_and_head_dimension():

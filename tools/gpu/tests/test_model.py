@@ -59,7 +59,8 @@ def test_the_model_is_silent_where_nothing_was_counted():
     assert model.predict(replace(CASE, D=128), "both", DEVICE, RECORD) is None
     assert model.predict(replace(CASE, dtype=torch.float32), "both", DEVICE, RECORD) is None
     assert model.predict(CASE, "both", replace(DEVICE, architecture="sm_86"), RECORD) is None
-    assert model.predict_for_device(CASE, True, "NVIDIA GeForce RTX 4090") is None
+    assert model.predicted_us(CASE, True, "NVIDIA GeForce RTX 4090", model.OURS) == {}
+    assert model.predicted_us(CASE, True, "NVIDIA H100 80GB HBM3", "flash") == {}
 
 
 def test_peers_pay_for_padding_expansion_and_sums():
@@ -87,3 +88,19 @@ def test_the_crossover_is_where_a_peer_gets_faster(monkeypatch):
     assert model.crossover("flex", replace(CASE, B=64), DEVICE, RECORD) == 64
     text = model.markdown(RECORD, [CASE, replace(CASE, name="silent", D=128)])
     assert "**A100**" in text and "toy (" in text and "silent" not in text
+
+
+def test_a_step_by_hand():
+    gpu, (_, h100) = "NVIDIA H100 80GB HBM3", model.DEVICES
+    case = replace(CASE, B=16, H=32, Hk=8, S=32, P=1024)
+    found = model.step_ms(case, layers=16, weights=10**9, head=10**8, gpu=gpu)
+    assert found["attention"] == pytest.approx(16e-3 * model.predicted_us(case, True, gpu, model.OURS)["both"])
+    products, small = 4 * 16 * 32 * 1e9 / (0.6 * h100.peak), 16 * 60 * 3e-6
+    assert found["layers"] == pytest.approx(1e3 * (products + small))
+    assert found["head"] == pytest.approx(1e3 * 2 * 2 * 1e8 / h100.memory)
+    assert found["optimiser"] == pytest.approx(1e3 * 40 * (2 * 16 * 8 * 1024 * 64) / h100.memory)
+    assert found.pop("step") == pytest.approx(sum(found.values()))
+    few = model.step_ms(replace(case, B=1, S=8), layers=16, weights=10**9, head=10**8, gpu=gpu)
+    assert few["layers"] == pytest.approx(1e3 * (2 * 2 * 1e9 / h100.memory + small))  # the weights are read twice
+    assert model.step_ms(case, 16, 10**9, 10**8, "NVIDIA GeForce RTX 4090") is None
+    assert model.device_of("NVIDIA H200") is model.H200
