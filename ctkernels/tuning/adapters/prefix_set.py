@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from ctkernels import ContextMask
 from ctkernels.tuning.hf.attach import Attachment
 from ctkernels.tuning.hf.models import other_architecture
-from ctkernels.tuning.hf.protocols import PrefixLike
+from ctkernels.tuning.hf.protocols import PrefixLike, check_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +45,7 @@ class PrefixSet:
             raise ValueError("prefixes must hold at least one KVPrefix, got none")
         first, layers = self.prefixes[0], list(self.prefixes[0].keys)
         for index, prefix in enumerate(self.prefixes):
-            prefix.check_file()
+            check_file(prefix)
             other = other_architecture(first.metadata, prefix.metadata)
             if other is None and (count := len(list(prefix.keys))) != len(layers):
                 other = f"{count} layers instead of {len(layers)}"

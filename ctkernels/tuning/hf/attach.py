@@ -54,7 +54,7 @@ from ctkernels.tuning.hf.numbering import number, own_table
 from ctkernels.tuning.hf.own import carrier, serve_own
 from ctkernels.tuning.hf.packed import INTEGERS, TOLD_BY, packed_rows
 from ctkernels.tuning.hf.parallel import head_group
-from ctkernels.tuning.hf.protocols import PrefixLike, PrefixSetLike
+from ctkernels.tuning.hf.protocols import PrefixLike, PrefixSetLike, check_file
 from ctkernels.tuning.hf.states import check_states, rows_of, serve_states
 from ctkernels.tuning.hf.traces import Traces
 from ctkernels.tuning.hf.untrained import watch
@@ -240,8 +240,8 @@ class Attachment:
         if isinstance(kwargs.get("logits_to_keep"), int):
             kwargs["logits_to_keep"] = 0  # some bases drop queries, and a layout tells the last ones by the keys alone
         self._check_implementation(base)
-        if not torch.compiler.is_compiling() and (check_file := getattr(self.prefix, "check_file", None)) is not None:
-            check_file()
+        if not torch.compiler.is_compiling():
+            check_file(self.prefix)
         _check_mask_argument(kwargs.get("attention_mask"))
         tokens = kwargs.get("input_ids")
         if tokens is None and kwargs.get("inputs_embeds") is not None:

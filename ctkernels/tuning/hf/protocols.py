@@ -96,3 +96,11 @@ class PrefixSetLike(Protocol):
     @property
     def first_positions(self) -> Tensor:
         """`first_position` of each prefix, int64 `[G]`."""
+
+
+def check_file(prefix: object) -> None:
+    """Refuse a prefix whose file is mapped and was written into since. Those in training have none. Raises
+    PrefixFileError, as `KVPrefix.check_file`."""
+    check = getattr(prefix, "check_file", None)
+    if check is not None:
+        check()

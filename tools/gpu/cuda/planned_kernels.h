@@ -12,7 +12,8 @@ namespace ctk::cuda::planned {
 
 inline void* const SOMEWHERE = reinterpret_cast<void*>(1 << 20);  // aligned, and never read
 
-constexpr Device MANY{1024};  // multiprocessors, so that whatever can be cut into ranges is
+// Multiprocessors: so many that whatever can be cut into ranges is, and so few that nothing is.
+constexpr Device DEVICES[] = {Device{1024}, Device{1}};
 
 // 16 rows of 64 queries over 1024 keys, 4 heads per group: tiles that are full, and enough keys to be split.
 inline Call call_of(Type type, int64_t D, bool general, bool bias) {
@@ -31,6 +32,7 @@ inline Call call_of(Type type, int64_t D, bool general, bool bias) {
   p.lse = {SOMEWHERE, Type::f32, H * S, S, 1};
   if (bias) p.bias = p.dbias = SOMEWHERE, p.bias_head = p.dbias_head = P;
   call.S = call.T = S;
+  call.seq_lens.data = SOMEWHERE;
   return call;
 }
 
@@ -40,14 +42,15 @@ inline std::map<std::string, std::pair<uint32_t, uint32_t>> kernels() {
   for (Type type : {Type::bf16, Type::f16, Type::f32})
     for (int width : WIDTHS)
       for (bool general : {false, true})
-        for (bool bias : {false, true}) {
-          const Call call = call_of(type, width, general, bias);
-          for (const Plan& plan : {plan_forward(call, MANY, SOMEWHERE), plan_backward(call, MANY, SOMEWHERE)})
-            for (const Launch& l : plan.launches) {
-              auto& [threads, shared] = found[l.name];
-              threads = l.block, shared = std::max(shared, l.shared);
-            }
-        }
+        for (bool bias : {false, true})
+          for (const Device& device : DEVICES) {
+            const Call call = call_of(type, width, general, bias);
+            for (const Plan& plan : {plan_forward(call, device, SOMEWHERE), plan_backward(call, device, SOMEWHERE)})
+              for (const Launch& l : plan.launches) {
+                auto& [threads, shared] = found[l.name];
+                threads = l.block, shared = std::max(shared, l.shared);
+              }
+          }
   return found;
 }
 
