@@ -156,7 +156,7 @@ class Scorer:
                 scored = score_options(Forward(self.model, attachment, batch), score)
                 outputs = [labels.mean() for labels in scored.labels.split(batch.answer_sizes)]
                 for i, output, scores in zip(picked, outputs, (-scored.scores).tolist(), strict=True):
-                    losses[i] = float(output), scores[: len(rows[i].choices[0].options)]
+                    losses[i] = output.item(), scores[: len(rows[i].choices[0].options)]
         return [losses[i] for i in range(len(rows))]
 
     def _attached(self) -> Attachment:

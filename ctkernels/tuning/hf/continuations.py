@@ -9,6 +9,9 @@ A branch is an option without its last token, which predicts nothing. It sees it
 the prefix under its row's mask. An option of one token needs no branch, nor does one that the output begins with.
 Branches of similar length run together: the longest of a group has at most twice the tokens of the shortest, so that
 less than half of a group is padding.
+
+A model with layers that keep a state (hybrid models) runs each branch behind its input again: its caches hold the state
+at the end of a row alone.
 """
 
 from __future__ import annotations
@@ -26,9 +29,11 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ctkernels import ContextMask
-from ctkernels.tuning.data.batches import Batch
-from ctkernels.tuning.data.formats import Score, Tokens
-from ctkernels.tuning.hf.forward import Forward
+from ctkernels.tuning.data.batches import Batch, make_batch
+from ctkernels.tuning.data.formats import Row, Score, Tokens
+from ctkernels.tuning.hf.attach import Attachment
+from ctkernels.tuning.hf.forward import Forward, kept_logits
+from ctkernels.tuning.hf.models import find_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,10 +89,11 @@ def score_options(forward: Forward, score: Score) -> Scored:
     if batch.attention_mask is None:
         raise ValueError("options continue the rows of a padded batch, got a packed one")
     whole, branches, sizes, labelled = _plan(batch)
+    again = bool(find_decoder(forward.model).keepers)
     with _caching(forward.model):
         cache = DynamicCache()  # without a config every layer keeps all positions
         padding = batch.attention_mask.shape[1] - batch.attention_mask.sum(dim=1)
-        logits = _run_rows(forward, cache, padding, labelled)
+        logits = _labelled_logits(forward) if again else _run_rows(forward, cache, padding, labelled)
         found, places = [whole.of(logits)], [*whole.places]
         groups = list(_groups(branches))
         # of passes that are asked for and not needed nothing is read: their gradient is zero
@@ -100,7 +106,8 @@ def score_options(forward: Forward, score: Score) -> Scored:
                     reads.logits.append(number * length + own)
                     reads.tokens.append(token)
                     reads.places.append(place)
-            found.append(reads.of(_run_branches(forward, cache, padding, group).flatten(0, 1)))
+            run = _run_again(forward, group) if again else _run_branches(forward, cache, padding, group)
+            found.append(reads.of(run.flatten(0, 1)))
             places += reads.places
     order = torch.tensor(places, device=logits.device).argsort()
     labels, *tokens = torch.cat(found)[order].split([len(batch.labels), *sizes])
@@ -210,11 +217,7 @@ def _run_branches(forward: Forward, cache: DynamicCache, padding: Tensor, branch
     seen = starts[:, None] - longest + torch.arange(longest, device=device)  # [N, T]: the row's position at each key
     last = torch.tensor([len(b.tokens) - 1 for b in branches], device=device)
     own = torch.arange(L, device=device).minimum(last[:, None])  # padding stays within the model's positions
-    attachment = forward.attachment
-    mask, index = attachment.mask, attachment.prefix_index
-    attachment.mask = _of_rows(mask, rows)
-    attachment.prefix_index = None if index is None else index[rows.to(index.device)]
-    try:
+    with _rows_of(forward.attachment, rows):
         return forward.model(
             input_ids=input_ids,
             attention_mask=torch.cat((seen >= 0, seen.new_ones(N, L, dtype=torch.bool)), dim=1).long(),
@@ -222,6 +225,35 @@ def _run_branches(forward: Forward, cache: DynamicCache, padding: Tensor, branch
             past_key_values=_copies(cache, rows, seen.clamp(min=0) + padding[rows, None]),
             use_cache=True,
         ).logits
+
+
+def _labelled_logits(forward: Forward) -> Tensor:
+    """Logits `[M, V]` that predict the labels of a batch, padded on the right."""
+    logits = kept_logits(forward.model, forward.attachment, forward.batch, forward.prompt)
+    return logits.flatten(0, 1).index_select(0, forward.batch.label_index)
+
+
+def _run_again(forward: Forward, branches: Sequence[_Branch]) -> Tensor:
+    """As `_run_branches`, with the positions before each branch run again."""
+    batch = forward.batch
+    rows = [
+        Row((*batch.input_ids[b.row, batch.lead : b.start].tolist(), *b.tokens), ((0,) * len(b.tokens),))
+        for b in branches
+    ]
+    longer = make_batch(rows, range(len(rows)), "padded", batch.lead).to(batch.input_ids.device)
+    with _rows_of(forward.attachment, torch.tensor([b.row for b in branches], device=batch.input_ids.device)):
+        logits = _labelled_logits(replace(forward, batch=longer))
+    return pad_sequence(list(logits.split([len(b.tokens) for b in branches])), batch_first=True)
+
+
+@contextmanager
+def _rows_of(attachment: Attachment, rows: Tensor) -> Iterator[None]:
+    """Within the block the attachment is that of some rows of its batch, int `[N]`."""
+    mask, index = attachment.mask, attachment.prefix_index
+    attachment.mask = _of_rows(mask, rows)
+    attachment.prefix_index = None if index is None else index[rows.to(index.device)]
+    try:
+        yield
     finally:
         attachment.mask, attachment.prefix_index = mask, index
 

@@ -39,19 +39,23 @@ def row_losses(model: PreTrainedModel, attachment: Attachment, batch: Batch, pro
 
     prompt: embeddings `[batch.lead, E]` of a soft prompt at the start of each row.
     """
+    return answer_losses(kept_logits(model, attachment, batch, prompt), batch)
+
+
+def kept_logits(model: PreTrainedModel, attachment: Attachment, batch: Batch, prompt: Tensor | None = None) -> Tensor:
+    """Logits `[1 or B, U, V]` at `batch.logit_positions`. Arguments as those of `row_losses`."""
     attachment.cu_seqlens = batch.cu_seqlens
     tokens = {"input_ids": batch.input_ids}
     if prompt is not None:
         embedded = model.get_input_embeddings()(batch.input_ids)
         tokens = {"inputs_embeds": batch.with_prompt(embedded, prompt.to(embedded.dtype))}
-    logits = model(
+    return model(
         **tokens,
         attention_mask=batch.attention_mask,
         position_ids=batch.position_ids,
         logits_to_keep=batch.logit_positions,
         use_cache=False,
     ).logits
-    return answer_losses(logits, batch)
 
 
 def set_mode(model: nn.Module, recompute: bool = True) -> None:

@@ -8,11 +8,14 @@ import torch
 from ctkernels.testing.classes import PUBLISHED, Case, build
 from ctkernels.testing.tasks import DEMONSTRATIONS, char_tokenizer
 from ctkernels.tuning.adapters.adapter import Adapter
+from ctkernels.tuning.data.formats import PairEncoder
+from ctkernels.tuning.evaluation.scoring import Scorer
 from ctkernels.tuning.hf.exact import full_precision
 from ctkernels.tuning.hf.tiny import make_tiny, shrink
 from ctkernels.tuning.methods import get_method
 from ctkernels.tuning.methods.many import tune_many
 from ctkernels.tuning.methods.tune import TuneResult, tune
+from tests.tuning.objectives.test_continuations import TASK, losses_one_by_one
 
 TOKENIZER = char_tokenizer(adds_bos=True)
 
@@ -97,3 +100,20 @@ def test_tasks_together(model):
             one = tune(model, TOKENIZER, pairs, "ct-kv", options)
             for x, y in zip(many[name].prefix.parameters(), one.prefix.parameters(), strict=True):
                 torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
+
+
+def test_options_behind_a_state(model):
+    """A cache holds the state at the end of a row alone: options run behind their input again, in evaluation and in
+    training, where micro-batches do not matter."""
+    start = tune(model, TOKENIZER, DEMONSTRATIONS, "icl").prefix
+    scorer = Scorer(model, PairEncoder(TOKENIZER), start, 4096)
+    found = scorer.option_losses(TASK, "mean")
+    for item, losses in zip(TASK, found, strict=True):
+        expected = losses_one_by_one(scorer, item, "mean")
+        assert [*losses.options.values(), losses.output] == pytest.approx(expected, abs=1e-6)
+    whole, split = (
+        tune(model, TOKENIZER, TASK, "ct-kv", {"epochs": 2, "lr": 1e-2, "leave_one_out": "none", "max_tokens": most})
+        for most in (4096, 20)
+    )
+    assert [r.loss for r in split.history] == pytest.approx([r.loss for r in whole.history], abs=1e-6)
+    assert whole.adapter.prefix.metadata.settings["objective"] == "options"

@@ -172,14 +172,14 @@ def plain(shape: Shape, P: int, device: str) -> dict[str, Any]:
 
 def ours(mode: str, shape: Shape, P: int, backend: str, device: str) -> dict[str, Any]:
     """One of our ways to run a step."""
-    from ctkernels.tuning.train.trainer import train_learner
+    from ctkernels.tuning.train.trainer import Training, train_learner
 
     torch._dynamo.reset()
     model = make_model(device)
     learner, settings = make_learner(shape, P, backend, device)
     steps = 10 if device == "cuda" else 2
     if mode == TRAINER:
-        history = train_learner(model, learner, settings)
+        history = train_learner(Training(model, learner, settings))
         seconds = sorted(record.seconds for record in history[1:])
         first = {"loss": history[0].loss, "grad_norm": history[0].grad_norm}
         return {**first, "step_ms": 1e3 * seconds[len(seconds) // 2], "gpu": gpu_of(device)}

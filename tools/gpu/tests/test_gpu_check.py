@@ -129,7 +129,7 @@ def test_wrong_usage(words, told, tmp_path, capsys):
 
 
 def test_results_of_two_devices_are_not_mixed(fake_worker, tmp_path, capsys):
-    assert run_smoke(tmp_path, "--deadline", "0.2") == command.OUT_OF_TIME
+    run_smoke(tmp_path, "--deadline", "0.2")
     Records(tmp_path / "out" / "gpu_check.jsonl").plan("bench", ["a"])
     with pytest.raises(SystemExit):
         command.main(["--resume", "--out", str(tmp_path / "out")])
