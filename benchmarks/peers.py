@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -84,33 +84,26 @@ def flex(x: Inputs) -> Tensor:
 
 
 def flash(x: Inputs) -> Tensor:
-    """flash-attn has no such mask: it gets the keys that each row sees, gathered and packed.
-
-    Raises:
-        RuntimeError: it is not installed, or cannot compute this type on this device.
-    """
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError as error:
-        raise RuntimeError("flash-attn is not installed") from error
-    return _flash(x, flash_attn_varlen_func)
+    """flash-attn has no such mask: it gets the keys that each row sees, gathered and packed. Errors as those of
+    `_flash`."""
+    return _flash(x, "flash-attn", "flash_attn")
 
 
 def flash4(x: Inputs) -> Tensor:
-    """flash-attn-4 (CuTe DSL), on the same packed keys as `flash`.
+    """flash-attn-4 (CuTe DSL), on the same packed keys as `flash`."""
+    return _flash(x, "flash-attn-4", "flash_attn.cute")
+
+
+def _flash(x: Inputs, package: str, module: str) -> Tensor:
+    """One of the two packages on the keys that each row sees.
 
     Raises:
         RuntimeError: it is not installed, or cannot compute this type on this device.
     """
     try:
-        from flash_attn.cute import flash_attn_varlen_func
-    except ImportError as error:
-        raise RuntimeError("flash-attn-4 is not installed") from error
-    return _flash(x, flash_attn_varlen_func)
-
-
-def _flash(x: Inputs, attend: Callable[..., Any]) -> Tensor:
-    """One of the two packages on the keys that each row sees."""
+        attend = import_module(module).flash_attn_varlen_func
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(f"{package} is not installed") from error
     case = x.case
     if not hasattr(x, "visible_keys"):
         x.visible_keys = _visible_keys(x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,18 +41,13 @@ def refusal(device: torch.device, dtype: torch.dtype, wide: int = 0) -> str | No
     return None
 
 
-def tables(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    prefix_bias: Tensor | None,
-    problem: Problem,
-    backward: bool,
-) -> Tensor:
-    """The rows, tiles and visible positions of one direction of a call (csrc/cuda/setup.cuh), uint8."""
-    return torch.ops.ctkernels.cuda_tables(q, k, v, prefix_k, prefix_v, prefix_bias, *problem, backward)
+def tables(*args: Any) -> Tensor:
+    """The rows, tiles and visible positions of one direction of a call (csrc/cuda/setup.cuh), uint8.
+
+    args: q, k, v, prefix_k, prefix_v, prefix_bias, the problem, and whether the direction is backward.
+    """
+    *inputs, problem, backward = args
+    return torch.ops.ctkernels.cuda_tables(*inputs, *problem, backward)
 
 
 def order(x: Tensor) -> tuple[int, ...]:

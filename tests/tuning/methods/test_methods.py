@@ -24,7 +24,7 @@ from ctkernels.tuning.methods.ct_kv import CtKvOptions
 from ctkernels.tuning.methods.settings import SETTINGS, TrainSettings
 from ctkernels.tuning.methods.table import TABLE
 from ctkernels.tuning.methods.ttt import TttOptions
-from ctkernels.tuning.methods.tune import tune
+from ctkernels.tuning.methods.tune import tune, with_objective
 from ctkernels.tuning.train.masks import Dropout
 from ctkernels.tuning.train.options import RENAMED, LoopOptions, Options, choices, either, meanings, type_hints
 from tests.tuning.runs import ITEMS, NAMES, TOKENIZER, TRAINING, assert_same_bits, run
@@ -156,6 +156,23 @@ def test_settings_that_a_method_does_not_read_are_refused():
         get_method("ct-kv").settings(start="vocabulary")
 
 
+def test_the_loss_where_none_is_given():
+    """Would catch: options trained where a demonstration has none, a given objective or a preset that is replaced."""
+    ct_kv, free = get_method("ct-kv"), [*DEMONSTRATIONS[1:], Demonstration("dusk", "late")]
+    found = {
+        "all have options": with_objective(ct_kv.settings(), DEMONSTRATIONS),
+        "one has none": with_objective(ct_kv.settings(), free),
+        "given": with_objective(ct_kv.settings(objective="mixed"), DEMONSTRATIONS),
+        "preset": with_objective(ct_kv.settings("nlp-lr"), DEMONSTRATIONS),
+    }
+    assert [s.objective for s in found.values()] == ["options", "answers", "mixed", "answers"]
+    untrained = get_method("icl").settings()
+    assert with_objective(untrained, DEMONSTRATIONS) is untrained
+    for name, method in METHODS.items():
+        if method.trains != "nothing":
+            assert method.settings().objective is None, name
+
+
 def test_presets_are_the_papers_table():
     ct_kv, both = get_method("ct-kv"), get_method("ttt+ct-kv")
     found = {name: (s.lr, s.epochs, s.drop_p) for name in PRESETS for s in [ct_kv.settings(name)]}
@@ -174,7 +191,7 @@ def test_presets_are_the_papers_table():
     for preset, of_methods in PRESETS.items():
         for name, values in of_methods.items():  # every value of a preset is one that its method reads
             assert values.items() <= asdict(get_method(name).settings(preset)).items()
-            assert values["reduction"] == "tokens"  # the authors' loss
+            assert (values["objective"], values["reduction"]) == ("answers", "tokens")  # the authors' loss
     with pytest.raises(ValueError, match="preset must be one of nlp-lr, mmlu, bbh, arc, got 'mml'"):
         ct_kv.settings("mml")
 

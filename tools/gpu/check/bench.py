@@ -15,10 +15,9 @@ import torch
 from benchmarks import harness, peers
 from benchmarks.bench_attention import OURS, run_once, usable
 from benchmarks.cases import GEMMA, GPT2_LARGE, HEADLINE, LLAMA, QWEN, SMOLLM2, Case, Inputs
-from ctkernels import dispatch
 from tools.gpu import model
 from tools.gpu.check import timing
-from tools.gpu.check.smoke import BACKENDS, require_same_bits
+from tools.gpu.check.smoke import BACKENDS, not_available, require_same_bits
 from tools.gpu.cuda import dispatch as cuda_dispatch
 
 PEERS = ("eager", "sdpa", "flex", "flash", "flash4")
@@ -119,9 +118,8 @@ def ours(case: Case, backend: str, device: str) -> dict[str, Any]:
     Raises:
         ArithmeticError: a wrong result, or two runs with different bits.
     """
-    reason = dispatch.refusal(backend, torch.device(device), case.dtype)
-    if reason is not None:
-        return {"failure": f"{backend} is not available: {reason}"}
+    if missing := not_available(case, backend, device):
+        return missing
     x = Inputs(case, device, backend)
     backward = trains(case)
     entry = usable(OURS, x, backward, peers.truth(x))

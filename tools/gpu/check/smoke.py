@@ -38,15 +38,20 @@ def jobs(device: str) -> dict[str, Callable[[], dict[str, Any]]]:
     }
 
 
+def not_available(case: Case, backend: str, device: str) -> dict[str, Any]:
+    """What a case records whose backend cannot take it; empty if it can."""
+    reason = dispatch.refusal(backend, torch.device(device), case.dtype)
+    return {} if reason is None else {"failure": f"{backend} is not available: {reason}"}
+
+
 def check(case: Case, device: str, backend: str) -> dict[str, Any]:
     """The largest relative error, or why a backend is not there.
 
     Raises:
         ArithmeticError: a wrong result, or two runs with different bits.
     """
-    reason = dispatch.refusal(backend, torch.device(device), case.dtype)
-    if reason is not None:
-        return {"failure": f"{backend} is not available: {reason}"}
+    if missing := not_available(case, backend, device):
+        return missing
     x = Inputs(case, device, backend)
     expected = peers.truth(x)
     # what is freed here is what the call allocates next: memory that is read before it is written is no number
