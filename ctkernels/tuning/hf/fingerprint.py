@@ -40,9 +40,8 @@ _held: WeakKeyDictionary[nn.Module, Weights | None] = WeakKeyDictionary()
 def weights_fingerprint(model: nn.Module, alone: bool = False) -> str | None:
     """Hash of the names, shapes and values of all weights that `model` would save, rounded to bfloat16; 32 hex digits.
 
-    It is computed once and remembered until a weight is replaced or changed. The first time reads every weight: about
-    1 GB/s of bf16 with one thread, 0.3 s for SmolLM2-135M (CPU time, Intel Xeon). So nothing is kept beside the
-    checkpoint, whose file does not say what was done to the weights since it was read.
+    It is computed once and remembered until a weight is replaced or changed. The first time reads every weight. Nothing
+    is kept beside the checkpoint, whose file does not say what was done to the weights since it was read.
 
     Args:
         alone: do not exchange anything with other processes. Otherwise, if they hold parts of the model, all of them
