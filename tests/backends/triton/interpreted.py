@@ -97,17 +97,33 @@ def test_tanh_is_within_three_units():
     assert ((y.double() - truth).abs() <= 3 * 2**-24 * truth.abs()).all()
 
 
-@pytest.mark.parametrize("multiprocessors", [1, 1000])
-def test_any_number_of_splits(monkeypatch, multiprocessors):
+@pytest.mark.parametrize(
+    ("multiprocessors", "P", "H", "G", "lens", "ranges"),
+    [
+        (1, 200, 4, 2, [9, 0, 20, 1, 25], (1, 1, 1)),
+        (1000, 200, 4, 2, [9, 0, 20, 1, 25], (3, 3, 1)),
+        (1000, 40, 8, 1, [20, 0, 1, 26, 18], (1, 1, 2)),
+    ],
+    ids=["none", "keys", "queries"],
+)
+def test_any_number_of_splits(monkeypatch, multiprocessors, P, H, G, lens, ranges):
     """Key ranges in forward and dq, query ranges in the prefix gradients: none, and as many as there can be."""
+    counted, original = [], config.split_count
+
+    def split_count(*args):
+        counted.append(original(*args))
+        return counted[-1]
+
+    monkeypatch.setattr(config, "split_count", split_count)
     monkeypatch.setattr(triton_backend, "target", lambda device: Target("sm_80", multiprocessors))
-    hidden = torch.tensor([[b % 7 * 40, b % 7 * 40 + 40] for b in range(8)])
-    sizes = dict(lens=[9, 3, 0, 20, 11, 30, 1, 25], P=290, H=8, Hk=1, D=16, Dv=24, G=2, types="fp32")
-    mask = dict(hidden=hidden, drop_p=0.1, seed=1)
-    index = torch.arange(8) % 2
-    call = make_call(**sizes, bias=(2, 8, 290), prefix_index=index, mask=mask)
+    hidden = torch.tensor([[b * P // 5, (b + 1) * P // 5] for b in range(len(lens))])
+    call = make_call(
+        lens=lens, P=P, H=H, Hk=1, D=16, Dv=24, G=G, types="fp32", bias=(G, H, P) if G > 1 else (H, P),
+        prefix_index=torch.arange(len(lens)) % G if G > 1 else None, mask=dict(hidden=hidden, drop_p=0.1, seed=1),
+    )  # fmt: skip
     cotangents = cotangents_for(call)
     assert_matches(call, run(call, TRITON, cotangents), cotangents)
+    assert tuple(counted) == ranges
 
 
 @pytest.mark.parametrize(
@@ -146,9 +162,9 @@ def test_gradients_that_are_not_asked_for():
 
 def test_rows_of_very_different_lengths():
     """One long row beside many of a single token, and empty ones between."""
-    lens = [1] * 40 + [90] + [0] * 10 + [1] * 7
-    mask = dict(hidden=torch.tensor([[b % 60, b % 60 + 9] for b in range(len(lens))]), drop_p=0.2, seed=3)
-    call = make_call(lens=lens, P=70, H=2, Hk=2, D=16, types="fp32", mask=mask)
+    lens = [1] * 20 + [90] + [0] * 10 + [1] * 3
+    mask = dict(hidden=torch.tensor([[b, b + 9] for b in range(len(lens))]), drop_p=0.2, seed=3)
+    call = make_call(lens=lens, P=70, H=1, Hk=1, D=16, types="fp32", mask=mask)
     cotangents = cotangents_for(call)
     assert_matches(call, run(call, TRITON, cotangents), cotangents)
     plain = replace(call, mask=None)
