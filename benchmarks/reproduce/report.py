@@ -205,6 +205,7 @@ def _summary(found: Found, about: dict[str, Any], lines: Sequence[Line], ablatio
     if ablation:
         _, keys = compared(found.ablation)
         parts += [f"CT-KV with other masks ({len(keys)} pairs of task and seed):", _means(ablation)]
+        parts += [_gaps(ablation, ours="both")]
     if found.points:
         epochs = ", ".join(f"{name} {n} epochs" for name, n in plan["shot_epochs"])
         parts += [
@@ -237,8 +238,8 @@ def _means(lines: Sequence[Line]) -> str:
     return harness.table(header, rows)
 
 
-def _gaps(lines: Sequence[Line]) -> str:
-    header = ("ct-kv minus", "accuracy", "wins/ties/losses", "calibrated", "wins/ties/losses")
+def _gaps(lines: Sequence[Line], ours: str = OURS) -> str:
+    header = (f"{ours} minus", "accuracy", "wins/ties/losses", "calibrated", "wins/ties/losses")
     rows = [
         (
             line.method,
