@@ -31,8 +31,9 @@ INPUT_COUNT = 7
 SETTINGS_SCHEMA = (  # the fields of Prepared, of Problem, and of Choice
     "Tensor? forward_tables, Tensor? backward_tables, Tensor? prepared_prefix_k, Tensor? prepared_prefix_v, "
     "Tensor? alibi_slopes, Tensor? cu_seqlens, Tensor? seq_lens, Tensor? prefix_index, Tensor? prefix_lens, "
-    "Tensor? hidden, Tensor? row_ids, Tensor? keep, SymInt context_length, float drop_p, SymInt seed, float scale, "
-    "bool causal, SymInt window, bool window_prefix, float softcap, str forward_backend, str backward_backend"
+    "Tensor? hidden, Tensor? row_ids, Tensor? keep, Tensor? seed_in_memory, SymInt context_length, float drop_p, "
+    "SymInt seed, float scale, bool causal, SymInt window, bool window_prefix, float softcap, str forward_backend, "
+    "str backward_backend"
 )
 SETTINGS_TENSORS = len(Prepared._fields) + PROBLEM_TENSORS
 SETTINGS_COUNT = len(Prepared._fields) + len(Problem._fields) + len(Choice._fields)
