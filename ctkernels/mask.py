@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +21,13 @@ PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 LOW_32 = 0xFFFFFFFF
 
 
-def philox4x32(counter: Sequence[Tensor], key: tuple[int, int] | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox4x32(
+    counter: Sequence[Tensor], key: tuple[int | Tensor, int | Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 on int64 tensors that hold unsigned 32-bit words.
 
-    counter: four broadcastable int64 tensors; key: two words, which may be tensors, too. Returns the four output words, int64 in [0, 2^32).
+    counter: four broadcastable int64 tensors; key: two words, or tensors of one. Returns the four output words, int64
+    in [0, 2^32).
     """
     c0, c1, c2, c3 = (c & LOW_32 for c in counter)
     k0, k1 = key
@@ -92,8 +96,8 @@ class ContextMask:
         hidden: integer `[B, 2]`, half-open span [start, end) of context positions that a row must not see.
         drop_p: token dropout probability in [0, 1). A dropped token is masked before the softmax, without rescaling.
         seed: 64-bit integer. The same seed drops the same tokens on every backend. It may also be an int64 tensor `[]`
-            or `[1]` on the rows' device: kernels then read the number when they run, so that a captured CUDA graph draws
-            anew whenever it is replayed with another number there.
+            or `[1]` on the rows' device: kernels then read the number when they run, and a captured CUDA graph draws
+            anew in every replay with another number there.
         row_ids: integer `[B]` in [0, 2^32), each row's number in the random stream (default 0..B-1). A row with the
             same number drops the same tokens, wherever it is in a batch.
         keep: bool `[B, C]`, True = visible.
@@ -149,7 +153,7 @@ class ContextMask:
     def to(self, device: torch.device | str) -> ContextMask:
         """The same mask on another device."""
         tensors = {name: getattr(self, name) for name in ("hidden", "row_ids", "keep", "seed")}
-        moved = {name: x.to(device) for name, x in tensors.items() if isinstance(x, Tensor)}
+        moved: dict[str, Any] = {name: x.to(device) for name, x in tensors.items() if isinstance(x, Tensor)}
         return self if all(x is tensors[name] for name, x in moved.items()) else replace(self, **moved)
 
     @classmethod

@@ -56,7 +56,9 @@ def select_rows(call: Call, cotangents: tuple, rows: list[int]) -> tuple[Call, t
 
 
 @pytest.mark.parametrize("seed", [7, 12345678901234567890])
-@pytest.mark.parametrize("changes", [{}, dict(P=0, mask=MASK | dict(length=6, hidden=None))], ids=["prefix", "own keys"])
+@pytest.mark.parametrize(
+    "changes", [{}, dict(P=0, mask=MASK | dict(length=6, hidden=None))], ids=["prefix", "own keys"]
+)
 def test_a_seed_in_memory_drops_the_tokens_of_its_number(build, changes, seed):
     """Written to between two calls, as before a replay, it gives the bits of the number that it then holds."""
     changes = {"bias": None, **changes}

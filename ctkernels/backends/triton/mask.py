@@ -30,11 +30,7 @@ WORD: tl.constexpr = tl.constexpr(32)  # keys
 @triton.jit
 def seed_word(word):
     """Half of the seed as uint32, given as it is, or as where it lies in memory."""
-    if word.dtype.is_ptr():
-        bits = tl.load(word).to(tl.uint32, bitcast=True)
-    else:
-        bits = word.to(tl.uint32, bitcast=True)
-    return bits
+    return tl.load(word).to(tl.uint32, bitcast=True) if word.dtype.is_ptr() else word.to(tl.uint32, bitcast=True)
 
 
 @triton.jit

@@ -92,7 +92,7 @@ def context_mask(
     if settings.drop_p == 0 or settings.drop_from == 0:
         return ContextMask(hidden=hidden, keep=keep, drop_p=settings.drop_p, seed=seed, **common)
     dropped = dropped_positions(batch.row_ids, length, settings.drop_p, seed)
-    dropped[:, : settings.drop_from] = False
+    dropped[:, : settings.drop_from].fill_(False)
     return ContextMask(hidden=hidden, keep=~dropped if keep is None else keep & ~dropped, **common)
 
 
