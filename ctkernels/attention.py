@@ -283,7 +283,7 @@ def _attend(
     inputs, prepared = (q, k, v, prefix_k, prefix_v, prefix_bias), NOTHING
     if isinstance(mask, PreparedMask):
         prepared = mask.of_call(choice, passed, inputs, problem)
-    return ops.attend(*inputs, sinks, *prepared, *problem, *choice)
+    return ops.attend((*inputs, sinks), prepared, problem, choice)
 
 
 def _rows(q: Tensor, k: Tensor, v: Tensor, q_shape: str, k_shape: str) -> tuple[Tensor, Tensor, Tensor]:
