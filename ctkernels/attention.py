@@ -261,9 +261,10 @@ def _attend(
         hidden=mask.hidden,
         row_ids=mask.row_ids,
         keep=mask.keep,
+        seed_in_memory=mask.seed if isinstance(mask.seed, Tensor) else None,
         context_length=context_length,
         drop_p=float(mask.drop_p),
-        seed=mask.seed if mask.seed < 2**63 else mask.seed - 2**64,
+        seed=0 if isinstance(mask.seed, Tensor) else mask.seed if mask.seed < 2**63 else mask.seed - 2**64,
         scale=_check_number("scale", scale, 1.0 / math.sqrt(max(D, 1))),
         causal=causal,
         window=_check_window(window),
@@ -282,7 +283,7 @@ def _attend(
     inputs, prepared = (q, k, v, prefix_k, prefix_v, prefix_bias), NOTHING
     if isinstance(mask, PreparedMask):
         prepared = mask.of_call(choice, passed, inputs, problem)
-    return ops.attend(*inputs, sinks, *prepared, *problem, *choice)
+    return ops.attend((*inputs, sinks), prepared, problem, choice)
 
 
 def _rows(q: Tensor, k: Tensor, v: Tensor, q_shape: str, k_shape: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -368,6 +369,8 @@ def _check_mask(mask: ContextMask, rows: int, context_length: int, device: torch
             raise ValueError(f"{name} must have shape {list(shape)}, got {tuple(x.shape)}")
         if x.device != device:
             raise ValueError(f"{name} must be on q's device {device}, got {x.device}")
+    if isinstance(mask.seed, Tensor) and mask.seed.device != device:
+        raise ValueError(f"mask.seed must be on q's device {device}, got {mask.seed.device}")
 
 
 def _check_bias(bias: Tensor | None, G: int, H: int, P: int, q: Tensor) -> Tensor | None:

@@ -44,7 +44,12 @@ def load(name: str) -> ModuleType:
     gets `ds_sum`, what ds adds up to instead. If calls of a step can share what it computes first, it has `tables` and
     `order`, and both passes take `prepared` (`problem.Prepared`).
     """
-    return importlib.import_module(BACKENDS[name][0])
+    return _module(BACKENDS[name][0])
+
+
+@cache
+def _module(path: str) -> ModuleType:
+    return importlib.import_module(path)
 
 
 @cache

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +21,13 @@ PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 LOW_32 = 0xFFFFFFFF
 
 
-def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox4x32(
+    counter: Sequence[Tensor], key: tuple[int | Tensor, int | Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 on int64 tensors that hold unsigned 32-bit words.
 
-    counter: four broadcastable int64 tensors; key: two words. Returns the four output words, int64 in [0, 2^32).
+    counter: four broadcastable int64 tensors; key: two words, or tensors of one. Returns the four output words, int64
+    in [0, 2^32).
     """
     c0, c1, c2, c3 = (c & LOW_32 for c in counter)
     k0, k1 = key
@@ -40,11 +44,12 @@ def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor,
     return c0, c1, c2, c3
 
 
-def dropped_positions(row_ids: Tensor, length: int, drop_p: float, seed: int) -> Tensor:
+def dropped_positions(row_ids: Tensor, length: int, drop_p: float, seed: int | Tensor) -> Tensor:
     """Token dropout pattern, bool `[B, length]`, True = dropped.
 
     Position c of row r is dropped iff word `c & 3` of Philox4x32-10 with key (seed & 0xffffffff, seed >> 32) and
-    counter (c >> 2, r, 0, 0) is less than floor(drop_p * 2^32).
+    counter (c >> 2, r, 0, 0) is less than floor(drop_p * 2^32). A seed in memory (int64 `[]` or `[1]`, on the device
+    of `row_ids`) gives the bits of the number that it holds, and the host does not read it.
     """
     quads = torch.arange((length + 3) // 4, device=row_ids.device)
     rows = row_ids.to(torch.int64)[:, None]
@@ -55,7 +60,12 @@ def dropped_positions(row_ids: Tensor, length: int, drop_p: float, seed: int) ->
 
 
 def apply_context_rule(
-    visible: Tensor, hidden: Tensor | None, keep: Tensor | None, row_ids: Tensor | None, drop_p: float, seed: int
+    visible: Tensor,
+    hidden: Tensor | None,
+    keep: Tensor | None,
+    row_ids: Tensor | None,
+    drop_p: float,
+    seed: int | Tensor,
 ) -> None:
     """Set to False, in place, what the context rule hides in `visible`, bool `[B, C]`."""
     batch, length = visible.shape
@@ -85,7 +95,9 @@ class ContextMask:
     Args:
         hidden: integer `[B, 2]`, half-open span [start, end) of context positions that a row must not see.
         drop_p: token dropout probability in [0, 1). A dropped token is masked before the softmax, without rescaling.
-        seed: 64-bit integer. The same seed drops the same tokens on every backend.
+        seed: 64-bit integer. The same seed drops the same tokens on every backend. It may also be an int64 tensor `[]`
+            or `[1]` on the rows' device: kernels then read the number when they run, and a captured CUDA graph draws
+            anew in every replay with another number there.
         row_ids: integer `[B]` in [0, 2^32), each row's number in the random stream (default 0..B-1). A row with the
             same number drops the same tokens, wherever it is in a batch.
         keep: bool `[B, C]`, True = visible.
@@ -99,7 +111,7 @@ class ContextMask:
 
     hidden: Tensor | None = None
     drop_p: float = 0.0
-    seed: int = 0
+    seed: int | Tensor = 0
     row_ids: Tensor | None = None
     keep: Tensor | None = None
     length: int | None = None
@@ -116,9 +128,13 @@ class ContextMask:
             raise TypeError(f"drop_p must be a number in [0, 1), got {type(self.drop_p).__name__}")
         if not 0.0 <= self.drop_p < 1.0:
             raise ValueError(f"drop_p must be in [0, 1), got {self.drop_p}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, (int, torch.SymInt)):
-            raise TypeError(f"seed must be a 64-bit integer, got {type(self.seed).__name__}")
-        if not -(2**63) <= self.seed < 2**64:
+        if isinstance(self.seed, Tensor):
+            if self.seed.dtype != torch.int64 or tuple(self.seed.shape) not in ((), (1,)):
+                raise TypeError(f"seed must be a 64-bit integer or an int64 tensor [], got {_describe(self.seed)}")
+            object.__setattr__(self, "seed", self.seed.reshape(1))  # once: what layers share depends on the object
+        elif isinstance(self.seed, bool) or not isinstance(self.seed, (int, torch.SymInt)):
+            raise TypeError(f"seed must be a 64-bit integer or an int64 tensor [], got {_describe(self.seed)}")
+        elif not -(2**63) <= self.seed < 2**64:
             raise ValueError(f"seed must fit in 64 bits, got {self.seed}")
         if self.length is not None:
             if isinstance(self.length, bool) or not isinstance(self.length, (int, torch.SymInt)):
@@ -136,8 +152,8 @@ class ContextMask:
 
     def to(self, device: torch.device | str) -> ContextMask:
         """The same mask on another device."""
-        tensors = {name: getattr(self, name) for name in ("hidden", "row_ids", "keep")}
-        moved = {name: x.to(device) for name, x in tensors.items() if x is not None}
+        tensors = {name: getattr(self, name) for name in ("hidden", "row_ids", "keep", "seed")}
+        moved: dict[str, Any] = {name: x.to(device) for name, x in tensors.items() if isinstance(x, Tensor)}
         return self if all(x is tensors[name] for name, x in moved.items()) else replace(self, **moved)
 
     @classmethod
@@ -146,7 +162,7 @@ class ContextMask:
         segments: Tensor,
         held_out: Tensor,
         drop_p: float = 0.0,
-        seed: int = 0,
+        seed: int | Tensor = 0,
         row_ids: Tensor | None = None,
     ) -> ContextMask:
         """Each row hides one segment of the context.

@@ -9,10 +9,14 @@ by name. Arguments:
 
 An operator calls the backend that Choice names. The backend checks values that could make it read outside of a tensor.
 Backends know nothing of sinks: `backends/sinks.py` puts them around any of them.
+
+Where nothing looks for operators (no compiler, transform, mode, profiler or subclass), a call goes to the backend at once:
+the way through the operators takes longer than everything else that Python does for a call.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -31,8 +35,9 @@ INPUT_COUNT = 7
 SETTINGS_SCHEMA = (  # the fields of Prepared, of Problem, and of Choice
     "Tensor? forward_tables, Tensor? backward_tables, Tensor? prepared_prefix_k, Tensor? prepared_prefix_v, "
     "Tensor? alibi_slopes, Tensor? cu_seqlens, Tensor? seq_lens, Tensor? prefix_index, Tensor? prefix_lens, "
-    "Tensor? hidden, Tensor? row_ids, Tensor? keep, SymInt context_length, float drop_p, SymInt seed, float scale, "
-    "bool causal, SymInt window, bool window_prefix, float softcap, str forward_backend, str backward_backend"
+    "Tensor? hidden, Tensor? row_ids, Tensor? keep, Tensor? seed_in_memory, SymInt context_length, float drop_p, "
+    "SymInt seed, float scale, bool causal, SymInt window, bool window_prefix, float softcap, str forward_backend, "
+    "str backward_backend"
 )
 SETTINGS_TENSORS = len(Prepared._fields) + PROBLEM_TENSORS
 SETTINGS_COUNT = len(Prepared._fields) + len(Problem._fields) + len(Choice._fields)
@@ -57,9 +62,11 @@ def _known(backend: ModuleType, prepared: Prepared) -> dict[str, Prepared]:
     return {"prepared": prepared} if hasattr(backend, "tables") and any(x is not None for x in prepared) else {}
 
 
-@torch.library.impl("ctkernels::prefix_attention", ("cpu", "cuda"))
 def _forward(q, k, v, prefix_k, prefix_v, prefix_bias, sinks, *settings):
-    prepared, problem, choice = _split(settings)
+    return _compute(q, k, v, prefix_k, prefix_v, prefix_bias, sinks, *_split(settings))
+
+
+def _compute(q, k, v, prefix_k, prefix_v, prefix_bias, sinks, prepared, problem, choice) -> tuple[Tensor, Tensor]:
     if finite.enabled():
         finite.check_inputs(q, k, v, prefix_k, prefix_v, prefix_bias, sinks, problem)
     backend = dispatch.load(choice.forward)
@@ -69,9 +76,14 @@ def _forward(q, k, v, prefix_k, prefix_v, prefix_bias, sinks, *settings):
     return out, lse
 
 
-@torch.library.impl("ctkernels::prefix_attention_backward", ("cpu", "cuda"))
 def _backward(dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, sinks, out, lse, needs, *settings):
-    prepared, problem, choice = _split(settings)
+    inputs = (q, k, v, prefix_k, prefix_v, prefix_bias, sinks)
+    return _compute_backward(dout, dlse, *inputs, out, lse, needs, *_split(settings))
+
+
+def _compute_backward(
+    dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, sinks, out, lse, needs, prepared, problem, choice
+) -> tuple[Tensor, ...]:
     if finite.enabled():
         finite.check_gradients(dout, dlse, lse)
     inputs = (q, k, v, prefix_k, prefix_v, prefix_bias)
@@ -90,6 +102,10 @@ def _backward(dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, sinks, out, 
         dout, lse = sink.before_backward(dout, dlse, out, lse, sinks)
     grads = backend.backward(dout, dlse, *inputs, out, lse, kernel_needs, problem, **extra)
     return *grads, dsinks
+
+
+torch.library.impl("ctkernels::prefix_attention", ("cpu", "cuda"), _forward)
+torch.library.impl("ctkernels::prefix_attention_backward", ("cpu", "cuda"), _backward)
 
 
 @torch.library.register_fake("ctkernels::prefix_attention")
@@ -225,7 +241,52 @@ class _TransformedBackward(torch.autograd.Function):
     backward = staticmethod(_refuse_second_derivative)
 
 
-def attend(*inputs) -> tuple[Tensor, Tensor]:
+class _Direct(torch.autograd.Function):
+    """`_Attention` without an operator."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, prefix_k, prefix_v, prefix_bias, sinks, prepared, problem, choice):
+        inputs = (q, k, v, prefix_k, prefix_v, prefix_bias, sinks)
+        out, lse = _compute(*inputs, prepared, problem, choice)
+        ctx.save_for_backward(*inputs, *prepared, *problem[:PROBLEM_TENSORS], out, lse)
+        ctx.settings = (*problem[PROBLEM_TENSORS:], *choice)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout: Tensor | None, dlse: Tensor | None):
+        needs = list(ctx.needs_input_grad[:INPUT_COUNT])
+        looked_for = torch.is_grad_enabled() or _looked_for()  # the operator knows what to say to a second derivative
+        backward = prefix_attention_backward if looked_for else _backward
+        return *_gradients(ctx, backward, dout, dlse, needs)[:INPUT_COUNT], None, None, None
+
+
+PLAIN = (Tensor, torch.nn.Parameter, type(None))
+
+
+def _looked_for() -> bool:
+    """Whether somebody may want to see the operators that are called."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    )
+
+
+def attend(inputs: Sequence[Tensor | None], prepared: Prepared, problem: Problem, choice: Choice) -> tuple[Tensor, Tensor]:
+    """The op on its inputs, q to sinks."""
+    if not _looked_for() and all(type(x) in PLAIN for x in inputs):
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+            return _Direct.apply(*inputs, prepared, problem, choice)
+        return _compute(*inputs, prepared, problem, choice)
+    return _operator(*inputs, *prepared, *problem, *choice)
+
+
+def _operator(*inputs) -> tuple[Tensor, Tensor]:
     """Call the operator, in the form that an active transform of torch.func can differentiate."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         if forward_ad._current_level >= 0:

@@ -25,6 +25,7 @@ class Problem(NamedTuple):
     hidden: Tensor | None  # int [B, 2]
     row_ids: Tensor | None  # int [B]
     keep: Tensor | None  # bool [B, C]
+    seed_in_memory: Tensor | None  # int64 [1], in the place of `seed`: read when kernels run
     context_length: int  # C
     drop_p: float
     seed: int  # signed 64-bit pattern of the seed
@@ -35,7 +36,7 @@ class Problem(NamedTuple):
     softcap: float  # 0: none
 
 
-PROBLEM_TENSORS = 8  # the first fields
+PROBLEM_TENSORS = 9  # the first fields
 
 
 class Prepared(NamedTuple):

@@ -62,7 +62,7 @@ struct Call {
     p.scale = problem.scale, p.softcap = problem.softcap;
     p.causal = problem.causal, p.window_prefix = problem.window_prefix;
     p.window = std::min(problem.window, p.P + k.size(2) + 1);  // no key is farther away, and sums do not overflow
-    p.rule = {problem.context_length, drop_threshold(problem.drop_p), uint64_t(problem.seed)};
+    p.rule = {problem.context_length, drop_threshold(problem.drop_p), seed_of(problem)};
     set_rows(q, k, problem);
   }
 

@@ -84,6 +84,8 @@ class CudaCall {
     call.prefix_index = index("prefix_index", problem.prefix_index);
     call.prefix_lens = index("prefix_lens", problem.prefix_lens);
     call.hidden = index("hidden", problem.hidden), call.row_ids = index("row_ids", problem.row_ids);
+    if (problem.seed_in_memory)
+      call.seed = static_cast<const uint64_t*>(keep_alive(*problem.seed_in_memory).const_data_ptr());
     if (problem.keep) call.keep = static_cast<const uint8_t*>(keep_alive(problem.keep->contiguous()).const_data_ptr());
     call.tf32 = q.scalar_type() == at::kFloat && tf32_allowed();
   }

@@ -19,7 +19,7 @@ using Needs = std::array<bool, 6>;  // which of the gradients
 
 // The fields of ctkernels.problem.Problem but the backend's name, in order.
 struct Problem {
-  MaybeTensor alibi_slopes, cu_seqlens, seq_lens, prefix_index, prefix_lens, hidden, row_ids, keep;
+  MaybeTensor alibi_slopes, cu_seqlens, seq_lens, prefix_index, prefix_lens, hidden, row_ids, keep, seed_in_memory;
   int64_t context_length;
   double drop_p;
   int64_t seed;
@@ -31,20 +31,20 @@ struct Problem {
 };
 
 // ... and how they stand in the signature and in the schema of an operator
-#define CTK_PROBLEM_ARGS                                                                                        \
-  const MaybeTensor &alibi_slopes, const MaybeTensor &cu_seqlens, const MaybeTensor &seq_lens,                  \
-      const MaybeTensor &prefix_index, const MaybeTensor &prefix_lens, const MaybeTensor &hidden,               \
-      const MaybeTensor &row_ids, const MaybeTensor &keep, int64_t context_length, double drop_p, int64_t seed, \
-      double scale, bool causal, int64_t window, bool window_prefix, double softcap
-#define CTK_PROBLEM                                                                                               \
-  ctk::bindings::Problem {                                                                                        \
-    alibi_slopes, cu_seqlens, seq_lens, prefix_index, prefix_lens, hidden, row_ids, keep, context_length, drop_p, \
-        seed, scale, causal, window, window_prefix, softcap                                                       \
+#define CTK_PROBLEM_ARGS                                                                                              \
+  const MaybeTensor &alibi_slopes, const MaybeTensor &cu_seqlens, const MaybeTensor &seq_lens,                        \
+      const MaybeTensor &prefix_index, const MaybeTensor &prefix_lens, const MaybeTensor &hidden,                     \
+      const MaybeTensor &row_ids, const MaybeTensor &keep, const MaybeTensor &seed_in_memory, int64_t context_length, \
+      double drop_p, int64_t seed, double scale, bool causal, int64_t window, bool window_prefix, double softcap
+#define CTK_PROBLEM                                                                                       \
+  ctk::bindings::Problem {                                                                                \
+    alibi_slopes, cu_seqlens, seq_lens, prefix_index, prefix_lens, hidden, row_ids, keep, seed_in_memory, \
+        context_length, drop_p, seed, scale, causal, window, window_prefix, softcap                       \
   }
-#define CTK_PROBLEM_SCHEMA                                                                                   \
-  "Tensor? alibi_slopes, Tensor? cu_seqlens, Tensor? seq_lens, Tensor? prefix_index, Tensor? prefix_lens, "  \
-  "Tensor? hidden, Tensor? row_ids, Tensor? keep, int context_length, float drop_p, int seed, float scale, " \
-  "bool causal, int window, bool window_prefix, float softcap"
+#define CTK_PROBLEM_SCHEMA                                                                                    \
+  "Tensor? alibi_slopes, Tensor? cu_seqlens, Tensor? seq_lens, Tensor? prefix_index, Tensor? prefix_lens, "   \
+  "Tensor? hidden, Tensor? row_ids, Tensor? keep, Tensor? seed_in_memory, int context_length, float drop_p, " \
+  "int seed, float scale, bool causal, int window, bool window_prefix, float softcap"
 #define CTK_FORWARD_SCHEMA                                                                                    \
   "(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor? prefix_bias, " CTK_PROBLEM_SCHEMA \
   ") -> (Tensor, Tensor)"
@@ -70,6 +70,11 @@ inline at::ScalarType compute_type(const Tensor& q) {
 }
 
 inline uint32_t drop_threshold(double drop_p) { return uint32_t(std::floor(drop_p * 4294967296.0)); }
+
+// The seed of token dropout of a call whose tensors are on the CPU.
+inline uint64_t seed_of(const Problem& problem) {
+  return uint64_t(problem.seed_in_memory ? *problem.seed_in_memory->const_data_ptr<int64_t>() : problem.seed);
+}
 
 inline int64_t row_count(const Tensor& q, const Problem& problem) {
   return problem.cu_seqlens ? problem.cu_seqlens->numel() - 1 : q.size(0);
@@ -118,6 +123,9 @@ inline void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, cons
   expect("alibi_slopes", problem.alibi_slopes, {H});
   expect("hidden", problem.hidden, {B, 2}), expect("keep", problem.keep, {B, problem.context_length});
   TORCH_CHECK_VALUE(!problem.keep || problem.keep->scalar_type() == at::kBool, "keep must be a bool tensor");
+  expect("seed_in_memory", problem.seed_in_memory, {1});
+  TORCH_CHECK_VALUE(!problem.seed_in_memory || problem.seed_in_memory->scalar_type() == at::kLong,
+                    "seed_in_memory must be an int64 tensor");
 }
 
 // What backward gets beside the inputs of forward.

@@ -44,17 +44,18 @@ struct Index {
 
 // One call of the op. Pointers are device pointers; nothing here depends on values that only the device knows.
 struct Call {
-  Params p;                       // p.rows is null and p.max_own unused: the set-up kernels find the rows
-  int64_t S = 0, T = 0;           // tokens of q and of k, v in each batch element; both N for packed rows
-  bool packed = false;            // rows lie one after another in batch element 0, at cu_seqlens [B+1]
-  Index cu_seqlens;               // [B+1]
-  Index seq_lens;                 // [B]
-  Index prefix_index;             // [B]
-  Index prefix_lens;              // [G]
-  Index hidden;                   // [B, 2]
-  Index row_ids;                  // [B]
-  const uint8_t* keep = nullptr;  // [B, C] contiguous; null: everything kept
-  bool tf32 = false;              // fp32 products in TF32 instead of exactly
+  Params p;                        // p.rows is null and p.max_own unused: the set-up kernels find the rows
+  int64_t S = 0, T = 0;            // tokens of q and of k, v in each batch element; both N for packed rows
+  bool packed = false;             // rows lie one after another in batch element 0, at cu_seqlens [B+1]
+  Index cu_seqlens;                // [B+1]
+  Index seq_lens;                  // [B]
+  Index prefix_index;              // [B]
+  Index prefix_lens;               // [G]
+  Index hidden;                    // [B, 2]
+  Index row_ids;                   // [B]
+  const uint8_t* keep = nullptr;   // [B, C] contiguous; null: everything kept
+  const uint64_t* seed = nullptr;  // in the place of p.rule.seed: a captured graph reads it in every replay
+  bool tf32 = false;               // fp32 products in TF32 instead of exactly
 };
 
 // A row, in the order of the lanes.

@@ -114,7 +114,8 @@ __device__ inline void set_up_bits(const Args& a, int64_t pair) {
   const bool there = word < call.p.B * a.words;
   const int b = there ? int(word / a.words) : 0;
   const int at = 4 * (thread % 16);  // of four positions of the word
-  const ContextRule& rule = call.p.rule;
+  ContextRule rule = call.p.rule;
+  if (call.seed) rule.seed = *call.seed;
   ContextRow row;
   row.hidden_start = read(call.hidden, 2 * b, 0), row.hidden_end = read(call.hidden, 2 * b + 1, 0);
   row.keep = call.keep ? call.keep + b * rule.length : nullptr;

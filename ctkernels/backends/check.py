@@ -60,11 +60,14 @@ def check(
         ("alibi_slopes", problem.alibi_slopes, (H,)),
         ("hidden", problem.hidden, (rows, 2)),
         ("keep", problem.keep, (rows, problem.context_length)),
+        ("seed_in_memory", problem.seed_in_memory, (1,)),
     ):
         if optional is not None:
             expect(tuple(optional.shape) == wanted, f"{name} must have shape {wanted}, got {tuple(optional.shape)}")
             expect(optional.device == q.device, f"{name} must be on q's device {q.device}, got {optional.device}")
     expect(problem.keep is None or problem.keep.dtype == torch.bool, "keep must be a bool tensor")
+    seed = problem.seed_in_memory
+    expect(seed is None or seed.dtype == torch.int64, "seed_in_memory must be an int64 tensor")
 
 
 def check_gradients(

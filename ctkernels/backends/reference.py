@@ -126,7 +126,7 @@ def visibility(
         problem.keep,
         problem.row_ids,
         problem.drop_p,
-        problem.seed,
+        problem.seed if problem.seed_in_memory is None else problem.seed_in_memory,
     )
     visible = (valid & context)[:, None] & (query < own_length[:, None])[:, :, None]  # padding queries see nothing
     if problem.causal:

@@ -113,6 +113,16 @@ def test_what_differs_gets_tables_of_its_own(name):
     assert len(asked) == 2
 
 
+def test_a_seed_in_memory_that_is_written_to_gets_tables_of_its_own():
+    mask = ct.prepare(ct.ContextMask(drop_p=0.25, seed=torch.tensor(1)))
+    for expected in (1, 1):
+        attend(inputs(), mask)
+        assert len(asked) == expected
+    mask.seed.fill_(2)
+    attend(inputs(), mask)
+    assert len(asked) == 2
+
+
 @pytest.mark.parametrize("sizes", [dict(S=5), dict(P=13), dict(types="fp16+fp32"), dict(D=16), dict(H=4)], ids=str)
 def test_other_sizes_and_types_get_tables_of_their_own(sizes):
     mask = ct.prepare(a_mask())

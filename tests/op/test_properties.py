@@ -55,6 +55,24 @@ def select_rows(call: Call, cotangents: tuple, rows: list[int]) -> tuple[Call, t
     return Call(tensors, mask, options, cu_seqlens), tuple(c[at] for c in cotangents)
 
 
+@pytest.mark.parametrize("seed", [7, 12345678901234567890])
+@pytest.mark.parametrize(
+    "changes", [{}, dict(P=0, mask=MASK | dict(length=6, hidden=None))], ids=["prefix", "own keys"]
+)
+def test_a_seed_in_memory_drops_the_tokens_of_its_number(build, changes, seed):
+    """Written to between two calls, as before a replay, it gives the bits of the number that it then holds."""
+    changes = {"bias": None, **changes}
+    mask = changes.pop("mask", MASK)
+    memory = torch.zeros(1, dtype=torch.int64, device=build.device)
+    kept = packed(mask=mask | dict(seed=memory), **changes)
+    cotangents = cotangents_for(kept)
+    at_first = run(kept, build, cotangents)
+    memory.fill_(seed if seed < 2**63 else seed - 2**64)
+    got, expected = (run(call, build, cotangents) for call in (kept, packed(mask=mask | dict(seed=seed), **changes)))
+    assert all(torch.equal(got[name], x) for name, x in expected.items())
+    assert not torch.equal(at_first["out"], got["out"])
+
+
 @pytest.mark.parametrize("types", ["fp32", "bf16+fp32"])
 @pytest.mark.parametrize("make", [padded, packed])
 def test_permuting_rows_permutes_results_exactly(build, make, types):

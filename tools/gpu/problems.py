@@ -97,6 +97,7 @@ def make(sizes: Sizes, device: str = "cpu") -> Inputs:
         hidden=None if sizes.hidden is None else sizes.hidden.to(device),
         row_ids=None,
         keep=None,
+        seed_in_memory=None,
         context_length=sizes.P,
         drop_p=sizes.drop_p,
         seed=1,

@@ -28,13 +28,18 @@ WORD: tl.constexpr = tl.constexpr(32)  # keys
 
 
 @triton.jit
+def seed_word(word):
+    """Half of the seed as uint32, given as it is, or as where it lies in memory."""
+    return tl.load(word).to(tl.uint32, bitcast=True) if word.dtype.is_ptr() else word.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
 def kept_words(quad, row_id, seed_low, seed_high, drop_below):
     """Token dropout of four positions at once: bits 0..3, set where position 4 * quad + bit of the row is kept."""
     below = drop_below.to(tl.uint32, bitcast=True)
     c0, c1 = tl.broadcast(quad.to(tl.uint32), row_id.to(tl.uint32, bitcast=True))
     zero = tl.zeros_like(c0)
-    low, high = seed_low.to(tl.uint32, bitcast=True), seed_high.to(tl.uint32, bitcast=True)
-    w0, w1, w2, w3 = tl.philox_impl(c0, c1, zero, zero, low, high, 10)
+    w0, w1, w2, w3 = tl.philox_impl(c0, c1, zero, zero, seed_word(seed_low), seed_word(seed_high), 10)
     bits = (w0 >= below).to(tl.int32) | ((w1 >= below).to(tl.int32) << 1)
     return bits | ((w2 >= below).to(tl.int32) << 2) | ((w3 >= below).to(tl.int32) << 3)
 

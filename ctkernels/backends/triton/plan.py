@@ -70,11 +70,11 @@ class Call:
         softcap, scale = problem.softcap, problem.scale
         self.scalars = {
             "n_rows": self.rows.count, "n_slots": self.rows.slots_bound, "n_prefixes": self.G, "P": self.P, "length": C,
-            "n_words": 0, "drop_below": signed(drop_below), "seed_low": signed(problem.seed & 0xFFFFFFFF),
-            "seed_high": signed((problem.seed >> 32) & 0xFFFFFFFF), "scale": scale,
+            "n_words": 0, "drop_below": signed(drop_below), "scale": scale,
             "factor": scale / softcap if softcap else scale * LOG2E, "cap": softcap * LOG2E,
             "window": min(problem.window, self.P + k.shape[2] + 1),  # no key is farther away, and sums stay small
         }  # fmt: skip
+        self.scalars |= dict(zip(("seed_low", "seed_high"), seed_words(problem), strict=True))
         for name, x in (("q", q), ("k", k), ("v", v)):
             self.scalars |= strides(name, x, "bht")
         self.scalars["bias_g"], self.scalars["bias_h"] = 0, 0
@@ -198,6 +198,14 @@ def tf32_allowed() -> bool:
     matmul = torch.backends.cuda.matmul
     precision = getattr(matmul, "fp32_precision", None)
     return matmul.allow_tf32 if precision is None else precision == "tf32"
+
+
+def seed_words(problem: Problem) -> tuple[int, int] | tuple[Tensor, Tensor]:
+    """The low and the high half of the seed, int32; where they lie if the seed is in memory."""
+    if problem.seed_in_memory is not None:
+        low, high = problem.seed_in_memory.view(torch.int32).split(1)
+        return low, high
+    return signed(problem.seed & 0xFFFFFFFF), signed((problem.seed >> 32) & 0xFFFFFFFF)
 
 
 def signed(word: int) -> int:

@@ -12,16 +12,17 @@ With `lead`, each row starts with so many positions for a soft prompt, whose emb
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 from ctkernels.tuning.data.formats import Choice, Row
 
 Layout = Literal["packed", "padded"]
+IGNORED = -100  # a label without a loss, as in torch's cross_entropy
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,53 @@ def make_batch(rows: Sequence[Row], indices: Sequence[int], layout: Layout = "pa
         lead=lead,
         choices=tuple(row.choices for row in picked),
     )
+
+
+def levelled(batch: Batch) -> tuple[Batch, Tensor]:
+    """A packed batch with one answer per row in sizes that many batches share, for what is captured once per size.
+
+        rows      as many as a multiple of 4, and one more; the new ones have no labels, and nothing reads them
+        tokens    a multiple of 64, those in excess in the last row
+        logits    a multiple of 16; those in excess have no labels
+        labels    of each answer as many as a power of two; those in excess are ignored
+
+    Returns the batch, and factors of the answers' mean losses, fp64 `[rows]`, that make up for ignored labels (0 for
+    a new row).
+    """
+    assert batch.cu_seqlens is not None
+    sizes = batch.answer_sizes
+    rows, most = len(sizes), 1 << (max(sizes) - 1).bit_length()
+    tokens, new = batch.input_ids.shape[1], _up(rows, 4) + 1 - rows
+    extra = _up(tokens + new * max(batch.lead, 1), 64) - tokens  # of new rows, each of which has a soft prompt, too
+    lengths = [batch.lead] * (new - 1) + [extra - batch.lead * (new - 1)]
+    at = torch.arange(len(batch.labels)) - torch.tensor([0, *sizes[:-1]]).cumsum(0).repeat_interleave(
+        torch.tensor(sizes)
+    )
+    at += (most * torch.arange(rows)).repeat_interleave(torch.tensor(sizes))
+    labels = torch.full(((rows + new) * most,), IGNORED)
+    labels[at] = batch.labels
+    label_index = torch.zeros_like(labels)
+    label_index[at] = batch.label_index
+    positions = torch.cat([batch.position_ids[0], *map(torch.arange, lengths)])[None]
+    logits = _up(len(batch.logit_positions), 16) - len(batch.logit_positions)
+    level = replace(
+        batch,
+        input_ids=pad(batch.input_ids, (0, extra)),
+        position_ids=positions,
+        cu_seqlens=torch.cat((batch.cu_seqlens, tokens + torch.tensor(lengths).cumsum(0).to(torch.int32))),
+        row_ids=pad(batch.row_ids, (0, new)),
+        held_out=pad(batch.held_out, (0, new), value=-1),
+        logit_positions=pad(batch.logit_positions, (0, logits)),
+        label_index=label_index,
+        labels=labels,
+        answer_sizes=(most,) * (rows + new),
+        choices=(*batch.choices, *((),) * new),
+    )
+    return level, pad(most / torch.tensor(sizes, dtype=torch.float64), (0, new))
+
+
+def _up(x: int, unit: int) -> int:
+    return -(-x // unit) * unit
 
 
 def answer_losses(logits: Tensor, batch: Batch) -> Tensor:

@@ -143,6 +143,8 @@ def tune_many(
             own = how.settings(**layered(asdict(common), task.settings))
         elif task.settings is not None:
             own = how.accept(task.settings)
+        if how.learner is not None and getattr(own, "graph", "off") == "on":
+            raise ValueError("graph='on' captures the steps of one adapter, and those of several are taken together")
         return make_run(
             model,
             tokenizer,

@@ -27,9 +27,11 @@ from ctkernels.tuning.methods.table import get_method
 from ctkernels.tuning.storage import locked
 from ctkernels.tuning.train.checkpoint import fingerprint, model_fingerprint
 from ctkernels.tuning.train.distributed import Ranks, is_sharded
+from ctkernels.tuning.train.graphs import require_capture
 from ctkernels.tuning.train.learners import Learner
+from ctkernels.tuning.train.loop import train_learner
 from ctkernels.tuning.train.options import LoopOptions, Options
-from ctkernels.tuning.train.trainer import EpochRecord, OnEpoch, RunControl, Training, Watch, train_learner
+from ctkernels.tuning.train.trainer import EpochRecord, OnEpoch, RunControl, Training, Watch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -108,8 +110,8 @@ def tune(
         DataError: too few demonstrations, or more tokens than the model takes.
         OutputError: another run holds `checkpoint_dir`.
         ValueError: an unknown method; settings that it does not read; an adapter it cannot start from; an unknown or
-            unavailable backend; sharded or offloaded weights that the method needs in one piece; held-out pairs for a
-            method that trains nothing.
+            unavailable backend; graph="on" where steps cannot be captured; sharded or offloaded weights that the method
+            needs in one piece; held-out pairs for a method that trains nothing.
         TypeError: a model class that is not supported; the name of a model or tokenizer instead of itself.
         CheckpointError: `resume` with other settings, data or model than the checkpoint's.
         TrainingError: the loss is not finite, or has no gradient.
@@ -172,6 +174,8 @@ def make_run(
     require_epochs(method, held_out, patience)
     if settings.backend is not None:
         dispatch.choose(settings.backend, model.device)  # refuses an unusable one
+    if isinstance(settings, LoopOptions):
+        require_capture(model, settings, control.ranks)
     report_delimiters(tokenizer, demonstrations, text_format)
     return run
 

@@ -71,14 +71,14 @@ class LeaveOneOut(Options):
 
 
 def context_mask(
-    settings: Dropout, segments: Tensor, batch: Batch | Rows, seed: int, length: int, in_row: bool = False
+    settings: Dropout, segments: Tensor, batch: Batch | Rows, seed: int | Tensor, length: int, in_row: bool = False
 ) -> ContextMask:
     """The mask of a batch of training rows.
 
     Args:
         settings: token dropout, and leave-one-out if they have it (`LeaveOneOut`).
         segments: int64 `[K+1]`, offsets of the K demonstrations in the context; no demonstrations, nothing to hide.
-        seed: of this epoch.
+        seed: of this epoch; in memory (int64 `[1]`) as in `ContextMask`.
         length: number of context positions.
         in_row: the context lies in each row's own keys (a soft prompt) instead of the prefix.
     """
@@ -92,7 +92,7 @@ def context_mask(
     if settings.drop_p == 0 or settings.drop_from == 0:
         return ContextMask(hidden=hidden, keep=keep, drop_p=settings.drop_p, seed=seed, **common)
     dropped = dropped_positions(batch.row_ids, length, settings.drop_p, seed)
-    dropped[:, : settings.drop_from] = False
+    dropped[:, : settings.drop_from].fill_(False)
     return ContextMask(hidden=hidden, keep=~dropped if keep is None else keep & ~dropped, **common)
 
 
@@ -129,10 +129,11 @@ def _hidden(segments: Tensor, held_out: Tensor, to_end: bool) -> Tensor:
     return torch.stack((segments[index], end), dim=-1) * (held_out >= 0)[:, None]
 
 
-def _subsets(segments: Tensor, row_ids: Tensor, seed: int, length: int) -> Tensor:
+def _subsets(segments: Tensor, row_ids: Tensor, seed: int | Tensor, length: int) -> Tensor:
     """A random half of the demonstrations for each row, bool `[B, length]`; what is no demonstration stays visible."""
     count = segments.shape[0] - 1
-    hides = dropped_positions(row_ids, count, 0.5, seed | SUBSETS)  # [B, K]
+    other = SUBSETS if isinstance(seed, int) else SUBSETS - (1 << 64)  # the same bits, in a signed number
+    hides = dropped_positions(row_ids, count, 0.5, seed | other)  # [B, K]
     position = torch.arange(length, device=row_ids.device)
     owner = torch.searchsorted(segments, position, right=True) - 1  # -1 before the first, K behind the last
     inside = (owner >= 0) & (owner < count)

@@ -34,6 +34,7 @@ ADDED = {
     "ttt_steps": None,
     "lora_dropout": 0.0,
     "ema": 0.0,
+    "graph": "off",
 }
 # settings of which a value given later replaces the other one, too: both say how long a loop is
 LENGTHS = (("epochs", "steps"), ("ttt_epochs", "ttt_steps"))
@@ -120,6 +121,8 @@ class LoopOptions(Options):
         mixed: weight of the options in the objective "mixed", in [0, 1].
         reduction: what the answers' loss is a mean over: "rows" (each row's mean over its tokens counts alike) or
             "tokens" (all tokens of a step count alike, as in the authors' code).
+        graph: whether an optimiser step runs as one CUDA graph: "auto" where that is possible, "on" (an error where it
+            is not) or "off".
     """
 
     epochs: int = 25
@@ -132,6 +135,7 @@ class LoopOptions(Options):
     objective: ObjectiveName | None = None
     mixed: float = 0.5
     reduction: Literal["rows", "tokens"] = "rows"
+    graph: Literal["auto", "on", "off"] = "auto"
 
     @property
     def minimised(self) -> Objective:

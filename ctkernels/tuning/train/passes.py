@@ -10,7 +10,7 @@ beside it, nor on how many processes share the rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -43,6 +43,28 @@ class Step:
         return sum(len(self.rows[i].answers[0]) for i in self.indices) / len(self.indices)
 
 
+@dataclass(frozen=True)
+class Pass:
+    """Rows that run together.
+
+    batch: theirs.  owners: the number of the step of each, which never decreases.
+    factors: of the answers' loss of each, fp64 `[B]`.  shares: of each loss in what is minimised, fp64 `[B]`.
+    weight: of the losses in their sum; 0 for a row that is repeated.  count: `Forward.passes`.
+    """
+
+    batch: Batch
+    owners: tuple[int, ...]
+    factors: Tensor
+    shares: Tensor
+    weight: float = 1.0
+    count: int = 1
+
+    def to(self, device: torch.device) -> Pass:
+        """The same rows on another device."""
+        moved = {name: getattr(self, name).to(device) for name in ("batch", "factors", "shares")}
+        return replace(self, **moved)
+
+
 def layout_of(settings: LoopOptions) -> Layout:
     """How the rows of a batch lie: objectives that read options continue padded rows."""
     return settings.layout if settings.minimised.choices == "none" else "padded"
@@ -51,7 +73,7 @@ def layout_of(settings: LoopOptions) -> Layout:
 def add_gradients(
     steps: Sequence[Step],
     settings: LoopOptions,
-    forward: Callable[[Batch, list[int]], Forward],
+    forward: Callable[[Batch, Sequence[int]], Forward],
     ranks: Ranks,
     device: torch.device,
     lead: int = 0,
@@ -61,30 +83,53 @@ def add_gradients(
 
     settings: of the objective, and how rows are batched, for all steps alike.
     forward: makes a batch ready to run, given the number of the step of each of its rows, which never decreases.
-    lead: soft prompt positions in front of each row.
-    together: whether the processes share the weights of the model, whose every pass all of them then have to make.
+    lead, together: as in `make_passes`.
 
     Returns the sum of the losses of each step's rows of this process, fp64 `[len(steps)]`.
     """
-    total = torch.zeros(len(steps), dtype=torch.float64, device=device)
+    made = (each.to(device) for each in make_passes(steps, settings, ranks, lead, together))
+    return run_passes(made, len(steps), settings, forward, device)
+
+
+def make_passes(
+    steps: Sequence[Step], settings: LoopOptions, ranks: Ranks, lead: int = 0, together: bool = False
+) -> Iterator[Pass]:
+    """The passes of this process for a step of each learner, on the CPU.
+
+    lead: soft prompt positions in front of each row.
+    together: whether the processes share the weights of the model, whose every pass all of them then have to make.
+    """
     layout, objective = layout_of(settings), settings.minimised
     for at_once in zip(*_micro_batches(steps, settings, layout, lead, ranks), strict=True):
         places, weight = at_once[ranks.rank]
-        owners, indices = (list(x) for x in zip(*places, strict=True))
-        batch = replace(_batch(steps, places, layout, lead), row_ids=torch.tensor(indices)).to(device)
+        owners, indices = zip(*places, strict=True)
+        batch = replace(_batch(steps, places, layout, lead), row_ids=torch.tensor(indices))
         count = 1
         if together and objective.choices != "none":
             count = max(passes(_batch(steps, of_rank, layout, lead)) for of_rank, _ in at_once)
-        factors = torch.ones(len(places), dtype=torch.float64, device=device)
+        factors = torch.ones(len(places), dtype=torch.float64)
         if settings.reduction == "tokens":
             per_row = torch.tensor([steps[step].labels_per_row for step in owners], dtype=torch.float64)
-            factors = torch.tensor(batch.answer_sizes).to(factors) / per_row.to(factors)
-        weights = Weights(settings.score, settings.mixed, factors)
-        losses = objective.losses(replace(forward(batch, owners), passes=count), weights)
+            factors = torch.tensor(batch.answer_sizes).to(factors) / per_row
         shares = torch.tensor([weight / len(steps[step].indices) for step in owners], dtype=torch.float64)
-        (losses * shares.to(losses)).sum().backward()
-        counts = [owners.count(step) for step in range(len(steps))]
-        total += weight * torch.stack([part.sum() for part in losses.detach().double().split(counts)])
+        yield Pass(batch, owners, factors, shares, weight, count)
+
+
+def run_passes(
+    made: Iterable[Pass],
+    count: int,
+    settings: LoopOptions,
+    forward: Callable[[Batch, Sequence[int]], Forward],
+    device: torch.device,
+) -> Tensor:
+    """Run passes on `device`, forward and backward; returns as `add_gradients` does, for `count` steps."""
+    total = torch.zeros(count, dtype=torch.float64, device=device)
+    for each in made:
+        weights = Weights(settings.score, settings.mixed, each.factors)
+        losses = settings.minimised.losses(replace(forward(each.batch, each.owners), passes=each.count), weights)
+        (losses * each.shares.to(losses)).sum().backward()
+        counts = [each.owners.count(step) for step in range(count)]
+        total += each.weight * torch.stack([part.sum() for part in losses.detach().double().split(counts)])
     return total
 
 

@@ -9,34 +9,37 @@
             step  <- AdamW(betas 0.9/0.999, no decay) on the gradient of all of them (and of the learner's penalty),
                      its norm clipped
 
-The gradient is that of `passes.py`. A `Training` is what happens around it, for one learner: `train_learner` runs one,
-`together.py` several side by side.
+The gradient is that of `passes.py`. A `Training` is what happens around it, for one learner: `loop.py` runs one, its
+steps as CUDA graphs if they can be (`graphs.py`), and `together.py` several side by side.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from ctkernels.tuning.data.batches import make_batch
+from ctkernels.tuning.data.batches import Batch, make_batch
 from ctkernels.tuning.data.demonstrations import DataError
 from ctkernels.tuning.data.formats import Row
-from ctkernels.tuning.hf.forward import frozen
+from ctkernels.tuning.objectives import Forward
 from ctkernels.tuning.train.checkpoint import Checkpoint, fingerprint, model_fingerprint
 from ctkernels.tuning.train.distributed import Ranks, is_sharded
 from ctkernels.tuning.train.learners import Learner
 from ctkernels.tuning.train.options import LoopOptions
-from ctkernels.tuning.train.passes import Step, add_gradients
+from ctkernels.tuning.train.passes import Pass, Step, make_passes, run_passes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+FUSED = ("cuda",)  # device types whose AdamW is one launch
 
 
 class TrainingError(ArithmeticError):
@@ -109,42 +112,43 @@ class Watch:
     patience: int | None = None
 
 
-def train_learner(training: Training) -> list[EpochRecord]:
-    """Run a training that has not begun. Returns the history; errors as in `methods.tune`."""
-    with frozen(training.model, but=training.parameters.values()):
-        training.begin()
-        while not training.done:
-            with training.learner.attached(training.settings.backend):
-                while not training.epoch_over:
-                    training.take(losses_of(training))
-            training.end_epoch()
-    return training.end()
-
-
 def losses_of(training: Training) -> Tensor:
     """Run the passes of the next step, with the learner attached; the sum of the losses of this process's rows."""
-    learner, step = training.learner, training.next_step()
-    device, ranks = training.model.device, training.run.ranks
-    return add_gradients(
-        [step],
-        training.settings,
-        lambda batch, _: learner.forward(batch, step.seed),
-        ranks,
-        device,
-        learner.lead,
-        together=ranks.size > 1 and is_sharded(training.model),
-    )[0]
+    learner, step, device = training.learner, training.next_step(), training.model.device
+
+    def forward(batch: Batch, _: Sequence[int]) -> Forward:
+        return learner.forward(batch, step.seed)
+
+    return run_passes(training.passes_of(step, device), 1, training.settings, forward, device)[0]
+
+
+def adamw(parameters: Collection[nn.Parameter], lr: float) -> torch.optim.AdamW:
+    """AdamW without decay. On a GPU it is one launch that reads the learning rate from memory, as a captured one must,
+    so that steps have the same bits, captured or not."""
+    devices = {p.device for p in parameters}
+    if len(devices) > 1 or next(iter(devices)).type not in FUSED or any(isinstance(p, DTensor) for p in parameters):
+        return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.999), weight_decay=0.0)
+    rate = torch.tensor(lr, dtype=torch.float32, device=devices.pop())
+    return torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True, capturable=True)
+
+
+Outcome = Callable[[], tuple[Tensor, Tensor]]
 
 
 @dataclass
 class _Epoch:
-    """An epoch that has begun: its rows, the rows of each step, and what its steps so far have left."""
+    """An epoch that has begun: its number from 0, its rows, the rows of each step, and what its steps so far have left.
 
+    unread: wait for the gradient norm and the loss of a step, of those that are not read yet.
+    """
+
+    number: int
     rows: Sequence[Row]
     steps: Sequence[list[int]]
-    total: Tensor
+    total: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     lrs: list[float] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)
+    unread: list[Outcome] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
 
 
@@ -192,14 +196,15 @@ class Training:
         self.total_steps = settings.epochs * self.per_epoch if settings.steps is None else settings.steps
         self.epochs = math.ceil(self.total_steps / self.per_epoch)
         self.parameters = learner.parameters()
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=settings.lr, betas=(0.9, 0.999), weight_decay=0.0
-        )
+        self.optimizer = adamw(self.parameters.values(), settings.lr)
         self._now = {**self.parameters, **learner.state()}
         self._best = {} if watch is None else {f"best.{name}": x.detach().clone() for name, x in self._now.items()}
         self.history: list[EpochRecord] = []
         self._curve: list[float] = []  # losses of the held-out items
         self._epoch: _Epoch | None = None
+        self._ended: list[_Epoch] = []  # not recorded yet, since a step of theirs is unread
+        self._recorded = 0.0  # when the last one was
+        self._passes: tuple[Step, torch.device, list[Pass]] | None = None  # of the last step
         known = {}
         if self.run.checkpoint_dir is not None or ranks.size > 1:
             known = _identity(model, learner, rows, settings)
@@ -223,12 +228,17 @@ class Training:
     @property
     def done(self) -> bool:
         """Whether all epochs have been run, or one has ended the run."""
-        return len(self.history) >= self.epochs or (bool(self.history) and self.history[-1].stopped)
+        return self._begun >= self.epochs or (bool(self.history) and self.history[-1].stopped)
+
+    @property
+    def _begun(self) -> int:
+        """How many epochs have ended."""
+        return len(self.history) + len(self._ended)
 
     @property
     def epoch_over(self) -> bool:
         """Whether the epoch that has begun has no steps left."""
-        return self._epoch is not None and len(self._epoch.norms) == len(self._epoch.steps)
+        return self._epoch is not None and len(self._epoch.lrs) == len(self._epoch.steps)
 
     def begin(self) -> None:
         """Prepare the learner, go on from the checkpoint if there is one, and look at the held-out items.
@@ -252,18 +262,32 @@ class Training:
     def next_step(self) -> Step:
         """The rows of the next step; gradients are zero then, and what is learned is what they have to be taken of.
         Asking again without `take` gives the same step again."""
-        settings, number = self.settings, len(self.history)
+        number = self._begun
         before = number * self.per_epoch
         if self._epoch is None:
             rows = self.learner.rows(number)
-            steps = self._steps(len(rows), number)[: self.total_steps - before]
-            self._epoch = _Epoch(rows, steps, torch.zeros((), dtype=torch.float64, device=self.model.device))
-        taken = len(self._epoch.norms)
-        lr = 0.5 * settings.lr * (1 + math.cos(math.pi * (before + taken) / self.total_steps))
+            self._epoch = _Epoch(number, rows, self._steps(len(rows), number)[: self.total_steps - before])
+        taken = len(self._epoch.lrs)
+        self._lr = 0.5 * self.settings.lr * (1 + math.cos(math.pi * (before + taken) / self.total_steps))
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(self._lr)
+            else:
+                group["lr"] = self._lr
         self.optimizer.zero_grad()
-        return Step(self._epoch.rows, self._epoch.steps[taken], settings.dropout_seed(number))
+        return Step(self._epoch.rows, self._epoch.steps[taken], self.settings.dropout_seed(number))
+
+    def passes_of(self, step: Step, device: torch.device) -> list[Pass]:
+        """The passes of this process for a step, on a device; those of the last one if its rows are the same."""
+        if self._passes is not None:
+            last, where, made = self._passes
+            if last.rows is step.rows and last.indices == step.indices and where == device:
+                return made
+        ranks = self.run.ranks
+        together = ranks.size > 1 and is_sharded(self.model)
+        made = [each.to(device) for each in make_passes([step], self.settings, ranks, self.learner.lead, together)]
+        self._passes = step, device, made
+        return made
 
     def take(self, losses: Tensor) -> None:
         """The optimiser's step on the gradients that are there now.
@@ -273,46 +297,88 @@ class Training:
         Raises:
             TrainingError: the loss or the gradient is not finite, or there is none; what is learned has not changed.
         """
-        epoch, settings, parameters = self._epoch, self.settings, self.parameters
-        assert epoch is not None
+        norm, losses = self.clip(losses)
+        assert self._epoch is not None
+        self._note(self._epoch, norm, losses)
+        self._epoch.lrs.append(self._lr)
+        self.step()
+
+    def clip(self, losses: Tensor) -> tuple[Tensor, Tensor]:
+        """Complete the gradient, and clip it. Returns its norm before, and the sum of the losses of all processes."""
+        parameters = self.parameters
         penalty = self.learner.penalty() if self.run.ranks.rank == 0 else None
         if penalty is not None:
             penalty.backward()
         self._require_gradients()
-        total = epoch.total + self.run.ranks.sum(parameters.values(), losses)
+        losses = self.run.ranks.sum(parameters.values(), losses)
         self.learner.before_step()
-        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip_norm or math.inf)
+        return torch.nn.utils.clip_grad_norm_(parameters.values(), self.settings.clip_norm or math.inf), losses
+
+    def step(self) -> None:
+        """The step itself, on a clipped gradient."""
+        self.optimizer.step()
+        self.learner.after_step()
+
+    def taken(self, outcome: Outcome) -> None:
+        """A step has been taken whose gradient norm and loss come later; those of the steps before are there now."""
+        assert self._epoch is not None
+        self._epoch.lrs.append(self._lr)
+        self._epoch.unread.append(outcome)
+        self._catch_up(1)
+
+    def _catch_up(self, behind: int) -> None:
+        """Read what steps have left, but for the last `behind` of them, and record the epochs that are complete.
+
+        Raises:
+            TrainingError, Interrupted: as `take` and `end_epoch`.
+        """
+        epochs = [*self._ended, *([] if self._epoch is None else [self._epoch])]
+        excess = sum(len(epoch.unread) for epoch in epochs) - behind
+        for epoch in epochs:
+            while epoch.unread and excess > 0:
+                self._note(epoch, *epoch.unread.pop(0)())
+                excess -= 1
+        while self._ended and not self._ended[0].unread:
+            self._record(self._ended.pop(0))
+
+    def _note(self, epoch: _Epoch, norm: Tensor, losses: Tensor) -> None:
+        total = epoch.total + losses
         if not torch.isfinite(norm) or not torch.isfinite(total):
             seen = sum(map(len, epoch.steps))
             raise TrainingError(
-                f"epoch {len(self.history) + 1}: the loss is {total.item() / seen} and the gradient norm "
-                f"{float(norm)}; try a smaller lr than {settings.lr}, or a wider dtype than {self.model.dtype}"
+                f"epoch {epoch.number + 1}: the loss is {total.item() / seen} and the gradient norm "
+                f"{float(norm)}; try a smaller lr than {self.settings.lr}, or a wider dtype than {self.model.dtype}"
             )
         epoch.total = total
         epoch.norms.append(norm)
-        epoch.lrs.append(self.optimizer.param_groups[0]["lr"])
-        self.optimizer.step()
-        self.learner.after_step()
 
     def end_epoch(self) -> None:
         """Record the epoch, ask the held-out items and `on_epoch`, and write a checkpoint if one is due.
 
+        If nobody looks at what is learned between epochs, the last step may be read when the next epoch has begun.
+
         Raises:
             Interrupted: `RunControl.ends` said so, and the run can be resumed.
         """
-        epoch, run, curve = self._epoch, self.run, self._curve
-        assert epoch is not None
+        assert self._epoch is not None
+        self._ended.append(self._epoch)
         self._epoch = None
+        looked_at = self.run.on_epoch or self.run.ends or self.watch or self._store
+        self._catch_up(0 if looked_at or self.done else 1)
+
+    def _record(self, epoch: _Epoch) -> None:
+        run, curve = self.run, self._curve
         norm = float(torch.stack(epoch.norms).mean())
         record = EpochRecord(
             epoch=len(self.history) + 1,
             loss=epoch.total.item() / sum(map(len, epoch.steps)),
             lr=epoch.lrs[0],
             grad_norm=norm,
-            seconds=time.perf_counter() - epoch.started,
+            seconds=time.perf_counter() - max(epoch.started, self._recorded),
             stage=self.stage,
             steps=len(epoch.steps),
         )
+        self._recorded = time.perf_counter()
         if self.watch is not None:
             start = None if self.history else curve[0]
             curve.append(run.ranks.first(self.watch.loss()))

@@ -78,6 +78,32 @@ def backward(*args, prepared=NOTHING):
     return fake_gpu.to_cpu(torch.ops.ctkernels.cuda_backward(*tensors, *problem, made, *prefixes))
 
 
+def test_launches_replayed_with_another_seed_in_memory_drop_its_tokens():
+    """As in a captured graph: the arguments stay as they were recorded, and so does the memory that they point to."""
+    seed, recorded = torch.tensor([5]), []
+
+    def record(*launch) -> None:
+        recorded.append(launch)
+        execute(*launch)
+        if "forward" in launch[0] or "keys" in launch[0]:  # the last one of a pass, whose memory is there until it ends
+            seed.fill_(-9)
+            for again in recorded:
+                execute(*again)
+            recorded.clear()
+            seed.fill_(5)
+
+    def call(seed) -> Call:
+        return make_call(H=4, Hk=2, P=100, D=64, types="bf16", lens=[5, 17, 30], mask=dict(drop_p=0.3, seed=seed))
+
+    cotangents = cotangents_for(call(0))
+    with fake_gpu.launching(record):
+        got = run(call(seed), BACKEND, cotangents)
+    assert not recorded
+    expected, before = (run(call(number), BACKEND, cotangents) for number in (-9, 5))
+    assert all(torch.equal(got[name], x) for name, x in expected.items())
+    assert not torch.equal(expected["out"], before["out"])
+
+
 def check(call: Call, layout: str = "plain") -> dict[str, torch.Tensor]:
     cotangents = cotangents_for(call, layout=layout)
     got = run(call, BACKEND, cotangents)

@@ -28,7 +28,7 @@ def words_of(mask: dict, lens: list[int], P: int, C: int) -> tuple[torch.Tensor,
     B, H, D = len(lens), 2, 16
     q, k, v = (torch.zeros(B, H, max(lens), D) for _ in range(3))
     prefix = torch.zeros(1, H, P, D)
-    defaults = dict(hidden=None, row_ids=None, keep=None, drop_p=0.0, seed=0) | mask
+    defaults = dict(hidden=None, row_ids=None, keep=None, drop_p=0.0, seed=0, seed_in_memory=None) | mask
     problem = Problem(
         alibi_slopes=None, cu_seqlens=None, seq_lens=torch.tensor(lens), prefix_index=None, prefix_lens=None,
         context_length=C, scale=1.0, causal=True, window=0, window_prefix=True, softcap=0.0,

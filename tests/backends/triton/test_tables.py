@@ -14,7 +14,8 @@ from ctkernels.problem import Problem
 
 NO_PROBLEM = Problem(
     alibi_slopes=None, cu_seqlens=None, seq_lens=None, prefix_index=None, prefix_lens=None, hidden=None, row_ids=None,
-    keep=None, context_length=0, drop_p=0.0, seed=0, scale=1.0, causal=True, window=0, window_prefix=True, softcap=0.0,
+    keep=None, seed_in_memory=None, context_length=0, drop_p=0.0, seed=0, scale=1.0, causal=True, window=0,
+    window_prefix=True, softcap=0.0,
 )  # fmt: skip
 
 

@@ -1,10 +1,10 @@
 """Stage train: optimiser steps of CT-KV on a model of Llama-3.2-1B's shape with random weights.
 
     authors' loop    plain PyTorch and transformers: expanded cache, padded rows, dense mask, logits everywhere
-    trainer          `train_learner`, which is what `tune` runs: batches made for each step, losses read after it
+    trainer          `train_learner`, which is what `tune` runs, without graphs: losses read after each step
+    graph            the trainer with its steps as CUDA graphs
     eager            the same step without what surrounds it: loss, backward, clipping, AdamW
     compiled         its loss under torch.compile
-    graph            the whole step captured here in one CUDA graph; every replay drops the same tokens
 
 All of them start from the same weights, prefix and dropped tokens: their first losses and gradient norms must agree.
 Weights and rows are in bf16; our prefix is in fp32, the plain loop's in bf16 as the model gives it.
@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -28,8 +29,8 @@ from tools.gpu import model as predictions
 from tools.gpu.check import timing
 
 LENGTHS = {"cuda": (1024, 4096, 16384), "cpu": (24,)}
-AUTHORS, TRAINER = "authors' loop", "trainer"
-MODES = (AUTHORS, TRAINER, "eager", "graph", "compiled")
+AUTHORS, TRAINER, GRAPH = "authors' loop", "trainer", "graph"
+MODES = (AUTHORS, TRAINER, "eager", GRAPH, "compiled")
 WARM_UP = 3
 LR, DROP_P = 1e-4, 0.05
 
@@ -88,7 +89,7 @@ def jobs(device: str) -> dict[str, Callable[[], dict[str, Any]]]:
     backends = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}[device]
     wanted = [(mode, P, backends[0]) for P in LENGTHS[device] for mode in MODES[:-1]]
     wanted += [(MODES[-1], P, backends[0]) for P in LENGTHS[device]]
-    wanted += [(mode, P, name) for name in backends[1:] for P in LENGTHS[device] for mode in ("eager", "graph")]
+    wanted += [(mode, P, name) for name in backends[1:] for P in LENGTHS[device] for mode in ("eager", GRAPH)]
     return {
         f"P={P} {mode}" + ("" if mode == AUTHORS else f" ({backend})"): partial(run, mode, P, backend, device)
         for mode, P, backend in wanted
@@ -172,40 +173,41 @@ def plain(shape: Shape, P: int, device: str) -> dict[str, Any]:
 
 def ours(mode: str, shape: Shape, P: int, backend: str, device: str) -> dict[str, Any]:
     """One of our ways to run a step."""
-    from ctkernels.tuning.train.trainer import Training, train_learner
-
     torch._dynamo.reset()
-    model = make_model(device)
+    if mode in (TRAINER, GRAPH):
+        return trained(mode, shape, P, backend, device)
     learner, settings = make_learner(shape, P, backend, device)
-    steps = 10 if device == "cuda" else 2
-    if mode == TRAINER:
-        history = train_learner(Training(model, learner, settings))
-        seconds = sorted(record.seconds for record in history[1:])
-        first = {"loss": history[0].loss, "grad_norm": history[0].grad_norm}
-        return {**first, "step_ms": 1e3 * seconds[len(seconds) // 2], "gpu": gpu_of(device)}
-    with stepping(learner, settings, mode, device) as (step, parameters):
-        before = [p.detach().clone() for p in parameters]
-        if mode == "graph" and device == "cuda":
-            kept: list[tuple[Tensor, Tensor]] = []
-            graph = timing.capture(lambda: kept.append(step()))
-            call, outputs = graph.replay, kept[-1]
-        else:
-            call, outputs = step, None
-        with torch.no_grad():  # as it was before the warm-up of the capture
-            for parameter, value in zip(parameters, before, strict=True):
-                parameter.copy_(value)
-        returned = call()
-        loss, norm = outputs or returned
+    with stepping(learner, settings, mode, device) as step:
+        loss, norm = step()
         first = {"loss": float(loss), "grad_norm": float(norm)}
-        found = {**first, **times(call, device, steps)}
+        found = {**first, **times(step, device)}
+        return found | timing.profiled(step) if device == "cuda" else found
+
+
+def trained(mode: str, shape: Shape, P: int, backend: str, device: str) -> dict[str, Any]:
+    """The trainer, with its steps as graphs or without. Its epochs have one step each."""
+    from ctkernels.testing.recorded import RecordedGraphs
+    from ctkernels.tuning.hf.forward import frozen
+    from ctkernels.tuning.train.graphs import CapturedSteps, captured_steps
+    from ctkernels.tuning.train import trainer
+    from ctkernels.tuning.train.loop import run_epoch
+
+    learner, settings = make_learner(shape, P, backend, device, "on" if mode == GRAPH and device == "cuda" else "off")
+    rehearsed = mode == GRAPH and device == "cpu"
+    with patch.object(trainer, "FUSED", ("cuda", device)) if rehearsed else nullcontext():  # a GPU's AdamW
+        training = trainer.Training(make_model(device), learner, settings)
+    steps = CapturedSteps(training, RecordedGraphs()) if rehearsed else captured_steps(training)
+    with frozen(training.model, but=training.parameters.values()):
+        training.begin()
+        found = times(lambda: run_epoch(training, steps), device)
         if device == "cuda":
-            found |= timing.profiled(call)
-        if mode == "graph" and device != "cuda":
-            found["note"] = "not captured on the CPU"
-    return found
+            found |= timing.profiled(lambda: run_epoch(training, steps))
+    first = training.history[0]
+    note = {"note": "recorded, not captured, on the CPU"} if rehearsed else {}
+    return {"loss": first.loss, "grad_norm": first.grad_norm, **found, **note}
 
 
-def make_learner(shape: Shape, P: int, backend: str, device: str) -> tuple[Any, Any]:
+def make_learner(shape: Shape, P: int, backend: str, device: str, graph: str = "off") -> tuple[Any, Any]:
     """A learner of the prefix with one row per demonstration, and its settings."""
     from ctkernels.tuning import KVPrefix
     from ctkernels.tuning.adapters.prefix import PrefixMetadata
@@ -221,17 +223,13 @@ def make_learner(shape: Shape, P: int, backend: str, device: str) -> tuple[Any, 
     prefix = KVPrefix(*start(shape, P, device), segments, P, metadata).to(device)
     prefix.assume_weights(model)  # they are random, and their fingerprint takes longer than all steps
     rows = [Row(tuple(row[:-1]), ((row[-1],),), held_out=index) for index, row in enumerate(token_rows(shape))]
-    epochs = WARM_UP + (10 if device == "cuda" else 1)
-    settings = CtKvOptions(epochs=epochs, lr=LR, drop_p=DROP_P, backend=backend)
+    settings = CtKvOptions(epochs=100, lr=LR, drop_p=DROP_P, backend=backend, graph=graph)
     return PrefixLearner(model, prefix, rows, settings), settings
 
 
 @contextmanager
-def stepping(
-    learner: Any, settings: Any, mode: str, device: str
-) -> Iterator[tuple[Callable[[], tuple[Tensor, Tensor]], list[Tensor]]]:
-    """A function that runs one optimiser step on a batch that stays on the device, and returns loss and gradient norm;
-    and what it trains."""
+def stepping(learner: Any, settings: Any, mode: str, device: str) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:
+    """A function that runs a step on a batch that stays on the device, and returns loss and gradient norm."""
     from ctkernels.tuning.data.batches import make_batch
 
     rows = learner.rows(0)
@@ -246,7 +244,7 @@ def stepping(
         loss_of_batch = torch.compile(loss_of_batch, backend="inductor" if device == "cuda" else "eager")
 
     def step() -> tuple[Tensor, Tensor]:
-        optimizer.zero_grad(set_to_none=True)  # in a graph, gradients then have memory of the graph's own
+        optimizer.zero_grad()
         loss = loss_of_batch()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
@@ -254,7 +252,7 @@ def stepping(
         return loss.detach(), norm
 
     with learner.attached(settings.backend):
-        yield step, parameters
+        yield step
 
 
 def times(step: Callable[[], Any], device: str, steps: int = 10) -> dict[str, Any]:

@@ -72,6 +72,7 @@ class Call(ctypes.Structure):
         ("packed", c_bool),
         *((name, Index) for name in ("cu_seqlens", "seq_lens", "prefix_index", "prefix_lens", "hidden", "row_ids")),
         ("keep", c_void_p),
+        ("seed", c_void_p),
         ("tf32", c_bool),
     ]
 
@@ -146,6 +147,7 @@ class Builder:
             self.tensor(name, x)
         for name in ("cu_seqlens", "seq_lens", "prefix_index", "prefix_lens", "hidden", "row_ids"):
             self.index(name, getattr(problem, name))
+        self.call.seed = self.pointer(problem.seed_in_memory)
         if problem.keep is not None:
             self.call.keep = self.pointer(problem.keep.contiguous().view(torch.uint8))
         if bias is not None and bias.numel():

@@ -33,10 +33,10 @@ class Learner(ABC):
         """The block in which `forward` is called and run; the model is as it was after it."""
 
     @abstractmethod
-    def forward(self, batch: Batch, seed: int) -> Forward:
+    def forward(self, batch: Batch, seed: int | Tensor) -> Forward:
         """A batch of rows, ready to run, for an objective; `seed` decides what is drawn."""
 
-    def losses(self, batch: Batch, seed: int) -> Tensor:
+    def losses(self, batch: Batch, seed: int | Tensor) -> Tensor:
         """Mean cross-entropy of each row's answer, fp32 (or fp64) `[B]`, in nats."""
         forward = self.forward(batch, seed)
         return row_losses(forward.model, forward.attachment, forward.batch, forward.prompt)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ctkernels.tuning.adapters.lora import ADAPTER, lora_parameters
 from ctkernels.tuning.data.batches import Batch
@@ -110,7 +110,7 @@ class LoraLearner(Learner):
                 for module in modules:
                     module.eval()
 
-    def forward(self, batch: Batch, seed: int) -> Forward:
+    def forward(self, batch: Batch, seed: int | Tensor) -> Forward:
         if self.settings.lora_dropout:  # a resumed run draws what the whole one drew
             drawn = int(fingerprint((seed, batch.row_ids.tolist())), 16)
             torch.default_generator.manual_seed(drawn)

@@ -97,7 +97,7 @@ class PrefixLearner(Learner):
         self._weights: list[Tensor | None] = [None] * len(self._start)
         # of the steps so far, n of them: sum of (1 - ema) ema^(n - i) x_i, and of the weights alone, 1 - ema^n
         self._average = [torch.zeros_like(x, requires_grad=False) for x in self._tensors()] if settings.ema else []
-        self._share = torch.zeros((), dtype=torch.float64)
+        self._share = torch.zeros((), dtype=torch.float64, device=prefix.keys[0].device)
 
     @staticmethod
     def check(model: PreTrainedModel, settings: PrefixOptions, length: int | None = None) -> None:
@@ -126,11 +126,11 @@ class PrefixLearner(Learner):
         with Attachment(self.module, self.model, backend=backend) as self._attachment:
             yield
 
-    def forward(self, batch: Batch, seed: int) -> Forward:
+    def forward(self, batch: Batch, seed: int | Tensor) -> Forward:
         self._attachment.mask = self.mask(batch, seed)
         return Forward(self.model, self._attachment, batch)
 
-    def mask(self, batch: Batch | Rows, seed: int) -> ContextMask:
+    def mask(self, batch: Batch | Rows, seed: int | Tensor) -> ContextMask:
         """What of the prefix rows see."""
         return context_mask(self.settings, self.prefix.segments, batch, seed, self.prefix.length)
 
@@ -157,7 +157,7 @@ class PrefixLearner(Learner):
         """AdamW without decay leaves an entry whose gradient was always zero exactly where it is."""
         if self.settings.frozen_tokens and self.module is self.prefix:
             for tensor in self._layers():
-                tensor.grad[:, : self.settings.frozen_tokens] = 0
+                tensor.grad[:, : self.settings.frozen_tokens].zero_()
 
     @torch.no_grad()
     def after_step(self) -> None:

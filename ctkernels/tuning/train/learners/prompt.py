@@ -61,7 +61,7 @@ class PromptLearner(Learner):
         with Attachment(empty_prefix(self.model), self.model, backend=backend) as self._attachment:
             yield
 
-    def forward(self, batch: Batch, seed: int) -> Forward:
+    def forward(self, batch: Batch, seed: int | Tensor) -> Forward:
         segments, length = self.prompt.segments, self.prompt.length
         self._attachment.mask = context_mask(self.settings, segments, batch, seed, length, in_row=True)
         return Forward(self.model, self._attachment, batch, self._embeddings())
@@ -71,7 +71,7 @@ class PromptLearner(Learner):
 
     def before_step(self) -> None:
         if self._radii is not None:
-            self.prompt.embeddings.grad[self._radii == 0] = 0
+            self.prompt.embeddings.grad.masked_fill_((self._radii == 0)[:, None], 0)
 
     @torch.no_grad()
     def after_step(self) -> None:
