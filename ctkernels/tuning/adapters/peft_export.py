@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ctkernels.tuning.adapters.adapter import Adapter
 from ctkernels.tuning.adapters.compose import moved
-from ctkernels.tuning.adapters.file import check_finite
+from ctkernels.tuning.adapters.file import CHECKSUM, check_finite, checksum
 from ctkernels.tuning.adapters.prefix import KVPrefix
 from ctkernels.tuning.storage import atomic_file, check_target
 
@@ -130,6 +130,7 @@ def write_peft(
     check_finite(own, directory)
     if header:  # so that the weights alone say all, should the two files ever be of two exports
         header = {**header, EXPORTED: described.decode()}
+        header[CHECKSUM] = checksum(header[HEADER] + header[EXPORTED], own)
     check_target(directory, folder=True)
     with atomic_file(directory / WEIGHTS) as weights, atomic_file(directory / CONFIG) as configuration:
         weights.write_bytes(safetensors.torch.save(own, {"format": "pt", **(header or {})}))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ctkernels.tuning.adapters.adapter import Adapter
-from ctkernels.tuning.adapters.file import PrefixFileError, faults, read_tensors, require_finite
+from ctkernels.tuning.adapters.file import CHECKSUM, PrefixFileError, checksum, faults, read_tensors, require_finite
 from ctkernels.tuning.adapters.lora import Lora
 from ctkernels.tuning.adapters.peft_export import CONFIG, EMBEDDINGS, EXPORTED, HEADER, WEIGHTS
 from ctkernels.tuning.adapters.prefix import KVPrefix, PrefixMetadata
@@ -144,6 +144,11 @@ def _read_pair(directory: Path, allow_pickle: bool) -> tuple[dict[str, Any], dic
         config = _read_config(directory / CONFIG)
         metadata, tensors = _read_weights(directory, allow_pickle)
         with faults(directory / WEIGHTS):
+            text = metadata.get(HEADER, "") + metadata.get(EXPORTED, "")
+            if metadata.get(CHECKSUM, "") not in ("", checksum(text, tensors)):  # exports of earlier versions have none
+                raise ValueError(
+                    "damaged: its tensors or their description are not those that were exported (checksum)"
+                )
             exported = json.loads(metadata.get(EXPORTED, "null"))
             header = json.loads(metadata.get(HEADER, "{}"))
             if not isinstance(header, dict) or not isinstance(exported, dict | None):

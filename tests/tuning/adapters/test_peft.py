@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import CartridgeConfig, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ctkernels import cli
@@ -369,3 +370,19 @@ def test_offsets_of_options_come_back(tmp_path):
         with pytest.warns(UserWarning, match="belong to both parts of this adapter and are left out"):
             export_peft(both, tmp_path / "both", kind)
         assert import_peft(tmp_path / "both", model).offsets is None
+
+
+def test_a_changed_value_is_found_by_the_checksum(tmp_path):
+    """In what this library exported; adapters of peft, and exports of earlier versions, have none and are read."""
+    model = make_model("llama")
+    export_peft(tuned(model), tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+    with pytest.raises(PrefixFileError, match=r"adapter_model\.safetensors: damaged: .* \(checksum\)"):
+        import_peft(tmp_path, model)
+    with safe_open(path, "pt") as file:
+        header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    del header["checksum"]
+    save_file(tensors, path, header)
+    assert import_peft(tmp_path, model).prefix.length == len(CONTEXT)

@@ -22,7 +22,7 @@ from ctkernels.tuning.adapters.file import PrefixFileError
 from ctkernels.tuning.adapters.lora import Lora
 from ctkernels.tuning.evaluation.calibration import Offsets
 
-checksum = file._checksum
+checksum = file.checksum
 ROWS = torch.stack([tokens(5, seed=n) for n in range(3)])
 NAMES = ["routing", "a/b: Ä.x", ".hidden"]
 SIZE = 3 * 2 * 2 * 8 * 4  # bytes of a prefix in fp32, per token
@@ -284,7 +284,7 @@ def test_damaged_bytes_are_found_when_a_file_is_first_read(store, model, prefixe
 
 def test_a_file_is_compared_once_until_it_is_replaced(store, prefixes, monkeypatch):
     compared = []
-    monkeypatch.setattr(file, "_checksum", lambda *args: compared.append(args) or checksum(*args))
+    monkeypatch.setattr(file, "checksum", lambda *args: compared.append(args) or checksum(*args))
     store.memory_bytes = 0
     for _ in range(3):
         store.get("routing")
