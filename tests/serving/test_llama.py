@@ -3,6 +3,7 @@
 import struct
 import tracemalloc
 from contextlib import nullcontext
+from io import BytesIO
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from gguf import GGMLQuantizationType, quants
 from ctkernels import cli
 from ctkernels.serving.llama import SlotError, export_llama
 from ctkernels.serving.llama.cells import BF16, F16, F32, Q8_0, decode, encode
+from ctkernels.serving.llama.slot import read_slot
 from ctkernels.testing.models import tokens
 from ctkernels.testing.tasks import char_tokenizer
 from ctkernels.tuning import Adapter, KVPrefix
@@ -217,10 +219,12 @@ def test_cut_off_anywhere(served, tmp_path, kind):
     data = path.read_bytes()
     ends = {len(data[: data.find(b"SCKP")])} if kind.checkpoint else set()  # a whole file, without its checkpoint
     for end in range(0, len(data), 97):
-        path.write_bytes(data[:end])
         if end not in ends:
             with pytest.raises(SlotError):
-                export_llama(tuned, path, tmp_path / "tuned.bin", model)
+                read_slot(BytesIO(data[:end]), end)
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(SlotError, match=r"template\.bin: the file ends within"):
+        export_llama(tuned, path, tmp_path / "tuned.bin", model)
     assert not (tmp_path / "tuned.bin").exists()
 
 
@@ -230,24 +234,25 @@ def test_hostile_numbers_are_refused_before_anything_is_allocated(served, tmp_pa
     path = template(served, tmp_path, "gemma3", Kind(checkpoint=5))
     data = path.read_bytes()
     appendix = data.index(b"SCKP")
-    headers = [*range(0, KEYS, 4), KEYS + 4, KEYS + 8, *range(appendix, appendix + 200, 4)]
+    headers = [*range(0, KEYS + 12, 4), *range(appendix, appendix + 44, 4)]
     free = {appendix + 12, appendix + 16, appendix + 20, appendix + 24}  # what is unread
     for at in headers:
         for value in (0xFFFFFFFF, 0x7FFFFFFF):
             hostile = changed(data, at, "I", value)
-            if hostile == data:
-                continue
-            path.write_bytes(hostile)
             tracemalloc.start()
             try:
-                export_llama(tuned, path, tmp_path / "tuned.bin", model, overwrite=True)
-                assert at in free or appendix + 52 <= at, at
+                read_slot(BytesIO(hostile), len(hostile))
+                accepted = hostile != data and at not in free
             except SlotError:
-                pass
+                accepted = False
             finally:
                 peak = tracemalloc.get_traced_memory()[1]
                 tracemalloc.stop()
             assert peak < 1 << 20, at
+            if accepted:  # a token or a position, which mean something beside the prefix alone
+                path.write_bytes(hostile)
+                with pytest.raises(SlotError):
+                    export_llama(tuned, path, tmp_path / "tuned.bin", model)
 
 
 def test_slots_of_other_contexts_and_models(served, tmp_path):
