@@ -18,6 +18,7 @@ MODEL ?=
 OUT ?=
 RESULTS := $(or $(OUT),benchmarks/results)
 CUDA_TORCH ?= torch==2.14.1
+XLLAMACPP ?= xllamacpp==2026.10.11549
 OLDEST ?= torch==2.6.0
 BETWEEN ?= torch==2.11.0
 NEWEST ?= torch==2.14.1
@@ -31,7 +32,7 @@ SOURCES := setup.py $(filter csrc/% python_bindings/%,$(CXX_FILES))
 TORCH_BRINGS_TRITON := import importlib.metadata as m, sys; sys.exit(not any(r.startswith('triton') for r in m.requires('torch') or []))
 SANITIZE := -g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-.PHONY: demo test test-models test-gpu-full bench bench-full bench-many profile reproduce torture fuzz gpu-check gpu-check-dry \
+.PHONY: demo test test-models test-gpu-full bench bench-full bench-many profile reproduce torture fuzz llama-check gpu-check gpu-check-dry \
   gpu-report cuda-bindings mutations-cuda lint format sanitize wheel wheel-check test-bounds test-torch docs clean
 
 demo: .venv/built
@@ -110,6 +111,11 @@ torture: .venv/built
 fuzz: .venv/built
 	OMP_NUM_THREADS=1 .venv/bin/python -m tools.fuzz --cases $(or $(N),2000) --first $(or $(FIRST),0) \
 	  --on $(or $(ON),cpu) --out $(or $(OUT),tools/fuzz/results)
+
+# Prefixes in a real llama-server (xllamacpp, in .venv-llama): greedy tokens beside those of generate, on the models that
+# MODELS names. Downloads 860 MB, writes 4 GB to .models/llama and the report to tools/llama/results; half an hour.
+llama-check: .venv/built .venv-llama/installed
+	OMP_NUM_THREADS=1 .venv/bin/python -m tools.llama $(if $(MODELS),--models $(MODELS)) $(if $(OUT),--out $(OUT))
 
 # On a machine with a GPU: is the op right there, and how fast. Writes runs/gpu-check/gpu_check.md and .json (docs/gpu.md).
 # Where PYTHON is given, it runs as it is, without .venv and without a network:
@@ -218,6 +224,11 @@ test-torch:
 	.venv-cuda/bin/pip --quiet install "$(CUDA_TORCH)"
 	grep -E '^(ninja|numpy|nvidia-cuda-(cccl|crt|nvcc)|nvidia-nvvm|packaging|setuptools)==' requirements.txt > $@.txt
 	.venv-cuda/bin/pip --quiet install --no-deps -r $@.txt
+	touch $@
+
+.venv-llama/installed:
+	test -x .venv-llama/bin/python || $(PYTHON) -m venv .venv-llama
+	.venv-llama/bin/pip --quiet install --no-deps "$(XLLAMACPP)"
 	touch $@
 
 .venv/built: .venv/installed $(SOURCES) pyproject.toml

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 # what the files of a folder may import besides their own folder and installed packages
 FOLDERS = {
     "ctkernels": set(),
-    "tools": {"ctkernels", "benchmarks"},
+    "tools": {"ctkernels", "benchmarks", "examples"},
     "benchmarks": {"ctkernels"},
     "examples": {"ctkernels"},
     "docs": {"ctkernels"},

@@ -36,7 +36,7 @@ HELP = """usage: ctkernels COMMAND [OPTIONS]
 
   tune   adapt a model to the demonstrations of a task and save the adapter
   eval   evaluate methods or saved prefixes on test items, or methods on all tasks of a suite (--suite)
-  export write a saved adapter in peft's format
+  export write a saved adapter in peft's format, or as a slot file of llama-server
   import save an adapter of peft as ours
   models which model classes are served, and why others are not
   env    versions, CPU features, and which backends are available
@@ -271,10 +271,14 @@ def eval_command(argv: list[str]) -> None:
 
 
 def export_command(argv: list[str]) -> None:
-    """`ctkernels export`: a saved adapter in peft's format."""
+    """`ctkernels export`: a saved adapter in the format of another program."""
     from ctkernels.cli.options import ExportConfig
 
     config = CommandLine("ctkernels export", argv).parse(ExportConfig)
+    if config.to == "llama-server":
+        return _export_llama(config)
+    if config.template is not None or config.overwrite:
+        raise UsageError("template and overwrite are for --to llama-server")
     adapter, out = _folders(config)
 
     from ctkernels.tuning.adapters.adapter import Adapter
@@ -285,6 +289,27 @@ def export_command(argv: list[str]) -> None:
         Adapter.from_pretrained(adapter, model, allow_other_weights=config.allow_other_weights), out, config.kind, model
     )
     print(f"saved {out} for peft")
+
+
+def _export_llama(config: ExportConfig) -> None:
+    needed = {"adapter": "a folder", "out": "a slot file", "template": "a slot file", "model": "a folder or hub id"}
+    for name, what in needed.items():
+        if not getattr(config, name):
+            raise UsageError(f"{name} is required for llama-server: {what} (--{name})")
+    if config.kind is not None:
+        raise UsageError("kind is for --to peft")
+
+    from ctkernels.serving.llama import export_llama
+    from ctkernels.tuning.adapters.adapter import Adapter
+
+    model, tokenizer = load_model(config)
+    adapter = Adapter.from_pretrained(config.adapter, model, tokenizer, config.allow_other_weights)
+    done = export_llama(adapter, config.template, config.out, model, config.overwrite)
+    kinds, order = " and ".join(done.cells), "interleaved" if done.interleaved else "in the model's order"
+    print(
+        f"saved {config.out} for llama-server: {done.tokens} tokens, {done.layers} layers of {kinds}, keys {order}; "
+        f"template and model differ by {done.keys:.2g} (keys) and {done.values:.2g} (values) on the template's tokens"
+    )
 
 
 def import_command(argv: list[str]) -> None:

@@ -240,17 +240,24 @@ class EvalConfig(TrainOptions, DataOptions, ModelOptions):
 
 @dataclass(frozen=True)
 class ExportConfig(ModelOptions):
-    """Write a saved adapter in peft's format, which `PeftModel.from_pretrained` loads.
+    """Write a saved adapter for another program: in peft's format, which `PeftModel.from_pretrained` loads, or as a
+    slot file, which llama-server restores.
 
-    The model is needed only for a prefix whose rows do not begin right behind it.
+    The model is needed for llama-server, and for peft with a prefix whose rows do not begin right behind it.
     """
 
     adapter: Path | None = None
     """Folder of a saved adapter or prefix, or of a run of tune (required)."""
     out: Path | None = None
-    """Folder for peft (required)."""
+    """Folder for peft, or slot file for llama-server (required)."""
+    to: Literal["peft", "llama-server"] = "peft"
+    """Which program reads it."""
     kind: Kind | None = None
-    """What to write; default: prompt-tuning for a soft prompt, else cartridge. Required for a LoRA update."""
+    """For peft: what to write; default: prompt-tuning for a soft prompt, else cartridge. Required for a LoRA update."""
+    template: Path | None = None
+    """For llama-server: a slot file that your server saved when it had processed as many tokens as the prefix has."""
+    overwrite: bool = False
+    """For llama-server: replace the slot file that lies at OUT."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ and demonstrations in words come along where the method has them.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -189,9 +188,6 @@ class Adapter:
                 lora = Lora(update["rank"], update["alpha"], tuple(update["targets"]), tensors=own)
                 lora.check(model)
             demonstrations = tuple(Demonstration(**pair) for pair in description.get("demonstrations", ()))
-            offsets = Offsets(**description["offsets"]) if "offsets" in description else None
-            if offsets is not None and not all(map(math.isfinite, offsets.values.values())):
-                raise ValueError(f"its offsets of the options must be finite, got {offsets.values}")
-            adapter = cls(prefix, prompt, lora, demonstrations, offsets)
+            adapter = cls(prefix, prompt, lora, demonstrations, Offsets.of(description))
             _ = adapter.text_format  # raises what is wrong with it here, where the file is known
         return adapter

@@ -113,7 +113,7 @@ def write_file(
     check_finite(own, path)
     # not `save_file`: it writes to a temporary file of its own, which a killed process leaves behind, makes files that
     # no other user can read, and its errors are not OSErrors
-    header = {"format": "pt", HEADER: text, CHECKSUM: _checksum(text, own)}
+    header = {"format": "pt", HEADER: text, CHECKSUM: checksum(text, own)}
     atomic_write_bytes(path, safetensors.torch.save(own, header))
 
 
@@ -160,7 +160,7 @@ def read_file(path: str | os.PathLike, kind: Kind, mapped: bool = False, verify:
     with faults(path):
         header, tensors = _map(path) if mapped else _load(path)
         description, text = _of_format(kind, _description(header)), header.get(HEADER)
-        if verify and text is not None and header[CHECKSUM] != _checksum(text, tensors):
+        if verify and text is not None and header[CHECKSUM] != checksum(text, tensors):
             raise ValueError("damaged: its tensors or their description are not those that were written (checksum)")
         if verify:
             require_finite(tensors)
@@ -319,7 +319,8 @@ def _of_format(kind: Kind, description: Any) -> dict[str, Any]:
     return description
 
 
-def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+def checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """Of a description and of tensors, 64 hexadecimal digits."""
     return hashlib.sha256(f"{text}\0{combined(digests(tensors.items()))}".encode()).hexdigest()
 
 

@@ -7,8 +7,8 @@
     lora             A and B of an update of the weights               LORA
 
 peft keeps one tensor for all layers, `[P, layers * 2 * Hk * D]`: for each token and layer the key, then the value. It
-lets rows begin at position P. What it has no place for (demonstrations, text format, model hash) lies in the header of
-the safetensors file, where `peft_import.py` finds it and peft does not look.
+lets rows begin at position P. What it has no place for (demonstrations, text format, model hash, offsets of options)
+lies in the header of the safetensors file, where `peft_import.py` finds it and peft does not look.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,8 +26,8 @@ from torch import Tensor
 
 from ctkernels.tuning.adapters.adapter import Adapter
 from ctkernels.tuning.adapters.compose import moved
-from ctkernels.tuning.adapters.file import check_finite
-from ctkernels.tuning.adapters.prefix import KVPrefix, PrefixMetadata
+from ctkernels.tuning.adapters.file import CHECKSUM, check_finite, checksum
+from ctkernels.tuning.adapters.prefix import KVPrefix
 from ctkernels.tuning.storage import atomic_file, check_target
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ def export_peft(
         model: needed for a prefix alone whose rows do not begin at position P (tokens left out or merged, parts that
             share positions): peft's do, so that all keys are moved.
 
-    Warns where the adapter also puts demonstrations in words (ipt), which have no place in the file.
+    Warns where the adapter also puts demonstrations in words (ipt), which have no place in the file, and where it has
+    offsets of options that belong to a LoRA update and a prefix of demonstrations together.
     A prefix beside a LoRA update belongs to the updated weights: in peft, merge the update first, then load the prefix.
 
     Raises:
@@ -75,7 +76,7 @@ def export_peft(
         config = replace(
             adapter.lora.config(metadata.model_class), base_model_name_or_path=model_id, inference_mode=True
         )
-        return write_peft(directory, config, adapter.lora.tensors, _header(adapter.prefix.segments, metadata))
+        return write_peft(directory, config, adapter.lora.tensors, _header(adapter, adapter.prefix.segments))
     if adapter.demonstrations:
         warnings.warn("peft has no place for the demonstrations that this adapter puts in words", stacklevel=2)
     if kind == "prompt-tuning":
@@ -84,12 +85,17 @@ def export_peft(
         described = _from_own_length(adapter.prefix, model)
         tensor = flat_cache(described)
     config = _prompt_config(kind, described, model_id)
-    write_peft(directory, config, {EMBEDDINGS: tensor}, _header(described.segments, metadata))
+    write_peft(directory, config, {EMBEDDINGS: tensor}, _header(adapter, described.segments))
 
 
-def _header(segments: Tensor, metadata: PrefixMetadata) -> dict[str, str]:
-    described = {**vars(metadata), "settings": dict(metadata.settings)}
-    return {HEADER: json.dumps({"segments": segments.tolist(), "metadata": described})}
+def _header(adapter: Adapter, segments: Tensor) -> dict[str, str]:
+    metadata = adapter.prefix.metadata
+    described = {"segments": segments.tolist(), "metadata": {**vars(metadata), "settings": dict(metadata.settings)}}
+    if adapter.offsets is not None and adapter.lora is not None and adapter.prefix.num_demonstrations:
+        warnings.warn("the offsets of the options belong to both parts of this adapter and are left out", stacklevel=3)
+    elif adapter.offsets is not None:
+        described["offsets"] = asdict(adapter.offsets)
+    return {HEADER: json.dumps(described)}
 
 
 def flat_cache(prefix: KVPrefix) -> Tensor:
@@ -124,6 +130,7 @@ def write_peft(
     check_finite(own, directory)
     if header:  # so that the weights alone say all, should the two files ever be of two exports
         header = {**header, EXPORTED: described.decode()}
+        header[CHECKSUM] = checksum(header[HEADER] + header[EXPORTED], own)
     check_target(directory, folder=True)
     with atomic_file(directory / WEIGHTS) as weights, atomic_file(directory / CONFIG) as configuration:
         weights.write_bytes(safetensors.torch.save(own, {"format": "pt", **(header or {})}))

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from ctkernels.tuning.adapters.adapter import Adapter
-from ctkernels.tuning.adapters.file import PrefixFileError, faults, read_tensors, require_finite
+from ctkernels.tuning.adapters.file import CHECKSUM, PrefixFileError, checksum, faults, read_tensors, require_finite
 from ctkernels.tuning.adapters.lora import Lora
 from ctkernels.tuning.adapters.peft_export import CONFIG, EMBEDDINGS, EXPORTED, HEADER, WEIGHTS
 from ctkernels.tuning.adapters.prefix import KVPrefix, PrefixMetadata
 from ctkernels.tuning.adapters.prompt import SoftPrompt
 from ctkernels.tuning.data.formats import TextFormat, start_tokens
+from ctkernels.tuning.evaluation.calibration import Offsets
 from ctkernels.tuning.hf.encode import encode_tokens
 from ctkernels.tuning.hf.models import Decoder, find_decoder
 from ctkernels.tuning.storage import open_regular
@@ -100,10 +101,10 @@ def import_peft(
 ) -> Adapter:
     """Read a CARTRIDGE, PREFIX_TUNING, PROMPT_TUNING or LORA adapter from a local folder, on the model's device.
 
-    What `export_peft` wrote comes back with its demonstrations and settings; in what peft wrote, no token belongs to a
-    demonstration. `tokenizer` is recorded in the metadata of what peft wrote, and says whether a LoRA update's
-    sequences start with BOS (without one they do not). `allow_pickle` also reads adapter_model.bin, of a peft before
-    safetensors: a pickle, of which torch reads tensors alone. `allow_other_weights`: as in
+    What `export_peft` wrote comes back with its demonstrations, settings and offsets of options; in what peft wrote, no
+    token belongs to a demonstration. `tokenizer` is recorded in the metadata of what peft wrote, and says whether a
+    LoRA update's sequences start with BOS (without one they do not). `allow_pickle` also reads adapter_model.bin, of a
+    peft before safetensors: a pickle, of which torch reads tensors alone. `allow_other_weights`: as in
     `KVPrefix.from_pretrained`.
 
     Raises:
@@ -132,7 +133,8 @@ def import_peft(
             metadata if header else replace(metadata, model_id=config.get("base_model_name_or_path"), weights=None)
         )
         made_for.check_weights(decoder.model, path, allow_other_weights)
-        return read(decoder, Source(config, tensors, segments, metadata, tokenizer))
+        adapter = read(decoder, Source(config, tensors, segments, metadata, tokenizer))
+        return replace(adapter, offsets=Offsets.of(header))
 
 
 def _read_pair(directory: Path, allow_pickle: bool) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
@@ -142,6 +144,11 @@ def _read_pair(directory: Path, allow_pickle: bool) -> tuple[dict[str, Any], dic
         config = _read_config(directory / CONFIG)
         metadata, tensors = _read_weights(directory, allow_pickle)
         with faults(directory / WEIGHTS):
+            text = metadata.get(HEADER, "") + metadata.get(EXPORTED, "")
+            if metadata.get(CHECKSUM, "") not in ("", checksum(text, tensors)):  # exports of earlier versions have none
+                raise ValueError(
+                    "damaged: its tensors or their description are not those that were exported (checksum)"
+                )
             exported = json.loads(metadata.get(EXPORTED, "null"))
             header = json.loads(metadata.get(HEADER, "{}"))
             if not isinstance(header, dict) or not isinstance(exported, dict | None):

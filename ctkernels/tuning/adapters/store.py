@@ -17,6 +17,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,9 +25,11 @@ from urllib.parse import unquote
 
 import torch
 
-from ctkernels.tuning.adapters.file import MappedFile, PrefixFileError, faults, read_file, write_file
+from ctkernels.tuning.adapters.adapter import Adapter
+from ctkernels.tuning.adapters.file import MappedFile, PrefixFileError, faults, read_file, read_header, write_file
 from ctkernels.tuning.adapters.prefix import KVPrefix
 from ctkernels.tuning.adapters.prefix_set import PrefixSet
+from ctkernels.tuning.evaluation.calibration import Offsets
 from ctkernels.tuning.hf.attach import Attachment, check_fit
 from ctkernels.tuning.hf.models import find_decoder
 from ctkernels.tuning.storage import check_target, file_name
@@ -99,18 +102,29 @@ class PrefixStore:
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
-    def put(self, name: str, prefix: KVPrefix) -> None:
-        """Write a prefix, replacing one of this name in one step; batches that read the old one go on with it.
+    def put(self, name: str, prefix: KVPrefix | Adapter) -> None:
+        """Write a prefix, replacing one of this name in one step; batches that read the old one go on with it. Of an
+        adapter the offsets of its options are written, too.
 
         Raises:
-            ValueError: a prefix for another model; a value that is not finite; a name that is empty or too long.
+            ValueError: a prefix for another model; a value that is not finite; a name that is empty or too long; an
+                adapter with more than a prefix: an update of the weights, demonstrations in words.
             OutputError: the store's directory is no folder, or something else than a file has the name.
             OSError: the disk; the old prefix is unharmed.
         """
+        offsets: Offsets | None = None
+        if isinstance(prefix, Adapter):
+            if prefix.lora is not None:
+                raise ValueError("a store holds prefixes, and does not apply the LoRA update that this adapter has")
+            if prefix.demonstrations:
+                raise ValueError("a store holds prefixes, and not the demonstrations in words that this adapter has")
+            prefix, offsets = prefix.prefix, prefix.offsets
         check_fit(prefix, self._decoder)
         check_target(self.directory, folder=True)
         path, dtype = self._path(name), self.dtype or prefix.keys[0].dtype
         description, tensors = prefix.parts()
+        if offsets is not None:
+            description["offsets"] = asdict(offsets)
         write_file(path, "adapter", description, {key: x.detach().to("cpu", dtype) for key, x in tensors.items()})
         with self._lock:
             self._forget(name)
@@ -160,6 +174,18 @@ class PrefixStore:
             self._keep(version, prefix)
         loading.set_result(prefix)
         return prefix
+
+    def offsets(self, name: str) -> Offsets | None:
+        """What is subtracted from the losses of the task's options (`Adapter.offsets`), or None; read from disk.
+
+        Raises:
+            PrefixFileError: as `get`.
+        """
+        path = self._path(name)
+        if not path.is_file():
+            raise self._unknown(name)
+        with faults(path):
+            return Offsets.of(read_header(path))
 
     def attach(self, names: Sequence[str], backend: str | None = None) -> Attachment:
         """A context manager in which row b of a batch reads the prefix `names[b]` (see `PrefixSet.attach`).

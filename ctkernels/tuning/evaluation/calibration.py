@@ -12,9 +12,10 @@ Offsets belong to one set of options, which all items have to share, and to one 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,6 +40,20 @@ class Offsets:
     calibrate: Calibrate
     score: Score
     values: dict[str, float]
+
+    @classmethod
+    def of(cls, description: Mapping[str, Any]) -> Offsets | None:
+        """Those in the description of a file, or None.
+
+        Raises:
+            ValueError: values that are not finite.
+        """
+        if "offsets" not in description:
+            return None
+        offsets = cls(**description["offsets"])
+        if not all(map(math.isfinite, offsets.values.values())):
+            raise ValueError(f"its offsets of the options must be finite, got {offsets.values}")
+        return offsets
 
     def fits(self, items: Sequence[Demonstration], score: Score) -> bool:
         """Whether they are of the options of all items, and of that form of the score."""

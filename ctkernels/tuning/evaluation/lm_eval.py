@@ -10,6 +10,7 @@ harness gets only those of a request's own tokens.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,6 +33,10 @@ class PrefixLM(HFLM):
     A request's text directly follows the demonstrations. To get the same form as in tuning, let a task's `doc_to_text`
     begin with the delimiter of the text format (by default a space). An empty context is the harness's prefix token, as
     without a prefix.
+
+    Offsets of options that are stored with an adapter are not used, and a warning says so: the harness is given the
+    log-likelihood of one answer at a time, compares them as sums or per byte, and derives perplexities from the same
+    numbers, while offsets belong to one form of the loss (`Offsets.score`). `Adapter.evaluate` uses them.
 
     Args:
         pretrained: hub id, folder, or a loaded model of the class and configuration that the prefix was made for.
@@ -60,6 +65,11 @@ class PrefixLM(HFLM):
             adapter = Adapter.from_pretrained(prefix, self.model, self.tokenizer, allow_other_weights)
         adapter.prefix.to(self.device)
         adapter.prefix.attach(self.model).detach()  # raises an error now if the prefix does not fit
+        if adapter.offsets is not None:
+            warnings.warn(
+                "the offsets of this adapter's options are not used by lm-eval; Adapter.evaluate uses them",
+                stacklevel=2,
+            )
         self.adapter = adapter
 
     @property

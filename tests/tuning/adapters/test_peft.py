@@ -1,10 +1,12 @@
 """Adapters in peft's format: peft itself loads ours and computes the same, and what peft saved loads into ours."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from peft import CartridgeConfig, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ctkernels import cli
@@ -20,6 +22,7 @@ from ctkernels.tuning import Adapter, KVPrefix, SoftPrompt, export_peft, import_
 from ctkernels.tuning.adapters.file import PrefixFileError
 from ctkernels.tuning.adapters.lora import Lora, lora_parameters, lora_targets
 from ctkernels.tuning.adapters.prefix import PrefixMetadata, tokenizer_hash
+from ctkernels.tuning.evaluation.calibration import Offsets
 from tests.tuning.runs import ITEMS, TOKENIZER, run
 
 pytestmark = [
@@ -347,3 +350,39 @@ def test_from_the_shell(files, tmp_path, capsys):
     assert capsys.readouterr().err == "ctkernels: error: out is required: a folder (--out)\n"
     assert cli.run(["export", "--adapter", saved, "--out", f"{tmp_path}/lora", "--kind", "lora"]) == 2
     assert "has no LoRA update" in capsys.readouterr().err and not (tmp_path / "lora").exists()
+
+
+def test_offsets_of_options_come_back(tmp_path):
+    """In the header of each kind; those of an adapter of two parts belong to neither."""
+    model = make_model("llama")
+    offsets = Offsets("batch", "mean", {"warm": 0.5, "cold": -0.25})
+    empty = KVPrefix.from_tokens(model, CONTEXT[:1], torch.tensor([1]))
+    adapters = {
+        "cartridge": Adapter(tuned(model), offsets=offsets),
+        "prompt-tuning": replace(tuned_prompt(model), offsets=offsets),
+        "lora": Adapter(empty, lora=update(model), offsets=offsets),
+    }
+    for kind, adapter in adapters.items():
+        export_peft(adapter, tmp_path / kind, kind)
+        assert import_peft(tmp_path / kind, model).offsets == offsets
+    both = Adapter(tuned(model), lora=update(model), offsets=offsets)
+    for kind in ("lora", "cartridge"):
+        with pytest.warns(UserWarning, match="belong to both parts of this adapter and are left out"):
+            export_peft(both, tmp_path / "both", kind)
+        assert import_peft(tmp_path / "both", model).offsets is None
+
+
+def test_a_changed_value_is_found_by_the_checksum(tmp_path):
+    """In what this library exported; adapters of peft, and exports of earlier versions, have none and are read."""
+    model = make_model("llama")
+    export_peft(tuned(model), tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+    with pytest.raises(PrefixFileError, match=r"adapter_model\.safetensors: damaged: .* \(checksum\)"):
+        import_peft(tmp_path, model)
+    with safe_open(path, "pt") as file:
+        header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    del header["checksum"]
+    save_file(tensors, path, header)
+    assert import_peft(tmp_path, model).prefix.length == len(CONTEXT)

@@ -15,12 +15,14 @@ import safetensors.torch
 import torch
 
 from ctkernels.testing.models import make_model, tokens
+from ctkernels.testing.tasks import DEMONSTRATIONS
 from ctkernels.tuning import Adapter, KVPrefix, PrefixSet, PrefixStore
 from ctkernels.tuning.adapters import file
 from ctkernels.tuning.adapters.file import PrefixFileError
 from ctkernels.tuning.adapters.lora import Lora
+from ctkernels.tuning.evaluation.calibration import Offsets
 
-checksum = file._checksum
+checksum = file.checksum
 ROWS = torch.stack([tokens(5, seed=n) for n in range(3)])
 NAMES = ["routing", "a/b: Ä.x", ".hidden"]
 SIZE = 3 * 2 * 2 * 8 * 4  # bytes of a prefix in fp32, per token
@@ -63,6 +65,23 @@ def test_what_is_put_is_read(store, model, prefixes):
         with again.attach([name] * 3) as attachment:
             assert attachment.prefix is read  # in place, not a copy
             assert torch.equal(model(ROWS).logits, expected)
+
+
+def test_offsets_of_an_adapter(store, model, prefixes):
+    """Also through another store; a prefix alone has none, and takes away those of what it replaces."""
+    offsets = Offsets("batch", "mean", {"warm": 0.5, "cold": -0.25})
+    store.put("task", Adapter(prefixes[0], offsets=offsets))
+    again = PrefixStore(store.directory, model)
+    assert again.offsets("task") == offsets and same(again.get("task"), prefixes[0])
+    assert Adapter.from_pretrained(store.directory / "task.safetensors").offsets == offsets
+    assert again.offsets(NAMES[0]) is None
+    again.put("task", prefixes[1])
+    assert again.offsets("task") is None
+    with pytest.raises(PrefixFileError, match="no prefix named 'tusk'; near names are 'task'"):
+        store.offsets("tusk")
+    for more, name in (({"lora": Lora(2, 3.0, ("q_proj",))}, "LoRA"), ({"demonstrations": DEMONSTRATIONS}, "in words")):
+        with pytest.raises(ValueError, match=name):
+            store.put("task", Adapter(prefixes[0], **more))
 
 
 @torch.no_grad()
@@ -265,7 +284,7 @@ def test_damaged_bytes_are_found_when_a_file_is_first_read(store, model, prefixe
 
 def test_a_file_is_compared_once_until_it_is_replaced(store, prefixes, monkeypatch):
     compared = []
-    monkeypatch.setattr(file, "_checksum", lambda *args: compared.append(args) or checksum(*args))
+    monkeypatch.setattr(file, "checksum", lambda *args: compared.append(args) or checksum(*args))
     store.memory_bytes = 0
     for _ in range(3):
         store.get("routing")

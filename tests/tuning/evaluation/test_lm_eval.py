@@ -20,6 +20,7 @@ from ctkernels.testing.models import make_model, tokens
 from ctkernels.testing.tasks import BOS, DEMONSTRATIONS, char_tokenizer, ids, write_jsonl
 from ctkernels.tuning import Adapter, KVPrefix, get_method, tune
 from ctkernels.tuning.adapters.file import PrefixFileError
+from ctkernels.tuning.evaluation.calibration import Offsets
 from ctkernels.tuning.evaluation.lm_eval import NAME, PrefixLM
 
 CONTEXT = torch.tensor(ids("red_brick_warm_snow_cold"))
@@ -222,3 +223,12 @@ def test_what_is_refused(llama, prefix, saved):
         PrefixLM(llama, replace(Adapter(prefix), demonstrations=tuple(DEMONSTRATIONS)), tokenizer=tokenizer, **SETTINGS)
     with pytest.raises(ValueError, match="prefix layer 0 has 2 KV heads"):
         PrefixLM(make_model("llama", num_key_value_heads=4), prefix, tokenizer=tokenizer, **SETTINGS)
+
+
+def test_offsets_are_not_used_and_a_warning_says_so(llama, lm, prefix):
+    offsets = Offsets("batch", "mean", {" ok": 5.0, " cold": 0.0})
+    with pytest.warns(UserWarning, match=r"are not used by lm-eval; Adapter\.evaluate uses them"):
+        other = PrefixLM(llama, Adapter(prefix, offsets=offsets), tokenizer=char_tokenizer(), **SETTINGS)
+    pairs = [(TEXTS[0][0], answer) for answer in offsets.values]
+    first, second = (x.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True) for x in (lm, other))
+    assert first == second

@@ -251,6 +251,12 @@ def test_finished_cells_of_another_sweep_are_refused(model, folder, tmp_path):
     with pytest.raises(SweepError, match="model was"):
         run_sweep(other, TOKENIZER, sweep, Workers(), Quiet(), lambda: accepted.append(1))
     assert [path.read_bytes() for path in files] == before and not accepted
+    whole = json.loads(before[1])
+    files[1].write_text(json.dumps(whole | {"score": whole["score"] + 0.25}))
+    with pytest.raises(SweepError, match=r"taste/icl/21\.json is not the result of a cell \(.* another checksum\)"):
+        run_sweep(model, TOKENIZER, sweep, Workers(), Quiet())
+    files[1].write_text(json.dumps({name: value for name, value in whole.items() if name != "checksum"}, indent=4))
+    run_sweep(model, TOKENIZER, sweep, Workers(), Quiet())  # cells of earlier versions have none
     files[1].write_text("{}")
     with pytest.raises(SweepError, match=r"taste/icl/21\.json is not the result of a cell .* remove it"):
         run_sweep(model, TOKENIZER, sweep, Workers(), Quiet())

@@ -17,6 +17,7 @@ from typing import Any
 from ctkernels.tuning.evaluation.sweep.spec import MethodSpec
 from ctkernels.tuning.storage import atomic_write_json, open_regular
 
+CHECKSUM = "checksum"
 LONGEST_NAME = 200  # bytes; file systems take 255
 
 
@@ -81,8 +82,8 @@ class CellResult:
     majority: dict[str, Any] | None = None
 
     def write(self, path: Path) -> None:
-        """Replace the cell's file."""
-        atomic_write_json(path, asdict(self))
+        """Replace the cell's file, which has a checksum of the result."""
+        atomic_write_json(path, {**asdict(self), CHECKSUM: _checksum(asdict(self))})
 
 
 def folder_name(text: str) -> str:
@@ -93,15 +94,23 @@ def folder_name(text: str) -> str:
     return f"{name.encode()[:150].decode(errors='ignore')}%{hashlib.sha256(text.encode()).hexdigest()[:32]}"
 
 
+def _checksum(result: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(result).encode()).hexdigest()
+
+
 def read_cell(path: Path) -> CellResult | None:
     """The result in a cell's file, or None if there is no such file.
 
     Raises:
-        SweepError: a file that is not the result of a cell, or that cannot be read.
+        SweepError: a file that is not the result of a cell, that is damaged, or that cannot be read.
     """
     try:
         with open_regular(path) as file:
-            return CellResult(**json.loads(file.read()))
+            saved = json.loads(file.read())
+        known = saved.pop(CHECKSUM, None) if isinstance(saved, dict) else None
+        if known is not None and known != _checksum(saved):  # cells of earlier versions have none
+            raise ValueError("it was changed, or is damaged: another checksum")
+        return CellResult(**saved)
     except FileNotFoundError:
         return None
     except OSError as error:

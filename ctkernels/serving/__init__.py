@@ -1,0 +1,1 @@
+"""Tuned prefixes in serving engines, a subpackage or module for each engine."""
