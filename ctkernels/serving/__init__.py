@@ -1,0 +1,1 @@
+"""Stored prefixes in serving engines."""
