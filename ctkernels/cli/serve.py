@@ -49,7 +49,7 @@ def serve_command(argv: Sequence[str]) -> None:
     if config.memory_gib < 0:
         raise UsageError(f"memory_gib must be >= 0, got {config.memory_gib}")
     if find_spec("vllm") is None:
-        raise UsageError("engine vllm needs vLLM, which is not installed: pip install ctkernels[vllm]")
+        raise UsageError("engine vllm needs vLLM, which is not installed: it comes with the extra [vllm]")
 
     from ctkernels.serving.vllm.launch import ServeSettings, serve
 

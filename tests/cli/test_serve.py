@@ -64,4 +64,4 @@ def test_wrong_usage(served, capsys, words, message):
 def test_without_vllm(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("ctkernels.cli.serve.find_spec", lambda name: None)
     assert cli.run(["serve", "--model", "m", "--store", str(tmp_path)]) == 2
-    assert "engine vllm needs vLLM, which is not installed: pip install ctkernels[vllm]" in capsys.readouterr().err
+    assert "engine vllm needs vLLM, which is not installed: it comes with the extra [vllm]" in capsys.readouterr().err

@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,6 @@ class Bench:
     engine: Callable[..., Engine]
     rows: list[tuple[int, ...]]
     base: KVPrefix
-    found: dict[str, Any] = field(default_factory=dict)
 
     def asked(self, engine: Engine, requests: Sequence[Request], at_once: int, **fields: Any) -> list[tuple[int, ...]]:
         """The engine's tokens, `at_once` requests at a time."""
@@ -199,8 +198,10 @@ def preempt(bench: Bench, engine: Engine | None = None) -> dict[str, Any]:
     return {**asdict(verdict), "preemptions": count, "ok": not verdict.wrong and count > 0}
 
 
-def run(model: str, python: Path, cases: Sequence[str], logs: Path, shown: int) -> dict[str, Any]:
-    """The cases of one model."""
+def run(
+    model: str, python: Path, cases: Sequence[str], shown: int, keep: Callable[[dict[str, Any], str, dict], None]
+) -> None:
+    """The cases of one model. keep: is told what the model is, and the result of each case."""
     with tempfile.TemporaryDirectory() as folder:
         reference = Reference(model, folder)
         train, test = load_jsonl(TASK / "train.jsonl")[:shown], load_jsonl(TASK / "test.jsonl")
@@ -215,29 +216,22 @@ def run(model: str, python: Path, cases: Sequence[str], logs: Path, shown: int) 
         name = reference.model.config.architectures[0]
 
         def engine(own: Sequence[str], options: Sequence[str]) -> Engine:
-            log = logs / f"{Path(model).name}.log"
+            log = Path("runs/serve-check") / f"{Path(model).name}.log"
             return Engine(python, model, Path(folder), log, own, [*ENGINE, *options])
 
         bench = Bench(reference, engine, rows, base)
-        found: dict[str, Any] = {"class": name, "P": base.length, "cases": {}}
+        about = {"class": name, "P": base.length}
         first = [case for case in ("tokens", "many", "salts", "kill") if case in cases]
         if first:
             size = sum(x.numel() * 4 for x in base.parameters())
             memory = ["--memory-gib", f"{20.5 * size / (1 << 30):.6f}"]
             with bench.engine(memory, ["--max-num-seqs", "128"]) as running:
                 for case in first:
-                    report(found["cases"], case, globals()[case](bench, running))
+                    keep(about, case, globals()[case](bench, running))
         if "preempt" in cases:
-            report(found["cases"], "preempt", preempt(bench))
+            keep(about, "preempt", preempt(bench))
         del bench, reference
         gc.collect()
-        return found
-
-
-def report(cases: dict[str, Any], case: str, result: dict[str, Any]) -> None:
-    """Note a result, and show it."""
-    cases[case] = result
-    print(case, result, flush=True)
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -272,19 +266,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     path = args.out / "serve_check.json"
     results = json.loads(path.read_text()) if path.exists() else {"models": {}}
-    failed = []
+    failed: list[str] = []
+    results["versions"] = versions(args.python)
     for model in args.models:
+        name = Path(model).name
+
+        def keep(about: dict[str, Any], case: str, result: dict[str, Any], name: str = name) -> None:
+            print(name, case, result, flush=True)
+            failed.extend([f"{name} {case}"] * (not result["ok"]))
+            merged = {**results["models"].get(name, {}).get("cases", {}), case: result}
+            results["models"][name] = {**about, "cases": {case: merged[case] for case in CASES if case in merged}}
+            args.out.mkdir(parents=True, exist_ok=True)
+            atomic_write_json(path, results)
+            atomic_write_bytes(args.out / "serve_check.md", markdown(results).encode())
+
         cases = args.cases or (CASES if model == MODELS[0] else ("tokens",))
-        found = run(model, args.python, cases, Path("runs/serve-check"), args.shown)
-        failed += [f"{model} {case}" for case, one in found["cases"].items() if not one["ok"]]
-        kept = results["models"].get(Path(model).name, {}).get("cases", {})
-        merged = {**kept, **found["cases"]}
-        found["cases"] = {case: merged[case] for case in CASES if case in merged}
-        results["models"][Path(model).name] = found
-        results["versions"] = versions(args.python)
-        args.out.mkdir(parents=True, exist_ok=True)
-        atomic_write_json(path, results)
-        atomic_write_bytes(args.out / "serve_check.md", markdown(results).encode())
+        run(model, args.python, cases, args.shown, keep)
     print(f"failed: {', '.join(failed)}" if failed else "all as generate() has it")
     return 1 if failed else 0
 

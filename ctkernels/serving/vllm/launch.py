@@ -92,9 +92,20 @@ class PrefixedLLM(AsyncLLM):
             await inner.aclose()  # now, so that the request of a client that left is aborted
 
 
-def weights_of(model: str) -> Weights | None:
-    """The fingerprint of a checkpoint; reads all of it, on the CPU, in its own type."""
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+def weights_of(args: Namespace) -> Weights | None:
+    """The fingerprint of the checkpoint that vLLM's arguments name; reads all of it, on the CPU, in its own type.
+
+    Raises:
+        ValueError: transformers cannot load it here.
+    """
+    options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", **options)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        raise ValueError(
+            f"the weights of {args.model!r} cannot be compared with those that the prefixes were made for: {error}; "
+            "--allow-other-weights does not compare them"
+        ) from error
     found = base_weights(loaded, alone=True)
     del loaded
     gc.collect()
@@ -186,7 +197,9 @@ def serve(settings: ServeSettings) -> None:
     """
     folder_of_store(settings.store)
     cli_env_setup()
-    weights = None if settings.allow_other_weights else weights_of(settings.model)
-    args = arguments(settings, weights)
+    args, weights = arguments(settings, None), None
+    if not settings.allow_other_weights:
+        weights = weights_of(args)
+        args = arguments(settings, weights)
     configure_logging_from_args(args)
     uvloop.run(_serve(args, settings, weights))
