@@ -127,9 +127,9 @@ class Engine:
         body = {"model": model, "temperature": 0, "repetition_penalty": 1.0, "stream": True, **fields}
         with self._post(body) as answer:
             for line in answer:
+                if line.startswith(b'data: {"error"'):
+                    raise EngineError(line.decode())
                 if line.startswith(b"data: {"):
-                    if b'"error"' in line[:12]:
-                        raise EngineError(line.decode())
                     yield time.perf_counter()
 
     def _post(self, body: Mapping[str, Any]) -> Any:

@@ -17,7 +17,7 @@ import asyncio
 import json
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ctkernels.serving.vllm.files import PrefixFiles
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 HEADER = b"x-ctkernels-prefix"
 TICKET = "ctkernels-ticket-"
+MOST_SALT = 128  # characters, as vLLM has it
 COMPLETIONS, MODELS = "/v1/completions", "/v1/models"
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
@@ -102,6 +103,9 @@ class Prefixes:
         if body.get("echo") or body.get("prompt_logprobs") is not None:
             what = "echo" if body.get("echo") else "prompt_logprobs"
             raise RequestError(f"{what} cannot be had behind a prefix, whose tokens are placeholders")
+        salt = body.get("cache_salt") or ""
+        if not isinstance(salt, str) or len(salt) > MOST_SALT:
+            raise RequestError(f"cache_salt must be a text of at most {MOST_SALT} characters")
         new, drop = dict(body), None
         if base is not None:
             new["model"] = base
@@ -112,7 +116,7 @@ class Prefixes:
         else:
             drop = self.tokenizer.bos_token_id
         ticket = f"{TICKET}{secrets.token_hex(16)}"
-        self._tickets[ticket] = Ticket(name, str(body.get("cache_salt") or ""), drop)
+        self._tickets[ticket] = Ticket(name, salt, drop)
         new["cache_salt"] = ticket
         return new, ticket
 
@@ -170,8 +174,8 @@ class Prefixes:
         if not ids:
             raise RequestError("prompt must have at least one token behind a prefix")
         kept = {name: value for name, value in prompt.items() if name != "prompt_token_offsets"}
-        whole = found.placed if not ticket.salt else type(found.placed)(**{**vars(found.placed), "salt": ticket.salt})
-        return {**kept, "prompt_token_ids": [*found.context, *ids], "cache_salt": str(whole)}
+        salt = str(replace(found.placed, salt=ticket.salt))
+        return {**kept, "prompt_token_ids": [*found.context, *ids], "cache_salt": salt}
 
     def cards(self, base: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The prefixes as entries of /v1/models, like that of the base model."""

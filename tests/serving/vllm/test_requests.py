@@ -137,6 +137,7 @@ def test_errors_name_what_is_wrong_and_reach_no_route(server):
     assert status == 400 and "model asks for the prefix 'routing', the header" in message
     for name in ("echo", "prompt_logprobs"):
         assert f"{name} cannot be had behind a prefix" in refused(server, {"model": "base:routing", name: 1})[1]
+    assert "at most 128 characters" in refused(server, {"model": "base:routing", "cache_salt": "x" * 129})[1]
     assert refused(server, {"model": "base:" + "x" * 300})[0] == 400
     assert refused(server, {"model": "base:"})[0] == 400
     assert refused(server, {"model": "base"}, [(b"x-ctkernels-prefix", b"\xff")])[0] == 400
