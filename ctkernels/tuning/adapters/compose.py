@@ -12,11 +12,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
 from ctkernels.tuning.adapters.prefix import KVPrefix, PrefixMetadata
 from ctkernels.tuning.hf.attach import check_fit
 from ctkernels.tuning.hf.limits import check_context_length
-from ctkernels.tuning.hf.models import ALIBI, LEARNED, find_decoder
+from ctkernels.tuning.hf.models import ALIBI, LEARNED, Decoder, find_decoder
 from ctkernels.tuning.hf.rotary import check_fixed_rotation, rotated, unrotated
 from ctkernels.tuning.hf.states import copies
 
@@ -35,21 +36,33 @@ def moved(prefix: KVPrefix, model: PreTrainedModel, first_position: int) -> KVPr
     """
     decoder = find_decoder(model)
     check_fit(prefix, decoder)
-    name, steps = type(decoder.model).__name__, first_position - prefix.first_position
+    steps = first_position - prefix.first_position
     if steps == 0:
         return prefix
+    keys = moved_keys(decoder, list(prefix.keys), steps)
+    values = [v.detach().clone() for v in prefix.values]
+    about = (prefix.segments, first_position, prefix.metadata, copies(prefix.states), prefix.context)
+    return KVPrefix(keys, values, *about)
+
+
+def check_movable(decoder: Decoder) -> None:
+    """Raises ValueError, as `moved`, for a model whose keys cannot be moved."""
+    name = type(decoder.model).__name__
     if decoder.family.positions == LEARNED:
         raise ValueError(f"{name} adds learned positions to its input, so the keys of a prefix cannot be moved")
     if decoder.family.positions == ALIBI:
-        raise ValueError(f"{name} counts distances along the keys: rows begin behind the {prefix.length} of the prefix")
+        raise ValueError(f"{name} counts distances along the keys: rows begin right behind those of the prefix")
     check_fixed_rotation(decoder, "another first position")
-    here = torch.zeros(prefix.length, dtype=torch.int64)
-    keys = [
+
+
+def moved_keys(decoder: Decoder, keys: Sequence[Tensor], steps: int) -> list[Tensor]:
+    """Keys `[Hk, P, D]` of every layer, moved by `steps` positions. Raises ValueError as `moved`."""
+    check_movable(decoder)
+    here = torch.zeros(keys[0].shape[1], dtype=torch.int64)
+    return [
         rotated(decoder, layer, unrotated(decoder, layer, key.detach(), here), here + steps)
-        for layer, key in enumerate(prefix.keys)
+        for layer, key in enumerate(keys)
     ]
-    values = [v.detach().clone() for v in prefix.values]
-    return KVPrefix(keys, values, prefix.segments, first_position, prefix.metadata, copies(prefix.states))
 
 
 def concatenate(
@@ -107,8 +120,10 @@ def concatenate(
         [torch.cat([layer.detach() for layer in layers], dim=1) for layers in zip(*kinds, strict=True)]
         for kinds in ([part.keys for part in parts], [part.values for part in parts])
     )
-    metadata = _joined_metadata(prefixes, positions)
-    return KVPrefix(keys, values, _joined_segments(parts), first_position, metadata, copies(parts[0].states))
+    about = (_joined_segments(parts), first_position, _joined_metadata(prefixes, positions), copies(parts[0].states))
+    contexts = [part.context for part in parts]
+    context = None if None in contexts else [token for tokens in contexts for token in tokens]
+    return KVPrefix(keys, values, *about, context)
 
 
 def _joined_segments(parts: Sequence[KVPrefix]) -> torch.Tensor:

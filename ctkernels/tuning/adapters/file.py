@@ -53,6 +53,15 @@ class Saved(NamedTuple):
     tensors: dict[str, Tensor]
 
 
+class Summary(NamedTuple):
+    """What a file says of itself: its description, its checksum ("" in one of an earlier version) and the shapes of its
+    tensors by name."""
+
+    description: dict[str, Any]
+    checksum: str
+    shapes: dict[str, tuple[int, ...]]
+
+
 @dataclass(frozen=True)
 class MappedFile:
     """A file whose tensors are mapped, as it was then. Copies of the tensors have no file."""
@@ -204,6 +213,22 @@ def metadata(file: BinaryIO) -> dict[str, str]:
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
         raise ValueError("damaged: its header is not that of a safetensors file")
     return found
+
+
+def summary(path: str | os.PathLike, kind: Kind) -> Summary:
+    """What a file says of itself, without reading its tensors; it is not compared with the checksum.
+
+    Raises:
+        PrefixFileError: a missing, damaged, foreign or too new file.
+    """
+    with faults(path):
+        with open_regular(path) as file:
+            header = metadata(file)
+            description = _of_format(kind, _description(header))
+            file.seek(0)
+            length = int.from_bytes(file.read(8), "little")
+            tensors = {name: x for name, x in json.loads(file.read(length)).items() if name != "__metadata__"}
+        return Summary(description, header.get(CHECKSUM, ""), {name: tuple(x["shape"]) for name, x in tensors.items()})
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from ctkernels.tuning.data.demonstrations import Demonstration
 from ctkernels.tuning.data.formats import TextFormat, encode_context
 from ctkernels.tuning.hf.attach import Attachment
 from ctkernels.tuning.hf.encode import encode
-from ctkernels.tuning.hf.fingerprint import base_weights
+from ctkernels.tuning.hf.fingerprint import Weights, base_weights
 from ctkernels.tuning.hf.limits import check_context_length
 from ctkernels.tuning.hf.models import architecture, config_hash, find_decoder, other_architecture
 
@@ -117,22 +117,28 @@ class PrefixMetadata:
         """
         model = find_decoder(model).model
         tuned = hasattr(model, "peft_config")  # then its weights have other names, and those of adapters beside them
-        own_id, own = model.name_or_path, None if tuned else base_weights(model, alone=True)
-        known = own is not None and self.weights is not None
+        own = None if tuned else base_weights(model, alone=True)
+        message = self.other_weights(own, model.name_or_path)
+        if message is None:
+            return
+        if own is not None and self.weights is not None and not allow_other:
+            raise ValueError(f"{message}; allow_other_weights=True takes it nonetheless")
+        warnings.warn(f"{path}: {message}", stacklevel=4)
+
+    def other_weights(self, own: Weights | None, own_id: str) -> str | None:
+        """That a model of these weights (None: not known) and this name is not the one that the prefix was made for;
+        None if it is. Names are compared where weights cannot be."""
         if own is None or self.weights is None:
             same, what = not self.model_id or not own_id or self.model_id == own_id, "perhaps with other weights"
         else:
             resized = self.body == own.body and self.vocabulary != own.vocabulary
             same, what = resized or self.weights == own.whole, f"with other weights ({own.whole}, not {self.weights})"
         if same:
-            return
-        message = (
+            return None
+        return (
             f"made for model {self.model_id!r}, loaded for {own_id!r} of the same configuration, {what}; with other "
             "weights the prefix means nothing"
         )
-        if known and not allow_other:
-            raise ValueError(f"{message}; allow_other_weights=True takes it nonetheless")
-        warnings.warn(f"{path}: {message}", stacklevel=4)
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -154,6 +160,7 @@ class KVPrefix(nn.Module):
         metadata: what the prefix belongs to.
         states: what layers begin with that keep a state in place of keys and values, by name (`hf.states`); of the
             same type.
+        context: int `[P]`, the tokens that the prefix was encoded from, where there is one for each of its keys.
 
     `keys` and `values` become ParameterLists, `segments` an int64 buffer, `states` a ParameterDict.
 
@@ -169,6 +176,7 @@ class KVPrefix(nn.Module):
         first_position: int,
         metadata: PrefixMetadata,
         states: Mapping[str, Tensor] | None = None,
+        context: Sequence[int] | Tensor | None = None,
     ) -> None:
         super().__init__()
         keys, values, segments = list(keys), list(values), torch.as_tensor(segments)
@@ -178,6 +186,9 @@ class KVPrefix(nn.Module):
                 raise TypeError(f"states[{name!r}] must be a tensor of type {keys[0].dtype}, got {_kind(x)}")
         length = keys[0].shape[1]
         _check_segments(segments, length)
+        tokens = None if context is None else tuple(map(int, context))
+        if tokens is not None and (len(tokens) != length or any(token < 0 for token in tokens)):
+            raise ValueError(f"context must hold a token id for each of the {length} prefix tokens, got {len(tokens)}")
         if isinstance(first_position, bool) or not isinstance(first_position, int) or first_position < 0:
             raise ValueError(f"first_position must be an integer >= 0, got {first_position!r}")
         if first_position > MOST_POSITION:
@@ -190,6 +201,7 @@ class KVPrefix(nn.Module):
             self.register_buffer("segments", _trainable(segments).to(keys[0].device, torch.int64))
         self.first_position = first_position
         self.metadata = metadata
+        self.context = tokens
         self.file: MappedFile | None = None  # that its tensors are views of
 
     @property
@@ -240,7 +252,8 @@ class KVPrefix(nn.Module):
         check_context_length(model, length)
         _check_segments(torch.as_tensor(segments), length)
         keys, values, states = encode(model, input_ids)
-        return cls(keys, values, segments, length, PrefixMetadata.of(model, tokenizer, method, settings), states)
+        metadata = PrefixMetadata.of(model, tokenizer, method, settings)
+        return cls(keys, values, segments, length, metadata, states, input_ids)
 
     @classmethod
     def from_demonstrations(
@@ -376,6 +389,8 @@ class KVPrefix(nn.Module):
             "first_position": self.first_position,
             "metadata": asdict(self.metadata),
         }
+        if self.context is not None:
+            description["context"] = list(self.context)
         layers = {
             f"{kind}.{index}": layer for kind in ("keys", "values") for index, layer in enumerate(getattr(self, kind))
         }
@@ -403,7 +418,7 @@ class KVPrefix(nn.Module):
             keys, values = ([tensors[f"{kind}.{index}"] for index in layers] for kind in ("keys", "values"))
             states = {name.removeprefix("states."): x for name, x in tensors.items() if name.startswith("states.")}
             segments, first_position = torch.tensor(description["segments"]), description["first_position"]
-            prefix = cls(keys, values, segments, first_position, metadata, states)
+            prefix = cls(keys, values, segments, first_position, metadata, states, description.get("context"))
         if decoder is not None:
             prefix.to(dtype=decoder.prefix_dtype).place(decoder.devices)
             with faults(path):

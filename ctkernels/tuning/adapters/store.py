@@ -42,7 +42,51 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Version = tuple[str, int, int, int]  # name, inode, time of change in ns, size of the file
 
 
-class PrefixStore:
+class UnknownPrefixError(PrefixFileError):
+    """No prefix has this name."""
+
+
+class PrefixFolder:
+    """The files of a store, by the names of their prefixes."""
+
+    def __init__(self, directory: str | os.PathLike) -> None:
+        self.directory = Path(directory)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self.path(name).is_file()
+
+    def __iter__(self) -> Iterator[str]:
+        """Names on disk, in alphabetical order."""
+        files = self.directory.iterdir() if self.directory.is_dir() else ()
+        return iter(sorted(unquote(f.name[: -len(SUFFIX)]) for f in files if f.suffix == SUFFIX and f.name[0] != "."))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def path(self, name: str) -> Path:
+        """Where the prefix of this name is kept. Raises ValueError for a name that is empty or too long."""
+        return self.directory / f"{file_name(name)}{SUFFIX}"
+
+    def version(self, name: str) -> Version:
+        """What another file in the place of this one does not have.
+
+        Raises:
+            PrefixFileError: no such name (near ones are named).
+        """
+        try:
+            status = self.path(name).stat()
+        except FileNotFoundError:
+            raise self.unknown(name) from None
+        return name, status.st_ino, status.st_mtime_ns, status.st_size
+
+    def unknown(self, name: str) -> PrefixFileError:
+        """The error for a name that is not there, with near ones."""
+        near = get_close_matches(name, list(self), n=3)
+        hint = f"; near names are {', '.join(map(repr, near))}" if near else ""
+        return UnknownPrefixError(f"{self.directory}: no prefix named {name!r}{hint}")
+
+
+class PrefixStore(PrefixFolder):
     """Prefixes by name. All methods may be called by several threads at once.
 
     Args:
@@ -77,7 +121,8 @@ class PrefixStore:
             raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))} or None, got {dtype}")
         if memory_bytes < 0:
             raise ValueError(f"memory_bytes must be >= 0, got {memory_bytes}")
-        self.directory, self.memory_bytes, self.dtype, self.verify = Path(directory), memory_bytes, dtype, verify
+        super().__init__(directory)
+        self.memory_bytes, self.dtype, self.verify = memory_bytes, dtype, verify
         self.mapped, self.allow_other_weights = mapped, allow_other_weights
         self._decoder = find_decoder(model)
         self._lock = threading.Lock()
@@ -90,17 +135,6 @@ class PrefixStore:
     def bytes_in_memory(self) -> int:
         """Bytes of the prefixes that are kept."""
         return self._bytes
-
-    def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and self._path(name).is_file()
-
-    def __iter__(self) -> Iterator[str]:
-        """Names on disk, in alphabetical order."""
-        files = self.directory.iterdir() if self.directory.is_dir() else ()
-        return iter(sorted(unquote(f.name[: -len(SUFFIX)]) for f in files if f.suffix == SUFFIX and f.name[0] != "."))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
 
     def put(self, name: str, prefix: KVPrefix | Adapter) -> None:
         """Write a prefix, replacing one of this name in one step; batches that read the old one go on with it. Of an
@@ -121,7 +155,7 @@ class PrefixStore:
             prefix, offsets = prefix.prefix, prefix.offsets
         check_fit(prefix, self._decoder)
         check_target(self.directory, folder=True)
-        path, dtype = self._path(name), self.dtype or prefix.keys[0].dtype
+        path, dtype = self.path(name), self.dtype or prefix.keys[0].dtype
         description, tensors = prefix.parts()
         if offsets is not None:
             description["offsets"] = asdict(offsets)
@@ -136,9 +170,9 @@ class PrefixStore:
             PrefixFileError: no such name.
         """
         try:
-            self._path(name).unlink()
+            self.path(name).unlink()
         except FileNotFoundError:
-            raise self._unknown(name) from None
+            raise self.unknown(name) from None
         with self._lock:
             self._forget(name)
 
@@ -148,11 +182,7 @@ class PrefixStore:
         Raises:
             PrefixFileError: no such name (near ones are named), a damaged file, or one of another model.
         """
-        try:
-            status = self._path(name).stat()
-        except FileNotFoundError:
-            raise self._unknown(name) from None
-        version = name, status.st_ino, status.st_mtime_ns, status.st_size  # another process may have put it anew
+        version = self.version(name)  # another process may have put it anew
         with self._lock:
             if version in self._kept:
                 self._kept.move_to_end(version)
@@ -181,9 +211,8 @@ class PrefixStore:
         Raises:
             PrefixFileError: as `get`.
         """
-        path = self._path(name)
-        if not path.is_file():
-            raise self._unknown(name)
+        self.version(name)  # an error, if there is no such name
+        path = self.path(name)
         with faults(path):
             return Offsets.of(read_header(path))
 
@@ -204,16 +233,8 @@ class PrefixStore:
         index = [different.index(name) for name in names]
         return PrefixSet(prefixes).attach(self._decoder.model, index, backend=backend)
 
-    def _path(self, name: str) -> Path:
-        return self.directory / f"{file_name(name)}{SUFFIX}"
-
-    def _unknown(self, name: str) -> PrefixFileError:
-        near = get_close_matches(name, list(self), n=3)
-        hint = f"; near names are {', '.join(map(repr, near))}" if near else ""
-        return PrefixFileError(f"{self.directory}: no prefix named {name!r}{hint}")
-
     def _read(self, name: str, version: Version) -> KVPrefix:
-        path, decoder = self._path(name), self._decoder
+        path, decoder = self.path(name), self._decoder
         first = self._seen.get(name) != version
         try:
             file, saved = None, None
@@ -221,7 +242,7 @@ class PrefixStore:
                 file = MappedFile.at(path)
                 saved = read_file(path, "adapter", mapped=self.mapped, verify=first and self.verify)
         except PrefixFileError as error:
-            raise (self._unknown(name) if isinstance(error.__cause__, FileNotFoundError) else error) from None
+            raise (self.unknown(name) if isinstance(error.__cause__, FileNotFoundError) else error) from None
         with faults(path):
             if "lora" in saved.description:
                 raise ValueError("its prefix belongs to a LoRA update of the weights, which a store does not apply")

@@ -126,9 +126,11 @@ def demonstrations_prefix(run: Run[ContextStart]) -> KVPrefix:
     check_context_length(run.model, end)
     run.check_rows(end, run.rows)
     if start == "context":
-        return _joined(run, base, encode(run.model, torch.cat((lead, body)), behind=base), segments + before, end)
+        encoded = encode(run.model, torch.cat((lead, body)), behind=base)
+        return _joined(run, base, encoded, segments + before, end, torch.cat((lead, body)))
     if start == "prefix-lm":
-        return _joined(run, None, encode_both_ways(run.model, torch.cat((lead, body))), segments + before, end)
+        encoded = encode_both_ways(run.model, torch.cat((lead, body)))
+        return _joined(run, None, encoded, segments + before, end, torch.cat((lead, body)))
     if start in ("permuted", "pooled"):
         check_fixed_rotation(decoder, f"start={start!r}")
     encoded = encode_tokens(run.model, lead, behind=base)
@@ -155,11 +157,14 @@ def tokens_prefix(run: Run[PrefixStart]) -> KVPrefix:
         run.check_rows(other.first_position, run.rows)
         keys, values = ([x.detach().clone() for x in layers] for layers in (other.keys, other.values))
         segments = other.segments[:1] * 0
-        return KVPrefix(keys, values, segments, other.first_position, metadata(run), copies(other.states))
+        return KVPrefix(
+            keys, values, segments, other.first_position, metadata(run), copies(other.states), other.context
+        )
     ids = [*run.start_tokens, *_prompt_ids(run)]
     check_context_length(run.model, len(ids))
     run.check_rows(len(ids), run.rows)
-    prefix = _joined(run, None, encode(run.model, torch.tensor(ids)), torch.tensor([len(ids)]), len(ids))
+    context = torch.tensor(ids)
+    prefix = _joined(run, None, encode(run.model, context), torch.tensor([len(ids)]), len(ids), context)
     if run.settings.start == "normal":
         generator = torch.Generator().manual_seed(run.settings.seed)
         with torch.no_grad():
@@ -200,13 +205,20 @@ def _prompt_ids(run: Run[TokensStart]) -> list[int]:
 
 
 def _joined(
-    run: Run, front: KVPrefix | None, encoded: Encoded | tuple[Layers, Layers], segments: Tensor, first_position: int
+    run: Run,
+    front: KVPrefix | None,
+    encoded: Encoded | tuple[Layers, Layers],
+    segments: Tensor,
+    first_position: int,
+    context: Tensor | None = None,
 ) -> KVPrefix:
     keys, values, states = encoded if isinstance(encoded, Encoded) else (*encoded, {})
     if front is not None:
+        if context is not None:
+            context = None if front.context is None else torch.tensor([*front.context, *context])
         keys = [torch.cat((a.detach(), b), dim=1) for a, b in zip(front.keys, keys, strict=True)]
         values = [torch.cat((a.detach(), b), dim=1) for a, b in zip(front.values, values, strict=True)]
-    return KVPrefix(keys, values, segments, first_position, metadata(run), states)
+    return KVPrefix(keys, values, segments, first_position, metadata(run), states, context)
 
 
 def _separate(run: Run, front: KVPrefix, body: Tensor, segments: Tensor) -> tuple[Layers, Layers]:

@@ -91,7 +91,8 @@ class TrainedPrefix(nn.Module, ABC):
     @torch.no_grad()
     def materialised(self) -> KVPrefix:
         """A KVPrefix with these keys and values."""
-        return KVPrefix(self.keys, self.values, self.segments, self.first_position, self.metadata, self.states)
+        described = (self.segments, self.first_position, self.metadata, self.states, self.prefix.context)
+        return KVPrefix(self.keys, self.values, *described)
 
     def _kind(self, kind: str) -> list[Tensor]:
         tensors = list(getattr(self.prefix, kind))

@@ -58,6 +58,7 @@ def test_concatenated(name):
     else:
         one = concatenate(prefixes, model)
         assert one.first_position == one.length == 17
+        assert one.context == tuple(token for part in prefixes for token in part.context)
         tolerance = 1e-9 if name == "bloom" else 1e-4
         torch.testing.assert_close(attached(model, one), stock(model, [0, 5, 13], 17), rtol=tolerance, atol=tolerance)
     if name == "bloom":
@@ -112,7 +113,7 @@ def test_refusals():
     for changed, message in (
         (make_model("llama", rope_parameters=dynamic), "rotates keys differently in longer sequences"),
         (make_model("gpt2"), "adds learned positions"),
-        (make_model("bloom"), "rows begin behind the 5 of the prefix"),
+        (make_model("bloom"), "rows begin right behind those of the prefix"),
     ):
         with pytest.raises(ValueError, match=message):
             moved(parts(changed)[0], changed, 20)

@@ -159,7 +159,7 @@ def test_an_old_store(fixtures, model):
     assert list(store) == ["team-a/routing"]
     check_prefix(store.get("team-a/routing"))
     store.put("team-a/routing", store.get("team-a/routing"))
-    assert read_file(store._path("team-a/routing"), "adapter").description["format_version"] == 2
+    assert read_file(store.path("team-a/routing"), "adapter").description["format_version"] == 2
 
 
 def test_an_old_checkpoint_is_resumed(fixtures):

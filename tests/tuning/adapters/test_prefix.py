@@ -149,6 +149,7 @@ def test_round_trip(model, tokenizer, prefix, tmp_path):
     directory = tmp_path / "runs" / "task"
     prefix.save_pretrained(directory)
     assert equal(KVPrefix.from_pretrained(directory), prefix)
+    assert KVPrefix.from_pretrained(directory).context == prefix.context and len(prefix.context) == prefix.length
     loaded = KVPrefix.from_pretrained(directory, model, tokenizer)
     assert equal(loaded, prefix)
     assert all(p.requires_grad for p in loaded.parameters())
@@ -315,6 +316,7 @@ def test_other_tensors(saved, change, message):
         ({"first_position": -3}, "first_position must be an integer >= 0, got -3"),
         ({"metadata": {"model_class": "LlamaForCausalLM"}}, "damaged: TypeError"),
         ({"metadata": [1]}, "damaged: TypeError"),
+        ({"context": [3, 4]}, "context must hold a token id for each of the 9 prefix tokens, got 2"),
     ],
     ids=str,
 )

@@ -114,7 +114,7 @@ def test_files_are_mapped(store):
     """A prefix's tensors lie in its file one behind the other, and the file stays mapped for as long as it is held."""
 
     def mapped() -> bool:
-        return any(Path(entry.path).name == store._path(NAMES[1]).name for entry in psutil.Process().memory_maps())
+        return any(Path(entry.path).name == store.path(NAMES[1]).name for entry in psutil.Process().memory_maps())
 
     store.memory_bytes, store.mapped = 0, True
     prefix = store.get(NAMES[1])
@@ -151,7 +151,7 @@ def test_a_file_that_is_cut_off_while_it_is_in_use(store, model, prefixes):
     with prefixes[0].attach(model):
         expected = model(ROWS).logits
     with store.attach([NAMES[0]] * 3):
-        os.truncate(store._path(NAMES[0]), 200)
+        os.truncate(store.path(NAMES[0]), 200)
         assert torch.equal(model(ROWS).logits, expected)
     with pytest.raises(PrefixFileError, match=r"routing\.safetensors: damaged or cut off"):
         store.attach([NAMES[0]] * 3)
@@ -164,7 +164,7 @@ def test_a_mapped_file_that_another_program_writes_into(store, model, batch, siz
     """A process that reads it gets an error before its next pass, where the memory would end it (SIGBUS). A batch of
     several prefixes is a copy, which stays."""
     mapped, names = PrefixStore(store.directory, model, mapped=True), [NAMES[i] for i in batch]
-    path = store._path(NAMES[0])
+    path = store.path(NAMES[0])
     to_child, from_parent = os.pipe()
     from_child, to_parent = os.pipe()
     reader = os.fork()
@@ -209,7 +209,7 @@ def test_a_mapped_file_that_is_replaced_or_removed(store, model, prefixes):
         store.remove(NAMES[0])
         assert torch.equal(model(ROWS).logits, expected)
     prefix = mapped.get(NAMES[1])
-    os.truncate(store._path(NAMES[1]), 0)
+    os.truncate(store.path(NAMES[1]), 0)
     for work in (prefix.parts, lambda: PrefixSet([own, prefix])):
         with pytest.raises(PrefixFileError, match="another program has written into it while it was mapped"):
             work()

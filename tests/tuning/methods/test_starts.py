@@ -182,6 +182,7 @@ def test_front_tokens_come_behind_bos_and_before_the_demonstrations(model):
     ordinary = [i for i in range(len(TOKENIZER)) if i not in TOKENIZER.all_special_ids]
     front = [ordinary[i] for i in torch.randperm(len(ordinary), generator=generator)[:3].tolist()]
     assert_layers(prefix, *stock(model, [BOS, *front, *CONTEXT.input_ids[1:].tolist()]))
+    assert prefix.context == (BOS, *front, *CONTEXT.input_ids[1:].tolist())
     assert not torch.equal(prefix.values[0], start(model, front_tokens=3, seed=1).values[0])
 
 
@@ -193,6 +194,7 @@ def test_transfer_puts_another_tasks_prefix_in_front(model):
     assert prefix.segments.tolist() == (own.segments + size - 1).tolist()  # one BOS, the other's
     assert prefix.first_position == size + len(own.input_ids) - 1
     assert_layers(prefix_part(prefix, 0, size), *prefix_part_layers(other.prefix, 0, size))
+    assert prefix.context == (*other.prefix.context, *own.input_ids[1:].tolist())
     behind = encode_tokens(model, own.input_ids[1:], behind=other.prefix)
     assert_layers(prefix_part(prefix, size, prefix.length), *behind)
 
