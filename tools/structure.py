@@ -43,6 +43,7 @@ ORDER = (
     ("ctkernels.tuning.methods",),
     ("ctkernels.tuning.evaluation",),
     ("ctkernels.tuning", "ctkernels.tuning.lm_eval"),
+    ("ctkernels.serving",),
     ("ctkernels.cli", "ctkernels.__main__"),
     ("ctkernels.testing",),
 )

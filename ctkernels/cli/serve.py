@@ -1,0 +1,87 @@
+"""`ctkernels serve`: a model and a store of prefixes behind OpenAI's API."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ctkernels.cli.model import load_model
+from ctkernels.cli.options import ModelOptions
+from ctkernels.cli.parse import CommandLine, UsageError
+
+TOKEN = "CTKERNELS_TOKEN"  # environment variable; a command line can be read by other users
+
+
+@dataclass(frozen=True)
+class ServeConfig(ModelOptions):
+    """Serve a model and a store of prefixes behind OpenAI's API.
+
+    `model` in a request is the name of the model, or NAME:PREFIX for one of the prefixes in the store. Requests for
+    different prefixes are answered in one batch. GET / is a page to tune and try prefixes. SIGTERM ends the server when
+    the requests that it has taken are answered.
+    """
+
+    store: Path | None = None
+    """Folder of a PrefixStore (required)."""
+    engine: Literal["own"] = "own"
+    """Which server: own is this package's."""
+    name: str = ""
+    """Name of the model without a prefix; default: the last part of --model."""
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = 8000
+    """Port to listen on; 0 takes a free one."""
+    token: str | None = None
+    """What requests must have (Authorization: Bearer TOKEN); default: the environment variable CTKERNELS_TOKEN."""
+    open_to_all: bool = False
+    """Listen beyond this machine although there is no token."""
+    rows: int = 16
+    """Requests that are answered together."""
+    queue: int = 64
+    """Requests that may wait; more get status 429."""
+    max_tokens: int = 1024
+    """Most tokens of an answer."""
+    timeout: float = 300.0
+    """Seconds that a request may take, its time in the queue included."""
+    drain_seconds: int = 60
+    """How long requests may go on after SIGTERM."""
+    memory_mb: int = 1024
+    """Memory for the prefixes that were used most recently."""
+
+
+def serve_command(argv: list[str]) -> None:
+    """`ctkernels serve`: until a signal ends it."""
+    config = CommandLine("ctkernels serve", argv).parse(ServeConfig)
+    if config.store is None:
+        raise UsageError("store is required: the folder of a PrefixStore (--store)")
+    _serve_own(config, config.store)
+
+
+def _serve_own(config: ServeConfig, folder: Path) -> None:
+    from ctkernels.serving.server import Limits, ServerOptions, serve
+    from ctkernels.tuning.adapters.store import PrefixStore
+    from ctkernels.tuning.storage import check_target
+
+    options = ServerOptions(
+        name=config.name or Path(config.model).name,
+        host=config.host,
+        port=config.port,
+        token=config.token if config.token is not None else os.environ.get(TOKEN),
+        open_to_all=config.open_to_all,
+        rows=config.rows,
+        queue=config.queue,
+        drain_seconds=config.drain_seconds,
+        limits=Limits(max_tokens=config.max_tokens, seconds=config.timeout),
+    )
+    check_target(folder, folder=True)
+    model, tokenizer = load_model(config)
+    store = PrefixStore(folder, model, config.memory_mb << 20, allow_other_weights=config.allow_other_weights)
+    count = len(store)
+
+    def ready(address: str) -> None:
+        print(f"serving {options.name} and {count} prefixes on {address}", flush=True)
+
+    serve(model, tokenizer, store, options, ready)
+    print("stopped", flush=True)

@@ -1,0 +1,1 @@
+"""Serving tuned prefixes: the servers that read them."""
