@@ -7,7 +7,7 @@ import contextlib
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi import FastAPI
@@ -18,17 +18,21 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 
 from ctkernels.serving.server.engine import Busy, Closed, Engine, Failed, Finished, Piece, Request
+from ctkernels.serving.server.page import render
 from ctkernels.serving.server.protocol import (
     ChatBody,
     CompletionBody,
     GenerationBody,
+    TuningBody,
     error_body,
     in_words,
     usage,
 )
 from ctkernels.serving.server.service import Refused, Service
+from ctkernels.serving.server.tuner import ENDS, Occupied, Tuning
 
 WATCH = 0.25  # seconds between looks whether the client is still there
+DONE = "data: [DONE]\n\n"
 STATUS = {"timeout": 504, "error": 500, "cancelled": 499}
 
 
@@ -60,6 +64,42 @@ def make_app(service: Service, engine: Engine) -> FastAPI:
     async def chat(body: ChatBody, http: HttpRequest) -> Response:
         request = await asyncio.to_thread(service.chat, body)
         return await _answer(ChatForm(body, "chatcmpl", "chat.completion"), engine, request, http)
+
+    @app.get("/v1/prefixes")
+    async def prefixes() -> Any:
+        return {"object": "list", "data": await asyncio.to_thread(lambda: [{"name": name} for name in service.store])}
+
+    @app.get("/v1/prefixes/{name:path}")
+    async def prefix(name: str) -> Any:
+        return await asyncio.to_thread(service.describe, name)
+
+    @app.post("/v1/prefixes")
+    async def tune(body: TuningBody, http: HttpRequest) -> Response:
+        task = await asyncio.to_thread(service.task, body)
+        try:
+            tuning = service.tuner.start(task)
+        except Occupied as occupied:
+            return JSONResponse(error_body(str(occupied), "invalid_request_error", "occupied"), 409)
+        if body.stream:
+            return _sse(_followed(tuning, http))
+        return JSONResponse({"name": task.name, "events": "/v1/tuning"}, 202)
+
+    @app.get("/v1/tuning")
+    async def tuning(http: HttpRequest) -> Response:
+        if service.tuner.last is None:
+            raise Refused(404, "nothing has been tuned on this server")
+        return _sse(_followed(service.tuner.last, http))
+
+    @app.delete("/v1/tuning")
+    async def cancel() -> Any:
+        cancelled = service.tuner.cancel()
+        if cancelled is None:
+            raise Refused(404, "nothing is being tuned")
+        return {"name": cancelled.task.name, "cancelled": True}
+
+    @app.get("/")
+    async def page() -> Response:
+        return await asyncio.to_thread(render, service)
 
     return app
 
@@ -122,12 +162,7 @@ class ChatForm(Form):
 
 async def _answer(form: Form, engine: Engine, request: Request, http: HttpRequest) -> Response:
     """The whole answer, or a stream of its pieces."""
-    loop, events = asyncio.get_running_loop(), asyncio.Queue[Piece | Finished | Failed]()
-
-    def tell(event: Piece | Finished | Failed) -> None:  # in the engine's thread
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
+    events, tell = _from_thread()
     try:
         ticket = engine.submit(request, tell)
     except Busy as busy:
@@ -138,17 +173,15 @@ async def _answer(form: Form, engine: Engine, request: Request, http: HttpReques
     async def watched() -> AsyncIterator[Piece | Finished | Failed]:
         """What happens to the request, as long as the client is there; then its row is free."""
         try:
-            while not await http.is_disconnected():
-                with contextlib.suppress(asyncio.TimeoutError):
-                    event = await asyncio.wait_for(events.get(), WATCH)
-                    yield event
-                    if not isinstance(event, Piece):
-                        return
+            async for event in _while_connected(events, http):
+                yield event
+                if not isinstance(event, Piece):
+                    return
         finally:
             ticket.cancel()
 
     if form.body.stream:
-        return StreamingResponse(_stream(form, watched()), media_type="text/event-stream", headers=NOT_STORED)
+        return _sse(_stream(form, watched()))
     text = ""
     async for event in watched():
         if isinstance(event, Piece):
@@ -160,7 +193,41 @@ async def _answer(form: Form, engine: Engine, request: Request, http: HttpReques
     return Response(status_code=STATUS["cancelled"])  # nobody reads it
 
 
-NOT_STORED = {"cache-control": "no-store", "x-accel-buffering": "no"}
+async def _followed(tuning: Tuning, http: HttpRequest) -> AsyncIterator[str]:
+    """The events of a tuning from its beginning. It goes on if the client leaves."""
+    events, tell = _from_thread()
+    tuning.follow(tell)
+    try:
+        async for event in _while_connected(events, http):
+            yield sse(event)
+            if event["event"] in ENDS:
+                yield DONE
+                return
+    finally:
+        tuning.leave(tell)
+
+
+def _from_thread() -> tuple[asyncio.Queue[Any], Callable[[Any], None]]:
+    """A queue, and what puts an event into it from another thread."""
+    loop, events = asyncio.get_running_loop(), asyncio.Queue[Any]()
+
+    def tell(event: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+    return events, tell
+
+
+async def _while_connected(events: asyncio.Queue[Any], http: HttpRequest) -> AsyncIterator[Any]:
+    """Events as they come, until the client has gone."""
+    while not await http.is_disconnected():
+        with contextlib.suppress(asyncio.TimeoutError):
+            yield await asyncio.wait_for(events.get(), WATCH)
+
+
+def _sse(events: AsyncIterator[str]) -> Response:
+    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+    return StreamingResponse(events, media_type="text/event-stream", headers=headers)
 
 
 async def _stream(form: Form, watched: AsyncIterator[Piece | Finished | Failed]) -> AsyncIterator[str]:
@@ -176,7 +243,7 @@ async def _stream(form: Form, watched: AsyncIterator[Piece | Finished | Failed])
                     yield sse(form.counts(event))
             else:
                 yield sse(error_body(event.message, "server_error", event.why))
-        yield "data: [DONE]\n\n"
+        yield DONE
 
 
 def sse(value: Any) -> str:

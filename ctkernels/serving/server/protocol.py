@@ -123,7 +123,8 @@ class ChatBody(GenerationBody):
 
 
 class TuningBody(_Body):
-    """`POST /v1/prefixes`. demonstrations: JSONL, as `ctkernels tune` reads it from a file."""
+    """`POST /v1/prefixes`. demonstrations: JSONL, as `ctkernels tune` reads it from a file.  replace: a prefix that has
+    the name already.  stream: answer with the events of the tuning instead of at once."""
 
     name: Annotated[StrictStr, Field(min_length=1, max_length=200)]
     demonstrations: StrictStr

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -15,9 +15,11 @@ import uvicorn
 from ctkernels.serving.server.app import make_app
 from ctkernels.serving.server.engine import Engine
 from ctkernels.serving.server.guard import LOOPBACK, Guard
+from ctkernels.serving.server.metrics import Metrics
 from ctkernels.serving.server.protocol import Limits
 from ctkernels.serving.server.servable import require_servable
 from ctkernels.serving.server.service import Service
+from ctkernels.serving.server.tuner import Tuner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -86,8 +88,15 @@ def serve(
     """
     require_servable(model)
     model.requires_grad_(False)
-    service = Service(model, tokenizer, store, options.name, options.limits)
-    engine = Engine(model, tokenizer, options.rows, options.queue)
+    metrics = Metrics()
+    tuner = Tuner(model, tokenizer, store, metrics)
+    service = Service(model, tokenizer, store, options.name, tuner, options.limits)
+    engine = Engine(model, tokenizer, options.rows, options.queue, metrics)
+
+    def drain() -> None:
+        engine.refuse()
+        tuner.cancel()
+
     app = make_app(service, engine)
     hosts = LOOPBACK | {options.host} if is_loopback(options.host) else None
     config = uvicorn.Config(
@@ -100,16 +109,17 @@ def serve(
         timeout_graceful_shutdown=options.drain_seconds,
     )
     try:
-        socket = _bound(config)
-        with contextlib.closing(socket):
-            host, port = socket.getsockname()[:2]
+        listening = _bound(config)
+        with contextlib.closing(listening):
+            host, port = listening.getsockname()[:2]
             ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-            _Server(config, engine.refuse).run(sockets=[socket])
+            _Server(config, drain).run(sockets=[listening])
     finally:
+        tuner.close()
         engine.close()
 
 
-def _bound(config: uvicorn.Config):
+def _bound(config: uvicorn.Config) -> socket.socket:
     try:
         return config.bind_socket()
     except SystemExit:  # which uvicorn raises, after a message
@@ -119,9 +129,9 @@ def _bound(config: uvicorn.Config):
 class _Server(uvicorn.Server):
     """uvicorn's, which ends normally after a signal. (The original raises the signal again.)"""
 
-    def __init__(self, config: uvicorn.Config, refuse: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, drain: Callable[[], None]) -> None:
         super().__init__(config)
-        self._refuse = refuse
+        self._drain = drain
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -132,6 +142,6 @@ class _Server(uvicorn.Server):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._refuse()
-        super().handle_exit(sig, frame)
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._drain()
+        await super().shutdown(sockets)

@@ -7,11 +7,13 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from ctkernels.serving.server.engine import Request
-from ctkernels.serving.server.protocol import ChatBody, CompletionBody, GenerationBody, Limits
+from ctkernels.serving.server.protocol import ChatBody, CompletionBody, GenerationBody, Limits, TuningBody
 from ctkernels.serving.server.sampling import Sampling
+from ctkernels.serving.server.tuner import Task, Tuner
 from ctkernels.tuning.adapters.file import PrefixFileError
 from ctkernels.tuning.adapters.prefix import KVPrefix
 from ctkernels.tuning.adapters.store import PrefixStore
+from ctkernels.tuning.data.demonstrations import DataError, parse_jsonl
 from ctkernels.tuning.data.formats import TextFormat, encode_prompt
 from ctkernels.tuning.hf.models import find_decoder, rope_switch
 
@@ -42,12 +44,13 @@ class Service:
         tokenizer: PreTrainedTokenizerBase,
         store: PrefixStore,
         name: str,
+        tuner: Tuner,
         limits: Limits | None = None,
     ) -> None:
         import torch
 
         self.model, self.tokenizer, self.store, self.name = model, tokenizer, store, name
-        self.limits, self.began = limits or Limits(), int(time.time())
+        self.tuner, self.limits, self.began = tuner, limits or Limits(), int(time.time())
         nothing = torch.zeros(0, dtype=torch.int64)
         self._plain = KVPrefix.from_tokens(model, nothing, torch.zeros(1, dtype=torch.int64)).requires_grad_(False)
         decoder = find_decoder(model)
@@ -80,6 +83,48 @@ class Service:
             except ValueError:  # no name of a prefix
                 continue
         raise Refused(404, f"there is no model {model!r}; GET /v1/models lists them", "model", "model_not_found")
+
+    def describe(self, name: str) -> dict[str, Any]:
+        """What there is to know of a stored prefix; reads its file. Raises Refused."""
+        prefix = self.prefix(f"{self.name}:{name}")
+        made = prefix.metadata
+        text_format = TextFormat(**made.settings.get("text_format", {}))
+        return {
+            "name": name,
+            "model": f"{self.name}:{name}",
+            "tokens": prefix.length,
+            "demonstrations": prefix.num_demonstrations,
+            "method": made.method,
+            "delimiter": text_format.delimiter,
+        }
+
+    def task(self, body: TuningBody) -> Task:
+        """What is to be tuned. Raises Refused."""
+        self._check_new_name(body.name, body.replace)
+        limits = self.limits
+        if body.epochs is not None and body.epochs > limits.epochs:
+            raise Refused(400, f"epochs must be at most {limits.epochs} on this server, got {body.epochs}", "epochs")
+        try:
+            pairs = parse_jsonl(body.demonstrations.encode(errors="replace"), "demonstrations")
+            if len(pairs) > limits.demonstrations:
+                raise DataError(f"demonstrations: at most {limits.demonstrations} on this server, got {len(pairs)}")
+            given = {name: getattr(body, name) for name in ("epochs", "lr", "seed")}
+            settings = {name: value for name, value in given.items() if value is not None}
+            return self.tuner.task(body.name, pairs, settings, TextFormat(delimiter=body.delimiter))
+        except ValueError as error:
+            raise Refused(400, str(error), "demonstrations" if isinstance(error, DataError) else None) from None
+
+    def _check_new_name(self, name: str, replace: bool) -> None:
+        if not name.isprintable() or name != name.strip():
+            raise Refused(400, f"name must be printable, without spaces around it, got {name!r}", "name")
+        if name == self.name or name.startswith(f"{self.name}:"):
+            raise Refused(400, f"name must not be that of the model, got {name!r}", "name")
+        try:
+            there = name in self.store
+        except ValueError as error:
+            raise Refused(400, str(error), "name") from None
+        if there and not replace:
+            raise Refused(409, f"there is a prefix {name!r} already; replace=true replaces it", "name")
 
     def completion(self, body: CompletionBody) -> Request:
         """What the engine is to answer; may read a file. Raises Refused."""

@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 from ctkernels.serving.server.app import make_app
 from ctkernels.serving.server.engine import Engine, Failed, Finished, Piece, Request
 from ctkernels.serving.server.guard import LOOPBACK, Guard
+from ctkernels.serving.server.metrics import Metrics
 from ctkernels.serving.server.protocol import Limits
 from ctkernels.serving.server.service import Service
+from ctkernels.serving.server.tuner import Tuner
 from ctkernels.testing.models import make_model, tokens
 from ctkernels.testing.tasks import CHARACTERS, DEMONSTRATIONS, SPECIAL, char_tokenizer
 from ctkernels.tuning import KVPrefix, PrefixStore
@@ -109,8 +111,10 @@ def running(
     """A server of this model."""
     tokenizer = char_tokenizer()
     tokenizer.chat_template = chat_template
-    service = Service(model, tokenizer, store, NAME, limits)
-    engine = Engine(model, tokenizer, rows, queue)
+    metrics = Metrics()
+    tuner = Tuner(model, tokenizer, store, metrics)
+    service = Service(model, tokenizer, store, NAME, tuner, limits)
+    engine = Engine(model, tokenizer, rows, queue, metrics)
     app = Guard(make_app(service, engine), service.limits.body_bytes, token, LOOPBACK)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
     listening = socket.create_server(("127.0.0.1", 0))
@@ -122,6 +126,7 @@ def running(
     finally:
         server.should_exit = True
         thread.join(30)
+        tuner.close()
         engine.close()
         listening.close()
 
