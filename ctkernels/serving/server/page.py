@@ -31,7 +31,9 @@ def render(service: Service) -> HTMLResponse:
         example=EXAMPLE,
         nonce=nonce,
     )
-    policy = f"default-src 'none'; connect-src 'self'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'"
+    policy = (
+        f"default-src 'none'; connect-src 'self'; img-src data:; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'"
+    )
     headers = {
         "content-security-policy": f"{policy}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
         "cache-control": "no-store",

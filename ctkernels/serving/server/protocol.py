@@ -18,13 +18,20 @@ LEAST_TEMPERATURE = 0.01  # below, logits overflow
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for."""
+    """What one request may ask for. seconds: how long it may take."""
 
     body_bytes: int = 1 << 20
     max_tokens: int = 1024
     seconds: float = 300.0
     demonstrations: int = 1000
     epochs: int = 200
+
+    def __post_init__(self) -> None:
+        for name in ("body_bytes", "max_tokens", "demonstrations", "epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.seconds > 0:
+            raise ValueError(f"seconds must be above 0, got {self.seconds}")
 
 
 Stop = Annotated[StrictStr, Field(min_length=1, max_length=STOP_CHARACTERS)]
