@@ -3,17 +3,22 @@
 import contextlib
 import json
 import os
+import re
+import shlex
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import httpx2
 import pytest
 import torch
 
 from ctkernels.cli.main import run
+from ctkernels.cli.parse import CommandLine
+from ctkernels.cli.serve import ServeConfig
 from ctkernels.testing.models import make_model
 from ctkernels.testing.tasks import DEMONSTRATIONS, char_tokenizer
 from ctkernels.tuning import KVPrefix, PrefixStore
@@ -40,6 +45,18 @@ def test_what_is_refused(files, capsys, given, message):
     assert line.startswith("ctkernels: error: ") and message in line
 
 
+def test_the_command_of_the_guide():
+    """It parses as it stands."""
+    guide = (Path(__file__).parents[2] / "docs/guides/serve.md").read_text()
+    (command,) = re.findall(r"^ctkernels serve (.*?) +#", guide, re.MULTILINE)
+    config = CommandLine("ctkernels serve", shlex.split(command)).parse(ServeConfig)
+    assert config.store == Path("runs/store") and (config.engine, config.host, config.port) == (
+        "own",
+        "127.0.0.1",
+        8000,
+    )
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         return listening.getsockname()[1]
@@ -59,7 +76,7 @@ def test_sigterm_in_the_middle_of_answers(tmp_path, capsys, monkeypatch):
     seen: dict[str, object] = {}
 
     headers = {"authorization": "Bearer t"}
-    body = {"model": "task", "prompt": "a", "max_tokens": 600, "temperature": 1.0, "seed": 1, "stream": True}
+    body = {"model": "task", "prompt": "a", "max_tokens": 150, "temperature": 1.0, "seed": 1, "stream": True}
 
     def client() -> None:
         with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, headers=headers) as http:
