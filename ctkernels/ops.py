@@ -277,7 +277,9 @@ def _looked_for() -> bool:
     )
 
 
-def attend(inputs: Sequence[Tensor | None], prepared: Prepared, problem: Problem, choice: Choice) -> tuple[Tensor, Tensor]:
+def attend(
+    inputs: Sequence[Tensor | None], prepared: Prepared, problem: Problem, choice: Choice
+) -> tuple[Tensor, Tensor]:
     """The op on its inputs, q to sinks."""
     if not _looked_for() and all(type(x) in PLAIN for x in inputs):
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):

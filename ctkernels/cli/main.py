@@ -1,4 +1,4 @@
-"""The command `ctkernels`: `tune`, `eval`, `export`, `import`, `serve`, `models` and `env`.
+"""The command `ctkernels`: `tune`, `eval`, `serve`, `export`, `import`, `models` and `env`.
 
 Exit status: 0 done; 1 the run failed (a full disk, a loss that is not finite, cells of a sweep without a result);
 2 wrong usage or unusable data, said in one line; 130 interrupted (Ctrl-C); 143 ended by SIGTERM.
@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 from ctkernels.cli.model import load_model, print_scores
 from ctkernels.cli.models import models_command
 from ctkernels.cli.parse import CommandLine, FailedRun, UsageError, as_yaml, plain_values
-from ctkernels.cli.serve import serve_command
 from ctkernels.cli.signals import Terminated, ends_with_epoch, terminable
 
 if TYPE_CHECKING:
@@ -37,9 +36,9 @@ HELP = """usage: ctkernels COMMAND [OPTIONS]
 
   tune   adapt a model to the demonstrations of a task and save the adapter
   eval   evaluate methods or saved prefixes on test items, or methods on all tasks of a suite (--suite)
+  serve  a model and its stored prefixes behind OpenAI's API, and a page to tune and try them
   export write a saved adapter in peft's format, or as a slot file of llama-server
   import save an adapter of peft as ours
-  serve  answer requests over HTTP from a store of prefixes
   models which model classes are served, and why others are not
   env    versions, CPU features, and which backends are available
 
@@ -80,7 +79,7 @@ def _run(argv: list[str]) -> int:
         return 0 if argv else 2
     name, rest = argv[0], argv[1:]
     commands = {"tune": tune_command, "eval": eval_command, "export": export_command}
-    commands |= {"import": import_command, "serve": serve_command, "models": models_command, "env": env_command}
+    commands |= {"serve": serve_command, "import": import_command, "models": models_command, "env": env_command}
     try:
         if name not in commands:
             raise UsageError(f"unknown command {name!r}; the commands are {', '.join(commands)}")
@@ -328,6 +327,13 @@ def import_command(argv: list[str]) -> None:
     loaded.save_pretrained(out)
     extra = " and a LoRA update of the weights" if loaded.lora else ""
     print(f"saved {out}: {loaded.prefix.length} tokens{extra}")
+
+
+def serve_command(argv: list[str]) -> None:
+    """`ctkernels serve`: a model and its stored prefixes behind OpenAI's API."""
+    from ctkernels.cli import serve
+
+    serve.serve_command(argv)
 
 
 def _folders(config: ExportConfig | ImportConfig) -> tuple[Path, Path]:

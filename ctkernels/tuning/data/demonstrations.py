@@ -52,6 +52,7 @@ class Demonstration:
             value = getattr(self, name)
             if not isinstance(value, str):
                 raise TypeError(f"{name} must be a string, got {_show(value)}")
+            _require_unicode(name, value)
             if not value.strip() and not (self.may_be_blank and name == "input"):
                 raise ValueError(f"{name} must not be blank, got {value!r}")
         if self.task is not None and not isinstance(self.task, str):
@@ -70,6 +71,7 @@ class Demonstration:
         for option in self.options:
             if not isinstance(option, str):
                 raise TypeError(f"options must be strings, got {_show(option)}")
+            _require_unicode("options", option)
             if not option.strip():
                 raise ValueError(f"options must not be blank, got {option!r}")
         object.__setattr__(self, "references", tuple(map(self._reference, self.references)))
@@ -168,9 +170,14 @@ def load_jsonl(path: str | Path) -> list[Demonstration]:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+    return parse_jsonl(data, str(path))
+
+
+def parse_jsonl(data: bytes, name: str) -> list[Demonstration]:
+    """All pairs of the content of a JSONL file; errors as `load_jsonl`, with `name` in the place of the file's."""
     demonstrations = []
     for number, line in enumerate(data.split(b"\n"), start=1):
-        source = f"{path}:{number}"
+        source = f"{name}:{number}"
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             if text:
@@ -180,7 +187,7 @@ def load_jsonl(path: str | Path) -> list[Demonstration]:
         except json.JSONDecodeError as error:
             raise DataError(f"{source}: not a JSON object: {error.msg} at column {error.colno}") from None
     if not demonstrations:
-        raise DataError(f"{path}: the file holds no input/output pair")
+        raise DataError(f"{name}: the file holds no input/output pair")
     return demonstrations
 
 
@@ -201,6 +208,11 @@ def load_metaicl(folder: str | Path, task: str, seed: int, split: str, shots: in
         found = sorted(p.name for p in path.parent.glob("*.jsonl"))
         raise DataError(f"{path.parent} has no file {path.name}; {_list('files there', found)}")
     return load_jsonl(path)
+
+
+def _require_unicode(name: str, text: str) -> None:
+    if any("\ud800" <= character <= "\udfff" for character in text):  # JSON can say so, tokenizers cannot read it
+        raise ValueError(f"{name} must be Unicode text, got one half of a surrogate pair in {text[:40]!r}")
 
 
 def _show(value: Any) -> str:

@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from ctkernels import ContextMask, prepare
 from ctkernels.tuning.hf.attention import (
@@ -168,6 +168,10 @@ class Attachment:
         traces, self._traces = self._traces, None
         if traces is not None:
             traces.close()
+
+    def adopt(self, cache: Cache) -> None:
+        """Let a cache that another attachment filled go on under this one. Its rows must read what they read there."""
+        own(cache, self._owner)
 
     def __enter__(self) -> Attachment:
         return self.enable()

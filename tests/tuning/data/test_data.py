@@ -132,6 +132,8 @@ def test_jsonl_is_read_with_sources(tmp_path):
         ('{"input": "a", "output": "b", "options": ["b"]}', "options must name at least two answers"),
         ('{"input": "a", "output": "b", "options": ["b", "b"]}', "options must name at least two answers"),
         ('{"input": "a", "output": "b", "options": ["b", ""]}', "options must not be blank"),
+        (r'{"input": "a", "output": "\ud800"}', "output must be Unicode text, got one half of a surrogate pair"),
+        (r'{"input": "a", "output": "b", "options": ["b", "\udfff"]}', "options must be Unicode text"),
     ],
 )
 def test_a_bad_line_is_refused_by_number(tmp_path, line, message):
