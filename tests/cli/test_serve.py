@@ -43,10 +43,10 @@ from ctkernels.tuning import KVPrefix, PrefixStore
         (["--store", "{files}/store", "--engine", "other"], "engine"),
         (["--store", "{files}/store", "--memory-gib", "-1"], "memory_gib must be >= 0, got -1.0"),
         (["--store", "{files}/store", "--", "--max-model-len", "9"], "options behind -- are for the engine vllm"),
-        (["--store", "{files}/nowhere", "--engine", "vllm"], "nowhere', which is no folder"),
+        (["--store", "{files}/nowhere", "--engine", "vllm"], "nowhere': no folder"),
         (
             ["--store", "{files}", "--engine", "vllm", "--max-tokens", "9"],
-            "--max-tokens is for the engine own; options",
+            "--max-tokens is for the engine own",
         ),
         (["--store", "{files}", "--engine", "vllm"], "needs vLLM, which is not installed: it comes with the extra"),
     ],
