@@ -113,9 +113,7 @@ def _serve_vllm(config: ServeConfig, folder: Path, memory: int, rest: Sequence[s
             name = field.name.replace("_", "-")
             raise UsageError(f"--{name} is for the engine own; options of `vllm serve` follow --")
     if not folder.is_dir():
-        raise UsageError(
-            f"store must be the folder of a PrefixStore (--store), got {str(folder)!r}, which is no folder"
-        )
+        raise UsageError(f"store must be the folder of a PrefixStore (--store), got {str(folder)!r}: no folder")
     if find_spec("vllm") is None:
         raise UsageError("the engine vllm needs vLLM, which is not installed: it comes with the extra [vllm]")
 
