@@ -50,11 +50,8 @@ def test_the_command_of_the_guide():
     guide = (Path(__file__).parents[2] / "docs/guides/serve.md").read_text()
     (command,) = re.findall(r"^ctkernels serve (.*?) +#", guide, re.MULTILINE)
     config = CommandLine("ctkernels serve", shlex.split(command)).parse(ServeConfig)
-    assert config.store == Path("runs/store") and (config.engine, config.host, config.port) == (
-        "own",
-        "127.0.0.1",
-        8000,
-    )
+    assert config.store == Path("runs/store")
+    assert (config.engine, config.host, config.port) == ("own", "127.0.0.1", 8000)
 
 
 def free_port() -> int:
