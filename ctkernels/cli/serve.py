@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,7 @@ from ctkernels.cli.options import ModelOptions
 from ctkernels.cli.parse import CommandLine, UsageError
 
 TOKEN = "CTKERNELS_TOKEN"  # environment variable; a command line can be read by other users
+NEEDED = ("fastapi", "uvicorn", "prometheus_client", "jinja2")
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class ServeConfig(ModelOptions):
     """Seconds that a request may take, its time in the queue included."""
     drain_seconds: int = 60
     """How long requests may go on after SIGTERM."""
-    memory_mb: int = 1024
-    """Memory for the prefixes that were used most recently."""
+    memory_gib: float = 1.0
+    """Memory for the prefixes that were used most recently, in GiB."""
 
 
 def serve_command(argv: list[str]) -> None:
@@ -56,10 +58,16 @@ def serve_command(argv: list[str]) -> None:
     config = CommandLine("ctkernels serve", argv).parse(ServeConfig)
     if config.store is None:
         raise UsageError("store is required: the folder of a PrefixStore (--store)")
+    if config.memory_gib < 0:
+        raise UsageError(f"memory_gib must be >= 0, got {config.memory_gib}")
     _serve_own(config, config.store)
 
 
 def _serve_own(config: ServeConfig, folder: Path) -> None:
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise UsageError(f"engine own needs {', '.join(missing)}, which the extra [serve] installs")
+
     from ctkernels.serving.server import Limits, ServerOptions, serve
     from ctkernels.tuning.adapters.store import PrefixStore
     from ctkernels.tuning.storage import check_target
@@ -77,7 +85,9 @@ def _serve_own(config: ServeConfig, folder: Path) -> None:
     )
     check_target(folder, folder=True)
     model, tokenizer = load_model(config)
-    store = PrefixStore(folder, model, config.memory_mb << 20, allow_other_weights=config.allow_other_weights)
+    store = PrefixStore(
+        folder, model, int(config.memory_gib * (1 << 30)), allow_other_weights=config.allow_other_weights
+    )
     count = len(store)
 
     def ready(address: str) -> None:

@@ -16,6 +16,7 @@ import httpx2
 import pytest
 import torch
 
+from ctkernels.cli import serve
 from ctkernels.cli.main import run
 from ctkernels.cli.parse import CommandLine
 from ctkernels.cli.serve import ServeConfig
@@ -35,6 +36,7 @@ from ctkernels.tuning import KVPrefix, PrefixStore
         (["--store", "{files}/store", "--token", ""], "token must be ASCII characters without spaces around them"),
         (["--store", "{files}/store", "--rows", "0"], "rows must be at least 1, got 0"),
         (["--store", "{files}/store", "--max-tokens", "0"], "max_tokens must be at least 1, got 0"),
+        (["--store", "{files}/store", "--memory-gib", "-1"], "memory_gib must be >= 0, got -1.0"),
         (["--store", "{files}/store", "--engine", "other"], "engine"),
     ],
 )
@@ -43,6 +45,12 @@ def test_what_is_refused(files, capsys, given, message):
     assert run(["serve", *(word.format(files=files) for word in given)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("ctkernels: error: ") and message in line
+
+
+def test_what_is_not_installed_is_named(files, capsys, monkeypatch):
+    monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "uvicorn" else name)
+    assert run(["serve", "--store", f"{files}/store", "--model", f"{files}/model"]) == 2
+    assert "engine own needs uvicorn, which the extra [serve] installs" in capsys.readouterr().err
 
 
 def test_the_command_of_the_guide():
