@@ -15,6 +15,7 @@ from ctkernels.cli.parse import CommandLine, UsageError
 
 TOKEN = "CTKERNELS_TOKEN"  # environment variable; a command line can be read by other users
 SHARED = ("model", "store", "engine", "host", "port", "memory_gib", "allow_other_weights")  # options of every engine
+NEEDED = ("fastapi", "uvicorn", "prometheus_client", "jinja2")
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,9 @@ def serve_command(argv: Sequence[str]) -> None:
 
 
 def _serve_own(config: ServeConfig, folder: Path, memory: int) -> None:
-    if missing := [name for name in ("fastapi", "uvicorn", "prometheus_client", "jinja2") if find_spec(name) is None]:
-        raise UsageError(f"the engine own needs {', '.join(missing)}, which the extra [serve] brings")
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise UsageError(f"engine own needs {', '.join(missing)}, which the extra [serve] installs")
 
     from ctkernels.serving.server import Limits, ServerOptions, serve
     from ctkernels.tuning.adapters.store import PrefixStore

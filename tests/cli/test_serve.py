@@ -21,6 +21,7 @@ import httpx2
 import pytest
 import torch
 
+from ctkernels.cli import serve
 from ctkernels.cli.main import run
 from ctkernels.cli.parse import CommandLine
 from ctkernels.cli.serve import ServeConfig
@@ -40,6 +41,7 @@ from ctkernels.tuning import KVPrefix, PrefixStore
         (["--store", "{files}/store", "--token", ""], "token must be ASCII characters without spaces around them"),
         (["--store", "{files}/store", "--rows", "0"], "rows must be at least 1, got 0"),
         (["--store", "{files}/store", "--max-tokens", "0"], "max_tokens must be at least 1, got 0"),
+        (["--store", "{files}/store", "--memory-gib", "-1"], "memory_gib must be >= 0, got -1.0"),
         (["--store", "{files}/store", "--engine", "other"], "engine"),
         (["--store", "{files}/store", "--memory-gib", "-1"], "memory_gib must be >= 0, got -1.0"),
         (["--store", "{files}/store", "--", "--max-model-len", "9"], "options behind -- are for the engine vllm"),
@@ -58,16 +60,19 @@ def test_what_is_refused(files, capsys, given, message):
     assert line.startswith("ctkernels: error: ") and message in line
 
 
+def test_what_is_not_installed_is_named(files, capsys, monkeypatch):
+    monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "uvicorn" else name)
+    assert run(["serve", "--store", f"{files}/store", "--model", f"{files}/model"]) == 2
+    assert "engine own needs uvicorn, which the extra [serve] installs" in capsys.readouterr().err
+
+
 def test_the_command_of_the_guide():
     """It parses as it stands."""
     guide = (Path(__file__).parents[2] / "docs/guides/serve.md").read_text()
     (command,) = re.findall(r"^ctkernels serve (.*?) +#", guide, re.MULTILINE)
     config = CommandLine("ctkernels serve", shlex.split(command)).parse(ServeConfig)
-    assert config.store == Path("runs/store") and (config.engine, config.host, config.port) == (
-        "own",
-        "127.0.0.1",
-        8000,
-    )
+    assert config.store == Path("runs/store")
+    assert (config.engine, config.host, config.port) == ("own", "127.0.0.1", 8000)
 
 
 @dataclass

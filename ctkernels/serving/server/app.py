@@ -42,6 +42,7 @@ def make_app(service: Service, engine: Engine) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(Refused, _refused)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(Exception, _unforeseen)
 
     @app.get("/health")
     async def health() -> Response:
@@ -261,6 +262,11 @@ async def _refused(http: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, Refused)
     kind = "invalid_request_error" if error.status < 500 else "server_error"
     return JSONResponse(error_body(str(error), kind, error.code, error.param), error.status)
+
+
+async def _unforeseen(http: HttpRequest, error: Exception) -> Response:
+    """The log has the traceback."""
+    return JSONResponse(error_body("the server failed; its log says why", "server_error"), 500)
 
 
 async def _http(http: HttpRequest, error: Exception) -> Response:

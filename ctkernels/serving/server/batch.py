@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from ctkernels.tuning.hf.protocols import PrefixLike
 
+SPARE_TOKENS = 4096  # up to so many, padding included, prefixes stay side by side that no row reads any more
+
 
 class Batch:
     """Up to `size` rows of one model, which belongs to the batch until `close`.
@@ -93,9 +95,13 @@ class Batch:
         """The attachment of prefixes that include those of all rows and the `new` ones."""
         missing = [prefix for prefix in dict.fromkeys(new) if prefix not in self._kept]
         if self._attachment is None or missing:
-            needed = dict.fromkeys((*self._read, *new))
-            spare = [prefix for prefix in self._kept if prefix not in needed]
-            kept = [*needed, *spare[: self.size - len(needed)]]
+            kept = list(dict.fromkeys((*self._read, *new)))
+            longest = max(prefix.length for prefix in kept)
+            for spare in [prefix for prefix in self._kept if prefix not in kept]:
+                longest = max(longest, spare.length)
+                if len(kept) == self.size or longest * (len(kept) + 1) > SPARE_TOKENS:
+                    break
+                kept.append(spare)
             attachment = PrefixSet(kept).attach(self._decoder.model, [0], backend=self._backend)
             if self._attachment is not None:
                 self._attachment.detach()

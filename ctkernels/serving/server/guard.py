@@ -14,7 +14,7 @@ import hmac
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from ctkernels.serving.server.protocol import error_body
 
@@ -38,9 +38,9 @@ class Guard:
             return await self._app(scope, receive, send)
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         host, origin = headers.get("host", ""), headers.get("origin")
-        if self._hosts is not None and urlsplit(f"//{host}").hostname not in self._hosts:
+        if self._hosts is not None and _parts(f"//{host}").hostname not in self._hosts:
             return await _refuse(send, 403, f"this server is not {host[:100]!r}")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _parts(origin).netloc != host:
             return await _refuse(send, 403, "a page of another site may not call this server")
         if self._token is not None and scope["path"] != "/health" and not self._known(headers.get("authorization", "")):
             scheme = b'Basic realm="ctkernels"' if scope["path"] == "/" else b"Bearer"
@@ -75,6 +75,13 @@ class Guard:
         elif scheme.lower() != "bearer":
             return False
         return hmac.compare_digest(given.strip().encode(), (self._token or "").encode())
+
+
+def _parts(address: str) -> SplitResult:
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return urlsplit("")
 
 
 async def _refuse(send: Send, status: int, message: str, *headers: tuple[bytes, bytes]) -> None:

@@ -51,6 +51,7 @@ class Service:
 
         self.model, self.tokenizer, self.store, self.name = model, tokenizer, store, name
         self.tuner, self.limits, self.began = tuner, limits or Limits(), int(time.time())
+        tokenizer("")  # a first call may change settings of truncation, which two threads must not do at once
         nothing = torch.zeros(0, dtype=torch.int64)
         self._plain = KVPrefix.from_tokens(model, nothing, torch.zeros(1, dtype=torch.int64)).requires_grad_(False)
         decoder = find_decoder(model)

@@ -109,7 +109,8 @@ class Slots(Cache):
         if self._at is None:
             slots[first : first + n, :, :S] = new
             return new
-        slots[torch.arange(n, device=new.device), :, self._at.to(new.device)] = new[:, :, 0]
+        self._at = self._at.to(new.device)
+        slots[torch.arange(n, device=new.device), :, self._at] = new[:, :, 0]
         return slots[:n, :, : self.past + 1]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

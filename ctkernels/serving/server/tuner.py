@@ -129,7 +129,7 @@ class Tuner:
             Occupied: another task is being tuned.
         """
         with self._lock:
-            if self._thread is not None and self._thread.is_alive():
+            if self.last is not None and self.last.running:
                 raise Occupied("another task is being tuned; DELETE /v1/tuning cancels it")
             tuning = self.last = Tuning(task)
             self._thread = threading.Thread(target=self._run, args=(tuning,), name="tuner", daemon=True)

@@ -215,6 +215,12 @@ def test_metrics(server):
     assert 'ctkernels_first_token_seconds_bucket{le="0.1"}' in text
 
 
+def test_a_mistake_of_the_server_is_said_without_details(server, monkeypatch):
+    monkeypatch.setattr(server.service, "completion", lambda body: {}["/srv/secret"])
+    response = server.post("/v1/completions", **GOOD)
+    assert response.status_code == 500 and "secret" not in response.text and response.json()["error"]["message"]
+
+
 def test_a_damaged_file_is_said_without_its_path(server, caplog):
     path = server.service.store.directory / "hurt.safetensors"
     path.write_bytes(b"nothing")
@@ -239,7 +245,10 @@ def test_without_a_chat_template_and_with_a_token(tmp_path):
             assert stranger.get("/v1/models", auth=("anyone", "s3cret")).status_code == 200
         for headers, status in (
             ({"host": "evil.example"}, 403),
+            ({"host": "[evil"}, 403),
             ({"origin": "https://evil.example"}, 403),
+            ({"origin": "https://[evil"}, 403),
+            ({"origin": "null"}, 403),
             ({"origin": server.address}, 200),
         ):
             assert server.client.get("/v1/models", headers=headers).status_code == status
