@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.bench_tuning import draw_out
 from benchmarks.engine import Engine, EngineError
 from ctkernels.tuning import KVPrefix, encode_prompt, get_method, load_jsonl, tune
 from ctkernels.tuning.storage import atomic_write_bytes, atomic_write_json
@@ -43,7 +44,7 @@ MODELS = (
     ".models/gemma3-270m/gemma3-270m",
 )
 CASES = ("tokens", "many", "salts", "kill", "preempt")
-ENGINE = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--block-size", "32")
+ENGINE = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--block-size", "32")
 NEW_TOKENS = 8
 
 
@@ -205,6 +206,8 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         reference = Reference(model, folder)
         train, test = load_jsonl(TASK / "train.jsonl")[:shown], load_jsonl(TASK / "test.jsonl")
+        if window := getattr(reference.model.config, "sliding_window", None):  # long enough for it to hide tokens
+            train = draw_out(reference.tokenizer, train, [item.input for item in test], window + 64)
         if "smollm2" in model:  # a prefix that was really tuned; others are as good for comparing engines
             settings = get_method("ct-kv").settings(epochs=3, lr=1e-2)
             base = tune(reference.model, reference.tokenizer, train, "ct-kv", settings).prefix

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from ctkernels.serving.vllm import files
 from ctkernels.serving.vllm.files import PrefixFiles
 from ctkernels.serving.vllm.salts import Placed
 from ctkernels.testing.models import make_model, tokens
@@ -33,11 +34,11 @@ def files_of(store, model, **options) -> PrefixFiles:
 
 
 def test_a_prefix_is_described_and_read(store, model):
-    files = files_of(store, model)
-    found = files.describe("a/b")
+    served = files_of(store, model)
+    found = served.describe("a/b")
     assert found.placed.name == "a/b" and found.placed.length == 7 and found.context == tuple(tokens(7).tolist())
     prefix = store.get("a/b")
-    for (key, value), k, v in zip(files.read(found.placed), prefix.keys, prefix.values, strict=True):
+    for (key, value), k, v in zip(served.read(found.placed), prefix.keys, prefix.values, strict=True):
         assert torch.equal(key, k) and torch.equal(value, v)
 
 
@@ -51,30 +52,44 @@ def parts(prefix: KVPrefix) -> tuple[list, list]:
 
 
 def test_a_replaced_prefix_is_another_one(store, model):
-    files = files_of(store, model)
-    before = files.describe("a/b").placed
+    served = files_of(store, model)
+    before = served.describe("a/b").placed
     store.put("a/b", KVPrefix.from_tokens(model, tokens(7, seed=2), torch.tensor([0, 7])))
-    after = files.describe("a/b").placed
+    after = served.describe("a/b").placed
     assert before.length == after.length and before.checksum != after.checksum
     with pytest.raises(PrefixFileError, match="was replaced after the request had chosen it"):
-        files.read(before)
-    files.read(after)
+        served.read(before)
+    served.read(after)
+
+
+def test_a_prefix_that_is_replaced_while_it_is_read_is_not_taken(store, model, monkeypatch):
+    """What was read may be the new one, under the name of the old one's content."""
+    found = files_of(store, model)
+    placed = found.describe("a/b").placed
+
+    def slow(path, kind):
+        store.put("a/b", KVPrefix.from_tokens(model, tokens(7, seed=2), torch.tensor([0, 7])))
+        return file.read_file(path, kind)
+
+    monkeypatch.setattr(files, "read_file", slow)
+    with pytest.raises(PrefixFileError, match="was replaced while it was read"):
+        found.read(placed)
 
 
 def test_unknown_and_damaged_prefixes(store, model):
-    files = files_of(store, model)
+    served = files_of(store, model)
     with pytest.raises(UnknownPrefixError, match="no prefix named 'a/c'; near names are 'a/b'"):
-        files.describe("a/c")
-    placed = files.describe("a/b").placed
+        served.describe("a/c")
+    placed = served.describe("a/b").placed
     path = store.path("a/b")
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(data)
     with pytest.raises(PrefixFileError, match="checksum"):
-        files.read(placed)
+        served.read(placed)
     path.unlink()
     with pytest.raises(UnknownPrefixError, match="no prefix named 'a/b'"):
-        files.read(placed)
+        served.read(placed)
 
 
 def test_prefixes_of_other_models_are_refused(store, model):
@@ -122,8 +137,8 @@ def test_keys_are_moved_to_where_rows_begin(tmp_path, name):
     store = PrefixStore(tmp_path, model)
     store.put("both", both)
     expected = moved(both, model, 9)
-    files = files_of(store, model)
-    found = files.read(files.describe("both").placed)
+    served = files_of(store, model)
+    found = served.read(served.describe("both").placed)
     for (key, value), k, v in zip(found, expected.keys, expected.values, strict=True):
         torch.testing.assert_close(key, k.detach(), rtol=1e-5, atol=1e-5)
         assert torch.equal(value, v)
