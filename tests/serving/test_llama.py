@@ -154,7 +154,10 @@ REFUSED = [
     ("several sequences", lambda b: changed(b, CACHE + 16 + 12, "i", 3), "several sequences: [0, 3]"),
     ("a cell of two", lambda b: changed(b, CACHE + 12, "I", 2), "a cell of 2 sequences"),
     ("transposition", lambda b: changed(b, LAYERS - 4, "I", 7), "7 in place of 0 or 1 for transposed"),
-    ("layers", lambda b: changed(b, LAYERS, "I", 1 << 31), "the file ends within the type of keys of layer 6"),
+    ("layers", lambda b: changed(b, LAYERS, "I", 1000), "the file ends within the type of keys of layer 6"),
+    ("more layers", lambda b: changed(b, LAYERS, "I", 1 << 31), "2147483648 layers in a cache are more than the 1024"),
+    ("tokens", lambda b: changed(b, TOKENS - 4, "I", 1 << 23), "8388608 tokens are more than the 4194304 that are"),
+    ("cells", lambda b: changed(b, CACHE + 4, "I", 1 << 23), "8388608 cells are more than the 4194304 that are read"),
     ("matrix", lambda b: changed(b, LAYERS + 4, "I", 48), "a Hadamard matrix of size 48 for keys, which is no power"),
     (
         "large matrix",

@@ -2,7 +2,7 @@
 
     python -m tools.llama [--models NAME ...] [--python .venv-llama/bin/python] [--out tools/llama/results]
 
-Rows of models that are not named stay in the report.
+The newer xllamacpp writes state version 4, an older one 3. Rows of models that are not named stay in the report.
 
 For each model and kind of cache: a server of xllamacpp processes a context, its slot is saved and patched with three
 prefixes: the context itself, a tuned one, and the tuned one with noise, which no context gives. Every request restores
@@ -48,12 +48,13 @@ NOISE = 0.5  # of a layer's root mean square
 
 class Cells(NamedTuple):
     """What a server is started with: weights (q4 or f32), types of keys and values, and flash attention, without which
-    values are transposed."""
+    values are transposed; which version of the state its slot files have."""
 
     weights: str
     keys: str
     values: str
     flash: bool
+    version: int = 4
 
 
 class Run(NamedTuple):
@@ -78,6 +79,7 @@ RUNS = {
     "smollm2-135m": [
         Run(16, 6, 3e-3, 16, MAIN),
         Run(4, 6, 3e-3, 8, (Cells("f32", "bf16", "bf16", True), Cells("f32", "q8_0", "f16", False))),
+        Run(4, 0, 3e-3, 6, (Cells("f32", "q8_0", "q8_0", True, 3), Cells("f32", "f16", "f16", False, 3))),
     ],
     "gemma3-270m": [
         Run(8, 4, 3e-3, 8, MAIN[1:5]),
@@ -115,6 +117,7 @@ class Row:
     furthest: float = 0.0
     evaluated: int = 0
     as_plain: int = 0
+    version: int = 4
 
     @property
     def passed(self) -> bool:
@@ -235,7 +238,7 @@ def compare(
             row.different += 1
 
 
-def check(name: str, run: Run, python: str, models: Path, scratch: Path) -> Iterator[Row]:
+def check(name: str, run: Run, pythons: dict[int, str], models: Path, scratch: Path) -> Iterator[Row]:
     """One row for each kind of cache and prefix."""
     gguf, checkpoint = fetch(name, models)
     files = {"q4": gguf, "f32": dequantised(gguf)}
@@ -257,17 +260,20 @@ def check(name: str, run: Run, python: str, models: Path, scratch: Path) -> Iter
     for kind, prefix in prefixes.items():
         Adapter(prefix).save_pretrained(scratch / kind)
     for number, cells in enumerate(run.cells):
-        with server(python, files[cells.weights], scratch, cells, len(context) + 256) as running:
+        with server(pythons[cells.version], files[cells.weights], scratch, cells, len(context) + 256) as running:
             first = running.complete(context, 0)
             if first["timings"]["prompt_n"] != len(context):
                 sys.exit(f"the server has evaluated {first['timings']['prompt_n']} of {len(context)} tokens")
             running.post("/slots/0?action=save", filename="template.bin")
+            version = int.from_bytes((scratch / "template.bin").read_bytes()[4:8], "little")
+            if version != cells.version:
+                sys.exit(f"the server wrote version {version} of the state, not {cells.version}")
             noise = noise_of(running.all_of(inputs, context, "template.bin"), expected["plain"])
             for kind, prefix in prefixes.items():
                 export(scratch / kind, prefix, checkpoint, model, scratch, as_command=number == 0)
                 replies = running.all_of(inputs, context, "tuned.bin")
                 settings = (cells.weights, len(context), cells.keys, cells.values, not cells.flash)
-                row = Row(name, *settings, kind, noise, len(inputs))
+                row = Row(name, *settings, kind, noise, len(inputs), version=cells.version)
                 compare(row, replies, expected[kind], expected["plain"], inputs)
                 yield row
 
@@ -288,15 +294,21 @@ def export(
 
 def table(rows: list[Row]) -> str:
     """The rows as Markdown."""
-    head = "model | weights | P | keys, values | prefix | requests | equal | near ties | different | furthest | noise"
-    head += " | evaluated beyond the input | as the plain context"
+    head = "model | state | weights | P | keys, values | prefix | requests | equal | near ties | different"
+    head += " | furthest | noise | evaluated beyond the input | as the plain context"
     lines = [f"| {head} |", "|" + " --- |" * (head.count("|") + 1)]
     for r in rows:
         kind = f"{r.keys}, {r.values}{' transposed' if r.transposed else ''}"
-        cells = [r.model, r.weights, r.length, kind, r.prefix, r.requests, r.equal, r.near_ties, r.different]
+        cells = [r.model, r.version, r.weights, r.length, kind, r.prefix, r.requests, r.equal, r.near_ties, r.different]
         cells += [f"{r.furthest:.3f}", f"{r.noise:.3f}", r.evaluated, r.as_plain]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
+
+
+def version_of(python: str) -> str:
+    """Of xllamacpp in an environment."""
+    command = [python, "-c", "import importlib.metadata as m; print(m.version('xllamacpp'))"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def write(out: Path, version: str, rows: list[Row]) -> None:
@@ -313,11 +325,12 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(RUNS), choices=SOURCES)
     parser.add_argument("--folder", type=Path, default=Path(".models/llama"), help="of GGUF files and checkpoints")
     parser.add_argument("--python", default=".venv-llama/bin/python", help="of the environment with xllamacpp")
+    parser.add_argument("--python-3", default=".venv-llama-3/bin/python", help="with one that writes version 3")
     parser.add_argument("--out", type=Path, default=Path("tools/llama/results"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    command = [options.python, "-c", "import importlib.metadata as m; print(m.version('xllamacpp'))"]
-    version = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    pythons = {4: options.python, 3: options.python_3}
+    version = ", ".join(map(version_of, pythons.values()))
     options.out.mkdir(parents=True, exist_ok=True)
     known = options.out / "llama.json"
     found = json.loads(known.read_text())["rows"] if known.exists() else []
@@ -326,7 +339,7 @@ def main() -> None:
     for name in options.models:
         for run in RUNS[name]:
             with tempfile.TemporaryDirectory() as scratch:
-                for row in check(name, run, options.python, options.folder, Path(scratch)):
+                for row in check(name, run, pythons, options.folder, Path(scratch)):
                     rows.append(row)
                     print(row, flush=True)
                     write(options.out, version, sorted((*kept, *rows), key=lambda row: list(RUNS).index(row.model)))

@@ -28,7 +28,7 @@ MAGIC, VERSIONS = 0x67677371, (3, 4)
 CHECKPOINTS, CHECKPOINTS_VERSION = 0x504B4353, 1
 CHECKPOINT_STATE = 0xAF143CD8  # how a checkpoint's state begins
 PACKED, PACKED_VERSION = -1, 1  # how a list of tokens begins that may also hold images
-MOST_STREAMS = 256  # LLAMA_MAX_SEQ
+MOST_STREAMS, MOST_LAYERS, MOST_TOKENS = 256, 1024, 1 << 22  # LLAMA_MAX_SEQ, twice LLAMA_MAX_LAYERS, any context
 MOST_CACHES = 2
 
 
@@ -150,6 +150,8 @@ class _Reader:
 
 def _tokens(reader: _Reader) -> tuple[int, ...]:
     count = reader.number("I", "the number of tokens")
+    if count > MOST_TOKENS:
+        raise SlotError(f"{count} tokens are more than the {MOST_TOKENS} that are read")
     tokens = struct.unpack(f"<{count}i", reader.take(4 * count, "the tokens"))
     if not tokens or tokens[0] != PACKED:
         return tokens
@@ -169,6 +171,8 @@ def _cache(reader: _Reader, version: int) -> Cache:
         count = reader.number("I", "the number of cells")
         if count == 0:
             continue
+        if count > MOST_TOKENS:
+            raise SlotError(f"{count} cells are more than the {MOST_TOKENS} that are read")
         if found is not None:
             raise SlotError("the cells lie in several streams, but a slot has one")
         found = _stream(reader, version, count)
@@ -187,6 +191,8 @@ def _stream(reader: _Reader, version: int, count: int) -> Cache:
     if len(set(sequences)) > 1:
         raise SlotError(f"the cells belong to several sequences: {sorted(set(sequences))[:3]}")
     transposed, layers = reader.numbers("II", "the number of layers")
+    if layers > MOST_LAYERS:
+        raise SlotError(f"{layers} layers in a cache are more than the {MOST_LAYERS} that are read")
     if transposed not in (0, 1):
         raise SlotError(f"{transposed} in place of 0 or 1 for transposed values")
     rotated = None
@@ -195,7 +201,7 @@ def _stream(reader: _Reader, version: int, count: int) -> Cache:
     keys: list[Cells] = []
     values: list[Cells] = []
     for found, name in ((keys, "keys"), (values, "values")):
-        for layer in range(layers):  # ends with the file, however large the number
+        for layer in range(layers):
             found.append(_cells(reader, count, f"{name} of layer {layer}", bool(transposed) and name == "values"))
     return Cache(start, reader.at, sequences[0], positions, rotated, tuple(keys), tuple(values))
 
