@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import blockwise_overlay, causal_mask_function, or_masks, sdpa_mask
 
-from ctkernels import prefix_attention, prefix_attention_varlen
+from ctkernels import prefix_attention
+from ctkernels.attention import attend as packed_attention
 from ctkernels.tuning.hf.forward_state import ForwardState
 from ctkernels.tuning.hf.kinds import Expand, expand_of
 from ctkernels.tuning.hf.llama4 import by_chunk, tempered
@@ -40,6 +41,8 @@ ATTACHED_IMPLEMENTATION = f"{IMPLEMENTATION}_attached"
 REACHES = ("sliding_window", "attention_chunk_size")  # what a layer's mask may hide is known, see `Reach`
 ATTACHED = "_ctkernels_layer_index"  # attribute of an attention module while a prefix is attached to it
 HALVED = "_ctkernels_halved"  # the same, of a class that attends twice, with half of the values each time
+# arguments of the op that no layer with packed rows gives
+PACKED = {"seq_lens": None, "causal": True, "window_prefix": True, "alibi_slopes": None, "prefix_bias": None}
 COMPILED_MASK = "under torch.compile, a padding mask must have rows that are one run of ones, up to the last query"
 
 
@@ -241,8 +244,8 @@ def attend(
     settings["backend"], mask = state.backend, None if state.mask is None else state.mask.to(here)
     state.consumed.add(index)
     if state.cu_seqlens is not None:
-        rows = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [N, H, D]
-        return prefix_attention_varlen(*rows, state.cu_seqlens.to(here), *prefix, mask, **settings).unsqueeze(0)
+        rows = {**PACKED, **settings, "cu_seqlens": state.cu_seqlens.to(here)}
+        return packed_attention(query, key, value, *prefix, mask, **rows)[0].transpose(1, 2)
     if layout is None or layout.shape[-1] == 0:
         return prefix_attention(query, key, value, *prefix, mask, **settings).transpose(1, 2)
     lengths, row, forward, back = state.span(layout, key.shape[2])
