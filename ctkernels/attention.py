@@ -252,16 +252,29 @@ def _likeness(
     inputs: Sequence[Tensor | None], problem_tensors: Sequence[Tensor | None], options: tuple
 ) -> tuple | None:
     """What a call's checks and decisions depend on besides its mask; None: that is not all, or not known."""
-    if ops.looked_for() or not all(type(x) in ops.PLAIN for x in (*inputs, *problem_tensors)):
-        return None
     q = inputs[0]
-    if q is None or (q.device.type in _AUTOCAST and torch.is_autocast_enabled(q.device.type)):
+    if ops.looked_for() or type(q) not in ops.PLAIN or q is None:
         return None
-    described: list[object] = [*options, *map(type, options)]
-    for x in (*inputs, *problem_tensors):
-        described += (None,) if x is None else (x.shape, x.dtype, x.device, x.dim() > 0 and x.stride(-1))
-    # an id means the same tensor as long as the decision holds it
-    return *described, *(None if x is None else (id(x), x.requires_grad) for x in problem_tensors)
+    if torch.is_autocast_enabled(q.device.type) and q.device.type in _AUTOCAST:
+        return None
+    described: list[object] = [*options]
+    for option in options:
+        described.append(type(option))
+    for x in inputs:
+        if x is None:
+            described.append(None)
+        elif type(x) in ops.PLAIN and x.dim():
+            described += (x.shape, x.dtype, x.device, x.stride(-1))
+        else:
+            return None
+    for x in problem_tensors:
+        if x is None:
+            described.append(None)
+        elif type(x) in ops.PLAIN:  # an id means the same tensor as long as the decision holds it
+            described += (id(x), x.shape, x.dtype, x.device, x.requires_grad)
+        else:
+            return None
+    return tuple(described)
 
 
 def _decide(inputs: Any, mask: ContextMask | None, problem_tensors: Any, options: Any) -> tuple[Decided, Any]:

@@ -245,7 +245,8 @@ class _Direct(torch.autograd.Function):
     """`_Attention` without an operator."""
 
     @staticmethod
-    def forward(ctx, q, k, v, prefix_k, prefix_v, prefix_bias, sinks, prepared, problem, choice):
+    def forward(ctx, q, k, v, prefix_k, prefix_v, prefix_bias, sinks, settings):
+        prepared, problem, choice = settings
         ctx.alone = prefix_k.dim() == 3
         inputs = _as_sets((q, k, v, prefix_k, prefix_v, prefix_bias, sinks))
         out, lse = _compute(*inputs, prepared, problem, choice)
@@ -262,7 +263,7 @@ class _Direct(torch.autograd.Function):
         *grads, dprefix_k, dprefix_v, dbias, dsinks = _gradients(ctx, backward, dout, dlse, needs)[:INPUT_COUNT]
         if ctx.alone:
             dprefix_k, dprefix_v = (x if x is None else x.squeeze(0) for x in (dprefix_k, dprefix_v))
-        return *grads, dprefix_k, dprefix_v, dbias, dsinks, None, None, None
+        return *grads, dprefix_k, dprefix_v, dbias, dsinks, None
 
 
 PLAIN = (Tensor, torch.nn.Parameter, type(None))
@@ -295,8 +296,8 @@ def attend(
     """The op on its inputs, q to sinks; prefixes may have three dimensions."""
     if not looked_for() and all(type(x) in PLAIN for x in inputs):
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-            return _Direct.apply(*inputs, prepared, problem, choice)
-        return _compute(*_as_sets(inputs), prepared, problem, choice)
+            return _Direct.apply(*inputs, (prepared, problem, choice))
+        return _compute(*(*_as_sets(inputs), prepared, problem, choice))
     return _operator(*_as_sets(inputs), *prepared, *problem, *choice)
 
 

@@ -71,17 +71,15 @@ class PreparedMask(ContextMask):
     decided: dict[tuple, Decided] = field(default_factory=dict, init=False, repr=False)
     _tables: dict[tuple, tuple[tuple, Tensor]] = field(default_factory=dict, init=False, repr=False)
     _rounded: dict[tuple, Rounded] = field(default_factory=dict, init=False, repr=False)
-    _elsewhere: dict[torch.device, ContextMask] = field(default_factory=dict, init=False, repr=False)
+    _elsewhere: dict[torch.device, ContextMask | None] = field(default_factory=dict, init=False, repr=False)
 
     def to(self, device: torch.device | str) -> ContextMask:
         """The same mask on another device, one for all layers there."""
         device = torch.device(device)
-        if device in self._elsewhere:
-            return self._elsewhere[device]
-        moved = super().to(device)
-        if moved is not self:
-            self._elsewhere[device] = moved
-        return moved
+        if device not in self._elsewhere:
+            moved = super().to(device)
+            self._elsewhere[device] = None if moved is self else moved  # not itself, which would never be freed
+        return self._elsewhere[device] or self
 
     def remember(self, key: tuple, decided: Decided) -> None:
         """Keep a decision for the calls that are like this one."""
@@ -114,7 +112,8 @@ class PreparedMask(ContextMask):
         versions = [_version(x) for x in sources]
         if None in versions:
             return None
-        sizes = tuple(None if x is None else (x.shape, x.dtype) for x in inputs)
+        # of a prefix alone as of a set of one
+        sizes = tuple(None if x is None else ((1, *x.shape)[-4:], x.dtype) for x in inputs)
         rules = problem[PROBLEM_TENSORS:]
         # an id means the same tensor as long as the entry holds it
         key = (backend, backward, order, sizes, rules, *map(id, sources), *versions)
