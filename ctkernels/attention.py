@@ -7,6 +7,8 @@ Reading order: this file (arguments and their checks) -> mask.py -> problem.py -
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from torch import Tensor
 from ctkernels import dispatch, dispatch_table, ops
 from ctkernels.backends import finite, reference
 from ctkernels.mask import ContextMask
-from ctkernels.prepare import NOTHING, PreparedMask
+from ctkernels.prepare import NOTHING, Decided, PreparedMask
 from ctkernels.problem import Problem, check_values
 
 MAX_HEAD_DIM = 512
@@ -102,12 +104,7 @@ def prefix_attention(
 
     Source: Context Tuning for In-Context Optimization, arXiv 2507.04221.
     """
-    q, k, v = _rows(q, k, v, "[B, H, S, D]", "[B, Hk, T, D]")
-    if k.shape[0] != q.shape[0]:
-        raise ValueError(f"k must have q's batch size {q.shape[0]}, got shape {tuple(k.shape)}")
-    if k.shape[2] < q.shape[2]:
-        raise ValueError(f"k must have at least as many positions as q (T >= S = {q.shape[2]}), got T = {k.shape[2]}")
-    out, lse = _attend(
+    out, lse = attend(
         q,
         k,
         v,
@@ -175,7 +172,7 @@ def prefix_attention_varlen(
         raise TypeError(f"cu_seqlens must be an int32 tensor [B+1], got {_kind(cu_seqlens)}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens must be an int32 tensor [B+1], got shape {tuple(cu_seqlens.shape)}")
-    out, lse = _attend(
+    out, lse = attend(
         q.transpose(0, 1).unsqueeze(0),
         k.transpose(0, 1).unsqueeze(0),
         v.transpose(0, 1).unsqueeze(0),
@@ -200,7 +197,7 @@ def prefix_attention_varlen(
     return (out, lse) if return_lse else out
 
 
-def _attend(
+def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -222,8 +219,75 @@ def _attend(
     sinks: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """Both public calls: q `[B, H, S, D]`, or `[1, H, N, D]` with cu_seqlens. Returns (out, lse) in that layout."""
-    passed = prefix_k, prefix_v
+    """Both public calls: q `[B, H, S, D]`, or `[1, H, N, D]` with cu_seqlens. Returns (out, lse) in that layout.
+
+    What has been checked and decided of a call is kept by a mask from `prepare`, for calls that are like it.
+    """
+    inputs: Any = (q, k, v, prefix_k, prefix_v, prefix_bias, sinks)
+    problem_tensors = (cu_seqlens, seq_lens, prefix_index, prefix_lens, alibi_slopes)
+    options = (causal, scale, window, window_prefix, softcap, backend)
+    key = _likeness(inputs, problem_tensors, options) if isinstance(mask, PreparedMask) else None
+    decided = mask.decided.get(key) if isinstance(mask, PreparedMask) and key is not None else None
+    if decided is None:
+        decided, inputs = _decide(inputs, mask, problem_tensors, options)
+        if decided.choice.forward == "reference":
+            problem = decided.problem
+            if not torch.compiler.is_compiling():
+                check_values(inputs[0], inputs[1], inputs[3], problem)
+                if finite.enabled():
+                    finite.check_inputs(*(*inputs, problem))
+            with torch.autocast(q.device.type, enabled=False):
+                return reference.prefix_attention(*(*inputs, problem))
+        if isinstance(mask, PreparedMask) and key is not None:
+            mask.remember(key, decided)
+    elif prefix_bias is not None:
+        inputs = (q, k, v, prefix_k, prefix_v, _three(prefix_bias), sinks)
+    prepared = NOTHING
+    if isinstance(mask, PreparedMask):
+        prepared = mask.of_call(decided, (prefix_k, prefix_v), inputs[:6])
+    return ops.attend(inputs, prepared, *decided)
+
+
+def _likeness(
+    inputs: Sequence[Tensor | None], problem_tensors: Sequence[Tensor | None], options: tuple
+) -> tuple | None:
+    """What a call's checks and decisions depend on besides its mask; None: that is not all, or not known."""
+    q = inputs[0]
+    if ops.looked_for() or type(q) not in ops.PLAIN or q is None:
+        return None
+    if torch.is_autocast_enabled(q.device.type) and q.device.type in _AUTOCAST:
+        return None
+    described: list[object] = [*options]
+    for option in options:
+        described.append(type(option))
+    for x in inputs:
+        if x is None:
+            described.append(None)
+        elif type(x) in ops.PLAIN and x.dim():
+            described += (x.shape, x.dtype, x.device, x.stride(-1))
+        else:
+            return None
+    for x in problem_tensors:
+        if x is None:
+            described.append(None)
+        elif type(x) in ops.PLAIN:  # an id means the same tensor as long as the decision holds it
+            described += (id(x), x.shape, x.dtype, x.device, x.requires_grad)
+        else:
+            return None
+    return tuple(described)
+
+
+def _decide(inputs: Any, mask: ContextMask | None, problem_tensors: Any, options: Any) -> tuple[Decided, Any]:
+    """The problem and the backends of a call after all checks, and its inputs as backends take them. Arguments as in
+    `attend`."""
+    q, k, v, prefix_k, prefix_v, prefix_bias, sinks = inputs
+    cu_seqlens, seq_lens, prefix_index, prefix_lens, alibi_slopes = problem_tensors
+    causal, scale, window, window_prefix, softcap, backend = options
+    q, k, v = _rows(q, k, v, "[B, H, S, D]", "[B, Hk, T, D]")
+    if k.shape[0] != q.shape[0]:
+        raise ValueError(f"k must have q's batch size {q.shape[0]}, got shape {tuple(k.shape)}")
+    if k.shape[2] < q.shape[2]:
+        raise ValueError(f"k must have at least as many positions as q (T >= S = {q.shape[2]}), got T = {k.shape[2]}")
     prefix_k, prefix_v = _prefixes(q, k, v, prefix_k, prefix_v)
     G, _, P, D = prefix_k.shape
     Dv = prefix_v.shape[3]
@@ -273,17 +337,7 @@ def _attend(
     )
     # kernels read any strides in place if the last dimension is contiguous
     q, k, v, prefix_k, prefix_v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, prefix_k, prefix_v))
-    if choice.forward == "reference":
-        if not torch.compiler.is_compiling():
-            check_values(q, k, prefix_k, problem)
-            if finite.enabled():
-                finite.check_inputs(q, k, v, prefix_k, prefix_v, prefix_bias, sinks, problem)
-        with torch.autocast(q.device.type, enabled=False):
-            return reference.prefix_attention(q, k, v, prefix_k, prefix_v, prefix_bias, sinks, problem)
-    inputs, prepared = (q, k, v, prefix_k, prefix_v, prefix_bias), NOTHING
-    if isinstance(mask, PreparedMask):
-        prepared = mask.of_call(choice, passed, inputs, problem)
-    return ops.attend((*inputs, sinks), prepared, problem, choice)
+    return Decided(problem, choice), (q, k, v, prefix_k, prefix_v, prefix_bias, sinks)
 
 
 def _rows(q: Tensor, k: Tensor, v: Tensor, q_shape: str, k_shape: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -383,6 +437,10 @@ def _check_bias(bias: Tensor | None, G: int, H: int, P: int, q: Tensor) -> Tenso
         raise ValueError(f"prefix_bias must be on q's device {q.device}, got {bias.device}")
     if all(tuple(bias.shape) != shape for shape in ((P,), (H, P), (G, H, P))):
         raise ValueError(f"prefix_bias must have shape [{P}], [{H}, {P}] or [{G}, {H}, {P}], got {tuple(bias.shape)}")
+    return _three(bias)
+
+
+def _three(bias: Tensor) -> Tensor:
     return bias.reshape((1,) * (3 - bias.dim()) + tuple(bias.shape))
 
 

@@ -10,8 +10,8 @@ by name. Arguments:
 An operator calls the backend that Choice names. The backend checks values that could make it read outside of a tensor.
 Backends know nothing of sinks: `backends/sinks.py` puts them around any of them.
 
-Where nothing looks for operators (no compiler, transform, mode, profiler or subclass), a call goes to the backend at once:
-the way through the operators takes longer than everything else that Python does for a call.
+Where nothing looks for operators (no compiler, transform, mode, profiler or subclass), a call goes to its backend at
+once: the way through the operators takes longer than everything else that Python does for a call.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _forward(q, k, v, prefix_k, prefix_v, prefix_bias, sinks, *settings):
     return _compute(q, k, v, prefix_k, prefix_v, prefix_bias, sinks, *_split(settings))
 
 
-def _compute(q, k, v, prefix_k, prefix_v, prefix_bias, sinks, prepared, problem, choice) -> tuple[Tensor, Tensor]:
+def _compute(q, k, v, prefix_k, prefix_v, prefix_bias, sinks, prepared, problem, choice):
     if finite.enabled():
         finite.check_inputs(q, k, v, prefix_k, prefix_v, prefix_bias, sinks, problem)
     backend = dispatch.load(choice.forward)
@@ -83,7 +83,7 @@ def _backward(dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, sinks, out, 
 
 def _compute_backward(
     dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, sinks, out, lse, needs, prepared, problem, choice
-) -> tuple[Tensor, ...]:
+):
     if finite.enabled():
         finite.check_gradients(dout, dlse, lse)
     inputs = (q, k, v, prefix_k, prefix_v, prefix_bias)
@@ -245,8 +245,10 @@ class _Direct(torch.autograd.Function):
     """`_Attention` without an operator."""
 
     @staticmethod
-    def forward(ctx, q, k, v, prefix_k, prefix_v, prefix_bias, sinks, prepared, problem, choice):
-        inputs = (q, k, v, prefix_k, prefix_v, prefix_bias, sinks)
+    def forward(ctx, q, k, v, prefix_k, prefix_v, prefix_bias, sinks, settings):
+        prepared, problem, choice = settings
+        ctx.alone = prefix_k.dim() == 3
+        inputs = _as_sets((q, k, v, prefix_k, prefix_v, prefix_bias, sinks))
         out, lse = _compute(*inputs, prepared, problem, choice)
         ctx.save_for_backward(*inputs, *prepared, *problem[:PROBLEM_TENSORS], out, lse)
         ctx.settings = (*problem[PROBLEM_TENSORS:], *choice)
@@ -256,15 +258,26 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout: Tensor | None, dlse: Tensor | None):
         needs = list(ctx.needs_input_grad[:INPUT_COUNT])
-        looked_for = torch.is_grad_enabled() or _looked_for()  # the operator knows what to say to a second derivative
-        backward = prefix_attention_backward if looked_for else _backward
-        return *_gradients(ctx, backward, dout, dlse, needs)[:INPUT_COUNT], None, None, None
+        operator = torch.is_grad_enabled() or looked_for()  # it knows what to say to a second derivative
+        backward = prefix_attention_backward if operator else _backward
+        *grads, dprefix_k, dprefix_v, dbias, dsinks = _gradients(ctx, backward, dout, dlse, needs)[:INPUT_COUNT]
+        if ctx.alone:
+            dprefix_k, dprefix_v = (x if x is None else x.squeeze(0) for x in (dprefix_k, dprefix_v))
+        return *grads, dprefix_k, dprefix_v, dbias, dsinks, None
 
 
 PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
 
-def _looked_for() -> bool:
+def _as_sets(inputs: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """The inputs with prefixes of four dimensions."""
+    q, k, v, prefix_k, prefix_v, *others = inputs
+    if prefix_k is None or prefix_v is None or prefix_k.dim() == 4:
+        return inputs
+    return q, k, v, prefix_k.unsqueeze(0), prefix_v.unsqueeze(0), *others
+
+
+def looked_for() -> bool:
     """Whether somebody may want to see the operators that are called."""
     return (
         torch.compiler.is_compiling()
@@ -280,12 +293,12 @@ def _looked_for() -> bool:
 def attend(
     inputs: Sequence[Tensor | None], prepared: Prepared, problem: Problem, choice: Choice
 ) -> tuple[Tensor, Tensor]:
-    """The op on its inputs, q to sinks."""
-    if not _looked_for() and all(type(x) in PLAIN for x in inputs):
+    """The op on its inputs, q to sinks; prefixes may have three dimensions."""
+    if not looked_for() and all(type(x) in PLAIN for x in inputs):
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-            return _Direct.apply(*inputs, prepared, problem, choice)
-        return _compute(*inputs, prepared, problem, choice)
-    return _operator(*inputs, *prepared, *problem, *choice)
+            return _Direct.apply(*inputs, (prepared, problem, choice))
+        return _compute(*(*_as_sets(inputs), prepared, problem, choice))
+    return _operator(*_as_sets(inputs), *prepared, *problem, *choice)
 
 
 def _operator(*inputs) -> tuple[Tensor, Tensor]:

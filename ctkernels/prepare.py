@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from ctkernels.problem import PROBLEM_TENSORS, Prepared, Problem
 
 MOST = 16  # sets of tables, and of prefixes: sizes, windows, types and directions that the layers of a step may have
 NOTHING = Prepared()
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]  # of a backend: q to prefix_bias
+Inputs = Sequence[Tensor | None]  # of a backend: q to prefix_bias; a prefix of one set may have three dimensions
 Rounded = dict[int, tuple[Tensor, int | None, Tensor]]  # id of a prefix -> itself, its version, its copy
 
 
@@ -52,36 +53,52 @@ def prepare(mask: ContextMask | None = None, prefixes: Iterable[tuple[Tensor, Te
     return PreparedMask(**rule, prefixes=tuple(x for pair in pairs for x in pair))
 
 
+class Decided(NamedTuple):
+    """What follows from the arguments of a call but the values of its tensors."""
+
+    problem: Problem
+    choice: Choice
+
+
 @dataclass(frozen=True, eq=False)
 class PreparedMask(ContextMask):
-    """A mask made by `prepare`."""
+    """A mask made by `prepare`.
+
+    decided: what was decided of earlier calls, by all that it depends on besides this mask.
+    """
 
     prefixes: tuple[Tensor, ...] = ()
+    decided: dict[tuple, Decided] = field(default_factory=dict, init=False, repr=False)
     _tables: dict[tuple, tuple[tuple, Tensor]] = field(default_factory=dict, init=False, repr=False)
     _rounded: dict[tuple, Rounded] = field(default_factory=dict, init=False, repr=False)
-    _elsewhere: dict[torch.device, ContextMask] = field(default_factory=dict, init=False, repr=False)
+    _elsewhere: dict[torch.device, ContextMask | None] = field(default_factory=dict, init=False, repr=False)
 
     def to(self, device: torch.device | str) -> ContextMask:
         """The same mask on another device, one for all layers there."""
         device = torch.device(device)
-        if device in self._elsewhere:
-            return self._elsewhere[device]
-        moved = super().to(device)
-        if moved is not self:
-            self._elsewhere[device] = moved
-        return moved
+        if device not in self._elsewhere:
+            moved = super().to(device)
+            self._elsewhere[device] = None if moved is self else moved  # not itself, which would never be freed
+        return self._elsewhere[device] or self
 
-    def of_call(self, choice: Choice, prefix: tuple[Tensor, Tensor], inputs: Inputs, problem: Problem) -> Prepared:
+    def remember(self, key: tuple, decided: Decided) -> None:
+        """Keep a decision for the calls that are like this one."""
+        if len(self.decided) >= MOST:
+            self.decided.clear()
+        self.decided[key] = decided
+
+    def of_call(self, decided: Decided, prefix: tuple[Tensor, Tensor], inputs: Inputs) -> Prepared:
         """What is prepared of a call.
 
-        choice: its backends.  prefix: prefix_k and prefix_v as they were passed.  inputs: q, k, v, prefix_k, prefix_v,
-        prefix_bias as the backends get them.
+        decided: its backends and its problem.  prefix: prefix_k and prefix_v as they were passed.  inputs: q, k, v,
+        prefix_k, prefix_v, prefix_bias.
         """
-        q = inputs[0]
-        backends = {name: dispatch.load(name) for name in choice}
-        makes = {name: backend for name, backend in backends.items() if hasattr(backend, "tables")}
+        problem, choice = decided
+        makes = {name: backend for name in choice if hasattr(backend := dispatch.load(name), "tables")}
         if not makes or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return NOTHING
+        q = inputs[0]
+        assert q is not None
         order = (q.device, *next(iter(makes.values())).order(q))
         recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, *prefix))
         forward = self._tables_of(choice.forward, order, inputs, problem, False) if choice.forward in makes else None
@@ -95,14 +112,17 @@ class PreparedMask(ContextMask):
         versions = [_version(x) for x in sources]
         if None in versions:
             return None
-        sizes = tuple(None if x is None else (x.shape, x.dtype) for x in inputs)
+        # of a prefix alone as of a set of one
+        sizes = tuple(None if x is None else ((1, *x.shape)[-4:], x.dtype) for x in inputs)
         rules = problem[PROBLEM_TENSORS:]
         # an id means the same tensor as long as the entry holds it
         key = (backend, backward, order, sizes, rules, *map(id, sources), *versions)
         if key not in self._tables:
             if len(self._tables) >= MOST:
                 self._tables.clear()
-            made = dispatch.load(backend).tables(*inputs, problem, backward)
+            *rows, prefix_k, prefix_v, bias = inputs
+            prefixes = (x if x is None or x.dim() == 4 else x.unsqueeze(0) for x in (prefix_k, prefix_v))
+            made = dispatch.load(backend).tables(*rows, *prefixes, bias, problem, backward)
             self._tables[key] = sources, made
         return self._tables[key][1]
 

@@ -123,6 +123,91 @@ def test_a_seed_in_memory_that_is_written_to_gets_tables_of_its_own():
     assert len(asked) == 2
 
 
+LIKE = dict(B=3, H=4, Hk=2, S=5, P=12, D=8, types="fp32")
+STEPS = {  # each changes the call before it
+    "another type": dict(types="bf16"),
+    "master weights": dict(types="bf16+fp32"),
+    "a longer prefix": dict(P=14),
+    "two prefixes": dict(G=2, prefix_index=torch.tensor([0, 1, 1])),
+    "the other index": dict(G=2, prefix_index=torch.tensor([1, 0, 1])),
+    "lengths": dict(seq_lens=torch.tensor([5, 2, 1])),
+    "other lengths": dict(seq_lens=torch.tensor([1, 2, 5])),
+    "a window": dict(window=3),
+    "a softcap": dict(softcap=2.0),
+    "another scale": dict(scale=0.1),
+    "not causal": dict(causal=False),
+    "the reference": dict(backend="reference"),
+    "a bias": dict(bias=(4, 12)),
+    "a bias of one head": dict(bias=(12,)),
+    "sinks": dict(sinks=True),
+    "slopes": dict(alibi_slopes=torch.linspace(0.1, 0.4, 4)),
+    "more heads": dict(H=6),
+    "packed rows": dict(B=None, S=None, lens=[5, 2, 4]),
+}
+
+
+def test_what_was_decided_of_one_call_is_not_taken_for_another():
+    """One prepared mask for all of them, in turn: each has the bits that it has with a mask of its own."""
+    mask = ct.ContextMask(hidden=torch.tensor([[0, 4], [4, 8], [0, 0]]), drop_p=0.25, seed=3)
+    prepared = ct.prepare(mask)
+    for name in ("", *STEPS, ""):
+        changes = dict(STEPS.get(name, {}))
+        backend = changes.pop("backend", "cpu")
+        call = make_call(**{key: x for key, x in (LIKE | changes).items() if x is not None})
+        for grad in (True, False, True):
+            outputs = []
+            for each in (mask, prepared):
+                with torch.set_grad_enabled(grad):
+                    tensors = {key: x.clone().requires_grad_(grad) for key, x in call.tensors.items()}
+                    out = run_with(each, tensors, call, backend)
+                found = [out.detach()]
+                if grad:
+                    found += torch.autograd.grad(out.float().sum(), list(tensors.values()))
+                outputs.append(found)
+            assert all(torch.equal(x, y) for x, y in zip(*outputs, strict=True)), name
+
+
+def run_with(mask, tensors, call, backend):
+    options = {**call.options, "backend": backend}
+    if call.cu_seqlens is None:
+        return ct.prefix_attention(mask=mask, **tensors, **options)
+    return ct.prefix_attention_varlen(mask=mask, cu_seqlens=call.cu_seqlens, **tensors, **options)
+
+
+BAD = {
+    "causal must be a bool": dict(causal=1),
+    "window must be an integer": dict(window=True),
+    "scale must be a number": dict(scale=True),
+    "alibi_slopes must not require": dict(alibi_slopes=torch.ones(4).requires_grad_()),
+    "prefix_bias must be a floating tensor": dict(prefix_bias=torch.zeros(12, dtype=torch.int64)),
+    "backend must be one of": dict(backend="none"),
+    "seq_lens must be an int32": dict(seq_lens=torch.ones(3)),
+    "seq_lens must have shape": dict(seq_lens=torch.ones(4, dtype=torch.int64)),
+    "k must have q's type": dict(k=torch.zeros(3, 2, 5, 8, dtype=torch.float16)),
+    "v must be a tensor": dict(v=None),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_a_call_that_is_wrong_is_refused_behind_one_that_is_right(message):
+    tensors = make_call(**LIKE).tensors
+    mask = ct.prepare(a_mask())
+    for options in ({}, dict(window=1), dict(scale=1.0), dict(prefix_bias=torch.zeros(12))):
+        ct.prefix_attention(**tensors, mask=mask, backend="cpu", **options)
+    assert mask.decided
+    with pytest.raises((TypeError, ValueError), match=message):
+        ct.prefix_attention(**{**tensors, "mask": mask, "backend": "cpu", **BAD[message]})
+
+
+def test_autocast_is_asked_for_in_every_call():
+    tensors, mask = make_call(**LIKE).tensors, ct.prepare(a_mask())
+    plain = ct.prefix_attention(**tensors, mask=mask, backend="cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = ct.prefix_attention(**tensors, mask=mask, backend="cpu")
+    assert (plain.dtype, cast.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(plain, ct.prefix_attention(**tensors, mask=mask, backend="cpu"))
+
+
 @pytest.mark.parametrize("sizes", [dict(S=5), dict(P=13), dict(types="fp16+fp32"), dict(D=16), dict(H=4)], ids=str)
 def test_other_sizes_and_types_get_tables_of_their_own(sizes):
     mask = ct.prepare(a_mask())

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import blockwise_overlay, causal_mask_function, or_masks, sdpa_mask
 
-from ctkernels import prefix_attention, prefix_attention_varlen
+from ctkernels import prefix_attention
+from ctkernels.attention import attend as packed_attention
 from ctkernels.tuning.hf.forward_state import ForwardState
 from ctkernels.tuning.hf.kinds import Expand, expand_of
 from ctkernels.tuning.hf.llama4 import by_chunk, tempered
@@ -40,6 +41,8 @@ ATTACHED_IMPLEMENTATION = f"{IMPLEMENTATION}_attached"
 REACHES = ("sliding_window", "attention_chunk_size")  # what a layer's mask may hide is known, see `Reach`
 ATTACHED = "_ctkernels_layer_index"  # attribute of an attention module while a prefix is attached to it
 HALVED = "_ctkernels_halved"  # the same, of a class that attends twice, with half of the values each time
+# arguments of the op that no layer with packed rows gives
+PACKED = {"seq_lens": None, "causal": True, "window_prefix": True, "alibi_slopes": None, "prefix_bias": None}
 COMPILED_MASK = "under torch.compile, a padding mask must have rows that are one run of ones, up to the last query"
 
 
@@ -203,10 +206,11 @@ def attention_forward(
         half = ctkernels_state.halves[index] = 1 - ctkernels_state.halves.get(index, 1)
     window = reach.window if sliding_window is None else sliding_window
     settings = {"scale": scaling, "window": window, "softcap": softcap or None, "sinks": s_aux}
-    tensors = {"query": query, "key": key, "value": value, "layout": layout, "expand": expand_of(module)}
-    run = partial(attend, index=index, half=half, **tensors, **settings)
+    rows = query, key, value, layout, expand_of(module), half
     if reach.chunk is None or ctkernels_state.length(index) + ctkernels_state.past + query.shape[2] <= reach.chunk:
-        return run(ctkernels_state), None
+        return attend(ctkernels_state, index, *rows, **settings), None
+    tensors = dict(zip(("query", "key", "value", "layout", "expand", "half"), rows, strict=True))
+    run = partial(attend, index=index, **tensors, **settings)
     return by_chunk(run, reach.chunk, ctkernels_state, ctkernels_state.lengths(layout, key), index), None
 
 
@@ -227,22 +231,23 @@ def attend(
     `value`; default: neither.
     """
     held = state.keys[index], state.values[index]
-    if expand is None:
+    prefix = [*held]
+    if expand is None and held[0].shape[-3] != key.shape[1]:
         prefix = [own_heads(x, key.shape[1], state.group) for x in held]
-    else:
+    elif expand is not None:
         alone = held[0].dim() == 3
         prefix = list(expand(*(x.to(query.dtype)[None] if alone else x.to(query.dtype) for x in held)))
         prefix = [x[0] for x in prefix] if alone else prefix
     if half is not None:
         prefix[1] = torch.cat((prefix[1].chunk(2, dim=-3)[half],) * 2, dim=-3)
     here = query.device  # layers of one model may be on different devices
-    index_of_rows = {name: getattr(state, name) for name in ("prefix_index", "prefix_lens")}
-    settings |= {name: None if x is None else x.to(here) for name, x in index_of_rows.items()}
+    settings["prefix_index"] = None if state.prefix_index is None else state.prefix_index.to(here)
+    settings["prefix_lens"] = None if state.prefix_lens is None else state.prefix_lens.to(here)
     settings["backend"], mask = state.backend, None if state.mask is None else state.mask.to(here)
     state.consumed.add(index)
     if state.cu_seqlens is not None:
-        rows = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [N, H, D]
-        return prefix_attention_varlen(*rows, state.cu_seqlens.to(here), *prefix, mask, **settings).unsqueeze(0)
+        rows = {**PACKED, **settings, "cu_seqlens": state.cu_seqlens.to(here)}
+        return packed_attention(query, key, value, *prefix, mask, **rows)[0].transpose(1, 2)
     if layout is None or layout.shape[-1] == 0:
         return prefix_attention(query, key, value, *prefix, mask, **settings).transpose(1, 2)
     lengths, row, forward, back = state.span(layout, key.shape[2])

@@ -188,8 +188,8 @@ def trained(mode: str, shape: Shape, P: int, backend: str, device: str) -> dict[
     """The trainer, with its steps as graphs or without. Its epochs have one step each."""
     from ctkernels.testing.recorded import RecordedGraphs
     from ctkernels.tuning.hf.forward import frozen
-    from ctkernels.tuning.train.graphs import CapturedSteps, captured_steps
     from ctkernels.tuning.train import trainer
+    from ctkernels.tuning.train.graphs import CapturedSteps, captured_steps
     from ctkernels.tuning.train.loop import run_epoch
 
     learner, settings = make_learner(shape, P, backend, device, "on" if mode == GRAPH and device == "cuda" else "off")
