@@ -25,6 +25,7 @@ from ctkernels.cli import serve
 from ctkernels.cli.main import run
 from ctkernels.cli.parse import CommandLine
 from ctkernels.cli.serve import ServeConfig
+from ctkernels.serving.server.engine import Engine
 from ctkernels.testing.models import make_model
 from ctkernels.testing.tasks import DEMONSTRATIONS, char_tokenizer
 from ctkernels.tuning import KVPrefix, PrefixStore
@@ -153,6 +154,8 @@ def test_sigterm_in_the_middle_of_answers(tmp_path, capsys, monkeypatch):
                 if "done" not in seen:
                     os.kill(os.getpid(), signal.SIGTERM)
 
+    turn = Engine._turn
+    monkeypatch.setattr(Engine, "_turn", lambda engine: (time.sleep(0.01), turn(engine)))  # as a larger model
     monkeypatch.setenv("CTKERNELS_TOKEN", "t")
     thread = threading.Thread(target=client)
     thread.start()

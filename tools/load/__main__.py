@@ -126,7 +126,7 @@ def report(record: dict[str, Any], found: Found) -> str:
     about = f"Pool of {record['pool']} requests; {record['left_out']} more had two nearly equal logits"
     return (
         f"# Our own server under load\n\n`make serve-load MINUTES={minutes}`: {record['clients']} clients at once for "
-        f"{minutes} minutes, {record['rows']} rows, {record['prefixes']} prefixes and the model "
+        f"{minutes} min, {record['rows']} rows, {record['prefixes']} prefixes and the model "
         f"without one; {sum(outcomes.values())} requests, {record['tokens']} tokens in whole answers. "
         f"{'Passed' if record['passed'] else 'FAILED'}. What is counted: `tools/load/__main__.py`.\n\n"
         f"| outcome | requests |\n| --- | --- |\n" + "\n".join(rows) + "\n\n"

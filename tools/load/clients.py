@@ -112,7 +112,7 @@ async def _refused(status: int, found: Found, text: str) -> bool:
     """Whether there is no answer."""
     if status == 429:
         found.note("refused")
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.5)
     elif status != 200:
         found.note("failed", f"status {status} {text[:200]}")
     return status != 200

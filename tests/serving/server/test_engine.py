@@ -65,7 +65,7 @@ def test_answers_equal_generate(model, prefixes):
             stopped = tokens[-1] in requests[n].ends
             assert heard[n].text == decoded(tokens[:-1] if stopped else tokens) and end.tokens == len(tokens)
             assert end.why == ("stop" if stopped else "length")
-    assert {end.why for end in ends} >= {"stop", "length"}
+    assert {end.why for n, end in enumerate(ends) if n % 3} == {"stop", "length"}
     assert engine.metrics.registry.get_sample_value("ctkernels_rows") == 0
 
 

@@ -15,7 +15,7 @@ from tools.load.clients import Known, campaign
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     model = tiny()
-    with running(model, stored(tmp_path_factory.mktemp("store"), model), rows=3, queue=3) as server:
+    with running(model, stored(tmp_path_factory.mktemp("store"), model), rows=2, queue=2) as server:
         yield server
 
 
@@ -31,7 +31,7 @@ def pool(server) -> list[Known]:
 
 
 def test_outcomes(server, pool):
-    """Eight clients at three rows and three places in the queue."""
+    """Eight clients at two rows and two places in the queue."""
     found = asyncio.run(campaign(server.address, pool, 8, math.inf, requests=8))
     assert found.bad == 0, found.examples
     assert all(found.outcomes[outcome] for outcome in ("whole", "streamed", "left", "refused")), found
