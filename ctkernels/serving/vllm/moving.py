@@ -51,10 +51,7 @@ def _small(config: PreTrainedConfig) -> Decoder:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(small, dtype=torch.float32)
-            for parameter in model.parameters():
-                torch.nn.init.normal_(parameter, std=0.3)
-        return find_decoder(model.eval())
+            return find_decoder(AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval())
     except Exception as error:  # what a class needs besides is its own business
         raise ValueError(
             f"keys of {type(config).__name__} cannot be moved without its model ({error}); store the prefix moved: "
