@@ -68,8 +68,8 @@ def lane_delta(
     out_b, out_h, out_t, lse_b, lse_h, dlse_b, dlse_h, dlse_t,
     VD: tl.constexpr, VD0: tl.constexpr, VD1: tl.constexpr, HAS_DLSE: tl.constexpr, PAIR: tl.constexpr,
 ):  # fmt: skip
-    """What the backward pass needs of lanes [BLOCK_M], which it leaves in STATE, fp32 [3, Hk, lanes]: lse2 (high), delta,
-    and for a PAIR what lse2 was rounded by (low). Returns high, low, delta, whether a lane saw any key, and its dout."""
+    """What the backward pass needs of lanes [BLOCK_M]: lse2 (high), what it was rounded by (low), delta, whether the
+    lane saw any key, and its dout. STATE, fp32 [3, Hk, lanes], keeps high, delta, and of a PAIR low."""
     lse = tl.load(LSE + offsets(batch, head, token, lse_b, lse_h, 1), mask=ok, other=-float("inf"))
     alive = lse != -float("inf")
     out0, out1 = load_pieces(OUT, offsets(batch, head, token, out_b, out_h, out_t), alive, VD, VD0, VD1)
@@ -113,8 +113,8 @@ def dq_kernel(
     Q, K, V, PREFIX_K, PREFIX_V, BIAS, SLOPES, KEEP, ROWS, SLOTS, TILES, WORDS, TILE_WORDS, DOUT, OUT, LSE, DLSE,
     STATE, DQ, PART_Q,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, pk_g, pk_h, pk_t, pv_g, pv_h, pv_t, dout_b, dout_h, dout_t,
-    out_b, out_h, out_t, lse_b, lse_h, dlse_b, dlse_h, dlse_t, dq_b, dq_h, dq_t, bias_g, bias_h, n_rows, n_slots, n_tiles, n_words, P, length, drop_below, seed_low, seed_high,
-    factor, cap, scale, window,
+    out_b, out_h, out_t, lse_b, lse_h, dlse_b, dlse_h, dlse_t, dq_b, dq_h, dq_t, bias_g, bias_h,
+    n_rows, n_slots, n_tiles, n_words, P, length, drop_below, seed_low, seed_high, factor, cap, scale, window,
     GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, W1: tl.constexpr,
     VD: tl.constexpr, VD0: tl.constexpr, VD1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OWN_N: tl.constexpr, SPLITS: tl.constexpr,
@@ -229,28 +229,30 @@ def own_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, W1: tl.constexpr,
     VD: tl.constexpr, VD0: tl.constexpr, VD1: tl.constexpr, VW1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
-    DROP: tl.constexpr, KEPT: tl.constexpr, OWN_CONTEXT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
+    PADDED: tl.constexpr, DROP: tl.constexpr, KEPT: tl.constexpr, OWN_CONTEXT: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (own blocks, Hk): dk, dv of BLOCK_N own keys of one row; zeros for tokens of no row."""
-    PAIR: tl.constexpr = Q.dtype.element_ty == tl.float32
+    """Grid (own blocks, Hk): dk, dv of BLOCK_N own keys of one row; zeros for tokens of no row. PADDED: padding may
+    follow a row's own keys."""
     kv = tl.program_id(1)
     row = tl.load(OWN + OWN_ROW * n_own + tl.program_id(0))
     first_t = tl.load(OWN + OWN_BLOCK * n_own + tl.program_id(0)) * BLOCK_N
-    token0 = tl.load(OWN + OWN_TOKEN * n_own + tl.program_id(0))
     t = first_t + tl.arange(0, BLOCK_N)
-    written = t < tl.load(OWN + OWN_KEYS * n_own + tl.program_id(0))
     if row < 0:
+        token = tl.load(OWN + OWN_TOKEN * n_own + tl.program_id(0)) + t
+        idle = t < tl.load(OWN + OWN_KEYS * n_own + tl.program_id(0))
         if NEED_K:
-            store_zeros(DK, offsets(row + 1, kv, token0 + t, dk_b, dk_h, dk_t), written, D, D0, D1)
+            store_zeros(DK, offsets(row + 1, kv, token, dk_b, dk_h, dk_t), idle, D, D0, D1)
         if NEED_V:
-            store_zeros(DV, offsets(row + 1, kv, token0 + t, dv_b, dv_h, dv_t), written, VD, VD0, VD1)
+            store_zeros(DV, offsets(row + 1, kv, token, dv_b, dv_h, dv_t), idle, VD, VD0, VD1)
         return
+    PAIR: tl.constexpr = Q.dtype.element_ty == tl.float32
     first = tl.load(ROWS + ROW_FIRST * n_rows + row)
     queries = tl.load(ROWS + ROW_QUERIES * n_rows + row)
     keys = tl.load(ROWS + ROW_KEYS * n_rows + row)
     offset = tl.load(ROWS + ROW_OFFSET * n_rows + row)
     batch = tl.load(ROWS + ROW_BATCH * n_rows + row)
+    token0 = tl.load(ROWS + ROW_TOKEN * n_rows + row)
     seen = own_seen(
         ROWS, KEEP, n_rows, row, t, keys, P, length, drop_below, seed_low, seed_high, OWN_CONTEXT, DROP, KEPT
     )
@@ -261,9 +263,11 @@ def own_kernel(
     dv0 = tl.zeros([BLOCK_N, VD0], tl.float32)
     dv1 = tl.zeros([BLOCK_N, VW1], tl.float32)
 
-    begin, end = 0, tl.where(first_t < keys, queries, 0)  # queries that may see these keys
+    begin, end = 0, queries  # queries that may see these keys
     if CAUSAL:
         begin = tl.maximum(first_t - offset, 0)
+    elif PADDED:
+        end = tl.where(first_t < keys, queries, 0)
     if WINDOW:
         end = tl.minimum(end, first_t + BLOCK_N - 1 + window - offset)
     n_lanes = n_slots * GROUP
@@ -289,11 +293,14 @@ def own_kernel(
         if NEED_K:
             ds = p * (inner(v0, v1, do0, do1, VD1, PRECISION) - delta[None, :]) * derivative
             dk0, dk1 = accumulate(dk0, dk1, ds, q0, q1, D1, PRECISION)
-    # padding is zero, whatever a dout of NaN has left there
-    valid = (t < keys)[:, None]
+    valid = t < keys
     if NEED_K:
-        dk0, dk1 = tl.where(valid, dk0 * scale, 0.0), tl.where(valid, dk1 * scale, 0.0)
-        store_pieces(DK, offsets(batch, kv, token0 + t, dk_b, dk_h, dk_t), dk0, dk1, written, D, D0, D1)
+        store_pieces(DK, offsets(batch, kv, token0 + t, dk_b, dk_h, dk_t), dk0 * scale, dk1 * scale, valid, D, D0, D1)
     if NEED_V:
-        dv0, dv1 = tl.where(valid, dv0, 0.0), tl.where(valid, dv1, 0.0)
-        store_pieces(DV, offsets(batch, kv, token0 + t, dv_b, dv_h, dv_t), dv0, dv1, written, VD, VD0, VD1)
+        store_pieces(DV, offsets(batch, kv, token0 + t, dv_b, dv_h, dv_t), dv0, dv1, valid, VD, VD0, VD1)
+    if PADDED:  # zeros for padding, whatever a dout of NaN has left there
+        padding = ~valid & (t < tl.load(OWN + OWN_KEYS * n_own + tl.program_id(0)))
+        if NEED_K:
+            store_zeros(DK, offsets(batch, kv, token0 + t, dk_b, dk_h, dk_t), padding, D, D0, D1)
+        if NEED_V:
+            store_zeros(DV, offsets(batch, kv, token0 + t, dv_b, dv_h, dv_t), padding, VD, VD0, VD1)

@@ -143,11 +143,11 @@ def prefix_kernel(
 
 @triton.jit
 def add_planes(
-    PART, SUM, plane, at, P, n_splits, n_prefixes, n_heads,
+    mine, PART, SUM, plane, at, P, n_splits, n_prefixes, n_heads,
     W: tl.constexpr, SUM_PREFIXES: tl.constexpr, SUM_HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Elements `at` [BLOCK] of one plane of SUM [G or 1, heads or 1, P, W]: the sum of PART [splits, G, heads, P, W] over
-    splits, and over prefixes and heads where SUM_PREFIXES, SUM_HEADS, in this order."""
+    """If it is `mine`: elements `at` [BLOCK] of one plane of SUM [G or 1, heads or 1, P, W], the sum of PART
+    [splits, G, heads, P, W] over splits, and over prefixes and heads where SUM_PREFIXES, SUM_HEADS, in this order."""
     prefix0, head0 = plane // n_heads, plane % n_heads
     prefixes, heads = 1, 1
     if SUM_HEADS:
@@ -155,7 +155,8 @@ def add_planes(
     planes = n_prefixes
     if SUM_PREFIXES:
         planes, prefixes = 1, n_prefixes
-    ok = at // W < tl.where(prefix0 < planes, P, 0)
+    ok = at // W < tl.where(mine & (prefix0 < planes), P, 0)
+    n_splits = tl.where(mine, n_splits, 0)
     total = tl.zeros(at.shape, tl.float32)
     for split in range(n_splits):
         for prefix in range(prefix0, prefix0 + prefixes):
@@ -167,12 +168,15 @@ def add_planes(
 
 @triton.jit
 def add_queries(
-    PART, DQ, ROWS, SLOTS, kv, n_kv, at, n_splits, dq_b, dq_h, dq_t, n_rows, n_slots, GROUP: tl.constexpr, D: tl.constexpr
-):
-    """Elements `at` [BLOCK] of the lanes' dq in one KV head: the sum of PART [splits, Hk, lanes, D] over splits."""
+    mine, PART, DQ, ROWS, SLOTS, kv, n_kv, at, n_splits, dq_b, dq_h, dq_t, n_rows, n_slots,
+    GROUP: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """If it is `mine`: elements `at` [BLOCK] of the lanes' dq in one KV head, the sum of PART [splits, Hk, lanes, D]
+    over splits."""
     used = tl.load(ROWS + ROW_FIRST * n_rows + n_rows - 1) + tl.load(ROWS + ROW_QUERIES * n_rows + n_rows - 1)
     lane = at // D
-    ok = lane < tl.where(kv < n_kv, used * GROUP, 0)
+    ok = lane < tl.where(mine & (kv < n_kv), used * GROUP, 0)
+    n_splits = tl.where(mine, n_splits, 0)
     total = tl.zeros(at.shape, tl.float32)
     for split in range(n_splits):
         part = (split * n_kv + kv).to(tl.int64) * n_slots * (GROUP * D)
@@ -191,21 +195,33 @@ def sum_kernel(
     SUM_V: tl.constexpr, SUM_BIAS: tl.constexpr, SUM_PREFIXES: tl.constexpr, SUM_HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks, planes, sums): adds up the parts of gradients whose work was cut into ranges, and those of a bias that
-    prefixes or heads share. SUM_Q, SUM_K, SUM_V, SUM_BIAS (0 or 1) say which; n_heads: of PART_BIAS."""
+    """Grid (blocks, planes, sums): adds up the parts of gradients whose work was cut into ranges, and those of a bias.
+    SUM_Q, SUM_K, SUM_V, SUM_BIAS (0 or 1) say which; n_heads: of PART_BIAS."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     plane, which = tl.program_id(1), tl.program_id(2)
     if SUM_Q:
-        if which == 0:
-            add_queries(
-                PART_Q, DQ, ROWS, SLOTS, plane, n_kv, at, query_splits, dq_b, dq_h, dq_t, n_rows, n_slots, GROUP, D
-            )
+        add_queries(
+            which == 0,
+            PART_Q,
+            DQ,
+            ROWS,
+            SLOTS,
+            plane,
+            n_kv,
+            at,
+            query_splits,
+            dq_b,
+            dq_h,
+            dq_t,
+            n_rows,
+            n_slots,
+            GROUP,
+            D,
+        )
     if SUM_K:
-        if which == SUM_Q:
-            add_planes(PART_K, DK, plane, at, P, splits, n_prefixes, n_kv, D, False, False)
+        add_planes(which == SUM_Q, PART_K, DK, plane, at, P, splits, n_prefixes, n_kv, D, False, False)
     if SUM_V:
-        if which == SUM_Q + SUM_K:
-            add_planes(PART_V, DV, plane, at, P, splits, n_prefixes, n_kv, VD, False, False)
+        add_planes(which == SUM_Q + SUM_K, PART_V, DV, plane, at, P, splits, n_prefixes, n_kv, VD, False, False)
     if SUM_BIAS:
-        if which == SUM_Q + SUM_K + SUM_V:
-            add_planes(PART_BIAS, DBIAS, plane, at, P, splits, n_prefixes, n_heads, 1, SUM_PREFIXES, SUM_HEADS)
+        mine = which == SUM_Q + SUM_K + SUM_V
+        add_planes(mine, PART_BIAS, DBIAS, plane, at, P, splits, n_prefixes, n_heads, 1, SUM_PREFIXES, SUM_HEADS)

@@ -118,6 +118,7 @@ class Call:
             "HAS_BIAS": has_bias, "ALIBI": problem.alibi_slopes is not None,
             "PLAIN": not softcap and not has_bias and problem.alibi_slopes is None and scale > 0,
             "PRECISION": "ieee" if exact else "tf32", "IDLE": tables.may_have_idle_tokens(problem),
+            "PADDED": problem.seq_lens is not None,
         }  # fmt: skip
         self.bias_shape = (1, 1, 0) if bias is None else bias.shape
         self._made: dict[Hashable, Any] = {}

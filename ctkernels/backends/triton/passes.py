@@ -31,9 +31,9 @@ ALIGNED = 4  # int32 numbers in 16 bytes: Triton compiles a variant for pointers
 
 
 class SetUp:
-    """What the layers of a step share: the tables of one direction and the words of its mask, parts of one int32 tensor.
+    """What the layers of a step share: the tables of one direction and the words of its mask, as one int32 tensor.
 
-    parts: name -> where it begins, and its shape. block_ms: sizes of the tiles; a part of tiles has its size in the name.
+    parts: name -> where it begins, and its shape. block_ms: sizes of the tiles, which are in the names of their parts.
     """
 
     def __init__(self, call: Call, backward: bool) -> None:
@@ -72,9 +72,7 @@ class SetUp:
 
     def views(self, made: Tensor) -> dict[str, Tensor]:
         """The parts of the tensor, by name. Those that the call does not use are others, and never read."""
-        views = {
-            name: made.as_strided(shape, (shape[1], 1), begin) for name, (begin, shape) in self.parts.items()
-        }
+        views = {name: made.as_strided(shape, (shape[1], 1), begin) for name, (begin, shape) in self.parts.items()}
         if "WORDS" not in views:
             rows = views["ROWS"]
             views |= {"WORDS": rows, **{f"TILE_WORDS {block_m}": rows for block_m in self.block_ms}}
@@ -181,7 +179,9 @@ def _prefix(call: Call, values: dict[str, Any], needs: list[bool], scratch: dict
         **values, "n_tiles": tiles, "SPLITS": splits, "NEED_K": needs[3], "NEED_V": needs[4], "BIAS_HEADS": heads,
         "BIAS_WIDTH": 1 << max(heads - 1, 0).bit_length(), "SKIP": call.may_skip(tile),
     }  # fmt: skip
-    names = {name: f"PART_{name[1:]}" if f"PART_{name[1:]}" in scratch else f"DPREFIX_{name[1:]}" for name in ("DK", "DV")}
+    names = {
+        name: f"PART_{name[1:]}" if f"PART_{name[1:]}" in scratch else f"DPREFIX_{name[1:]}" for name in ("DK", "DV")
+    }
     names["DBIAS"] = "PART_BIAS"
     return Template(prefix_kernel, (blocks, call.Hk, call.G * splits), tile, own, of_tiles(tile.block_m) | names)
 

@@ -17,7 +17,7 @@ _lock = Lock()
 
 
 def recall(key: Hashable, problem: Problem, make: Callable[[], Tensor]) -> Tensor:
-    """What an earlier call with the same key has made, if its index tensors were the very same objects and have not been
+    """What an earlier call with the same key has made, if its index tensors were the very same objects and were not
     written to since (as torch counts: writes past it, through `.data`, are not seen)."""
     sources: tuple[Tensor | None, ...] = problem[:PROBLEM_TENSORS]
     if any(x is not None and x.is_inference() for x in sources):  # such a tensor does not count writes

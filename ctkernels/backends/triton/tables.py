@@ -9,7 +9,7 @@ one slot per valid query, row after row. A tile is a run of lanes, and spans sev
 
 Everything is vectorised PyTorch without a host sync, and every launch is sized by what the host knows (tensor shapes),
 so that a call can be captured in a CUDA graph and replayed with new row lengths, spans or prefix indices. Values that
-index memory are clamped, since the host cannot look at them.
+index memory are clamped, since the host cannot look at them. Tables are int64 here; kernels read int32 (`plan_tables`).
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ INT32_MAX = 2**31 - 1
 class Rows(NamedTuple):
     """A call's rows. `slots_bound` and the sizes are known to the host."""
 
-    table: Tensor  # int32 [ROW_COLUMNS, B]
-    slots: Tensor  # int32 [SLOT_COLUMNS, slots_bound]
+    table: Tensor  # int64 [ROW_COLUMNS, B]
+    slots: Tensor  # int64 [SLOT_COLUMNS, slots_bound]
     count: int  # B
     prefixes: int  # G
     slots_bound: int  # valid queries are at most these
@@ -105,7 +105,7 @@ def build_rows(q: Tensor, k: Tensor, G: int, P: int, problem: Problem) -> Rows:
     table = torch.cat([(ends - table[0])[None], table])
     slots_bound = S if packed else B * S
     if B == 0 or slots_bound == 0:
-        return Rows(table.int(), table.new_zeros(SLOT_COLUMNS, 0).int(), B, G, 0, T, packed)
+        return Rows(table, table.new_zeros(SLOT_COLUMNS, 0), B, G, 0, T, packed)
     slot = torch.arange(slots_bound, device=device)
     row = torch.searchsorted(ends, slot, right=True)
     in_a_row, row = row < B, row.clamp(max=B - 1)
@@ -115,7 +115,7 @@ def build_rows(q: Tensor, k: Tensor, G: int, P: int, problem: Problem) -> Rows:
     if may_have_idle_tokens(problem):
         idle_batch, idle_token = _idle_tokens(table, slot - ends[-1], S, packed)
         batch, token = torch.where(in_a_row, batch, idle_batch), torch.where(in_a_row, token, idle_token)
-    return Rows(table.int(), torch.stack((row, batch, token, position)).int(), B, G, slots_bound, T, packed)
+    return Rows(table, torch.stack((row, batch, token, position)), B, G, slots_bound, T, packed)
 
 
 def may_have_idle_tokens(problem: Problem) -> bool:
@@ -149,9 +149,9 @@ def tile_bound(slots_bound: int, group: int, prefixes: int, block_m: int) -> int
 def build_tiles(rows: Rows, group: int, block_m: int) -> tuple[Tensor, Tensor]:
     """Cut the lanes into tiles of at most `block_m` lanes, each of one prefix.
 
-    Returns the tiles table int32 `[TILE_COLUMNS, bound]` and, int32 `[2, G]`, the tiles of each prefix as a range.
+    Returns the tiles table int64 `[TILE_COLUMNS, bound]` and, int64 `[2, G]`, the tiles of each prefix as a range.
     """
-    table, device = rows.table.long(), rows.table.device
+    table, device = rows.table, rows.table.device
     first, queries = table[ROW_FIRST], table[ROW_QUERIES]
     ends = first + queries
     runs = torch.arange(max(rows.prefixes, 1), device=device)
@@ -173,7 +173,7 @@ def build_tiles(rows: Rows, group: int, block_m: int) -> tuple[Tensor, Tensor]:
     prefix = torch.where(real, table[ROW_PREFIX][row0], runs.shape[0])
     columns = (prefix, row0, torch.where(real, last - row0 + 1, 0), lane0, lanes, table[ROW_PREFIX_LEN][row0])
     ranges = torch.stack([torch.searchsorted(prefix, runs, right=r) for r in (False, True)])
-    return torch.stack(columns).int(), ranges.int()
+    return torch.stack(columns), ranges
 
 
 def own_bound(count: int, own_keys: int, packed: bool, block_n: int) -> int:
@@ -184,13 +184,13 @@ def own_bound(count: int, own_keys: int, packed: bool, block_n: int) -> int:
 
 
 def build_own_blocks(rows: Rows, block_n: int) -> Tensor:
-    """All blocks of `block_n` own keys: int32 `[OWN_COLUMNS, bound]`."""
-    table = rows.table.long()
+    """All blocks of `block_n` own keys: int64 `[OWN_COLUMNS, bound]`."""
+    table = rows.table
     block = torch.arange(own_bound(rows.count, rows.own_keys, rows.packed, block_n), device=table.device)
     if not rows.packed:
         per_row = max(1, -(-rows.own_keys // block_n))
         columns = (block // per_row, block % per_row, torch.zeros_like(block), torch.full_like(block, rows.own_keys))
-        return torch.stack(columns).int()
+        return torch.stack(columns)
     start, end = packed_tokens(table)
     before, behind = start[None], (rows.own_keys - end)[None]
     keys = torch.cat((before, table[ROW_KEYS], behind))
@@ -199,4 +199,4 @@ def build_own_blocks(rows: Rows, block_n: int) -> Tensor:
     ends = blocks.cumsum(0)
     piece = torch.searchsorted(ends, block, right=True).clamp(max=rows.count + 1)
     row = torch.where(piece <= rows.count, piece - 1, -1)
-    return torch.stack((row, block - (ends - blocks)[piece], tokens[piece], keys[piece])).int()
+    return torch.stack((row, block - (ends - blocks)[piece], tokens[piece], keys[piece]))

@@ -27,7 +27,19 @@ FEW, MANY = 1, 132  # multiprocessors: enough work for all of them, or work that
 FORWARD = {FEW: ["forward"], MANY: ["forward", "merge"]}
 BACKWARD = {FEW: ["dq", "own", "prefix"], MANY: ["dq", "own", "prefix", "sum"]}
 WORDS = ["words", "tile_words"]
-NO_KERNEL = ("empty", "view", "as_strided", "detach", "transpose", "unsqueeze", "squeeze", "alias", "split", "slice", "t.")
+NO_KERNEL = (
+    "empty",
+    "view",
+    "as_strided",
+    "detach",
+    "transpose",
+    "unsqueeze",
+    "squeeze",
+    "alias",
+    "split",
+    "slice",
+    "t.",
+)
 
 
 @pytest.fixture
@@ -125,6 +137,39 @@ def test_another_graph_makes_its_own(recorded, monkeypatch):
         recorded.clear()
 
 
+def test_recalled_set_ups_are_of_the_very_same_tensors(recorded):
+    """One is made for another tensor, even of the same values, and after a write to one."""
+    heads, mask = (H, HK, HK), a_mask()
+    problem = NO_PROBLEM._replace(hidden=mask.hidden, context_length=P, drop_p=0.2)
+
+    def recalled(problem, S: int = 5, backward: bool = False) -> Tensor:
+        own = [torch.zeros(3, n, S, D) for n in heads]
+        return backend.recalled((*own, torch.zeros(1, HK, P, D), torch.zeros(1, HK, P, D), None, problem), backward)
+
+    first = recalled(problem)
+    assert recalled(problem) is first
+    changes = dict(seed=3), dict(drop_p=0.3), dict(context_length=P - 1), dict(hidden=mask.hidden.clone())
+    for other in [problem._replace(**change) for change in changes]:
+        assert recalled(other) is not first
+    assert recalled(problem, S=6) is not first and recalled(problem, backward=True) is not first
+    assert recalled(problem) is first
+    mask.hidden[1, 1] = 66
+    assert recalled(problem) is not first
+    with torch.inference_mode():
+        frozen = problem._replace(hidden=torch.tensor([[0, 1], [1, 2], [0, 0]]))
+        assert recalled(frozen) is not recalled(frozen)  # such a tensor does not count writes
+
+
+def test_tables_of_another_call_are_refused(recorded):
+    inputs = [torch.zeros(3, n, 5, D) for n in (H, HK, HK)] + [torch.zeros(1, HK, P, D)] * 2 + [None]
+    problem = NO_PROBLEM._replace(context_length=P, drop_p=0.2)
+    tables = backend.tables(*inputs, problem, False)
+    with pytest.raises(ValueError, match=r"prepared tables must be int32 \[\d+\]"):
+        backend.forward(*inputs, problem, Prepared(forward_tables=tables[1:]))
+    with pytest.raises(ValueError, match="prepared prefixes must be"):
+        backend.forward(*inputs, problem, Prepared(tables, None, inputs[3][:, :1], inputs[3][:, :1]))
+
+
 class Kernels(TorchDispatchMode):
     """Names of torch's operators that would launch a kernel."""
 
@@ -142,8 +187,14 @@ class Kernels(TorchDispatchMode):
 def test_torch_launches_nothing_beyond_the_first_layer(recorded):
     """Padded rows: nothing is filled first either, and a bias in bf16 is read as it is."""
     inputs = [torch.zeros(3, heads, 5, D).bfloat16() for heads in (H, HK, HK)]
-    inputs += [torch.zeros(1, HK, P, D).bfloat16(), torch.zeros(1, HK, P, D).bfloat16(), torch.zeros(1, H, P).bfloat16()]
-    problem = NO_PROBLEM._replace(seq_lens=torch.tensor([5, 0, 3]), hidden=a_mask().hidden, context_length=P, drop_p=0.2)
+    inputs += [
+        torch.zeros(1, HK, P, D).bfloat16(),
+        torch.zeros(1, HK, P, D).bfloat16(),
+        torch.zeros(1, H, P).bfloat16(),
+    ]
+    problem = NO_PROBLEM._replace(
+        seq_lens=torch.tensor([5, 0, 3]), hidden=a_mask().hidden, context_length=P, drop_p=0.2
+    )
     prepared = Prepared(*(backend.tables(*inputs, problem, backward) for backward in (False, True)))
     seen = []
     for given in (prepared, Prepared(), Prepared()):  # the second makes its own, which the third recalls

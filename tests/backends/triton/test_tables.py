@@ -166,5 +166,3 @@ def test_few_tiles_split_the_prefix_and_few_keys_split_the_queries():
     call = tensors(64, 100, 100, 1, NO_PROBLEM, P=40)
     splits = {x.name: x.constexprs["SPLITS"] for x in launches_of(call, NO_PROBLEM) if "SPLITS" in x.constexprs}
     assert splits["prefix_kernel"] > 1 == splits["forward_kernel"]
-
-
