@@ -23,9 +23,9 @@ Rounded = dict[int, tuple[Tensor, int | None, Tensor]]  # id of a prefix -> itse
 def prepare(mask: ContextMask | None = None, prefixes: Iterable[tuple[Tensor, Tensor]] = ()) -> ContextMask:
     """The same mask, which remembers what the calls of a step have in common.
 
-    Pass the result as `mask` to the op in every layer. On the CUDA backend, the first call makes the tables of rows,
-    tiles and visible positions, for forward and backward, and copies all `prefixes` into the type of its rows; later
-    calls read them. No bit of any result changes. Other backends take it as the mask that it is.
+    Pass the result as `mask` to the op in every layer. On the CUDA and Triton backends, the first call makes the tables
+    of rows, tiles and visible positions, for forward and backward, and copies all `prefixes` into the type of its rows;
+    later calls read them. No bit of any result changes. Other backends take it as the mask that it is.
 
     A call that differs in sizes, types, options, its index tensors, the stream, or the CUDA graph that it is captured
     into gets tables of its own. What was written to in between is computed again. torch does not count writes through

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ctkernels.backends.triton.interpreter import interpreting, repair
-from ctkernels.problem import Problem, check_values
+from ctkernels.problem import Prepared, Problem, check_values
 
 LEAST_TRITON = (3, 2)  # tl.gather
 LEAST_CAPABILITY = (8, 0)
@@ -71,15 +74,87 @@ def current(device: torch.device) -> AbstractContextManager:
     return nullcontext()
 
 
+def tables(*args: Any) -> Tensor:
+    """The rows, tiles and visible positions of one direction of a call (`plan.plan_tables`), int32.
+
+    args: q, k, v, prefix_k, prefix_v, prefix_bias, the problem, and whether the direction is backward.
+    """
+    from ctkernels.backends.triton.launch import run
+    from ctkernels.backends.triton.plan import plan_tables
+
+    q, k, _, prefix_k, *_, problem, _ = args
+    check_values(q, k, prefix_k, problem)
+    with current(q.device):
+        plan = plan_tables(*args, target(q.device))
+        run(plan.launches)
+    return plan.outputs[0]
+
+
+def order(x: Tensor) -> tuple[Hashable, ...]:
+    """The current stream of x's device and the CUDA graph that it is captured into, 0 for none: what was launched under
+    one order is complete for later launches under the same, and for no other."""
+    if x.device.type == "cpu":
+        return 0, 0
+    with torch.cuda.device(x.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        return stream, capture_id(stream) if torch.cuda.is_current_stream_capturing() else 0
+
+
+def capture_id(stream: int) -> Hashable:
+    """Which graph a stream is being captured into. What equals nothing else, if the driver does not say."""
+    status, number = ctypes.c_int(), ctypes.c_ulonglong()
+    ask = _capture_info()
+    if ask is None or ask(ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number)) != 0:
+        return object()
+    return number.value
+
+
+@cache
+def _capture_info() -> Callable[..., int] | None:
+    """The driver's function for it, which torch does not offer to Python."""
+    library, name = (
+        ("libcuda.so.1", "cuStreamGetCaptureInfo")
+        if torch.version.hip is None
+        else ("libamdhip64.so", "hipStreamGetCaptureInfo")
+    )
+    try:
+        return getattr(ctypes.CDLL(library), name)
+    except (OSError, AttributeError):
+        return None
+
+
+def recalled(inputs: tuple[Any, ...], backward: bool) -> Tensor:
+    """The tables of a call whose mask is not prepared. A CUDA graph makes its own for every call, since it may be
+    replayed when those of others have been freed."""
+    from ctkernels.backends.triton.call import call_of
+    from ctkernels.backends.triton.table_cache import recall
+
+    q, problem = inputs[0], inputs[-1]
+    stream, graph = order(q)
+    if graph:
+        return tables(*inputs, backward)
+    key = call_of(*inputs, target(q.device)), backward, stream
+    return recall(key, problem, lambda: tables(*inputs, backward))
+
+
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, prefix_bias: Tensor | None, problem: Problem
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    prefix_bias: Tensor | None,
+    problem: Problem,
+    prepared: Prepared = Prepared(),  # noqa: B008 (immutable)
 ) -> tuple[Tensor, Tensor]:
     from ctkernels.backends.triton.launch import run
     from ctkernels.backends.triton.plan import plan_forward
 
-    check_values(q, k, prefix_k, problem)
+    inputs = q, k, v, prefix_k, prefix_v, prefix_bias, problem
+    if prepared.forward_tables is None:
+        prepared = prepared._replace(forward_tables=recalled(inputs, False))
     with current(q.device):
-        plan = plan_forward(q, k, v, prefix_k, prefix_v, prefix_bias, problem, target(q.device))
+        plan = plan_forward(*inputs, target(q.device), prepared)
         run(plan.launches)
     out, lse = plan.outputs
     return out, lse
@@ -98,14 +173,15 @@ def backward(
     lse: Tensor,
     needs: list[bool],
     problem: Problem,
+    prepared: Prepared = Prepared(),  # noqa: B008 (immutable)
 ) -> tuple[Tensor, ...]:
     from ctkernels.backends.triton.launch import run
     from ctkernels.backends.triton.plan import plan_backward
 
-    check_values(q, k, prefix_k, problem)
+    inputs = q, k, v, prefix_k, prefix_v, prefix_bias
+    if prepared.backward_tables is None:
+        prepared = prepared._replace(backward_tables=recalled((*inputs, problem), True))
     with current(q.device):
-        plan = plan_backward(
-            dout, dlse, q, k, v, prefix_k, prefix_v, prefix_bias, out, lse, needs, problem, target(q.device)
-        )
+        plan = plan_backward(dout, dlse, *inputs, out, lse, needs, problem, target(q.device), prepared)
         run(plan.launches)
     return plan.outputs

@@ -18,6 +18,10 @@ from ctkernels.backends.triton.mask import (
 )
 from ctkernels.backends.triton.tile import (
     LOG2E,
+    ROW_FIRST,
+    ROW_QUERIES,
+    SLOT_BATCH,
+    SLOT_TOKEN,
     TILE_LANE,
     TILE_LANES,
     TILE_PREFIX_LEN,
@@ -138,25 +142,86 @@ def prefix_kernel(
 
 
 @triton.jit
-def sum_kernel(
-    PART, SUM, n_splits, n_prefixes, n_heads, size, SUM_PREFIXES: tl.constexpr, SUM_HEADS: tl.constexpr,
-    BLOCK: tl.constexpr,
+def add_planes(
+    mine, PART, SUM, plane, at, P, n_splits, n_prefixes, n_heads,
+    W: tl.constexpr, SUM_PREFIXES: tl.constexpr, SUM_HEADS: tl.constexpr,
 ):  # fmt: skip
-    """SUM [G or 1, heads or 1, size] = sum of PART [splits, G, heads, size] over splits, and over prefixes and heads
-    where SUM_PREFIXES, SUM_HEADS, in this order. Grid (blocks of size, heads or 1, G or 1)."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    ok = at < size
-    prefix0, head0 = tl.program_id(2), tl.program_id(1)
+    """If it is `mine`: elements `at` [BLOCK] of one plane of SUM [G or 1, heads or 1, P, W], the sum of PART
+    [splits, G, heads, P, W] over splits, and over prefixes and heads where SUM_PREFIXES, SUM_HEADS, in this order."""
+    prefix0, head0 = plane // n_heads, plane % n_heads
     prefixes, heads = 1, 1
-    if SUM_PREFIXES:
-        prefixes = n_prefixes
     if SUM_HEADS:
-        heads = n_heads
-    total = tl.zeros([BLOCK], tl.float32)
+        prefix0, head0, heads = plane, 0, n_heads
+    planes = n_prefixes
+    if SUM_PREFIXES:
+        planes, prefixes = 1, n_prefixes
+    ok = at // W < tl.where(mine & (prefix0 < planes), P, 0)
+    n_splits = tl.where(mine, n_splits, 0)
+    total = tl.zeros(at.shape, tl.float32)
     for split in range(n_splits):
         for prefix in range(prefix0, prefix0 + prefixes):
             for head in range(head0, head0 + heads):
-                plane = (split * n_prefixes + prefix).to(tl.int64) * n_heads + head
-                total += tl.load(PART + plane * size + at, mask=ok, other=0.0)
-    plane = prefix0.to(tl.int64) * tl.num_programs(1) + head0
-    tl.store(SUM + plane * size + at, total.to(SUM.dtype.element_ty), mask=ok)
+                part = (split * n_prefixes + prefix).to(tl.int64) * n_heads + head
+                total += tl.load(PART + part * P * W + at, mask=ok, other=0.0)
+    tl.store(SUM + plane.to(tl.int64) * P * W + at, total.to(SUM.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def add_queries(
+    mine, PART, DQ, ROWS, SLOTS, kv, n_kv, at, n_splits, dq_b, dq_h, dq_t, n_rows, n_slots,
+    GROUP: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """If it is `mine`: elements `at` [BLOCK] of the lanes' dq in one KV head, the sum of PART [splits, Hk, lanes, D]
+    over splits."""
+    used = tl.load(ROWS + ROW_FIRST * n_rows + n_rows - 1) + tl.load(ROWS + ROW_QUERIES * n_rows + n_rows - 1)
+    lane = at // D
+    ok = lane < tl.where(mine & (kv < n_kv), used * GROUP, 0)
+    n_splits = tl.where(mine, n_splits, 0)
+    total = tl.zeros(at.shape, tl.float32)
+    for split in range(n_splits):
+        part = (split * n_kv + kv).to(tl.int64) * n_slots * (GROUP * D)
+        total += tl.load(PART + part + at, mask=ok, other=0.0)
+    batch = tl.load(SLOTS + SLOT_BATCH * n_slots + lane // GROUP, mask=ok, other=0)
+    token = tl.load(SLOTS + SLOT_TOKEN * n_slots + lane // GROUP, mask=ok, other=0)
+    to = offsets(batch, kv * GROUP + lane % GROUP, token, dq_b, dq_h, dq_t) + at % D
+    tl.store(DQ + to, total.to(DQ.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def sum_kernel(
+    PART_Q, PART_K, PART_V, PART_BIAS, DQ, DK, DV, DBIAS, ROWS, SLOTS, dq_b, dq_h, dq_t, n_rows, n_slots, n_kv,
+    n_prefixes, n_heads, P, query_splits, splits,
+    GROUP: tl.constexpr, D: tl.constexpr, VD: tl.constexpr, SUM_Q: tl.constexpr, SUM_K: tl.constexpr,
+    SUM_V: tl.constexpr, SUM_BIAS: tl.constexpr, SUM_PREFIXES: tl.constexpr, SUM_HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (blocks, planes, sums): adds up the parts of gradients whose work was cut into ranges, and those of a bias.
+    SUM_Q, SUM_K, SUM_V, SUM_BIAS (0 or 1) say which; n_heads: of PART_BIAS."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    plane, which = tl.program_id(1), tl.program_id(2)
+    if SUM_Q:
+        add_queries(
+            which == 0,
+            PART_Q,
+            DQ,
+            ROWS,
+            SLOTS,
+            plane,
+            n_kv,
+            at,
+            query_splits,
+            dq_b,
+            dq_h,
+            dq_t,
+            n_rows,
+            n_slots,
+            GROUP,
+            D,
+        )
+    if SUM_K:
+        add_planes(which == SUM_Q, PART_K, DK, plane, at, P, splits, n_prefixes, n_kv, D, False, False)
+    if SUM_V:
+        add_planes(which == SUM_Q + SUM_K, PART_V, DV, plane, at, P, splits, n_prefixes, n_kv, VD, False, False)
+    if SUM_BIAS:
+        mine = which == SUM_Q + SUM_K + SUM_V
+        add_planes(mine, PART_BIAS, DBIAS, plane, at, P, splits, n_prefixes, n_heads, 1, SUM_PREFIXES, SUM_HEADS)

@@ -38,6 +38,7 @@ from ctkernels.backends.triton.tile import (
     all_finite,
     exponent,
     hidden_from_all,
+    idle_lanes,
     inner,
     lane_block,
     lane_slots,
@@ -50,6 +51,7 @@ from ctkernels.backends.triton.tile import (
     prefix_logits,
     result_lanes,
     store_pieces,
+    store_zeros,
     tile_value,
 )
 
@@ -88,13 +90,19 @@ def forward_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     VD: tl.constexpr, VD0: tl.constexpr, VD1: tl.constexpr, VW1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OWN_N: tl.constexpr, SPLITS: tl.constexpr,
-    MASKED: tl.constexpr, DROP: tl.constexpr, KEPT: tl.constexpr, OWN_CONTEXT: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, WINDOW_PREFIX: tl.constexpr, SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ALIBI: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
+    IDLE: tl.constexpr, MASKED: tl.constexpr, DROP: tl.constexpr, KEPT: tl.constexpr, OWN_CONTEXT: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, WINDOW_PREFIX: tl.constexpr, SOFTCAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ALIBI: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, Hk, SPLITS). If SPLITS > 1, PART and STATS are scratch, fp32 [SPLITS, Hk, lanes, VD] and
-    [2, SPLITS, Hk, lanes]."""
+    [2, SPLITS, Hk, lanes]. IDLE: there may be tokens of no row."""
     tile, kv, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if IDLE:
+        idle, batch, head, token, any_idle = idle_lanes(ROWS, n_rows, SLOTS, n_slots, tile, kv, GROUP, BLOCK_M)
+        if any_idle & (split == 0):
+            store_zeros(OUT, offsets(batch, head, token, out_b, out_h, out_t), idle, VD, VD0, VD1)
+            nothing = tl.full([BLOCK_M], -float("inf"), tl.float32)
+            tl.store(LSE + offsets(batch, head, token, lse_b, lse_h, 1), nothing, mask=idle)
     lanes = tile_value(TILES, n_tiles, tile, TILE_LANES)
     if lanes == 0:
         return

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
+from typing import Any
 
 from torch import Tensor
+
+from ctkernels.backends.triton.config import Tile
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,45 @@ class Plan:
 
     outputs: tuple[Tensor, ...]
     launches: list[Launch]
+
+
+class Template:
+    """A launch without its tensors, which many calls fill in.
+
+    values: what the kernel's parameters ask for, by name. Those that are not there are tensors. names: what a tensor is
+    called outside of the kernel, where it is not the parameter's name.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, int, int],
+        tile: Tile,
+        values: Mapping[str, Any],
+        names: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        values = {**values, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+        constexprs = _constexprs(kernel)
+        arguments = [name for name in kernel.arg_names if name not in constexprs]
+        self.kernel, self.grid, self.tile = kernel, grid, tile
+        self.args = {name: values.get(name) for name in arguments}
+        self.open = [(name, names.get(name, name)) for name in arguments if name not in values]
+        self.constexprs = {name: values[name] for name in kernel.arg_names if name in constexprs}
+
+    def fill(self, tensors: Mapping[str, Any]) -> Launch:
+        args = self.args.copy()
+        for parameter, name in self.open:
+            args[parameter] = tensors[name]
+        return Launch(self.kernel, self.grid, args, self.constexprs, self.tile.num_warps, self.tile.num_stages)
+
+
+@cache
+def _constexprs(kernel: Any) -> frozenset[str]:
+    """Names of a kernel's compile-time parameters."""
+    if hasattr(kernel, "params"):
+        return frozenset(p.name for p in kernel.params if p.is_constexpr)
+    # an interpreted kernel keeps its Python function alone
+    return frozenset(name for name, kind in kernel.fn.__annotations__.items() if "constexpr" in str(kind))
 
 
 def run(launches: Iterable[Launch]) -> None:

@@ -9,7 +9,7 @@ one slot per valid query, row after row. A tile is a run of lanes, and spans sev
 
 Everything is vectorised PyTorch without a host sync, and every launch is sized by what the host knows (tensor shapes),
 so that a call can be captured in a CUDA graph and replayed with new row lengths, spans or prefix indices. Values that
-index memory are clamped, since the host cannot look at them.
+index memory are clamped, since the host cannot look at them. Tables are int64 here; kernels read int32 (`plan_tables`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ROW_INDEX = 9  # index of the row in the call
 ROW_PREFIX = 10
 ROW_PREFIX_LEN = 11
 
-# slots table, int32 [SLOT_COLUMNS, slots]
+# slots table, int32 [SLOT_COLUMNS, slots]; slots behind the last query name the tokens of q that belong to no row
 SLOT_ROW = 0  # index into the rows table
 SLOT_BATCH = 1
 SLOT_TOKEN = 2  # position of the query in q
@@ -49,9 +49,13 @@ TILE_LANE = 3  # first lane
 TILE_LANES = 4  # 0: nothing to do
 TILE_PREFIX_LEN = 5
 
-# own blocks table, int32 [OWN_COLUMNS, blocks]
-OWN_ROW = 0  # -1: nothing to do
+# own blocks table, int32 [OWN_COLUMNS, blocks]; together the blocks hold every token of k once
+OWN_ROW = 0  # -1: tokens that belong to no row
 OWN_BLOCK = 1  # block of BLOCK_N own keys of that row
+OWN_TOKEN = 2  # the first token of key 0
+OWN_KEYS = 3  # tokens from there on that are the row's, or padding behind it
+
+ROW_COLUMNS, SLOT_COLUMNS, TILE_COLUMNS, OWN_COLUMNS = 12, 4, 6, 4
 
 INT32_MAX = 2**31 - 1
 
@@ -59,8 +63,8 @@ INT32_MAX = 2**31 - 1
 class Rows(NamedTuple):
     """A call's rows. `slots_bound` and the sizes are known to the host."""
 
-    table: Tensor  # int32 [ROW_COLUMNS, B]
-    slots: Tensor  # int32 [SLOT_COLUMNS, slots_bound]
+    table: Tensor  # int64 [ROW_COLUMNS, B]
+    slots: Tensor  # int64 [SLOT_COLUMNS, slots_bound]
     count: int  # B
     prefixes: int  # G
     slots_bound: int  # valid queries are at most these
@@ -101,21 +105,53 @@ def build_rows(q: Tensor, k: Tensor, G: int, P: int, problem: Problem) -> Rows:
     table = torch.cat([(ends - table[0])[None], table])
     slots_bound = S if packed else B * S
     if B == 0 or slots_bound == 0:
-        return Rows(table.int(), table.new_zeros(4, 0).int(), B, G, 0, T, packed)
+        return Rows(table, table.new_zeros(SLOT_COLUMNS, 0), B, G, 0, T, packed)
     slot = torch.arange(slots_bound, device=device)
-    row = torch.searchsorted(ends, slot, right=True).clamp(max=B - 1)
+    row = torch.searchsorted(ends, slot, right=True)
+    in_a_row, row = row < B, row.clamp(max=B - 1)
     within = slot - table[ROW_FIRST][row]
     position = table[ROW_OFFSET][row] + within
-    slots = torch.stack((row, table[ROW_BATCH][row], table[ROW_TOKEN][row] + within, position))
-    return Rows(table.int(), slots.int(), B, G, slots_bound, T, packed)
+    batch, token = table[ROW_BATCH][row], table[ROW_TOKEN][row] + within
+    if may_have_idle_tokens(problem):
+        idle_batch, idle_token = _idle_tokens(table, slot - ends[-1], S, packed)
+        batch, token = torch.where(in_a_row, batch, idle_batch), torch.where(in_a_row, token, idle_token)
+    return Rows(table, torch.stack((row, batch, token, position)), B, G, slots_bound, T, packed)
+
+
+def may_have_idle_tokens(problem: Problem) -> bool:
+    """Whether tokens may belong to no row: padding, or tokens around packed rows. Their results are zeros."""
+    return problem.seq_lens is not None or problem.cu_seqlens is not None
+
+
+def _idle_tokens(table: Tensor, n: Tensor, S: int, packed: bool) -> tuple[Tensor, Tensor]:
+    """Batch index and token of the n-th query that belongs to no row; anything where n is negative."""
+    n = n.clamp(min=0)
+    if packed:  # before the first row, or behind the last one
+        start, end = packed_tokens(table)
+        return torch.zeros_like(n), torch.where(n < start, n, n + end - start)
+    idle = S - table[ROW_QUERIES]
+    ends = idle.cumsum(0)
+    row = torch.searchsorted(ends, n, right=True).clamp(max=table.shape[1] - 1)
+    return table[ROW_BATCH][row], table[ROW_QUERIES][row] + n - (ends - idle)[row]
+
+
+def packed_tokens(table: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens that packed rows fill, first and last plus one."""
+    start = table[ROW_TOKEN].min()
+    return start, start + table[ROW_QUERIES].sum()
+
+
+def tile_bound(slots_bound: int, group: int, prefixes: int, block_m: int) -> int:
+    """No call of these sizes has more tiles."""
+    return -(-slots_bound * group // block_m) + (prefixes if prefixes > 1 else 0)
 
 
 def build_tiles(rows: Rows, group: int, block_m: int) -> tuple[Tensor, Tensor]:
     """Cut the lanes into tiles of at most `block_m` lanes, each of one prefix.
 
-    Returns the tiles table int32 `[TILE_COLUMNS, bound]` and, int32 `[2, G]`, the tiles of each prefix as a range.
+    Returns the tiles table int64 `[TILE_COLUMNS, bound]` and, int64 `[2, G]`, the tiles of each prefix as a range.
     """
-    table, device = rows.table.long(), rows.table.device
+    table, device = rows.table, rows.table.device
     first, queries = table[ROW_FIRST], table[ROW_QUERIES]
     ends = first + queries
     runs = torch.arange(max(rows.prefixes, 1), device=device)
@@ -125,8 +161,7 @@ def build_tiles(rows: Rows, group: int, block_m: int) -> tuple[Tensor, Tensor]:
 
     tiles = (run_end - run_start + block_m - 1) // block_m
     tile_ends = tiles.cumsum(0)
-    bound = -(-rows.slots_bound * group // block_m) + (rows.prefixes if rows.prefixes > 1 else 0)
-    tile = torch.arange(bound, device=device)
+    tile = torch.arange(tile_bound(rows.slots_bound, group, rows.prefixes, block_m), device=device)
     run = torch.searchsorted(tile_ends, tile, right=True)
     real = run < runs.shape[0]
     run = run.clamp(max=runs.shape[0] - 1)
@@ -138,17 +173,30 @@ def build_tiles(rows: Rows, group: int, block_m: int) -> tuple[Tensor, Tensor]:
     prefix = torch.where(real, table[ROW_PREFIX][row0], runs.shape[0])
     columns = (prefix, row0, torch.where(real, last - row0 + 1, 0), lane0, lanes, table[ROW_PREFIX_LEN][row0])
     ranges = torch.stack([torch.searchsorted(prefix, runs, right=r) for r in (False, True)])
-    return torch.stack(columns).int(), ranges.int()
+    return torch.stack(columns), ranges
+
+
+def own_bound(count: int, own_keys: int, packed: bool, block_n: int) -> int:
+    """No call of `count` rows has more blocks of own keys, tokens of no row included."""
+    if packed:  # those before and behind the rows are two more rows
+        return (own_keys + (count + 2) * (block_n - 1)) // block_n
+    return count * -(-own_keys // block_n)
 
 
 def build_own_blocks(rows: Rows, block_n: int) -> Tensor:
-    """All blocks of `block_n` own keys: int32 `[OWN_COLUMNS, bound]`."""
-    per_row = -(-rows.own_keys // block_n)
-    bound = rows.own_keys // block_n + rows.count if rows.packed else rows.count * per_row
-    blocks = (rows.table[ROW_KEYS].long() + block_n - 1) // block_n
+    """All blocks of `block_n` own keys: int64 `[OWN_COLUMNS, bound]`."""
+    table = rows.table
+    block = torch.arange(own_bound(rows.count, rows.own_keys, rows.packed, block_n), device=table.device)
+    if not rows.packed:
+        per_row = max(1, -(-rows.own_keys // block_n))
+        columns = (block // per_row, block % per_row, torch.zeros_like(block), torch.full_like(block, rows.own_keys))
+        return torch.stack(columns)
+    start, end = packed_tokens(table)
+    before, behind = start[None], (rows.own_keys - end)[None]
+    keys = torch.cat((before, table[ROW_KEYS], behind))
+    tokens = torch.cat((torch.zeros_like(before), table[ROW_TOKEN], end[None]))
+    blocks = (keys + block_n - 1) // block_n
     ends = blocks.cumsum(0)
-    block = torch.arange(bound, device=rows.table.device)
-    row = torch.searchsorted(ends, block, right=True)
-    real = row < rows.count
-    row = row.clamp(max=rows.count - 1)
-    return torch.stack((torch.where(real, row, -1), block - (ends - blocks)[row])).int()
+    piece = torch.searchsorted(ends, block, right=True).clamp(max=rows.count + 1)
+    row = torch.where(piece <= rows.count, piece - 1, -1)
+    return torch.stack((row, block - (ends - blocks)[piece], tokens[piece], keys[piece]))

@@ -43,6 +43,8 @@ TILE_LANES: tl.constexpr = tl.constexpr(tables.TILE_LANES)
 TILE_PREFIX_LEN: tl.constexpr = tl.constexpr(tables.TILE_PREFIX_LEN)
 OWN_ROW: tl.constexpr = tl.constexpr(tables.OWN_ROW)
 OWN_BLOCK: tl.constexpr = tl.constexpr(tables.OWN_BLOCK)
+OWN_TOKEN: tl.constexpr = tl.constexpr(tables.OWN_TOKEN)
+OWN_KEYS: tl.constexpr = tl.constexpr(tables.OWN_KEYS)
 
 
 @triton.jit
@@ -196,6 +198,28 @@ def lane_block(ROWS, n_rows, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def idle_lanes(ROWS, n_rows, SLOTS, n_slots, tile, kv, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Lanes of tokens that belong to no row, BLOCK_M for each tile: whether one is, batch index, head, token; and
+    whether any is. Their results are zeros."""
+    used = tl.load(ROWS + ROW_FIRST * n_rows + n_rows - 1) + tl.load(ROWS + ROW_QUERIES * n_rows + n_rows - 1)
+    lane = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    idle = (lane >= used * GROUP) & (lane < n_slots * GROUP)
+    at = SLOTS + lane // GROUP
+    batch = tl.load(at + SLOT_BATCH * n_slots, mask=idle, other=0)
+    token = tl.load(at + SLOT_TOKEN * n_slots, mask=idle, other=0)
+    return idle, batch, kv * GROUP + lane % GROUP, token, (tile + 1) * BLOCK_M > used * GROUP
+
+
+@triton.jit
+def store_zeros(base, offset, mask, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """Zeros for whole rows at base + offset[row]."""
+    d = tl.arange(0, D0)
+    zeros = tl.zeros([offset.shape[0], D0], base.dtype.element_ty)
+    for start in tl.static_range(0, D0 + D1, D0):
+        tl.store(base + offset[:, None] + start + d[None, :], zeros, mask=mask[:, None] & (start + d < D)[None, :])
+
+
+@triton.jit
 def result_lanes(TILES, n_tiles, tile, kv, SLOTS, n_slots, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
     """Lane, whether it is one, batch index, head and token of each lane, to store results by: [BLOCK_M].
 
@@ -287,7 +311,7 @@ def prefix_logits(
     s, derivative = capped(s, factor, cap, SOFTCAP, PLAIN)
     if BIAS:
         here = along(ok, KEYS_FIRST) & across(n < prefix_len, KEYS_FIRST)
-        s += tl.load(along(bias, KEYS_FIRST) + across(n, KEYS_FIRST), mask=here, other=0.0) * LOG2E
+        s += tl.load(along(bias, KEYS_FIRST) + across(n, KEYS_FIRST), mask=here, other=0.0).to(tl.float32) * LOG2E
     if ALIBI:
         distance = along(prefix_len + position, KEYS_FIRST) - across(n, KEYS_FIRST)
         s -= along(slope2, KEYS_FIRST) * distance.to(tl.float32)
@@ -309,7 +333,7 @@ def own_logits(
 
 @triton.jit
 def lane_state(STATE, lane, ok, kv, n_kv, n_lanes, PAIR: tl.constexpr):
-    """What `delta_kernel` left for the lanes: lse2 (low only of a PAIR), delta, and whether the lane saw any key."""
+    """What `lane_delta` left for the lanes: lse2 (low only of a PAIR), delta, and whether the lane saw any key."""
     plane = n_kv.to(tl.int64) * n_lanes
     at = STATE + kv.to(tl.int64) * n_lanes + lane
     high = tl.load(at, mask=ok, other=float("inf"))

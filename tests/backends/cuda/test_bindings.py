@@ -9,7 +9,7 @@ import torch
 
 import ctkernels as ct
 from ctkernels import dispatch
-from ctkernels.backends.triton.plan import tf32_allowed
+from ctkernels.backends.triton.call import tf32_allowed
 from ctkernels.prepare import NOTHING
 from ctkernels.problem import Problem
 from ctkernels.testing.backends import Backend

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ctkernels import dispatch
-from ctkernels.backends.triton.plan import plan_backward, plan_forward
-from ctkernels.problem import Problem
+from ctkernels.backends.triton.plan import plan_backward, plan_forward, plan_tables
+from ctkernels.problem import Prepared, Problem
 from ctkernels.testing.backends import Backend
 from tools.gpu.triton import plans
 from tools.gpu.triton.emulate import Emulator
@@ -51,16 +51,27 @@ def unavailable() -> None:
     return None
 
 
-def forward(*args: Tensor | Problem | None) -> tuple[Tensor, ...]:
+def order(x: Tensor) -> tuple[int, ...]:
     """As `ops.py` asks of a backend."""
-    with nan_filled_memory():
-        return _run(plan_forward(*args, plans.target(_current[-1].architecture)))
+    return (id(_current[-1]),)
 
 
-def backward(*args: Tensor | list[bool] | Problem | None) -> tuple[Tensor, ...]:
+def tables(*args: Tensor | Problem | bool | None) -> Tensor:
     """As `ops.py` asks of a backend."""
     with nan_filled_memory():
-        return _run(plan_backward(*args, plans.target(_current[-1].architecture)))
+        return _run(plan_tables(*args, plans.target(_current[-1].architecture)))[0]
+
+
+def forward(*args: Tensor | Problem | None, prepared: Prepared = Prepared()) -> tuple[Tensor, ...]:  # noqa: B008
+    """As `ops.py` asks of a backend."""
+    with nan_filled_memory():
+        return _run(plan_forward(*args, plans.target(_current[-1].architecture), prepared))
+
+
+def backward(*args: Tensor | list[bool] | Problem | None, prepared: Prepared = Prepared()) -> tuple[Tensor, ...]:  # noqa: B008
+    """As `ops.py` asks of a backend."""
+    with nan_filled_memory():
+        return _run(plan_backward(*args, plans.target(_current[-1].architecture), prepared))
 
 
 def _run(plan) -> tuple[Tensor, ...]:

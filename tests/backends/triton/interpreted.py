@@ -38,7 +38,7 @@ def words_of(mask: dict, lens: list[int], P: int, C: int) -> tuple[torch.Tensor,
     for name in ("words_kernel", "tile_words_kernel"):
         launches[name].run()
     args = launches["tile_words_kernel"].args
-    return args["WORDS"], args["TILE_WORDS"], args["TILES"]
+    return args["WORDS"], args["TILE_WORDS"].unflatten(0, (2, -1)), args["TILES"]
 
 
 def bits(words: torch.Tensor, n: int) -> torch.Tensor:

@@ -55,7 +55,7 @@ SELECTIONS = {
     "edges-bf16": [f"test_edges.py::test_edge[triton-{case}-bf16+fp32]" for case in EDGES[-6:]],
     "properties": [f"test_properties.py::{name}" for name in PROPERTIES],
     "others": list(OTHERS),
-    "kernels": ["../backends/triton/interpreted.py"],
+    "kernels": ["../backends/triton/interpreted.py", "../backends/triton/prepared.py"],
 }
 
 

@@ -77,7 +77,7 @@ def test_tiles_hold_every_lane_once(drawn, block_m, group):
 
 @given(problems())
 def test_slots_and_own_blocks(drawn):
-    """A slot knows its row, token and own position; own blocks hold every own key once."""
+    """A slot knows its row, token and own position; own blocks hold every token of k once, those of no row included."""
     B, S, T, G, problem = drawn
     q, k, *_ = tensors(B, S, T, G, problem)
     rows = tables.build_rows(q, k, G, 50, problem)
@@ -87,9 +87,15 @@ def test_slots_and_own_blocks(drawn):
         for i in range(row[tables.ROW_QUERIES]):
             expected = [r, row[tables.ROW_BATCH], row[tables.ROW_TOKEN] + i, row[tables.ROW_OFFSET] + i]
             assert slots[row[tables.ROW_FIRST] + i] == expected
-    own = tables.build_own_blocks(rows, 16).T.tolist()
-    blocks = [(r, block) for r, block in own if r >= 0]
-    assert blocks == [(r, b) for r, row in enumerate(table) for b in range(-(-row[tables.ROW_KEYS] // 16))]
+    # together with the slots behind them, which belong to no row, every query once
+    tokens = [(batch, token) for _, batch, token, _ in slots]
+    assert sorted(tokens) == [(b, s) for b in range(q.shape[0]) for s in range(S)]
+    written = []
+    for r, block, token, keys in tables.build_own_blocks(rows, 16).T.tolist():
+        batch, extent = (0, keys) if r < 0 else (table[r][tables.ROW_BATCH], T if problem.cu_seqlens is None else keys)
+        assert keys == extent and (r < 0 or token == table[r][tables.ROW_TOKEN])
+        written += [(batch, token + t) for t in range(block * 16, min(block * 16 + 16, keys))]
+    assert sorted(written) == [(b, t) for b in range(k.shape[0]) for t in range(T)]
 
 
 @pytest.mark.parametrize("D", range(1, 513))
@@ -160,57 +166,3 @@ def test_few_tiles_split_the_prefix_and_few_keys_split_the_queries():
     call = tensors(64, 100, 100, 1, NO_PROBLEM, P=40)
     splits = {x.name: x.constexprs["SPLITS"] for x in launches_of(call, NO_PROBLEM) if "SPLITS" in x.constexprs}
     assert splits["prefix_kernel"] > 1 == splits["forward_kernel"]
-
-
-def test_layers_of_a_step_share_tables(monkeypatch):
-    """They are made anew for another tensor, even one at the same place, and after a write to one of the old ones."""
-    made = []
-    build = tables.build_rows
-    monkeypatch.setattr(tables, "build_rows", lambda *args: made.append(args) or build(*args))
-
-    def rows(problem: Problem, S: int = 8):
-        return plan_forward(*tensors(2, S, S, 1, problem), problem).launches[-1].args["ROWS"]
-
-    problem = NO_PROBLEM._replace(hidden=torch.tensor([[0, 3], [3, 8]]), context_length=8)
-    first = rows(problem)
-    assert rows(problem) is first and rows(problem._replace(drop_p=0.5, seed=3)) is first and len(made) == 1
-    assert rows(problem, S=9) is not first and rows(problem._replace(context_length=7)) is not first
-    assert rows(problem._replace(hidden=problem.hidden.clone())) is not first
-    problem.hidden[1, 1] = 6
-    assert rows(problem)[tables.ROW_HIDE_END].tolist() == [3, 6]
-    with torch.inference_mode():
-        frozen = problem._replace(hidden=torch.tensor([[0, 1], [1, 2]]))
-        assert rows(frozen) is not rows(frozen)  # such a tensor does not count writes
-
-
-def test_set_up_of_a_later_layer_is_a_few_operations():
-    class Count(TorchDispatchMode):
-        calls = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.calls += 1
-            return func(*args, **(kwargs or {}))
-
-    problem = NO_PROBLEM._replace(
-        cu_seqlens=torch.arange(0, 65, 4), hidden=torch.tensor([[0, 3]] * 16), context_length=50, drop_p=0.1
-    )
-    counts = []
-    for _ in range(2):
-        with Count() as counted:
-            plan_forward(*tensors(16, 64, 64, 1, problem), problem)
-        counts.append(counted.calls)
-    assert counts[1] <= 20 and counts[0] >= 60, counts
-
-
-def test_tokens_of_no_row_are_zero():
-    """No kernel writes what lies behind the last packed row, and the host cannot see whether there is any."""
-    problem = NO_PROBLEM._replace(cu_seqlens=torch.tensor([0, 3, 5], dtype=torch.int32))
-    inputs = tensors(2, 8, 8, 1, problem)
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
-    try:
-        out, lse = plan_forward(*inputs, problem).outputs
-        backward = plan_backward(out, None, *inputs, out, lse, [True] * 5 + [False], problem)
-    finally:
-        torch.use_deterministic_algorithms(before)
-    assert out.eq(0).all() and lse.isneginf().all() and all(x.eq(0).all() for x in backward.outputs[:3])
