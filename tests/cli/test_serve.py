@@ -25,6 +25,7 @@ from ctkernels.cli import serve
 from ctkernels.cli.main import run
 from ctkernels.cli.parse import CommandLine
 from ctkernels.cli.serve import ServeConfig
+from ctkernels.serving.server import ServerOptions
 from ctkernels.serving.server.engine import Engine
 from ctkernels.testing.models import make_model
 from ctkernels.testing.tasks import DEMONSTRATIONS, char_tokenizer
@@ -59,6 +60,17 @@ def test_what_is_refused(files, capsys, given, message):
     assert run(["serve", *(word.format(files=files) for word in given)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("ctkernels: error: ") and message in line
+
+
+def test_where_a_server_may_listen():
+    """On this machine without a token; beyond it with one, or if that is said."""
+    for host in ("127.0.0.1", "127.3.2.1", "::1", "localhost"):
+        assert ServerOptions("model", host=host).token is None
+    for given in ({"token": "s3cret"}, {"open_to_all": True}):
+        assert ServerOptions("model", host="0.0.0.0", **given).host == "0.0.0.0"
+    for host in ("0.0.0.0", "::", "192.168.1.2", ""):
+        with pytest.raises(ValueError, match="can be reached from other machines"):
+            ServerOptions("model", host=host)
 
 
 def test_what_is_not_installed_is_named(files, capsys, monkeypatch):
@@ -129,7 +141,7 @@ def test_sigterm_in_the_middle_of_answers(tmp_path, capsys, monkeypatch):
     seen: dict[str, object] = {}
 
     headers = {"authorization": "Bearer t"}
-    body = {"model": "task", "prompt": "a", "max_tokens": 150, "temperature": 1.0, "seed": 1, "stream": True}
+    body = {"model": "task", "prompt": "a", "max_tokens": 100, "temperature": 1.0, "seed": 1, "stream": True}
 
     def client() -> None:
         with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, headers=headers) as http:

@@ -32,10 +32,10 @@ def pool(server) -> list[Known]:
 
 def test_outcomes(server, pool):
     """Eight clients at two rows and two places in the queue."""
-    found = asyncio.run(campaign(server.address, pool, 8, math.inf, requests=8))
+    found = asyncio.run(campaign(server.address, pool, 8, math.inf, requests=5))
     assert found.bad == 0, found.examples
     assert all(found.outcomes[outcome] for outcome in ("whole", "streamed", "left", "refused")), found
-    assert found.outcomes.total() == 8 * 8 and found.tokens > 0
+    assert found.outcomes.total() == 8 * 5 and found.tokens > 0
 
 
 def test_a_wrong_answer_is_found(server, pool):
