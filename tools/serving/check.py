@@ -77,10 +77,11 @@ def tokens(bench: Bench, engine: Engine) -> dict[str, Any]:
     """64 requests behind two prefixes."""
     requests = [Request(f"noise/{n % 2}", row, NEW_TOKENS) for n, row in enumerate(bench.rows[:64])]
     expected = bench.reference.generate(requests)
-    plain = bench.reference.generate([Request(None, (*bench.base.context, *r.row), NEW_TOKENS) for r in requests])
+    some = [Request(None, (*bench.base.context, *request.row), NEW_TOKENS) for request in requests[:8]]
+    plain = bench.reference.generate(some)  # the context in words: a prefix that was not loaded would answer this
     verdict = bench.reference.judge(requests, expected, bench.asked(engine, requests, 8))
-    differ = sum(a != b for a, b in zip(expected, plain, strict=True))
-    return {**asdict(verdict), "unlike_plain": differ, "ok": not verdict.wrong and differ > 0}
+    differ = sum(a != b for a, b in zip(expected, plain, strict=False))
+    return {**asdict(verdict), "of_8_unlike_plain": differ, "ok": not verdict.wrong and differ > 0}
 
 
 def many(bench: Bench, engine: Engine) -> dict[str, Any]:
