@@ -245,13 +245,13 @@ def attend(
     prepared = NOTHING
     if isinstance(mask, PreparedMask):
         prepared = mask.of_call(decided, (prefix_k, prefix_v), inputs[:6])
-    return ops.attend(inputs, prepared, *decided)
+    return ops.attend(inputs, prepared, *decided, direct=key is not None)
 
 
 def _likeness(
     inputs: Sequence[Tensor | None], problem_tensors: Sequence[Tensor | None], options: tuple
 ) -> tuple | None:
-    """What a call's checks and decisions depend on besides its mask; None: that is not all, or not known."""
+    """What a call's checks and decisions depend on besides its mask; None: not known, or operators are looked for."""
     q = inputs[0]
     if ops.looked_for() or type(q) not in ops.PLAIN or q is None:
         return None

@@ -291,10 +291,10 @@ def looked_for() -> bool:
 
 
 def attend(
-    inputs: Sequence[Tensor | None], prepared: Prepared, problem: Problem, choice: Choice
+    inputs: Sequence[Tensor | None], prepared: Prepared, problem: Problem, choice: Choice, direct: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The op on its inputs, q to sinks; prefixes may have three dimensions."""
-    if not looked_for() and all(type(x) in PLAIN for x in inputs):
+    """The op on its inputs, q to sinks; prefixes may have three dimensions. `direct`: nobody looks for operators."""
+    if direct or (not looked_for() and all(type(x) in PLAIN for x in inputs)):
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
             return _Direct.apply(*inputs, (prepared, problem, choice))
         return _compute(*(*_as_sets(inputs), prepared, problem, choice))

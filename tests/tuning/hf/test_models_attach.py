@@ -552,3 +552,32 @@ def test_alibi_needs_consecutive_positions():
 def test_unknown_backend(llama, prefix):
     with prefix.attach(llama, backend="abacus"), pytest.raises(ValueError, match="backend must be one of"):
         llama(ROW)
+
+
+def test_nothing_that_was_decided_outlives_what_it_depended_on():
+    """One attachment through changes of mask, mode, prefix and layout: each pass has the bits of a fresh attachment."""
+    model, rows = make_model("llama", torch.float32), tokens(2, 6)
+    prefix = KVPrefix.from_tokens(model, CONTEXT, SEGMENTS)
+    start = prefix.keys[0].detach().clone()
+    spans, drops = ContextMask(hidden=torch.tensor([[0, 3], [3, 6]])), ContextMask(drop_p=0.5, seed=4)
+    ways = [(way, mask) for way in ("gradient", "none", "training", "gradient") for mask in (None, spans, drops)]
+    ways[3:3] = [("packed", drops), ("packed", None)]
+
+    def run(attachment, number: int) -> list[torch.Tensor]:
+        way, mask = ways[number]
+        model.train(way == "training")
+        with torch.no_grad():
+            prefix.keys[0].copy_(start * (1 + number))
+        attachment.mask, packed = mask, way == "packed"
+        attachment.cu_seqlens = torch.tensor([0, 2, 6, 12], dtype=torch.int32) if packed else None
+        with torch.set_grad_enabled(way != "none"):
+            logits = model(rows.view(1, -1) if packed else rows).logits
+        gradients = torch.autograd.grad(logits.sum(), [*prefix.keys, *prefix.values]) if way != "none" else ()
+        return [logits.detach(), *gradients]
+
+    with prefix.attach(model) as attachment:
+        found = [run(attachment, number) for number in range(len(ways))]
+    for number, (way, mask) in enumerate(ways):
+        with prefix.attach(model) as fresh:
+            expected = run(fresh, number)
+        assert all(torch.equal(x, y) for x, y in zip(found[number], expected, strict=True)), (way, mask)
