@@ -64,12 +64,12 @@ from ctkernels.backends.triton.tile import (
 
 @triton.jit
 def lane_delta(
-    DOUT, OUT, LSE, DLSE, STATE, lane, ok, batch, head, token, kv, n_kv, n_lanes, dout_b, dout_h, dout_t,
+    DOUT, OUT, LSE, DLSE, STATE, lane, ok, kept, batch, head, token, kv, n_kv, n_lanes, dout_b, dout_h, dout_t,
     out_b, out_h, out_t, lse_b, lse_h, dlse_b, dlse_h, dlse_t,
     VD: tl.constexpr, VD0: tl.constexpr, VD1: tl.constexpr, HAS_DLSE: tl.constexpr, PAIR: tl.constexpr,
 ):  # fmt: skip
     """What the backward pass needs of lanes [BLOCK_M]: lse2 (high), what it was rounded by (low), delta, whether the
-    lane saw any key, and its dout. STATE, fp32 [3, Hk, lanes], keeps high, delta, and of a PAIR low."""
+    lane saw any key, and its dout. STATE, fp32 [3, Hk, lanes], keeps high, delta, and of a PAIR low, of the `kept`."""
     lse = tl.load(LSE + offsets(batch, head, token, lse_b, lse_h, 1), mask=ok, other=-float("inf"))
     alive = lse != -float("inf")
     out0, out1 = load_pieces(OUT, offsets(batch, head, token, out_b, out_h, out_t), alive, VD, VD0, VD1)
@@ -82,10 +82,10 @@ def lane_delta(
     high, low = split_lse(tl.where(alive, lse, 0.0), alive)
     plane = n_kv.to(tl.int64) * n_lanes
     at = STATE + kv.to(tl.int64) * n_lanes + lane
-    tl.store(at, high, mask=ok)
-    tl.store(at + plane, delta, mask=ok)
+    tl.store(at, high, mask=kept)
+    tl.store(at + plane, delta, mask=kept)
     if PAIR:
-        tl.store(at + 2 * plane, low, mask=ok)
+        tl.store(at + 2 * plane, low, mask=kept)
     return high, low, delta, alive, do0, do1
 
 
@@ -102,7 +102,7 @@ def delta_kernel(
     _, batch, token, _ = lane_slots(lane, ok, SLOTS, n_slots, GROUP)
     PAIR: tl.constexpr = DOUT.dtype.element_ty == tl.float32
     lane_delta(
-        DOUT, OUT, LSE, DLSE, STATE, lane, ok, batch, kv * GROUP + lane % GROUP, token, kv, tl.num_programs(1),
+        DOUT, OUT, LSE, DLSE, STATE, lane, ok, ok, batch, kv * GROUP + lane % GROUP, token, kv, tl.num_programs(1),
         n_slots * GROUP, dout_b, dout_h, dout_t, out_b, out_h, out_t, lse_b, lse_h, dlse_b, dlse_h, dlse_t,
         VD, VD0, VD1, HAS_DLSE, PAIR,
     )  # fmt: skip
@@ -146,9 +146,10 @@ def dq_kernel(
     head = kv * GROUP + lane % GROUP
     row, batch, token, position = lane_slots(lane, ok, SLOTS, n_slots, GROUP)
     n_lanes = n_slots * GROUP
+    kept = lane < tl.where(split == 0, lane0 + lanes, 0)
     high, low, delta, alive, do0, do1 = lane_delta(
-        DOUT, OUT, LSE, DLSE, STATE, lane, ok, batch, head, token, kv, tl.num_programs(1), n_lanes, dout_b, dout_h,
-        dout_t, out_b, out_h, out_t, lse_b, lse_h, dlse_b, dlse_h, dlse_t, VD, VD0, VD1, HAS_DLSE, PAIR,
+        DOUT, OUT, LSE, DLSE, STATE, lane, ok, kept, batch, head, token, kv, tl.num_programs(1), n_lanes, dout_b,
+        dout_h, dout_t, out_b, out_h, out_t, lse_b, lse_h, dlse_b, dlse_h, dlse_t, VD, VD0, VD1, HAS_DLSE, PAIR,
     )  # fmt: skip
     q0, q1 = load_pieces(Q, offsets(batch, head, token, q_b, q_h, q_t), alive, D, D0, D1)  # [BLOCK_M, D0 | D1]
     lowest = tl.min(tl.where(ok, position, 2147483647), 0)

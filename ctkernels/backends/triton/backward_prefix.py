@@ -148,22 +148,22 @@ def add_planes(
 ):  # fmt: skip
     """If it is `mine`: elements `at` [BLOCK] of one plane of SUM [G or 1, heads or 1, P, W], the sum of PART
     [splits, G, heads, P, W] over splits, and over prefixes and heads where SUM_PREFIXES, SUM_HEADS, in this order."""
-    prefix0, head0 = plane // n_heads, plane % n_heads
-    prefixes, heads = 1, 1
-    if SUM_HEADS:
-        prefix0, head0, heads = plane, 0, n_heads
-    planes = n_prefixes
-    if SUM_PREFIXES:
-        planes, prefixes = 1, n_prefixes
-    ok = at // W < tl.where(mine & (prefix0 < planes), P, 0)
-    n_splits = tl.where(mine, n_splits, 0)
-    total = tl.zeros(at.shape, tl.float32)
-    for split in range(n_splits):
-        for prefix in range(prefix0, prefix0 + prefixes):
-            for head in range(head0, head0 + heads):
-                part = (split * n_prefixes + prefix).to(tl.int64) * n_heads + head
-                total += tl.load(PART + part * P * W + at, mask=ok, other=0.0)
-    tl.store(SUM + plane.to(tl.int64) * P * W + at, total.to(SUM.dtype.element_ty), mask=ok)
+    if mine:
+        prefix0, head0 = plane // n_heads, plane % n_heads
+        prefixes, heads = 1, 1
+        if SUM_HEADS:
+            prefix0, head0, heads = plane, 0, n_heads
+        planes = n_prefixes
+        if SUM_PREFIXES:
+            planes, prefixes = 1, n_prefixes
+        ok = at // W < tl.where(prefix0 < planes, P, 0)
+        total = tl.zeros(at.shape, tl.float32)
+        for split in range(n_splits):
+            for prefix in range(prefix0, prefix0 + prefixes):
+                for head in range(head0, head0 + heads):
+                    part = (split * n_prefixes + prefix).to(tl.int64) * n_heads + head
+                    total += tl.load(PART + part * P * W + at, mask=ok, other=0.0)
+        tl.store(SUM + plane.to(tl.int64) * P * W + at, total.to(SUM.dtype.element_ty), mask=ok)
 
 
 @triton.jit
@@ -173,18 +173,18 @@ def add_queries(
 ):  # fmt: skip
     """If it is `mine`: elements `at` [BLOCK] of the lanes' dq in one KV head, the sum of PART [splits, Hk, lanes, D]
     over splits."""
-    used = tl.load(ROWS + ROW_FIRST * n_rows + n_rows - 1) + tl.load(ROWS + ROW_QUERIES * n_rows + n_rows - 1)
-    lane = at // D
-    ok = lane < tl.where(mine & (kv < n_kv), used * GROUP, 0)
-    n_splits = tl.where(mine, n_splits, 0)
-    total = tl.zeros(at.shape, tl.float32)
-    for split in range(n_splits):
-        part = (split * n_kv + kv).to(tl.int64) * n_slots * (GROUP * D)
-        total += tl.load(PART + part + at, mask=ok, other=0.0)
-    batch = tl.load(SLOTS + SLOT_BATCH * n_slots + lane // GROUP, mask=ok, other=0)
-    token = tl.load(SLOTS + SLOT_TOKEN * n_slots + lane // GROUP, mask=ok, other=0)
-    to = offsets(batch, kv * GROUP + lane % GROUP, token, dq_b, dq_h, dq_t) + at % D
-    tl.store(DQ + to, total.to(DQ.dtype.element_ty), mask=ok)
+    if mine:
+        used = tl.load(ROWS + ROW_FIRST * n_rows + n_rows - 1) + tl.load(ROWS + ROW_QUERIES * n_rows + n_rows - 1)
+        lane = at // D
+        ok = lane < tl.where(kv < n_kv, used * GROUP, 0)
+        total = tl.zeros(at.shape, tl.float32)
+        for split in range(n_splits):
+            part = (split * n_kv + kv).to(tl.int64) * n_slots * (GROUP * D)
+            total += tl.load(PART + part + at, mask=ok, other=0.0)
+        batch = tl.load(SLOTS + SLOT_BATCH * n_slots + lane // GROUP, mask=ok, other=0)
+        token = tl.load(SLOTS + SLOT_TOKEN * n_slots + lane // GROUP, mask=ok, other=0)
+        to = offsets(batch, kv * GROUP + lane % GROUP, token, dq_b, dq_h, dq_t) + at % D
+        tl.store(DQ + to, total.to(DQ.dtype.element_ty), mask=ok)
 
 
 @triton.jit

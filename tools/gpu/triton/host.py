@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Host time of planning a layer's calls on the Triton backend:  python -m tools.gpu.triton.host
+"""Host time of planning a layer's calls on the Triton backend:
+
+    python -m tools.gpu.triton.host [PAGE]        PAGE: also replace the table between its markers, docs/gpu.md
 
 Nothing is launched: what is timed is all that happens before, on CPU tensors of a small layer, for an H100. The best of
 many, as other work can only add to it, in microseconds of CPU time; then the Python functions that a call runs, and the
@@ -14,9 +16,11 @@ from __future__ import annotations
 
 import cProfile
 import pstats
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -88,7 +92,10 @@ def main() -> None:
                 kernels = len(names)
                 us = best_us(again, LEAST if kind == "first" else REPEATS)
                 rows.append([kind, phase, f"{us:.0f}", str(calls), str(kernels)])
-    print(harness.table(["call", "phase", "CPU us", "Python calls", "kernels"], rows))
+    table = harness.table(["call", "phase", "CPU us", "Python calls", "kernels"], rows)
+    print(table)
+    for page in sys.argv[1:]:
+        harness.replace_between_markers(Path(page), "host", table)
 
 
 if __name__ == "__main__":
