@@ -191,7 +191,7 @@ class MatrixProduct:
     def __init__(self, dtype: torch.dtype, device: str) -> None:
         self.device = device
         on_cpu = torch.device(device).type == "cpu"
-        native = dtype == torch.bfloat16 and dispatch.cpu_info()["isa"] == "avx512_bf16"
+        native = dtype == torch.bfloat16 and dispatch.cpu_info()["isa"] in dispatch.BF16_ISAS
         self.dtype = torch.float32 if on_cpu and not native else dtype
         best = {n: self._fastest(n) for n in (self.SIZES if on_cpu else [4 * n for n in self.SIZES])}
         self._resize(max(best, key=lambda n: n**3 / best[n]))

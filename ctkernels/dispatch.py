@@ -25,6 +25,8 @@ BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 # of the CPU features that torch reports, those that decide how fast the kernels can be
 FEATURES = ("avx2", "fma3", "f16c", "avx512_f", "avx512_bw", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16")
+# builds of the CPU kernels that multiply bf16 itself; they take subnormal numbers for zero
+BF16_ISAS = ("amx", "avx512_bf16")
 
 
 class Choice(NamedTuple):
@@ -144,7 +146,7 @@ def cpu_info() -> dict[str, object]:
 
 
 def set_cpu_isa(name: str) -> None:
-    """Choose the instruction set of the CPU kernels: "portable", "avx2", "avx512" or "avx512_bf16".
+    """Choose the instruction set of the CPU kernels: "portable", "avx2", "avx512", "avx512_bf16" or "amx".
 
     Raises:
         ValueError: this machine cannot run it.

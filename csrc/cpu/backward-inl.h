@@ -101,11 +101,16 @@ class Backward {
     p_rows_ = arena->take<U>(rows * TILE / WIDTH<U>);
     ds_rows_ = arena->take<U>(rows * TILE / WIDTH<U>);
     ds_columns_ = arena->take<U>(columns * TILE);
-    k_columns_ = arena->take<U>(columns * p.D);
+    k_columns_ = arena->take<U>(columns * depth_.padded);
+    const int64_t packed = FIXED_KEYS ? round_up(keys, KEY_BLOCK) : 0;
+    packed_k_ = arena->take<Element<U>>(packed * depth_.elements());
+    packed_v_ = arena->take<Element<U>>(packed * value_depth_.elements());
+    turned_k_ = arena->take<Element<U>>(packed * depth_.padded);
     k_ = arena->take<U>(keys * units_of<U>(p.D));
     v_ = arena->take<U>(keys * units_of<U>(p.Dv));
-    dk_ = arena->take<C>(keys * depth_.padded);
-    dv_ = arena->take<C>(keys * value_depth_.padded);
+    const int64_t gradients = FIXED_KEYS ? packed : keys;
+    dk_ = arena->take<C>(gradients * depth_.padded);
+    dv_ = arena->take<C>(gradients * value_depth_.padded);
     dq_ = arena->take<C>(depth_.padded * TILE);
     line_ = arena->take<C>(depth_.padded);
     rows_ = arena->take<C>(TILE * depth_.padded);
@@ -152,13 +157,14 @@ class Backward {
     const KeyRows<U> v = key_rows(p_.prefix_v, v_at, begin, end, p_.Dv, p_.q.type, v_);
     const Logits<C> logits(p_, kv_head);
     const bool broken = !finite_keys(k, v, begin, end);
+    pack_keys(k, v, begin, end);
     clear(end - begin, p_.dprefix_k.data, p_.dprefix_v.data);
     for (int64_t i = 0; i < count; ++i) {
       C* dq = shares ? shares + i * depth_.padded * TILE : nullptr;
       if (dq) std::fill_n(dq, depth_.padded * TILE, C(0));
       clear_sums();
       for (int64_t at = begin; at < end; at += KEY_BLOCK)
-        if (prefix_block(p_, tiles[i].lanes, at, std::min(at + KEY_BLOCK, end), &block_))
+        if (prefix_block(p_, tiles[i].lanes, at, std::min(at + KEY_BLOCK, end), FIXED_KEYS, &block_))
           step(logits, tiles[i], false, broken || tiles[i].careful, k, v, begin, p_.dprefix_k.data, p_.dprefix_v.data,
                dq, heavy);
       for (int l = 0; needs_ds_ && l < tiles[i].lanes.count; ++l) sums[tiles[i].first + l] = {ds_sums_[l], p_sums_[l]};
@@ -188,6 +194,7 @@ class Backward {
     const KeyRows<U> v = key_rows(p_.v, v_at, 0, row.keys, p_.Dv, p_.q.type, v_);
     const Logits<C> logits(p_, kv_head);
     const bool broken = !finite_keys(k, v, 0, row.keys);
+    pack_keys(k, v, 0, row.keys);
     clear(row.keys, p_.dk.data, p_.dv.data);
     for (const Tile& which : tiles) {
       pack(order, which, kv_head, &tile_);
@@ -195,7 +202,8 @@ class Backward {
       clear_sums();
       heavy_.clear();
       for (int64_t at = 0; at < row.keys; at += KEY_BLOCK)
-        if (own_block(p_, tile_.lanes, tile_.lanes.pieces[0], at, std::min(at + KEY_BLOCK, row.keys), &block_))
+        if (own_block(p_, tile_.lanes, tile_.lanes.pieces[0], at, std::min(at + KEY_BLOCK, row.keys), FIXED_KEYS,
+                      &block_))
           step(logits, tile_, true, broken || tile_.careful, k, v, 0, p_.dk.data, p_.dv.data,
                p_.dq.data ? dq_ : nullptr, &heavy_);
       if (p_.dq.data) transpose(dq_, TILE, rows_, depth_.padded, depth_.padded, tile_.lanes.vectors * VECTOR_SIZE<C>);
@@ -231,6 +239,17 @@ class Backward {
       finite = all_finite(reinterpret_cast<const Element<U>*>(k[j]), p_.D) &&
                all_finite(reinterpret_cast<const Element<U>*>(v[j]), p_.Dv);
     return finite;
+  }
+
+  // Brings the keys [begin, end) of a unit into the form that matrix units take.
+  void pack_keys(KeyRows<U> k, KeyRows<U> v, int64_t begin, int64_t end) {
+    if constexpr (FIXED_KEYS) {
+      pack_key_rows(k, begin, end, depth_, packed_k_);
+      pack_key_rows(v, begin, end, value_depth_, packed_v_);
+      for (int64_t at = begin; p_.dq.data && at < end; at += KEY_BLOCK)
+        pack_key_columns(k, at, std::min(at + KEY_BLOCK, end), depth_, true, k_columns_,
+                         turned_k_ + (at - begin) * depth_.padded);
+    }
   }
 
   void clear_sums() { std::fill_n(ds_sums_, TILE, C(0)), std::fill_n(p_sums_, TILE, C(0)); }
@@ -303,6 +322,9 @@ class Backward {
         std::fill_n(rows + l * elements, elements, Element<U>(0));
       }
     lane_pairs<U>(rows, elements, lanes.vectors * VECTOR_SIZE<C>, depth.padded, pairs);
+    if (FIXED_KEYS && lanes.vectors % 2)  // matrix units sum two vectors of lanes at once
+      std::memset(pairs + lanes.vectors * VECTOR_SIZE<C> / WIDTH<U> * depth.padded, 0,
+                  VECTOR_SIZE<C> / WIDTH<U> * depth.padded * sizeof(U));
   }
 
   // <out, dout> of a lane
@@ -322,22 +344,31 @@ class Backward {
   void step(const Logits<C>& logits, const BackwardTile<U>& tile, bool own, bool careful, KeyRows<U> k, KeyRows<U> v,
             int64_t first, const void* dk, const void* dv, C* dq, std::vector<Heavy<C>>* heavy) {
     const int count = block_.count, vectors = tile.lanes.vectors;
-    const int64_t lanes = units_of<U>(tile.lanes.count);
-    const U *k_rows[KEY_BLOCK], *v_rows[KEY_BLOCK], *lane_rows[KEY_BLOCK];
-    C *s_rows[KEY_BLOCK], *dp_rows[KEY_BLOCK], *gradients[KEY_BLOCK];
-    for (int n = 0; n < count; ++n) {
-      const int64_t j = block_.index[n];
-      k_rows[n] = k[j], v_rows[n] = v[j];
-      s_rows[n] = s_ + n * TILE, dp_rows[n] = dp_ + n * TILE;
-    }
+    const int64_t key = block_.index[0] - first, columns = vectors * VECTOR_SIZE<C>, steps = (count + STEP - 1) / STEP;
+    const U *k_rows[KEY_BLOCK], *v_rows[KEY_BLOCK];
+    for (int n = 0; n < count; ++n) k_rows[n] = k[block_.index[n]], v_rows[n] = v[block_.index[n]];
+    // x <- keys b
+    const auto times_keys = [&](const U* const* rows, const Element<U>* packed, const U* b, C* x,
+                                const Depth<U>& depth) {
+      if constexpr (FIXED_KEYS)
+        tile_product(steps * STEP, columns, depth.elements() / STEP, packed + key * depth.elements(), depth.elements(),
+                     b, TILE, x, TILE, false);
+      else {
+        C* x_rows[KEY_BLOCK];
+        for (int n = 0; n < count; ++n) x_rows[n] = x + n * TILE;
+        times_heads<U>(count, rows, units_of<U>(depth.D), b, x_rows, vectors);
+      }
+    };
     // s <- k q, then the logits
-    times_heads<U>(count, k_rows, units_of<U>(p_.D), tile.q, s_rows, vectors);
+    times_keys(k_rows, packed_k_, tile.q, s_, depth_);
     logits.apply(tile.lanes, block_, own, s_, p_.softcap ? slope_ : nullptr);
     // dp <- v dout
-    if (needs_ds_) times_heads<U>(count, v_rows, units_of<U>(p_.Dv), tile.dout, dp_rows, vectors);
+    if (needs_ds_) times_keys(v_rows, packed_v_, tile.dout, dp_, value_depth_);
     if (careful) {
       std::fill_n(hidden_, KEY_BLOCK * TILE, C(0));
       logits.hide(tile.lanes, block_, own, hidden_);
+      for (int n = 0; n < count; ++n)  // padding: of infinite keys its zeros make NaN
+        std::fill(hidden_ + n * TILE + tile.lanes.count, hidden_ + (n + 1) * TILE, -std::numeric_limits<C>::infinity());
     }
     for (int at = 0; at < vectors * VECTOR_SIZE<C>; at += VECTOR_SIZE<C>)
       if (probabilities(tile, at, logits.coefficient, careful)) take_heavy(tile, at, heavy);
@@ -350,26 +381,41 @@ class Backward {
       if (dq) broken = take_broken(k_rows, count, p_.D);
     }
     // sums of keys += x rows
-    const auto add_rows = [&](const C* x, U* scratch, const U* rows, C* sums, const Depth<U>& depth) {
-      const U* operand = by_lane<U>(x, count, vectors, scratch);
-      for (int n = 0; n < count; ++n) {
-        lane_rows[n] = operand + n * (TILE / WIDTH<U>);
-        gradients[n] = sums + (block_.index[n] - first) * depth.padded;
+    const auto add_rows = [&](const C* x, const U* pairs, const U* rows, C* sums, const Depth<U>& depth) {
+      if constexpr (FIXED_KEYS)
+        tile_product(round_up(count, 16), depth.padded, (vectors + 1) / 2, reinterpret_cast<const Element<U>*>(pairs),
+                     TILE, rows, depth.padded, sums + key * depth.padded, depth.padded, true);
+      else {
+        const U* lane_rows[KEY_BLOCK];
+        C* gradients[KEY_BLOCK];
+        for (int n = 0; n < count; ++n) {
+          if constexpr (WIDTH<U> == 1) lane_rows[n] = x + n * TILE;
+          else lane_rows[n] = pairs + n * (TILE / WIDTH<U>);
+          gradients[n] = sums + (block_.index[n] - first) * depth.padded;
+        }
+        times_rows<U>(count, lane_rows, units_of<U>(tile.lanes.count), rows, depth.padded, gradients,
+                      int(depth.padded / VECTOR_SIZE<C>), MAX_NV, true);
       }
-      const int d_vectors = int(depth.padded / VECTOR_SIZE<C>);
-      times_rows<U>(count, lane_rows, lanes, rows, depth.padded, gradients, d_vectors, MAX_NV, true);
     };
+    if (dv) to_pairs<U>(s_, count, vectors, p_rows_, nullptr);
+    if (dk || dq) to_pairs<U>(dp_, count, vectors, ds_rows_, ds_columns_);
     if (dv) add_rows(s_, p_rows_, tile.dout_rows, dv_, value_depth_);
     if (dk) add_rows(dp_, ds_rows_, tile.q_rows, dk_, depth_);
     // dq <- dq + k^T ds
     if (dq) {
-      alignas(64) C one[TILE], keep[TILE];
-      std::fill_n(one, TILE, C(1));
-      std::memset(keep, 0xFF, sizeof keep);
-      const U* k_columns[KEY_BLOCK];
-      const U* ds = by_key<U>(dp_, count, 0, vectors, ds_columns_);
-      key_columns<U>(k_rows, count, p_.D, k_columns_, k_columns);
-      times_cols<U>(p_.D, k_columns, units_of<U>(count), ds, TILE, dq, TILE, vectors, one, keep);
+      const U* ds = ds_columns_;
+      if constexpr (WIDTH<U> == 1) ds = dp_;
+      if constexpr (FIXED_KEYS) {
+        const Element<U>* block = turned_k_ + key / KEY_BLOCK * KEY_BLOCK * depth_.padded;
+        tile_product(depth_.padded, columns, steps, block + key % KEY_BLOCK, KEY_BLOCK, ds, TILE, dq, TILE, true);
+      } else {
+        alignas(64) C one[TILE], keep[TILE];
+        std::fill_n(one, TILE, C(1));
+        std::memset(keep, 0xFF, sizeof keep);
+        const U* k_columns[KEY_BLOCK];
+        key_columns<U>(k_rows, count, p_.D, k_columns_, k_columns);
+        times_cols<U>(p_.D, k_columns, units_of<U>(count), ds, TILE, dq, TILE, vectors, one, keep);
+      }
     }
     for (int n : broken)
       for (int l = 0; l < tile.lanes.count; ++l)
@@ -464,17 +510,20 @@ class Backward {
   C *s_, *dp_, *slope_;  // [KEY_BLOCK][TILE]
   C* hidden_;            // [KEY_BLOCK][TILE], -inf where a lane does not see a key, else 0; in careful blocks
   alignas(64) C ds_sums_[TILE], p_sums_[TILE];
-  std::vector<Heavy<C>> heavy_;  // of the row's tile
-  U *p_rows_, *ds_rows_;         // [KEY_BLOCK][TILE / WIDTH], pairs of lanes
-  U *ds_columns_, *k_columns_;   // [units(KEY_BLOCK)][TILE | D], pairs of keys
-  U *k_, *v_;                    // converted keys [keys][units(D | Dv)]
-  C *dk_, *dv_;                  // [keys][depth.padded | value_depth.padded]
-  C* dq_;                        // [depth.padded][TILE]
-  C* line_;                      // [D]
-  C* rows_;                      // [TILE][depth.padded]
-  Element<U>* lane_rows_;        // [TILE][elements() of either depth]
-  BackwardTile<U> tile_;         // of one row
+  std::vector<Heavy<C>> heavy_;                  // of the row's tile
+  U *p_rows_, *ds_rows_;                         // [KEY_BLOCK][TILE / WIDTH], pairs of lanes
+  U *ds_columns_, *k_columns_;                   // [units(KEY_BLOCK)][TILE | depth.padded], pairs of keys
+  U *k_, *v_;                                    // converted keys [keys][units(D | Dv)]
+  Element<U>*packed_k_, *packed_v_, *turned_k_;  // for matrix units, [keys][elements()] and KEY_BLOCK by KEY_BLOCK
+                                                 // [depth.padded][KEY_BLOCK]
+  C *dk_, *dv_;                                  // [keys][depth.padded | value_depth.padded]
+  C* dq_;                                        // [depth.padded][TILE]
+  C* line_;                                      // [D]
+  C* rows_;                                      // [TILE][depth.padded]
+  Element<U>* lane_rows_;                        // [TILE][elements() of either depth]
+  BackwardTile<U> tile_;                         // of one row
   KeyBlock block_;
+  TileRegisters registers_;
 };
 
 // Prefix keys per unit: enough units, key gradients that stay in the second-level cache, whole blocks.

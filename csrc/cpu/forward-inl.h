@@ -21,8 +21,9 @@ template <typename U>
 struct ForwardTile {
   using C = C_of<U>;
   TileLanes<C> lanes;
-  U* q;  // [depth.units][TILE]
-  C* o;  // [value_depth.padded][TILE]
+  bool narrow;  // takes the products of narrow-inl.h
+  U* q;         // [depth.units][TILE]
+  C* o;         // [value_depth.padded][TILE]
   alignas(64) C m[TILE];
   alignas(64) C l[TILE];
 };
@@ -42,7 +43,9 @@ class Forward {
     k_ = arena->take<U>(KEY_BLOCK * units_of<U>(p.D));
     v_ = arena->take<U>(KEY_BLOCK * units_of<U>(p.Dv));
     p_columns_ = arena->take<U>(WIDTH<U> > 1 ? units_of<U>(KEY_BLOCK) * TILE : 0);
-    v_columns_ = arena->take<U>(WIDTH<U> > 1 ? units_of<U>(KEY_BLOCK) * p.Dv : 0);
+    v_columns_ = arena->take<U>(WIDTH<U> > 1 ? units_of<U>(KEY_BLOCK) * value_depth_.padded : 0);
+    packed_k_ = arena->take<Element<U>>(FIXED_KEYS ? KEY_BLOCK * depth_.elements() : 0);
+    packed_v_ = arena->take<Element<U>>(FIXED_KEYS ? KEY_BLOCK * value_depth_.padded : 0);
     for (ForwardTile<U>& tile : tiles_)
       tile.q = arena->take<U>(depth_.units * TILE), tile.o = arena->take<C>(value_depth_.padded * TILE);
   }
@@ -98,13 +101,16 @@ class Forward {
     for (int64_t at = begin; at < prefix_end; at += KEY_BLOCK) {
       const int64_t to = std::min(at + KEY_BLOCK, prefix_end);
       KeyRows<U> k, v;
+      bool packed = false;
       for (int t = 0; t < count; ++t) {
-        if (!prefix_block(p_, tiles_[t].lanes, at, to, &block_)) continue;
+        const bool fixed = FIXED_KEYS && !tiles_[t].narrow;
+        if (!prefix_block(p_, tiles_[t].lanes, at, to, fixed, &block_)) continue;
         if (!k.base) {
           k = key_rows(p_.prefix_k, k_at, at, to, p_.D, p_.q.type, k_);
           v = key_rows(p_.prefix_v, v_at, at, to, p_.Dv, p_.q.type, v_);
         }
-        attend(logits, &tiles_[t], false, k, v);
+        if (fixed && !packed) pack(k, v, at, to), packed = true;
+        attend(logits, &tiles_[t], false, k, v, at);
       }
     }
     for (int t = 0; own && t < count; ++t)
@@ -115,6 +121,7 @@ class Forward {
     tile->lanes.set(p_, order, which, kv_head);
     load_lanes<U>(p_, p_.q, depth_, kv_head, tile->lanes, lane_rows_);
     to_columns<U>(lane_rows_, depth_, tile->lanes.vectors, tile->q);
+    tile->narrow = is_narrow<U>(tile->lanes, p_.D) && is_narrow<U>(tile->lanes, p_.Dv);
     std::fill_n(tile->m, TILE, -std::numeric_limits<C>::infinity());
     std::fill_n(tile->l, TILE, C(0));
     std::fill_n(tile->o, value_depth_.padded * TILE, C(0));
@@ -126,41 +133,64 @@ class Forward {
     const int64_t v_at = row.batch * p_.v.batch + kv_head * p_.v.head + row.token * p_.v.token;
     for (int64_t begin = 0; begin < row.keys; begin += KEY_BLOCK) {
       const int64_t end = std::min(begin + KEY_BLOCK, row.keys);
-      if (!own_block(p_, tile->lanes, piece, begin, end, &block_)) continue;
+      const bool fixed = FIXED_KEYS && !tile->narrow;
+      if (!own_block(p_, tile->lanes, piece, begin, end, fixed, &block_)) continue;
       const KeyRows<U> k = key_rows(p_.k, k_at, begin, end, p_.D, p_.q.type, k_);
       const KeyRows<U> v = key_rows(p_.v, v_at, begin, end, p_.Dv, p_.q.type, v_);
-      attend(logits, tile, true, k, v);
+      if (fixed) pack(k, v, begin, end);
+      attend(logits, tile, true, k, v, begin);
     }
   }
 
-  // One block of keys: the loop body above.
-  void attend(const Logits<C>& logits, ForwardTile<U>* tile, bool own, KeyRows<U> k, KeyRows<U> v) {
-    const U *k_rows[KEY_BLOCK], *v_rows[KEY_BLOCK], *v_columns[KEY_BLOCK];
-    const int at = block_.first_vector * VECTOR_SIZE<C>, vectors = block_.last_vector - block_.first_vector;
-    C* s_rows[KEY_BLOCK];
-    for (int n = 0; n < block_.count; ++n) {
-      k_rows[n] = k[block_.index[n]], v_rows[n] = v[block_.index[n]];
-      s_rows[n] = s_ + n * TILE + at;
+  // Brings keys [begin, end) into the form that matrix units take.
+  void pack(KeyRows<U> k, KeyRows<U> v, int64_t begin, int64_t end) {
+    if constexpr (FIXED_KEYS) {
+      pack_key_rows(k, begin, end, depth_, packed_k_);
+      pack_key_columns(v, begin, end, value_depth_, careful_, v_columns_, packed_v_);
     }
+  }
+
+  // One block of keys: the loop body above. first: of the keys that are packed.
+  void attend(const Logits<C>& logits, ForwardTile<U>* tile, bool own, KeyRows<U> k, KeyRows<U> v, int64_t first) {
+    const U *k_rows[KEY_BLOCK], *v_rows[KEY_BLOCK];
+    const int at = block_.first_vector * VECTOR_SIZE<C>, vectors = block_.last_vector - block_.first_vector;
+    const int64_t columns = vectors * VECTOR_SIZE<C>, steps = (block_.count + STEP - 1) / STEP;
+    for (int n = 0; n < block_.count; ++n) k_rows[n] = k[block_.index[n]], v_rows[n] = v[block_.index[n]];
     // s <- k q
-    if (is_narrow<U>(tile->lanes, p_.D))
+    if (tile->narrow)
       with_lanes<C>(tile->lanes.count, [&](auto lanes) {
         narrow_logits<U, lanes()>(block_.count, k_rows, units_of<U>(p_.D), tile->q, s_, v_rows);
       });
-    else times_heads<U>(block_.count, k_rows, units_of<U>(p_.D), tile->q + at, s_rows, vectors, v_rows);
+    else if constexpr (FIXED_KEYS)
+      tile_product(steps * STEP, columns, depth_.elements() / STEP,
+                   packed_k_ + (block_.index[0] - first) * depth_.elements(), depth_.elements(), tile->q + at, TILE,
+                   s_ + at, TILE, false);
+    else {
+      C* s_rows[KEY_BLOCK];
+      for (int n = 0; n < block_.count; ++n) s_rows[n] = s_ + n * TILE + at;
+      times_heads<U>(block_.count, k_rows, units_of<U>(p_.D), tile->q + at, s_rows, vectors, v_rows);
+    }
     logits.apply(tile->lanes, block_, own, s_, nullptr);
-    alignas(64) C factor[TILE], keep[TILE];
+    alignas(64) C factor[TILE];
     for (int v = block_.first_vector; v < block_.last_vector; ++v)
       softmax(v * VECTOR_SIZE<C>, logits.coefficient, tile, factor);
-    for (int l = at; l < at + vectors * VECTOR_SIZE<C>; ++l) set_bits(keep + l, l >= block_.begin && l < block_.end);
     // o <- o 2^(m - m') + v^T p
     std::vector<int> broken;
     if (careful_) broken = take_broken(v_rows, block_.count, p_.Dv);
-    if (is_narrow<U>(tile->lanes, p_.Dv))
+    if (tile->narrow)
       with_lanes<C>(tile->lanes.count,
                     [&](auto lanes) { narrow_sums<U, lanes()>(block_.count, v_rows, p_.Dv, s_, factor, tile->o); });
-    else {
-      const U* weights = by_key<U>(s_, block_.count, block_.first_vector, block_.last_vector, p_columns_);
+    else if constexpr (FIXED_KEYS) {
+      // what the lanes of other rows catch of this row's values, if those are not finite, is found in the end
+      scale_sums(tile->o + at, columns, factor + at);
+      fill_keys(p_columns_, block_.count);
+      tile_product(value_depth_.padded, columns, steps, packed_v_ + (block_.index[0] - first), KEY_BLOCK,
+                   p_columns_ + at, TILE, tile->o + at, TILE, true);
+    } else {
+      const U *v_columns[KEY_BLOCK], *weights = p_columns_;
+      if constexpr (WIDTH<U> == 1) weights = s_;
+      alignas(64) C keep[TILE];
+      for (int l = at; l < at + columns; ++l) set_bits(keep + l, l >= block_.begin && l < block_.end);
       key_columns<U>(v_rows, block_.count, p_.Dv, v_columns_, v_columns);
       times_cols<U>(p_.Dv, v_columns, units_of<U>(block_.count), weights + at, TILE, tile->o + at, TILE, vectors,
                     factor + at, keep + at);
@@ -181,22 +211,40 @@ class Forward {
     }
   }
 
+  // o <- o 2^(m - m'), for some vectors of lanes. Mostly m is what it was.
+  void scale_sums(C* o, int64_t lanes, const C* factor) const {
+    if (std::all_of(factor, factor + lanes, [](C f) { return f == C(1); })) return;
+    for (int64_t d = 0; d < value_depth_.padded; ++d, o += TILE)
+      for (int64_t at = 0; at < lanes; at += VECTOR_SIZE<C>) store(o + at, load(o + at) * load(factor + at));
+  }
+
   static void set_bits(C* x, bool on) { std::memset(x, on ? 0xFF : 0, sizeof(C)); }
 
-  // m, l and the block s -> p for the vector of lanes at `at`; factor <- 2^(m - m').
+  // m, l and the block s -> p for the vector of lanes at `at`, as pairs of keys, too; factor <- 2^(m - m').
   CTK_INLINE void softmax(int at, C coefficient, ForwardTile<U>* tile, C* factor) {
     const C lowest = -std::numeric_limits<C>::infinity();
-    Vec<C> top = splat(lowest);
-    for (int n = 0; n < block_.count; ++n) top = max<C>(load(s_ + n * TILE + at), top);
+    Vec<C> top[4] = {splat(lowest), splat(lowest), splat(lowest), splat(lowest)};  // none waits for the other
+    for (int n = 0; n < block_.count; n += 4)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i)
+        if (n + i < block_.count) top[i] = max<C>(load(s_ + (n + i) * TILE + at), top[i]);
     const Vec<C> old = load(tile->m + at);
-    const Vec<C> m = max<C>(top * coefficient, old);
+    const Vec<C> m = max<C>(max<C>(max<C>(top[0], top[1]), max<C>(top[2], top[3])) * coefficient, old);
     const Vec<C> base = m == lowest ? Vec<C>{} : m;  // a lane that has seen nothing yet: keep its logits at -inf
     Vec<C> sum{};
-    for (int n = 0; n < block_.count; ++n) {
+    const auto step = [&](int n) {
       const Vec<C> p = exp2_of(load(s_ + n * TILE + at) * coefficient - base);
       store(s_ + n * TILE + at, p);
       sum += p;
-    }
+      return p;
+    };
+    if constexpr (WIDTH<U> == 1)
+      for (int n = 0; n < block_.count; ++n) step(n);
+    else
+      for (int n = 0; n < block_.count; n += 2) {
+        const Vec<C> low = step(n), high = n + 1 < block_.count ? step(n + 1) : Vec<C>{};
+        store_pairs(halves_of(low, high), p_columns_ + n / 2 * TILE + at);
+      }
     const Vec<C> f = exp2_of(old - base);
     store(factor + at, f);
     store(tile->m + at, m);
@@ -223,8 +271,11 @@ class Forward {
   C* s_;                       // [KEY_BLOCK][TILE]
   C* hidden_;                  // [KEY_BLOCK][TILE], -inf where a lane does not see a key, else 0
   U *k_, *v_;                  // converted keys
-  U *p_columns_, *v_columns_;  // [units(KEY_BLOCK)][TILE | Dv], pairs of keys
-  bool careful_ = false;       // take care of values that are not finite
+  U *p_columns_, *v_columns_;  // [units(KEY_BLOCK)][TILE | value_depth.padded], pairs of keys
+  Element<U>* packed_k_;       // [KEY_BLOCK][depth.elements()], for matrix units
+  Element<U>* packed_v_;       // [value_depth.padded][KEY_BLOCK]
+  TileRegisters registers_;
+  bool careful_ = false;  // take care of values that are not finite
   ForwardTile<U> tiles_[GROUP];
   KeyBlock block_;
 };

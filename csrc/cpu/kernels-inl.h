@@ -1,5 +1,6 @@
 // The kernels, once more for the instruction set that the including file has chosen (CTK_ISA, CTK_VECTOR_BYTES;
-// CTK_BF16 where that multiplies bf16, and then CTK_EXTENDS, the build to take for other types).
+// CTK_BF16 where that multiplies bf16, and then CTK_EXTENDS, the build to take for other types; CTK_AMX where matrix
+// units do).
 //
 // The files named *-inl.h are fragments of this one translation unit: each builds on those before it, inside a
 // namespace of its own for every instruction set. They cannot be included alone.
@@ -18,6 +19,9 @@ namespace {
 #include "gemm-inl.h"
 #include "tiles-inl.h"
 #include "narrow-inl.h"
+#ifdef CTK_AMX
+#include "amx-inl.h"
+#endif
 #include "logits-inl.h"
 #include "forward-inl.h"
 #include "backward-inl.h"

@@ -3,12 +3,21 @@
 // that is summed, so that operands are paired along
 //
 //   D          for  s = k q, dp = v dout        the pairs that memory has anyway
-//   keys       for  out = v^T p, dq = k^T ds    by_key, key_columns
-//   lanes      for  dv = p dout, dk = ds q      by_lane, lane_pairs
+//   keys       for  out = v^T p, dq = k^T ds    to_pairs, key_columns
+//   lanes      for  dv = p dout, dk = ds q      to_pairs, lane_pairs
 //
 // With numbers these steps copy nothing.
 
-constexpr int TILE = 48;        // lanes of a tile (tiles-inl.h): 3 AVX-512 vectors of float
+// Matrix units (amx-inl.h) take all keys of a block from the first to the last, whole tiles of them.
+#ifdef CTK_AMX
+constexpr bool FIXED_KEYS = true;
+constexpr int TILE = 64;  // lanes of a tile (tiles-inl.h)
+#else
+constexpr bool FIXED_KEYS = false;
+constexpr int TILE = 48;  // 3 AVX-512 vectors of float
+struct TileRegisters {};
+#endif
+constexpr int STEP = 32;        // keys, elements of a head dimension or lanes that a matrix unit sums at once
 constexpr int KEY_BLOCK = 128;  // keys per block: their logits for one tile stay in the first-level cache
 
 template <typename U>
@@ -110,40 +119,55 @@ CTK_INLINE float value_of(float x) { return x; }
 CTK_INLINE double value_of(double x) { return x; }
 CTK_INLINE float value_of(uint16_t x) { return from_bf16(x); }
 
-// A block x [n][TILE] as rows that are summed along lanes: [n][TILE / WIDTH]. `out` may be used to hold them.
-template <typename U>
-CTK_INLINE const U* by_lane(const C_of<U>* x, int n, int vectors, U* out) {
-  if constexpr (WIDTH<U> == 1) return x;
 #ifdef CTK_BF16
-  else {
-    for (int i = 0; i < n; ++i)
-      for (int v = 0; v < vectors; ++v) {
-        const __m256bh half = _mm512_cvtneps_pbh(_mm512_loadu_ps(x + i * TILE + v * 16));
-        std::memcpy(out + i * (TILE / 2) + v * 8, &half, sizeof half);
-      }
-    return out;
-  }
-#endif
+// Two vectors as bf16, one after the other.
+CTK_INLINE __m512i halves_of(Vec<float> first, Vec<float> second) {
+  return (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
 }
 
-// A block x [n][TILE] as rows that are summed along keys: [units(n)][TILE], vectors [first, last) of each.
-template <typename U>
-CTK_INLINE const U* by_key(const C_of<U>* x, int n, int first, int last, U* out) {
-  if constexpr (WIDTH<U> == 1) return x;
-#ifdef CTK_BF16
-  else {
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    for (int i = 0; i < n; i += 2)
-      for (int v = first; v < last; ++v) {
-        const __m512 low = _mm512_loadu_ps(x + i * TILE + v * 16);
-        const __m512 high = i + 1 < n ? _mm512_loadu_ps(x + (i + 1) * TILE + v * 16) : _mm512_setzero_ps();
-        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-        _mm512_storeu_si512(out + i / 2 * TILE + v * 16, _mm512_permutexvar_epi16(order, both));
-      }
-    return out;
-  }
+// out[i] <- (first[i], second[i]) of what halves_of gives.
+CTK_INLINE void store_pairs(__m512i halves, Bf16Pair* out) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  _mm512_storeu_si512(out, _mm512_permutexvar_epi16(order, halves));
+}
+
+CTK_INLINE void store_halves(__m512i halves, Bf16Pair* first, Bf16Pair* second) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(first), _mm512_castsi512_si256(halves));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(second), _mm512_extracti64x4_epi64(halves, 1));
+}
 #endif
+
+// Fills rows of pairs of n keys, [units(n)][TILE], up to whole tiles of matrix units with zeros.
+template <typename U>
+CTK_INLINE void fill_keys(U* rows, int n) {
+  const int64_t pairs = units_of<U>(n);
+  if constexpr (FIXED_KEYS) std::memset(rows + pairs * TILE, 0, (round_up(pairs, 16) - pairs) * TILE * sizeof(U));
+}
+
+// A block x [n][TILE] as rows that are summed along lanes, [n][TILE / WIDTH], and as rows that are summed along keys,
+// [units(n)][TILE], filled, if `keys` is given. Numbers are both as they are. There is room for one more key; for matrix
+// units rows of lanes are filled, too.
+template <typename U>
+CTK_INLINE void to_pairs(const C_of<U>* x, int n, int vectors, U* lanes, U* keys) {
+  if constexpr (WIDTH<U> > 1) {
+    using C = C_of<U>;
+    constexpr int ROW = TILE / WIDTH<U>;
+    for (int i = 0; i < n; i += 2)
+      for (int v = 0; v < vectors; ++v) {
+        const C* at = x + i * TILE + v * VECTOR_SIZE<C>;
+        const auto halves = halves_of(load(at), i + 1 < n ? load(at + TILE) : Vec<C>{});
+        U* row = lanes + i * ROW + v * VECTOR_SIZE<C> / WIDTH<U>;
+        store_halves(halves, row, row + ROW);
+        if (keys) store_pairs(halves, keys + i / 2 * TILE + v * VECTOR_SIZE<C>);
+      }
+    if (keys) fill_keys(keys, n);
+    if constexpr (FIXED_KEYS) {
+      constexpr int HALF = VECTOR_SIZE<C> / WIDTH<U>;
+      for (int i = 0; vectors % 2 && i < n; ++i) std::memset(lanes + i * ROW + vectors * HALF, 0, HALF * sizeof(U));
+      std::memset(lanes + n * ROW, 0, (round_up(n, 16) - n) * ROW * sizeof(U));
+    }
+  }
 }
 
 // Rows of n keys as rows that are summed along keys: pointers to units(n) rows of D units, at `scratch` or in place.

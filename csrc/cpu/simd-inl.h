@@ -96,20 +96,27 @@ void transpose(const C* src, int64_t src_stride, C* dst, int64_t dst_stride, int
     }
 }
 
-// 2^x. float: x = n + f with |f| <= 1/2, degree-6 minimax polynomial for 2^f (relative error 1.9e-9 before rounding);
+// 2^x. float: x = n + f with integer n, degree-6 minimax polynomial for 2^f (relative error 1.9e-9 before rounding);
 // far enough below the smallest float the result is 0. NaN stays NaN.
-CTK_INLINE Vec<float> exp2_of(Vec<float> x) {
 #if CTK_VECTOR_BYTES == 64
-  x = (Vec<float>)_mm512_max_ps(_mm512_set1_ps(-200.0f),
-                                (__m512)x);  // keeps x - n finite; of a NaN it takes the second
-  const Vec<float> n = (Vec<float>)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const Vec<float> f = x - n;
+CTK_INLINE Vec<float> exp2_of(Vec<float> x) {
+  // 0 <= f < 1, the way in which the last step takes n from x
+  const Vec<float> f = (Vec<float>)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  Vec<float> y = splat(2.17022552118e-4f);
+  y = y * f + 1.24396878998e-3f;
+  y = y * f + 9.67884098821e-3f;
+  y = y * f + 5.54833419885e-2f;
+  y = y * f + 2.40229836273e-1f;
+  y = y * f + 6.93146983841e-1f;
+  y = y * f + 1.00000000186f;
+  return (Vec<float>)_mm512_scalef_ps((__m512)y, (__m512)x);
+}
 #else
+CTK_INLINE Vec<float> exp2_of(Vec<float> x) {
   const Vec<float> magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   x = x < -127.0f ? splat(-127.0f) : x;
   x = x > 127.0f ? splat(127.0f) : x;
-  const Vec<float> shifted = x + magic, f = x - (shifted - magic);
-#endif
+  const Vec<float> shifted = x + magic, f = x - (shifted - magic);  // |f| <= 1/2
   Vec<float> y = splat(1.53458121613e-4f);
   y = y * f + 1.33999311772e-3f;
   y = y * f + 9.61848895633e-3f;
@@ -117,14 +124,11 @@ CTK_INLINE Vec<float> exp2_of(Vec<float> x) {
   y = y * f + 2.40226468906e-1f;
   y = y * f + 6.93147205737e-1f;
   y = y * f + 1.00000000055f;
-#if CTK_VECTOR_BYTES == 64
-  return (Vec<float>)_mm512_scalef_ps((__m512)y, (__m512)n);
-#else
   // the integer sits in the low bits of `shifted`; -127 makes a zero exponent field, that is, the factor 0
   const Ints<float> n = (Ints<float>)shifted - (Ints<float>)magic;
   return y * (Vec<float>)((n + 127) << 23);
-#endif
 }
+#endif
 
 CTK_INLINE Vec<double> exp2_of(Vec<double> x) {
   for (int i = 0; i < VECTOR_SIZE<double>; ++i) x[i] = std::exp2(x[i]);
@@ -206,9 +210,12 @@ CTK_INLINE Vec<C> load_vector(const Tensor4& t, int64_t offset) {
   if (t.type == (sizeof(C) == 8 ? Type::f64 : Type::f32)) return load(reinterpret_cast<const C*>(at));
   uint16_t half[VECTOR_SIZE<C>];
   std::memcpy(half, at, sizeof half);
-  Vec<C> v;
-  for (int i = 0; i < VECTOR_SIZE<C>; ++i) v[i] = C(t.type == Type::bf16 ? from_bf16(half[i]) : from_f16(half[i]));
-  return v;
+  C v[VECTOR_SIZE<C>];
+  if (t.type == Type::bf16)  // loops without branches, of which compilers make vectors
+    for (int i = 0; i < VECTOR_SIZE<C>; ++i) v[i] = C(from_bf16(half[i]));
+  else
+    for (int i = 0; i < VECTOR_SIZE<C>; ++i) v[i] = C(from_f16(half[i]));
+  return load(v);
 }
 
 // n elements of a row at `offset` (in elements) of `t`, in the compute type; fp32 is rounded to `rounding` on the way.

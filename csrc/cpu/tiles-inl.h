@@ -228,6 +228,16 @@ struct KeyBits {
     return rest;
   }
 
+  // All keys from the first visible one to the last below `count`, in whole groups of 32.
+  KeyBits filled(int count) const {
+    int first = -1, last = -1;
+    each(count, [&](int key) { first = first < 0 ? key : first, last = key; });
+    KeyBits all;
+    for (int at = 0; first >= 0 && at < KEY_BLOCK; at += 64)
+      all.words[at / 64] = low_bits(last / 32 * 32 + 32 - at) & ~low_bits(first / 32 * 32 - at);
+    return all;
+  }
+
   // How many keys before `key` are visible.
   int before(int key) const {
     int count = 0;
@@ -257,9 +267,26 @@ inline KeyBits context_bits(const ContextRule& rule, const ContextRow& row, int6
   return visible;
 }
 
+// The keys of a block, counted from `begin`: those that a lane of the pieces sees, of which `seen` has one each; if
+// `fixed`, all between them, too. Where a piece does not see one of them is a hole; padding is as the last piece.
+template <typename C>
+bool take_keys(const TileLanes<C>& lanes, const Piece* pieces, const KeyBits* seen, int64_t n, int64_t begin, int count,
+               bool fixed, KeyBlock* block) {
+  KeyBits any;
+  for (int64_t i = 0; i < n; ++i) any |= seen[i];
+  const KeyBits taken = fixed ? any.filled(count) : any;
+  block->count = 0;
+  taken.each(count, [&](int j) { block->index[block->count++] = begin + j; });
+  for (int64_t i = 0; i < n; ++i) {
+    const int end = pieces[i].end < lanes.count ? pieces[i].end : lanes.vectors * VECTOR_SIZE<C>;
+    taken.without(seen[i]).each(count, [&](int j) { block->holes.push_back({taken.before(j), pieces[i].begin, end}); });
+  }
+  return block->count > 0;
+}
+
 // Prefix keys [begin, end), end - begin <= KEY_BLOCK, for a tile. False: no lane sees any of them.
 template <typename C>
-bool prefix_block(const Params& p, const TileLanes<C>& lanes, int64_t begin, int64_t end, KeyBlock* block) {
+bool prefix_block(const Params& p, const TileLanes<C>& lanes, int64_t begin, int64_t end, bool fixed, KeyBlock* block) {
   block->holes.clear();
   block->first_vector = 0, block->last_vector = lanes.vectors;
   block->begin = 0, block->end = lanes.count;
@@ -271,23 +298,15 @@ bool prefix_block(const Params& p, const TileLanes<C>& lanes, int64_t begin, int
     block->limits = begin <= edge + lanes.highest;
   }
   const int count = int(end - begin);
-  KeyBits seen[TILE], any;  // a tile holds at most one row per lane
-  for (size_t i = 0; i < lanes.pieces.size(); ++i) {
-    seen[i] = context_bits(p.rule, lanes.pieces[i].row->context, begin, count);
-    any |= seen[i];
-  }
-  int kept = 0;
-  any.each(count, [&](int j) { block->index[kept++] = begin + j; });
+  KeyBits seen[TILE];  // a tile holds at most one row per lane
   for (size_t i = 0; i < lanes.pieces.size(); ++i)
-    any.without(seen[i]).each(
-        count, [&](int j) { block->holes.push_back({any.before(j), lanes.pieces[i].begin, lanes.pieces[i].end}); });
-  block->count = kept;
-  return kept > 0;
+    seen[i] = context_bits(p.rule, lanes.pieces[i].row->context, begin, count);
+  return take_keys(lanes, lanes.pieces.data(), seen, int64_t(lanes.pieces.size()), begin, count, fixed, block);
 }
 
 // Own keys of one row of the tile, [begin, end) among the row's, end - begin <= KEY_BLOCK.
 template <typename C>
-bool own_block(const Params& p, const TileLanes<C>& lanes, const Piece& piece, int64_t begin, int64_t end,
+bool own_block(const Params& p, const TileLanes<C>& lanes, const Piece& piece, int64_t begin, int64_t end, bool fixed,
                KeyBlock* block) {
   const int64_t low = piece.row->offset + lanes.query[piece.begin];
   const int64_t high = piece.row->offset + lanes.query[piece.end - 1];
@@ -301,16 +320,16 @@ bool own_block(const Params& p, const TileLanes<C>& lanes, const Piece& piece, i
   }
   if (p.window) {
     begin = std::max(begin, low - p.window + 1);
+    if (fixed) begin = begin / 32 * 32;
     block->limits = block->limits || begin <= high - p.window;
   }
   if (begin >= end) return false;
-  int kept = 0;
+  const int count = int(end - begin);
   if (p.rule.length > p.P) {
-    const KeyBits visible = context_bits(p.rule, piece.row->context, p.P + begin, int(end - begin));
-    visible.each(int(end - begin), [&](int j) { block->index[kept++] = begin + j; });
-  } else {
-    for (int64_t j = begin; j < end; ++j) block->index[kept++] = j;
+    const KeyBits visible = context_bits(p.rule, piece.row->context, p.P + begin, count);
+    return take_keys(lanes, &piece, &visible, 1, begin, count, fixed, block);
   }
-  block->count = kept;
-  return kept > 0;
+  block->count = count;
+  std::iota(block->index, block->index + count, begin);
+  return true;
 }

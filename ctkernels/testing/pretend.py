@@ -132,5 +132,7 @@ def install() -> None:
         torch.library.impl(f"aten::{name}", "PrivateUse1")(_on_device(make))
     torch.library.impl("aten::_copy_from", "PrivateUse1")(_copy_from)
     torch.get_device_module(DEVICE).get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
-    plain = next(isa for isa in dispatch.load("cpu").isas()[1:] if isa != "avx512_bf16")  # that one flushes subnormals
+    plain = next(
+        isa for isa in dispatch.load("cpu").isas()[1:] if isa not in dispatch.BF16_ISAS
+    )  # they flush subnormals
     dispatch.set_cpu_isa(plain)

@@ -146,5 +146,5 @@ def test_the_cpu_sources_are_all_there():
     command = [sys.executable, "-c", script]
     environment = {**os.environ, "CTKERNELS_CUDA": "0"}
     told = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, env=environment).stdout.split()
-    kernels = {f"csrc/cpu/kernels_{isa}.cpp" for isa in ("portable", "avx2", "avx512", "avx512_bf16")}
+    kernels = {f"csrc/cpu/kernels_{isa}.cpp" for isa in ("portable", "avx2", "avx512", "avx512_bf16", "amx")}
     assert {*told[:-1]} == {"python_bindings/cpu.cpp", *kernels} and int(told[-1]) >= 15
