@@ -192,3 +192,16 @@ def test_dense_rejects_another_number_of_rows():
     ):
         with pytest.raises(ValueError, match=rf"{next(iter(fields))}.*2.*3"):
             ct.ContextMask(**fields).dense(2, 4)
+
+
+@pytest.mark.parametrize("seed", [torch.tensor(1.0), torch.zeros(2, dtype=torch.int64), torch.tensor(1).int(), "1"])
+def test_a_seed_that_is_neither_a_number_nor_one_in_memory_is_refused(seed):
+    with pytest.raises(TypeError, match="seed must be a 64-bit integer or an int64 tensor"):
+        ct.ContextMask(drop_p=0.5, seed=seed)
+
+
+def test_a_seed_in_memory_elsewhere_is_refused():
+    mask = ct.ContextMask(drop_p=0.5, seed=torch.tensor(1, device="meta"))
+    q, prefix = torch.zeros(1, 1, 2, 8), torch.zeros(1, 3, 8)
+    with pytest.raises(ValueError, match=r"mask\.seed must be on q's device cpu, got meta"):
+        ct.prefix_attention(q, q, q, prefix, prefix, mask)

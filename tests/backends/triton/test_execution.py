@@ -117,3 +117,17 @@ def test_the_checks_see_a_kernel_that_leaves_its_memory():
     with pytest.raises(ptxemu.KernelFault) as caught:
         Emulator(ARCHITECTURES["sm_80"])(replace(launch, args={**launch.args, "LSE": short}))
     assert caught.value.kind == "out_of_bounds"
+
+
+if THOROUGH:  # a minute, for the compiler; the interpreter shows the same in tests/op/test_properties.py
+
+    def test_a_seed_in_memory_has_the_bits_of_its_number():
+        def call(seed: int | torch.Tensor) -> Call:
+            mask = dict(drop_p=0.3, seed=seed)
+            return make_call(H=2, Hk=1, P=70, D=16, types="bf16", lens=[5, 9], mask=mask)
+
+        cotangents = cotangents_for(call(0))
+        with running_on(Emulator(ARCHITECTURES["sm_80"])):
+            kept, number, other = (run(call(x), BACKEND, cotangents) for x in (torch.tensor(2**40 + 7), 2**40 + 7, 5))
+        assert all(torch.equal(kept[name], x) for name, x in number.items())
+        assert not torch.equal(number["out"], other["out"])
