@@ -87,11 +87,11 @@ class GenerationBody(_Body):
 
 
 class CompletionBody(GenerationBody):
-    """`POST /v1/completions`. task_input: the prompt is an input of the prefix's task, and becomes tokens as in tuning;
-    the answer ends at the task's delimiter. Otherwise the prompt's tokens directly follow the prefix."""
+    """`POST /v1/completions`. prompt: a text, or tokens, which directly follow the prefix. input, in its place: of the
+    prefix's task; it becomes tokens as in tuning, and the answer ends at the task's delimiter."""
 
-    prompt: StrictStr | list[StrictInt]
-    task_input: StrictBool = False
+    prompt: StrictStr | list[StrictInt] | None = None
+    input: StrictStr | None = None
     best_of: Literal[1] = 1
     echo: Literal[False] = False
     logprobs: Literal[None] = None
@@ -100,9 +100,15 @@ class CompletionBody(GenerationBody):
     @field_validator("prompt", mode="before")
     @classmethod
     def _one(cls, prompt: Any) -> Any:
-        if isinstance(prompt, str) or _all(prompt, int):
+        if prompt is None or isinstance(prompt, str) or _all(prompt, int):
             return prompt
         raise ValueError("must be one text or the list of its tokens")
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> CompletionBody:
+        if (self.prompt is None) == (self.input is None):
+            raise ValueError(f"give prompt or input, got {'both' if self.input is not None else 'none'}")
+        return self
 
 
 class TextPart(_Body):

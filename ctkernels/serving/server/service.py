@@ -132,15 +132,13 @@ class Service:
         prefix = self.prefix(body.model)
         ends = self._ends
         if isinstance(body.prompt, list):
-            if body.task_input:
-                raise Refused(400, "task_input needs a prompt of text", "prompt")
             size = self.model.get_input_embeddings().num_embeddings
             if any(not 0 <= token < size for token in body.prompt):
                 raise Refused(400, f"tokens of prompt must lie in [0, {size})", "prompt")
             tokens = body.prompt
-        elif body.task_input:
+        elif body.input is not None:
             text_format = TextFormat(**prefix.metadata.settings.get("text_format", {}))
-            tokens = encode_prompt(self.tokenizer, body.prompt, text_format)
+            tokens = encode_prompt(self.tokenizer, body.input, text_format)
             ends |= {tokens[0]}  # the delimiter
             if prefix is self._plain:
                 tokens = tokens[1:]

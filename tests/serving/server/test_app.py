@@ -74,9 +74,9 @@ def test_tokens_and_inputs_of_a_task(server, twin):
     assert given == expected(twin, server, "long", tokens, 20)
     prompt = encode_prompt(TOKENIZER, "snow")
     whole = expected(twin, server, "long", prompt, 20)
-    answer = server.post("/v1/completions", prompt="snow", task_input=True, **asked).json()
+    answer = server.post("/v1/completions", input="snow", **asked).json()
     assert answer["choices"][0]["text"] == whole.partition(" ")[0] and answer["usage"]["prompt_tokens"] == len(prompt)
-    plain = server.post("/v1/completions", prompt="snow", task_input=True, **{**asked, "model": NAME}).json()
+    plain = server.post("/v1/completions", input="snow", **{**asked, "model": NAME}).json()
     assert plain["usage"]["prompt_tokens"] == len(prompt) - 1
 
 
@@ -127,7 +127,9 @@ WRONG = [
     ({"prompt": [5, 10**6]}, 400, "tokens of prompt must lie in [0, 43)"),
     ({"prompt": [True]}, 400, "prompt: must be one text or the list of its tokens"),
     ({"prompt": ["a", "b"]}, 400, "prompt: must be one text or the list of its tokens"),
-    ({"prompt": [5], "task_input": True}, 400, "task_input needs a prompt of text"),
+    ({"prompt": [5], "input": "a"}, 400, "give prompt or input, got both"),
+    ({"prompt": None}, 400, "give prompt or input, got none"),
+    ({"prompt": None, "input": ["a", "b"]}, 400, "input: Input should be a valid string"),
     ({"prompt": "a" * 260}, 400, "do not fit into the 256 positions of tiny"),
     ({"prompt": "a" * 200, "max_tokens": 100}, 400, "do not fit into the 256 positions of tiny"),
     ({"max_tokens": 151}, 400, "max_tokens must be at most 150 on this server, got 151"),

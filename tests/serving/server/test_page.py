@@ -62,7 +62,7 @@ def test_in_a_browser(server, tmp_path):
         page.click("ask")
         page.until("!document.getElementById('ask').disabled && document.getElementById('bare').textContent")
         asked = {"max_tokens": 6, "temperature": 0}
-        tuned = server.post("/v1/completions", model="weather", prompt="snow", task_input=True, **asked).json()
+        tuned = server.post("/v1/completions", model="weather", input="snow", **asked).json()
         plain = server.post("/v1/completions", model=NAME, prompt="snow ", **asked).json()
         assert page.text("tuned") == (tuned["choices"][0]["text"] or "(an empty answer)")
         assert page.text("bare") == (plain["choices"][0]["text"] or "(an empty answer)") and not page.text("problem")
