@@ -28,12 +28,18 @@ namespace {
 // clang-format on
 
 #ifdef CTK_BF16  // only what differs from the build that it extends
+// Matrix units take dropped keys along: where most are dropped, kernels that leave them out are faster.
+bool has_own_kernels(const Params& p) {
+  constexpr uint32_t MOST_DROPPED = 0xB3333333;  // 70% of 2^32
+  return p.q.type == Type::bf16 && !(FIXED_KEYS && p.rule.drop_below > MOST_DROPPED);
+}
+
 void forward(const Params& p, const Pool& pool) {
-  p.q.type == Type::bf16 ? forward_as<Bf16Pair>(p, pool) : CTK_EXTENDS::kernels.forward(p, pool);
+  has_own_kernels(p) ? forward_as<Bf16Pair>(p, pool) : CTK_EXTENDS::kernels.forward(p, pool);
 }
 
 void backward(const Params& p, const Pool& pool) {
-  p.q.type == Type::bf16 ? backward_as<Bf16Pair>(p, pool) : CTK_EXTENDS::kernels.backward(p, pool);
+  has_own_kernels(p) ? backward_as<Bf16Pair>(p, pool) : CTK_EXTENDS::kernels.backward(p, pool);
 }
 #else
 void forward(const Params& p, const Pool& pool) {

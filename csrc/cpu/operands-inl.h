@@ -146,8 +146,8 @@ CTK_INLINE void fill_keys(U* rows, int n) {
 }
 
 // A block x [n][TILE] as rows that are summed along lanes, [n][TILE / WIDTH], and as rows that are summed along keys,
-// [units(n)][TILE], filled, if `keys` is given. Numbers are both as they are. There is room for one more key; for matrix
-// units rows of lanes are filled, too.
+// [units(n)][TILE], filled, if `keys` is given. Numbers are both as they are. There is room for one more key; for
+// matrix units rows of lanes are filled, too.
 template <typename U>
 CTK_INLINE void to_pairs(const C_of<U>* x, int n, int vectors, U* lanes, U* keys) {
   if constexpr (WIDTH<U> > 1) {

@@ -1,5 +1,7 @@
 """The CPU kernels' use of matrix units (AMX): who else uses them on the same thread, and a system that denies them."""
 
+import ctypes
+import mmap
 import subprocess
 import sys
 
@@ -36,17 +38,36 @@ def test_a_system_that_denies_amx_gets_the_next_best():
     assert told[1:] == [isa for isa in isas[1:] if isa != "amx"] and told[0] == told[1]
 
 
+def _instruction(code: str):
+    """A function of one pointer that runs one instruction and returns."""
+    page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    page.write(bytes.fromhex(code) + b"\xc3")
+    run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(ctypes.addressof(ctypes.c_char.from_buffer(page)))
+    run.page = page
+    return run
+
+
 @needs_amx
 def test_the_tile_registers_of_others_are_put_back():
-    """oneDNN sets up a thread's tile registers when their shapes change, and not when we have changed them."""
-    in_use = dispatch.cpu_info()["isa"]
-    a, b = (torch.randn(n, 72, generator=torch.Generator().manual_seed(n)).bfloat16() for n in (88, 104))
-    product = a @ b.T
+    """Libraries may remember how they set up a thread's tile registers, and do so again only if that changes."""
+    load, store = _instruction("c4e2784907"), _instruction("c4e2794907")  # ldtilecfg [rdi], sttilecfg [rdi]
+    theirs = ctypes.create_string_buffer(bytes([1, *[0] * 15, 8, *[0] * 31, 3, *[0] * 15]), 64)  # one tile, 3 x 8 bytes
+    found, none = ctypes.create_string_buffer(64), ctypes.create_string_buffer(64)
     q, prefix = torch.randn(2, 4, 33, 64).bfloat16().requires_grad_(), torch.randn(4, 70, 64).bfloat16()
+    in_use, threads = dispatch.cpu_info()["isa"], torch.get_num_threads()
     dispatch.set_cpu_isa("amx")
+    torch.set_num_threads(1)
     try:
-        for _ in range(3):
-            ct.prefix_attention(q, q, q, prefix, prefix, backend="cpu").sum().backward()
-            assert torch.equal(a @ b.T, product)
+        out = ct.prefix_attention(q, q, q, prefix, prefix, backend="cpu").sum()
+        load(theirs)
+        ct.prefix_attention(q, q, q, prefix, prefix, backend="cpu")
+        store(found)
+        assert found.raw == theirs.raw
+        load(theirs)
+        out.backward()
+        store(found)
+        assert found.raw == theirs.raw
     finally:
+        load(none)
         dispatch.set_cpu_isa(in_use)
+        torch.set_num_threads(threads)
