@@ -41,8 +41,10 @@ ATTACHED_IMPLEMENTATION = f"{IMPLEMENTATION}_attached"
 REACHES = ("sliding_window", "attention_chunk_size")  # what a layer's mask may hide is known, see `Reach`
 ATTACHED = "_ctkernels_layer_index"  # attribute of an attention module while a prefix is attached to it
 HALVED = "_ctkernels_halved"  # the same, of a class that attends twice, with half of the values each time
-# arguments of the op that no layer with packed rows gives
-PACKED = {"seq_lens": None, "causal": True, "window_prefix": True, "alibi_slopes": None, "prefix_bias": None}
+# arguments of the op that a layer with packed rows may leave out, and what they are then
+PACKED = {"seq_lens": None, "causal": True, "window_prefix": True} | dict.fromkeys(
+    ("scale", "window", "softcap", "alibi_slopes", "prefix_bias", "sinks")
+)
 COMPILED_MASK = "under torch.compile, a padding mask must have rows that are one run of ones, up to the last query"
 
 
