@@ -155,7 +155,7 @@ def test_env_names_every_backend_and_says_why_not(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["tun"], "unknown command 'tun'; the commands are tune, eval, export, import, models, env"),
+        (["tun"], "unknown command 'tun'; the commands are tune, eval, export, serve, import, models, env"),
         (["tune", "--lrr", "1"], "unknown option --lrr; did you mean --lr?"),
         (["tune", "--max-token=3"], "unknown option --max-token; did you mean --max-tokens?"),
         (["tune", "more"], "unexpected argument 'more'"),

@@ -34,7 +34,7 @@ ADDED = {
     "ttt_steps": None,
     "lora_dropout": 0.0,
     "ema": 0.0,
-    "graph": "off",
+    "graph": "auto",  # which on a CPU is what it did
 }
 # settings of which a value given later replaces the other one, too: both say how long a loop is
 LENGTHS = (("epochs", "steps"), ("ttt_epochs", "ttt_steps"))

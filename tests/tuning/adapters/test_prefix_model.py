@@ -168,7 +168,7 @@ def test_held_out_hides_a_demonstration():
         ({"held_out": torch.zeros(5)}, TypeError, "held_out must be an int32 or int64 tensor"),
         ({"row_ids": [0, 1]}, ValueError, "row_ids must have an entry for each of 5 rows, got 2"),
         ({"dropout_seed": torch.tensor([1, 1, 1, 1, 2])}, ValueError, r"one integer for a batch, got \[1, 2\]"),
-        ({"dropout_seed": 0.5}, TypeError, "seed must be a 64-bit integer, got float"),
+        ({"dropout_seed": 0.5}, TypeError, "seed must be a 64-bit integer or an int64 tensor"),
         ({"mask": 3}, TypeError, "must be a ContextMask or None, got int"),
         ({"mask": ContextMask(), "held_out": [0] * 5}, ValueError, "give mask, or held_out"),
     ],

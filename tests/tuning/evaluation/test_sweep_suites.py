@@ -12,7 +12,7 @@ from ctkernels.cli.view import SweepView
 from ctkernels.testing.models import make_model
 from ctkernels.testing.tasks import DEMONSTRATIONS, char_tokenizer, write_jsonl
 from ctkernels.tuning.data.suites import get_suite
-from ctkernels.tuning.evaluation.sweep.cells import Cell, CellResult
+from ctkernels.tuning.evaluation.sweep.cells import Cell, CellResult, read_cell
 from ctkernels.tuning.evaluation.sweep.run import Sweep
 from ctkernels.tuning.evaluation.sweep.spec import MethodSpec
 from ctkernels.tuning.evaluation.sweep.workers import Workers
@@ -34,7 +34,7 @@ def evaluate(files, out, *arguments) -> list[CellResult]:
     """The cells of a sweep that has to succeed, by method."""
     assert cli.run(["eval", "--model", str(files), "--out", str(out), *map(str, arguments)]) == 0
     cells = sorted(out.glob("cells/*/*/*.json"))
-    return [CellResult(**json.loads(path.read_text())) for path in cells]
+    return [read_cell(path) for path in cells]
 
 
 def test_bbh(files, tmp_path):
