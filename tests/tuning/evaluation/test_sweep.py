@@ -85,7 +85,7 @@ def test_all_cells_are_run_and_reported(model, folder, tmp_path):
     assert [(r.seed, r.task, r.method) for r in results] == [
         (seed, task, spec) for seed in (13, 21) for task in ("taste", "warmth") for spec in SPECS
     ]
-    assert all(r.error is None and r.metric == "macro_f1" for r in results)
+    assert [(r.error, r.metric) for r in results] == [(None, "macro_f1")] * len(results)
     assert {r.task: r.items for r in results} == {"taste": 2, "warmth": 5}
     assert [len(r.losses) for r in results[:3]] == [r.steps for r in results[:3]] == [0, 2, 2]
     assert results[0].labels == [d.output for d in DEMONSTRATIONS[:4]] and results[-1].labels != results[0].labels
