@@ -7,6 +7,8 @@ each step of every torch optimiser (one per process, registered with the first a
     the prefix has got a gradient since it was attached, and neither this optimiser nor another one has its parameters:
         it is attached now                                                                      an error
         it was, and this optimiser has parameters of the model that it was attached to, or none     a warning
+
+An optimiser that trains another prefix, of another model, is left alone.
 """
 
 from __future__ import annotations
@@ -58,11 +60,14 @@ def watch(prefix: object, model: nn.Module, attached: Callable[[], bool]) -> Non
 
 def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
     """Runs before each step of any optimiser."""
-    held, ids = _parameters(optimizer) if _watched else set(), cache(_ids)
-    for prefix, watched in list(_watched.items()):
+    held, ids, everything = _parameters(optimizer) if _watched else set(), cache(_ids), list(_watched.items())
+    trained = {id(watched.model()) for _, watched in everything if not held.isdisjoint(watched.parameters)}  # models
+    for prefix, watched in everything:
         if held.isdisjoint(watched.parameters):
             model, attached = watched.model(), watched.attached()
-            if model is None or (held and not attached and held.isdisjoint(ids(model))):
+            if model is None or (trained and id(model) not in trained):
+                continue  # a training of a prefix of another model
+            if held and not attached and held.isdisjoint(ids(model)):
                 continue  # a training of something else
             if not _stamps(prefix).items() - watched.stamps.items():
                 continue

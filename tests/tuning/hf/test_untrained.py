@@ -109,3 +109,15 @@ def test_what_is_no_mistake(model):
     with second.attach(model):  # while the first one still has its gradient
         backward(model)
         torch.optim.AdamW(second.parameters()).step()
+
+
+def test_a_prefix_of_another_model(model):
+    """Training it says nothing of one that waits, attached and with a gradient (a compiled model may keep it alive)."""
+    waiting, student = make_prefix(model), make_model("llama", torch.float32, seed=1)
+    trained = make_prefix(student)
+    with waiting.attach(model), trained.attach(student):
+        backward(model)
+        backward(student)
+        torch.optim.AdamW(trained.parameters()).step()
+        with pytest.raises(ValueError, match=LEFT_OUT):
+            torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]).step()
