@@ -25,6 +25,7 @@ namespace {
 #include "logits-inl.h"
 #include "forward-inl.h"
 #include "backward-inl.h"
+#include "backward_plan-inl.h"
 // clang-format on
 
 #ifdef CTK_BF16  // only what differs from the build that it extends

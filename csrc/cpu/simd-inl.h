@@ -96,39 +96,35 @@ void transpose(const C* src, int64_t src_stride, C* dst, int64_t dst_stride, int
     }
 }
 
+// The value of a polynomial at x, by Horner's rule: its coefficients from the highest power down.
+template <typename... Rest>
+CTK_INLINE Vec<float> polynomial(Vec<float> x, float first, Rest... rest) {
+  Vec<float> y = splat(first);
+  ((y = y * x + rest), ...);
+  return y;
+}
+
 // 2^x. float: x = n + f with integer n, degree-6 minimax polynomial for 2^f (relative error 1.9e-9 before rounding);
 // far enough below the smallest float the result is 0. NaN stays NaN.
-#if CTK_VECTOR_BYTES == 64
 CTK_INLINE Vec<float> exp2_of(Vec<float> x) {
+#if CTK_VECTOR_BYTES == 64
   // 0 <= f < 1, the way in which the last step takes n from x
   const Vec<float> f = (Vec<float>)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  Vec<float> y = splat(2.17022552118e-4f);
-  y = y * f + 1.24396878998e-3f;
-  y = y * f + 9.67884098821e-3f;
-  y = y * f + 5.54833419885e-2f;
-  y = y * f + 2.40229836273e-1f;
-  y = y * f + 6.93146983841e-1f;
-  y = y * f + 1.00000000186f;
+  const Vec<float> y = polynomial(f, 2.17022552118e-4f, 1.24396878998e-3f, 9.67884098821e-3f, 5.54833419885e-2f,
+                                  2.40229836273e-1f, 6.93146983841e-1f, 1.00000000186f);
   return (Vec<float>)_mm512_scalef_ps((__m512)y, (__m512)x);
-}
 #else
-CTK_INLINE Vec<float> exp2_of(Vec<float> x) {
   const Vec<float> magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   x = x < -127.0f ? splat(-127.0f) : x;
   x = x > 127.0f ? splat(127.0f) : x;
   const Vec<float> shifted = x + magic, f = x - (shifted - magic);  // |f| <= 1/2
-  Vec<float> y = splat(1.53458121613e-4f);
-  y = y * f + 1.33999311772e-3f;
-  y = y * f + 9.61848895633e-3f;
-  y = y * f + 5.55032877711e-2f;
-  y = y * f + 2.40226468906e-1f;
-  y = y * f + 6.93147205737e-1f;
-  y = y * f + 1.00000000055f;
+  const Vec<float> y = polynomial(f, 1.53458121613e-4f, 1.33999311772e-3f, 9.61848895633e-3f, 5.55032877711e-2f,
+                                  2.40226468906e-1f, 6.93147205737e-1f, 1.00000000055f);
   // the integer sits in the low bits of `shifted`; -127 makes a zero exponent field, that is, the factor 0
   const Ints<float> n = (Ints<float>)shifted - (Ints<float>)magic;
   return y * (Vec<float>)((n + 127) << 23);
-}
 #endif
+}
 
 CTK_INLINE Vec<double> exp2_of(Vec<double> x) {
   for (int i = 0; i < VECTOR_SIZE<double>; ++i) x[i] = std::exp2(x[i]);
